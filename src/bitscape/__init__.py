@@ -1,0 +1,98 @@
+"""Mixed-precision quantization for vision networks: search the bits of each layer, calibrate or train, pack.
+
+    problem = SearchProblem(model=model, images=images, budget="bitops=0.25x")
+    policy = Fisher().search(problem).policy
+    quantized = calibrate(quantize(model, policy), images)
+
+A name is loaded when it is first used: `import bitscape` alone takes milliseconds and leaves torch out.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from bitscape.version import __version__ as __version__
+
+_NAMES = {
+    "cost.layers": ("NetworkCost", "measure"),
+    "cost.policy_cost": ("policy_cost",),
+    "data.batches": ("Batches", "Normalization"),
+    "data.proxy": ("draw_proxy",),
+    "data.sources": ("Dataset", "load_dataset"),
+    "engine": ("Accuracy", "AdamW", "Cosine", "Sgd", "TrainResult", "evaluate"),
+    "errors": ("BitscapeError",),
+    "export.packed": ("load_packed", "save_packed"),
+    "models.find": ("find_model", "load_weights"),
+    "policy": ("LayerBits", "Policy", "PolicyError", "uniform_policy"),
+    "quant.convert": ("calibrate", "quantize", "recalibrate_norms"),
+    "quant.fold": ("fold_norms",),
+    "quant.quantizers": ("Dorefa", "Liq", "Lsq", "LsqPlus", "Pact"),
+    "search.allocation": ("InfeasibleBudget", "allocate", "pareto_front"),
+    "search.fisher": ("Fisher",),
+    "search.hawq": ("Hawq",),
+    "search.kl": ("Kl",),
+    "search.local": ("Local",),
+    "search.problem": ("SearchProblem", "SearchResult"),
+    "search.random_policy": ("RandomPolicy",),
+    "search.scores": ("ScoreTable",),
+    "search.uniform": ("Uniform",),
+    "train": ("Loss", "Plain"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+"""Public name -> module that holds it. A submodule of the same name would take its place: hence no `train` here."""
+
+if TYPE_CHECKING:
+    from bitscape.cost.layers import NetworkCost as NetworkCost, measure as measure
+    from bitscape.cost.policy_cost import policy_cost as policy_cost
+    from bitscape.data.batches import Batches as Batches, Normalization as Normalization
+    from bitscape.data.proxy import draw_proxy as draw_proxy
+    from bitscape.data.sources import Dataset as Dataset, load_dataset as load_dataset
+    from bitscape.engine import (
+        Accuracy as Accuracy,
+        AdamW as AdamW,
+        Cosine as Cosine,
+        Sgd as Sgd,
+        TrainResult as TrainResult,
+        evaluate as evaluate,
+    )
+    from bitscape.errors import BitscapeError as BitscapeError
+    from bitscape.export.packed import load_packed as load_packed, save_packed as save_packed
+    from bitscape.models.find import find_model as find_model, load_weights as load_weights
+    from bitscape.policy import (
+        LayerBits as LayerBits,
+        Policy as Policy,
+        PolicyError as PolicyError,
+        uniform_policy as uniform_policy,
+    )
+    from bitscape.quant.convert import (
+        calibrate as calibrate,
+        quantize as quantize,
+        recalibrate_norms as recalibrate_norms,
+    )
+    from bitscape.quant.fold import fold_norms as fold_norms
+    from bitscape.quant.quantizers import Dorefa as Dorefa, Liq as Liq, Lsq as Lsq, LsqPlus as LsqPlus, Pact as Pact
+    from bitscape.search.allocation import (
+        InfeasibleBudget as InfeasibleBudget,
+        allocate as allocate,
+        pareto_front as pareto_front,
+    )
+    from bitscape.search.fisher import Fisher as Fisher
+    from bitscape.search.hawq import Hawq as Hawq
+    from bitscape.search.kl import Kl as Kl
+    from bitscape.search.local import Local as Local
+    from bitscape.search.problem import SearchProblem as SearchProblem, SearchResult as SearchResult
+    from bitscape.search.random_policy import RandomPolicy as RandomPolicy
+    from bitscape.search.scores import ScoreTable as ScoreTable
+    from bitscape.search.uniform import Uniform as Uniform
+    from bitscape.train import Loss as Loss, Plain as Plain
+else:  # a type checker that saw this function would let every name pass
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(importlib.import_module(f"bitscape.{_HOME[name]}"), name)
+        from bitscape.errors import nearest
+
+        raise AttributeError(f"module 'bitscape' has no attribute {name!r}{nearest(name, _HOME)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, *globals()])

@@ -1,0 +1,124 @@
+"""Budgets: one or several caps on a policy's cost, written as people say them.
+
+"bitops=3.9e8"  "bitops=34.7G"        absolute
+"weight_bytes=1.2MB"  "64KiB"         absolute; kB, MB, GB are powers of 1000, KiB, MiB, GiB powers of 1024
+"bitops=0.25x"                        a fraction of the cost with every layer at 8 bits
+"bitops=w4a4"  "weight_bytes=w4"      the cost of that uniform policy, with the pinned layers at their own bits
+"mean_weight_bits=4"                  a mean, in bits
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+
+from bitscape.cost.layers import NetworkCost
+from bitscape.cost.policy_cost import CAPS, cap, cost
+from bitscape.errors import BitscapeError, nearest
+from bitscape.policy import LayerBits, Policy, uniform_policy
+
+_EXAMPLES = '"bitops=0.25x", "bitops=w4a4", "bitops=3.9e8", "weight_bytes=1.2MB", "mean_weight_bits=4"'
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}}
+_NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+\.)\s*([a-z]*)")
+_UNIFORM = re.compile(r"(?:w([0-9]+))?(?:a([0-9]+))?")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Caps that a policy must all stay within."""
+
+    caps: Mapping[str, float] = field(default_factory=dict)
+    """Kind of cost -> the largest cost allowed, absolute."""
+
+    def limits(self, network: NetworkCost) -> dict[str, int]:
+        """Return the caps as exact integers, in the units of `policy_cost.layer_cost`."""
+        return {kind: cap(kind).limit(network, value) for kind, value in self.caps.items()}
+
+    def exceeded(self, network: NetworkCost, policy: Policy) -> dict[str, float]:
+        """Return the kinds whose cap `policy` exceeds, with what it costs; empty when it fits."""
+        costs = {kind: cost(kind, network, policy) for kind in self.caps}
+        return {kind: value for kind, value in costs.items() if value > self.caps[kind]}
+
+
+def parse_budget(
+    texts: str | Iterable[str] | Mapping[str, float | str],
+    network: NetworkCost,
+    pinned: Mapping[str, LayerBits] | None = None,
+) -> Budget:
+    """Turn budget texts into absolute caps for `network`.
+
+    `texts` is one text ("bitops=0.25x", several separated by commas), several of them, or a mapping from kind to a
+    number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are.
+    Raises BitscapeError naming the kind, the value and examples.
+    """
+    caps: dict[str, float] = {}
+    for kind, value in _entries(texts):
+        if kind not in CAPS:
+            kinds = f"kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}"
+            raise BitscapeError(f"budget kind {kind!r} is unknown; {kinds}; examples: {_EXAMPLES}")
+        if kind in caps:
+            raise BitscapeError(f"budget gives {kind} twice, the second time as {value!r}; give each kind once")
+        caps[kind] = _absolute(kind, value, network, pinned or {})
+    if not caps:
+        raise BitscapeError(f"budget={texts!r} holds no cap; examples: {_EXAMPLES}")
+    return Budget(caps)
+
+
+def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:
+    if isinstance(texts, Mapping):
+        return list(texts.items())
+    parts = [part.strip() for text in ([texts] if isinstance(texts, str) else texts) for part in str(text).split(",")]
+    return [_entry(part) for part in parts if part]
+
+
+def _entry(text: str) -> tuple[str, str]:
+    kind, equals, value = text.partition("=")
+    if not equals:
+        raise BitscapeError(f"budget {text!r} is not of the form kind=value; examples: {_EXAMPLES}")
+    return kind.strip(), value.strip()
+
+
+def _absolute(kind: str, value: float | str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float:
+    if isinstance(value, str):
+        absolute = _from_text(kind, value.strip().lower(), network, pinned)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        absolute = float(value)
+    else:
+        absolute = None
+    if absolute is None or not math.isfinite(absolute) or absolute <= 0:
+        raise BitscapeError(f"budget {kind}={value!r} is not a positive amount; {_forms(kind)}")
+    return absolute
+
+
+def _from_text(kind: str, text: str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float | None:
+    if (uniform := _UNIFORM.fullmatch(text)) and text:
+        bits = _uniform_bits(kind, text, uniform.group(1), uniform.group(2))
+        return cost(kind, network, uniform_policy(network.by_name, bits, pinned))
+    if not (number := _NUMBER.fullmatch(text)):
+        return None
+    amount, suffix = float(number.group(1)), number.group(2)
+    if suffix == "x":
+        return amount * cost(kind, network, uniform_policy(network.by_name, LayerBits(8, 8)))
+    units = _SUFFIXES[CAPS[kind].unit]
+    return amount * units[suffix] if suffix in units else None
+
+
+def _uniform_bits(kind: str, text: str, weight: str | None, activation: str | None) -> LayerBits:
+    given = {"weight": weight, "activation": activation}
+    missing = sorted(width for width in CAPS[kind].depends_on if given[width] is None)
+    if missing:
+        raise BitscapeError(f"budget {kind}={text!r} does not say the {' and '.join(missing)} bits; {_forms(kind)}")
+    widths = [int(width or 8) for width in (weight, activation)]
+    if not all(1 <= width <= 8 for width in widths):
+        raise BitscapeError(f"budget {kind}={text!r}: bits must be from 1 to 8; {_forms(kind)}")
+    return LayerBits(*widths)
+
+
+def _forms(kind: str) -> str:
+    """Name the ways to write a cap of this kind."""
+    number = {"": "3.9e8 or 34.7G", "bytes": "65536, 64kB or 1.2MB", "bits": "4 or 3.5"}[CAPS[kind].unit]
+    uniform = "".join(f"{width[0]}4" for width in ("weight", "activation") if width in CAPS[kind].depends_on)
+    return f"write {kind}= a number ({number}), a fraction of the 8-bit cost (0.25x) or a uniform policy ({uniform})"

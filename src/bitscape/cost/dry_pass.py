@@ -1,0 +1,176 @@
+"""One forward pass that records, per module, how often it ran, on how many elements, and the MACs it ran itself.
+
+The pass runs on a copy of the network on the meta device: nothing is computed and the network is not touched. Where
+that is impossible (a forward that reads values, a network that cannot be copied) the network itself runs once on its
+own device, and its state is put back.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitscape.errors import BitscapeError
+
+_log = logging.getLogger("bitscape.cost")
+
+
+@dataclass
+class ModuleRun:
+    """What one module did in the pass."""
+
+    calls: int = 0
+    """Times it ran."""
+    macs: int = 0
+    """Multiply-accumulates it ran itself, without those of its child modules."""
+    input_elements: int = 0
+    """Elements of its first input, in its largest call."""
+    output_elements: int = 0
+    """Elements of its output, in its largest call."""
+    total_output_elements: int = 0
+    """Elements of its output, all calls together."""
+
+
+def dry_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, ModuleRun]:
+    """Run `model` once in eval mode on one image of `input_shape` (without batch).
+
+    Return module name -> what it did, in order of first call. Training mode, buffers and hooks of the model are as
+    before afterwards. Raises BitscapeError when the forward fails.
+    """
+    try:
+        copied = _meta_copy(model)
+        return _record(copied, _image(copied, input_shape))
+    except Exception as error:
+        _log.debug("no dry pass on the meta device, the network itself runs: %s", error)
+    try:
+        with _unchanged(model):
+            return _record(model, _image(model, input_shape))
+    except Exception as error:
+        raise BitscapeError(
+            f"input_shape={input_shape}: the network's forward fails on an input of shape {(1, *input_shape)} with "
+            f"{type(error).__name__}: {error}; input_shape is the shape of one image, without the batch dimension"
+        ) from error
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy in which every parameter and buffer is on the meta device; no storage is copied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()]
+    like = tensors[0] if tensors else torch.empty(0)
+    if like.is_meta:
+        return torch.empty(1, *input_shape, dtype=like.dtype, device="meta")
+    values = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    return values.to(device=like.device, dtype=like.dtype)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Freeze the parameters; at the end put them, the training modes and buffers back, also after an exception."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # The counter hooks gradients of what modules take and return, and fails on views of trainable parameters.
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for buffer, value in values:
+                # A buffer that is left alone is not written: it may be an expanded view, which cannot be.
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for module, training, buffers in modules:
+            module.training = training
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Run attention as plain matrix products: the counter does not know every fused kernel."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _record(model: nn.Module, image: Tensor) -> dict[str, ModuleRun]:
+    recorder = _Recorder()
+    # Flags are set one by one because a user's own `train` method may do more than set them.
+    for module in model.modules():
+        module.training = False
+    try:
+        recorder.attach(model)
+        with torch.no_grad(), _plain_attention(), recorder.counter:
+            model(image)
+    finally:
+        recorder.detach()
+    return recorder.runs
+
+
+class _Recorder:
+    """Hooks on every module that fill `runs` while `counter` is active."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.runs: dict[str, ModuleRun] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._open: list[str] = []
+        self._settled_flops = 0
+
+    def attach(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(partial(self._enter, name), prepend=True))
+            self._handles.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._settle()
+        self._open.append(name)
+        self.runs.setdefault(name, ModuleRun())
+
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._settle()
+        self._open.pop()
+        run = self.runs[name]
+        run.calls += 1
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        run.input_elements = max(run.input_elements, _elements(given))
+        run.output_elements = max(run.output_elements, _elements(output))
+        run.total_output_elements += _elements(output)
+
+    def _settle(self) -> None:
+        """Give the operations since the last call to the innermost open module; one MAC is two flops."""
+        flops = self.counter.get_total_flops()
+        if self._open:
+            self.runs[self._open[-1]].macs += (flops - self._settled_flops) // 2
+        self._settled_flops = flops
+
+
+def _elements(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else 0

@@ -1,0 +1,221 @@
+"""What each layer of a network does for one image: MACs, weights, activations; and what no layer accounts for.
+
+Only convolutions and linear layers are given bit-widths, so only they are counted as layers (by isinstance: float and
+quantized networks give the same numbers). Everything else that holds parameters or multiplies matrices is listed under
+`uncounted`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from bitscape.cost.dry_pass import ModuleRun, dry_pass
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import QUANTIZABLE, layer_shapes, quantizable_layers
+
+_log = logging.getLogger("bitscape.cost")
+
+LOW_COVERAGE = 0.99
+"""Below this share of MACs in counted layers, `measure` logs a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One convolution or linear layer that runs; every count is for one image."""
+
+    name: str
+    """Name in the network."""
+    kind: str
+    """"Conv1d", "Conv2d" or "Linear", for their subclasses too."""
+    macs: int
+    """Multiply-accumulates, all calls together."""
+    weights: int
+    """Elements of the weight; 0 when another layer already counts the same parameter (see `tied_to`)."""
+    weight_shape: tuple[int, ...]
+    """Shape of the weight."""
+    scales: int
+    """Scales stored with the weight, one per output channel; 0 when tied."""
+    input_elements: int
+    """Elements of the input, in the largest call."""
+    output_elements: int
+    """Elements of the output, in the largest call."""
+    calls: int = 1
+    """Times the layer runs in one forward pass."""
+    tied_to: str | None = None
+    """The earlier layer that holds the same weight parameter, and counts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncounted:
+    """What one module holds or runs outside the counted layers' weights."""
+
+    name: str
+    """Name in the network; "(network)" for the network itself."""
+    what: str
+    """Kind of module, such as "BatchNorm2d", "Conv2d bias" or "Linear, never called"."""
+    params: int
+    """Parameters that no layer counts, such as norms, biases and embeddings."""
+    macs: int
+    """Multiply-accumulates of its own operations for one image, such as the products of attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """The layers of one network at one input shape."""
+
+    layers: tuple[LayerCost, ...]
+    """In order of first call."""
+    uncalled: tuple[str, ...] = ()
+    """Layers that the forward pass never called as modules: bits given to them have no effect."""
+    uncounted: tuple[Uncounted, ...] = ()
+    """Parameters and MACs outside `layers`, per module."""
+    input_shape: tuple[int, ...]
+    """Shape of one image, without batch."""
+    uncalled_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Weight shapes of `uncalled`."""
+
+    @cached_property
+    def by_name(self) -> dict[str, LayerCost]:
+        """Layer name -> layer."""
+        return {layer.name: layer for layer in self.layers}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight shapes of all layers, never-called ones too: equal to `layer_shapes(model)`, as fingerprints need."""
+        return {layer.name: layer.weight_shape for layer in self.layers} | dict(self.uncalled_shapes)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the first and the last layer called."""
+        return self.layers[0].name, self.layers[-1].name
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of layers that share one weight parameter, and so must share their weight bits."""
+        owners = dict.fromkeys(layer.tied_to for layer in self.layers if layer.tied_to is not None)
+        return tuple((owner, *(layer.name for layer in self.layers if layer.tied_to == owner)) for owner in owners)
+
+    @property
+    def covered_macs(self) -> int:
+        """MACs of `layers`."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def total_macs(self) -> int:
+        """MACs of the whole network."""
+        return self.covered_macs + sum(entry.macs for entry in self.uncounted)
+
+
+def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkCost:
+    """Count what every layer of `model` does for one image of `input_shape`, such as (3, 224, 224).
+
+    A layer run several times counts its MACs each time and its weights once; a linear layer on (n, tokens, c) counts
+    every token. The model is unchanged afterwards. Logs a warning when layers are never called, or when the layers
+    cover less than 99 % of the MACs. Raises BitscapeError when the forward fails on that shape or runs no such layer.
+    """
+    shape = _checked_shape(input_shape)
+    runs = dry_pass(model, shape)
+    modules = quantizable_layers(model)
+    layers = _layer_costs(modules, runs)
+    if not layers:
+        raise BitscapeError(
+            f"model {type(model).__name__} runs no Conv1d, Conv2d or Linear layer on input_shape={shape}, so there is "
+            "nothing to give bits to; nn.MultiheadAttention must first be split into layers (split_attention)"
+        )
+    called = {layer.name for layer in layers}
+    uncalled = tuple(name for name in modules if name not in called)
+    cost = NetworkCost(
+        layers=layers,
+        uncalled=uncalled,
+        uncounted=_uncounted(model, {layer.name: layer for layer in layers}, uncalled, runs),
+        input_shape=shape,
+        uncalled_shapes={name: size for name, size in layer_shapes(model).items() if name not in called},
+    )
+    _warn_of_gaps(cost)
+    return cost
+
+
+def _checked_shape(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tuple(input_shape)
+    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise BitscapeError(
+            f"input_shape={input_shape!r} must be positive integers without the batch dimension, such as (3, 224, 224)"
+        )
+    return shape
+
+
+def _layer_costs(modules: Mapping[str, nn.Module], runs: Mapping[str, ModuleRun]) -> tuple[LayerCost, ...]:
+    owners: dict[int, str] = {}
+    return tuple(_layer_cost(name, modules[name], run, owners) for name, run in runs.items() if name in modules)
+
+
+def _layer_cost(name: str, module: nn.Module, run: ModuleRun, owners: dict[int, str]) -> LayerCost:
+    weight = module.get_parameter("weight")
+    owner = owners.setdefault(id(weight), name)
+    tied = owner != name
+    weight_shape = tuple(weight.shape)
+    return LayerCost(
+        name=name,
+        kind=_kind(module),
+        # Each output element is one product with a filter (or row) of the weight; this holds for groups too.
+        macs=run.total_output_elements * math.prod(weight_shape[1:]),
+        weights=0 if tied else weight.numel(),
+        weight_shape=weight_shape,
+        scales=0 if tied else weight_shape[0],
+        input_elements=run.input_elements,
+        output_elements=run.output_elements,
+        calls=run.calls,
+        tied_to=owner if tied else None,
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return next((kind.__name__ for kind in QUANTIZABLE if isinstance(module, kind)), type(module).__name__)
+
+
+def _uncounted(
+    model: nn.Module, layers: Mapping[str, LayerCost], uncalled: tuple[str, ...], runs: Mapping[str, ModuleRun]
+) -> tuple[Uncounted, ...]:
+    modules = dict(model.named_modules())
+    counted = {id(modules[name].get_parameter("weight")) for name in layers}
+    found = []
+    for name, module in modules.items():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
+        counted |= {id(p) for p in own.values()}
+        macs = runs[name].macs if name in runs else 0
+        if name in layers:
+            macs = max(0, macs - layers[name].macs)
+        if (own or macs) and not _is_quantizer(name, layers):
+            what = _what(module, tuple(own), name in layers, name in uncalled)
+            params = sum(p.numel() for p in own.values())
+            found.append(Uncounted(name=name or "(network)", what=what, params=params, macs=macs))
+    return tuple(found)
+
+
+def _is_quantizer(name: str, layers: Mapping[str, LayerCost]) -> bool:
+    """Whether the module is a quantizer of a counted layer: its scales are stored, and counted, with the weight."""
+    parts = name.split(".")
+    quantizers = [depth for depth, part in enumerate(parts) if part in ("weight_quantizer", "input_quantizer")]
+    return any(".".join(parts[:depth]) in layers for depth in quantizers)
+
+
+def _what(module: nn.Module, parameters: tuple[str, ...], counted: bool, uncalled: bool) -> str:
+    if counted:
+        return f"{_kind(module)} {', '.join(parameters) or 'extra operations'}"
+    return f"{_kind(module)}, never called" if uncalled else _kind(module)
+
+
+def _warn_of_gaps(cost: NetworkCost) -> None:
+    if cost.uncalled:
+        _log.warning(
+            "the forward pass never calls these layers, their bits have no effect: %s", ", ".join(cost.uncalled)
+        )
+    if cost.covered_macs < LOW_COVERAGE * cost.total_macs:
+        largest = sorted(cost.uncounted, key=lambda entry: -entry.macs)[:3]
+        names = ", ".join(f"{entry.name} ({entry.what}, {entry.macs / 1e6:.4g} M)" for entry in largest if entry.macs)
+        percent = 100 * cost.covered_macs / cost.total_macs
+        _log.warning("layers cover %.1f %% of the MACs; the rest is not in BitOps, most of it in %s", percent, names)

@@ -1,0 +1,175 @@
+"""What a policy costs on a measured network: BitOps, storage, mean bits, activation memory.
+
+Conventions, for one image at the network's input shape, pinned layers included:
+
+    bitops                 sum over layers of macs * weight_bits * activation_bits; norms and biases not counted
+    weight_bytes           sum of ceil(weights * weight_bits / 32) * 4 + 4 * scales: each layer packed to whole 32-bit
+                           words, one float32 scale per output channel
+    mean_weight_bits       sum of weights * weight_bits / sum of weights
+    mean_activation_bits   sum of input_elements * activation_bits / sum of input_elements
+    peak_activation_bytes  maximum over layers of ceil(input_elements * activation_bits / 8) + output_elements: a layer
+                           holds its input at its own bits and hands its output on at 8 bits; tensors kept for skip
+                           connections are not counted
+
+Each cost is a row of `CAPS`: an integer per layer, combined by sum or maximum, over a denominator that only the network
+decides. So a cap on any of them is one integer limit on the combined per-layer integers, and the integer programme and
+the checks treat every cost alike.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Literal
+
+from bitscape.cost.layers import LayerCost, NetworkCost
+from bitscape.errors import BitscapeError, nearest
+from bitscape.policy import LayerBits, Policy
+
+
+def layer_bitops(layer: LayerCost, bits: LayerBits) -> int:
+    """MACs times both bit-widths."""
+    return layer.macs * bits.weight * bits.activation
+
+
+def layer_weight_bytes(layer: LayerCost, bits: LayerBits) -> int:
+    """Bytes of the packed weight, in whole 32-bit words, and of its float32 scales."""
+    return -(-layer.weights * bits.weight // 32) * 4 + 4 * layer.scales
+
+
+def layer_activation_bytes(layer: LayerCost, bits: LayerBits) -> int:
+    """Bytes of the input at the layer's bits, and of the output at 8 bits, both alive while it runs."""
+    return -(-layer.input_elements * bits.activation // 8) + layer.output_elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cap:
+    """How one kind of cost is made of integers per layer, and so how a cap on it becomes a limit."""
+
+    layer_cost: Callable[[LayerCost, LayerBits], int]
+    """Cost of one layer at given bits."""
+    combine: Literal["sum", "max"]
+    """How layers make the network's cost. A "max" kind forbids each layer the bits above the limit, by itself."""
+    depends_on: frozenset[Literal["weight", "activation"]]
+    """Which of a layer's two widths matter."""
+    denominator: Callable[[NetworkCost], int] = lambda network: 1
+    """What the combined integer is divided by: a constant of the network, 1 unless the cost is a mean."""
+    unit: Literal["", "bytes", "bits"] = ""
+    """Unit of the cost."""
+
+    def combined(self, costs: Iterable[int]) -> int:
+        """Combine the integers of the layers."""
+        return sum(costs) if self.combine == "sum" else max(costs)
+
+    def limit(self, network: NetworkCost, budget: float) -> int:
+        """Return the largest combined integer whose cost, as `value` reports it, is at most `budget`."""
+        exact = floor(Fraction(budget) * self.denominator(network))
+        # A mean may round to the budget from just above: reported as equal, it is within.
+        return exact + 1 if self.value(network, exact + 1) <= budget else exact
+
+    def value(self, network: NetworkCost, combined: int) -> float:
+        """Return the cost, in its unit, that the combined integer means; whole numbers stay exact integers."""
+        denominator = self.denominator(network)
+        return combined if denominator == 1 else combined / denominator
+
+
+CAPS: dict[str, Cap] = {
+    "bitops": Cap(layer_cost=layer_bitops, combine="sum", depends_on=frozenset({"weight", "activation"})),
+    "weight_bytes": Cap(layer_cost=layer_weight_bytes, combine="sum", depends_on=frozenset({"weight"}), unit="bytes"),
+    "mean_weight_bits": Cap(
+        layer_cost=lambda layer, bits: layer.weights * bits.weight,
+        combine="sum",
+        depends_on=frozenset({"weight"}),
+        denominator=lambda network: sum(layer.weights for layer in network.layers),
+        unit="bits",
+    ),
+    "mean_activation_bits": Cap(
+        layer_cost=lambda layer, bits: layer.input_elements * bits.activation,
+        combine="sum",
+        depends_on=frozenset({"activation"}),
+        denominator=lambda network: sum(layer.input_elements for layer in network.layers),
+        unit="bits",
+    ),
+    "peak_activation_bytes": Cap(
+        layer_cost=layer_activation_bytes,
+        combine="max",
+        depends_on=frozenset({"activation"}),
+        unit="bytes",
+    ),
+}
+"""Every kind of cost, and of cap."""
+
+
+def cap(kind: str) -> Cap:
+    """Return the row of `CAPS`; an unknown kind is a BitscapeError with the nearest names."""
+    if kind not in CAPS:
+        raise BitscapeError(f"cost kind {kind!r} is unknown; kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}")
+    return CAPS[kind]
+
+
+def layer_cost(kind: str, layer: LayerCost, bits: LayerBits) -> int:
+    """Return the integer that `layer` adds to (or, for a "max" kind, must keep below) the limit of `kind`."""
+    return cap(kind).layer_cost(layer, bits)
+
+
+def limit(kind: str, network: NetworkCost, budget: float) -> int:
+    """Return the integer limit, in units of `layer_cost`, that an absolute `budget` of `kind` means."""
+    return cap(kind).limit(network, budget)
+
+
+def bitops(network: NetworkCost, policy: Policy) -> int:
+    """BitOps of one image."""
+    return _combined("bitops", network, policy)
+
+
+def weight_bytes(network: NetworkCost, policy: Policy) -> int:
+    """Bytes of all packed weights and their scales."""
+    return _combined("weight_bytes", network, policy)
+
+
+def mean_weight_bits(network: NetworkCost, policy: Policy) -> float:
+    """Weight bits, weighted by parameters."""
+    return cost("mean_weight_bits", network, policy)
+
+
+def mean_activation_bits(network: NetworkCost, policy: Policy) -> float:
+    """Activation bits, weighted by input elements."""
+    return cost("mean_activation_bits", network, policy)
+
+
+def peak_activation_bytes(network: NetworkCost, policy: Policy) -> int:
+    """Bytes of the largest input and output that are alive together."""
+    return _combined("peak_activation_bytes", network, policy)
+
+
+def cost(kind: str, network: NetworkCost, policy: Policy) -> float:
+    """Return the cost of one kind, in its own unit."""
+    return cap(kind).value(network, _combined(kind, network, policy))
+
+
+def policy_cost(network: NetworkCost, policy: Policy) -> dict[str, float]:
+    """Return every kind of cost of `policy`: the keys are those of `CAPS`."""
+    return {kind: cost(kind, network, policy) for kind in CAPS}
+
+
+def _combined(kind: str, network: NetworkCost, policy: Policy) -> int:
+    _check(network, policy.layers)
+    row = cap(kind)
+    return row.combined(row.layer_cost(layer, policy.layers[layer.name]) for layer in network.layers)
+
+
+def _check(network: NetworkCost, bits: Mapping[str, LayerBits]) -> None:
+    """Refuse unknown layers, missing bits, and one shared weight at two widths; never-called layers are optional."""
+    for name in bits:
+        if name not in network.by_name and name not in network.uncalled:
+            hint = nearest(name, network.by_name)
+            raise BitscapeError(f"policy names layer {name!r}, which the network does not have{hint}")
+    for name in network.by_name:
+        if name not in bits:
+            raise BitscapeError(
+                f"policy has no bits for layer {name!r}, and it must cover every layer{nearest(name, bits)}"
+            )
+    for group in network.tied:
+        if len({bits[name].weight for name in group}) > 1:
+            widths = ", ".join(f"{name} {bits[name].weight}" for name in group)
+            raise BitscapeError(f"policy gives one shared weight several widths ({widths} bits); tie these layers")

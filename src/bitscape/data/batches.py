@@ -1,0 +1,157 @@
+"""Batches: normalized images in an order, and with an augmentation, that depend only on (seed, epoch, batch)."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitscape.data.sources import Dataset
+from bitscape.errors import BitscapeError, nearest
+
+Augmentation = Literal["none", "flip", "crop-flip"]
+CROP_PAD = 4
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per channel (x / 255 - mean) / std. Raises BitscapeError unless both have the same length and std is positive."""
+
+    mean: tuple[float, ...]
+    """Mean of each channel, on the scale 0..1."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel, on the same scale."""
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise BitscapeError(f"mean {self.mean} and std {self.std} must hold one value for each channel")
+        if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
+            raise BitscapeError(f"mean {self.mean} must be finite, std {self.std} positive and finite")
+
+    def apply(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Normalize uint8 images to float32. Raises BitscapeError for another type or number of channels."""
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise BitscapeError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 (n, c, h, w)"
+            )
+        self.check_channels(images.shape[1])
+        factor = torch.tensor([1 / (255 * std) for std in self.std], device=images.device).view(-1, 1, 1)
+        shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
+        return torch.mul(images, factor).sub_(shift.view(-1, 1, 1))
+
+    def check_channels(self, channels: int) -> None:
+        """Raise BitscapeError unless images with that many channels can be normalized."""
+        if channels != len(self.mean):
+            raise BitscapeError(
+                f"the images have {channels} channels, the normalization has {len(self.mean)} (mean {self.mean}); "
+                "choose a normalization with as many"
+            )
+
+
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+UNIT = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # 0..1
+DIGITS = Normalization((0.0,), (1.0,))  # 0..1, one channel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Batches of a dataset, epoch after epoch.
+
+    Batch i of epoch e is a function of (seed, e, i) alone, so training resumes in the middle of an epoch for free.
+    Raises BitscapeError for settings that fit neither each other nor the dataset.
+    """
+
+    dataset: Dataset
+    """Images and labels."""
+    normalization: Normalization
+    """As many channels as the images."""
+    batch_size: int = 128
+    """Images in a batch; the last one of an epoch may be smaller."""
+    shuffle: bool = False
+    """Another order in every epoch; otherwise the order of the dataset."""
+    augment: Augmentation = "none"
+    """flip: mirrored left-right with probability 1/2. crop-flip: also shifted by up to 4 pixels; zeros come in."""
+    seed: int = 0
+    """Of the order and the augmentation."""
+    drop_last: bool = False
+    """Leave out a smaller last batch."""
+
+    def __post_init__(self) -> None:
+        self.normalization.check_channels(self.dataset.images.shape[1])
+        allowed = get_args(Augmentation)
+        if self.augment not in allowed:
+            hint = nearest(str(self.augment), allowed)
+            raise BitscapeError(f"augment is {self.augment!r}; allowed are {', '.join(allowed)}{hint}")
+        if type(self.batch_size) is not int or self.batch_size < 1:
+            raise BitscapeError(f"batch_size is {self.batch_size!r}; allowed are whole numbers from 1")
+        if not len(self):
+            raise BitscapeError(
+                f"batch_size={self.batch_size} with drop_last leaves no batch of the {len(self.dataset)} images; "
+                "lower batch_size or keep the last batch"
+            )
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def epoch(
+        self, number: int, *, start: int = 0
+    ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None]]:
+        """Yield (images, labels) of epoch `number` from batch `start`, both from 0; start = len(self) yields none.
+
+        Raises BitscapeError for numbers out of range, at the call, not at the first batch.
+        """
+        if number < 0 or not 0 <= start <= len(self):
+            raise BitscapeError(
+                f"epoch is {number}, start is {start}; allowed are epochs from 0, starts 0 to {len(self)}"
+            )
+        return self._batches(number, start)
+
+    def _batches(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        order = self._order(number)
+        for batch in range(start, len(self)):
+            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            rows = span if order is None else order[span]
+            labels = self.dataset.labels
+            yield self._images(rows, number, batch), None if labels is None else labels[rows]
+
+    def _order(self, number: int) -> Int64[Tensor, " n"] | None:
+        if not self.shuffle:
+            return None
+        return torch.randperm(len(self.dataset), generator=_generator(self.seed, number, "order"))
+
+    def _images(self, rows: slice | Tensor, number: int, batch: int) -> Float[Tensor, "n c h w"]:
+        images = self.dataset.images[rows]
+        if self.augment == "none":
+            return self.normalization.apply(images)
+        generator = _generator(self.seed, number, batch)
+        normalized = self.normalization.apply(_flipped(images, generator))
+        return normalized if self.augment == "flip" else _shifted(normalized, generator)
+
+
+def _generator(seed: int, epoch: int, part: int | str) -> torch.Generator:
+    # Hashed to the 32 bits that the CPU generator takes: sums of seed and epoch would repeat streams.
+    digest = hashlib.sha256(f"{seed}/{epoch}/{part}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def _flipped(images: UInt8[Tensor, "n c h w"], generator: torch.Generator) -> UInt8[Tensor, "n c h w"]:
+    """Mirror each image left-right with probability 1/2."""
+    chosen = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def _shifted(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """Move each image by -4..4 pixels down and right; zeros, which are the mean color, come in."""
+    top, left = torch.randint(2 * CROP_PAD + 1, (2, len(images)), generator=generator)
+    height, width = images.shape[2:]
+    # windows[i, t, l] is image i cut at corner (t, l): a view, so that one indexing copies whole rows
+    windows = pad(images, (CROP_PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+    return windows[torch.arange(len(images)), top, left]

@@ -1,0 +1,191 @@
+"""Data sets of encoded images: parquet files, folders and the Hugging Face hub, all seen as one `EncodedSource`."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitscape.data.decoding import EncodedImage
+from bitscape.errors import BitscapeError, nearest
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+MAX_CLASSES = 1_000_000  # beyond, the numbers are no classes: something else is in the label column
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedSource:
+    """Encoded images that are fetched only when asked for."""
+
+    name: str
+    """What the data set is called."""
+    count: int
+    """Images there are."""
+    labels: Tensor | None
+    """int64 (count,), or None."""
+    class_names: tuple[str, ...]
+    """Empty when there are no labels; the numbers as text when the source names no classes."""
+    fetch: Callable[[list[int]], Sequence[EncodedImage]]
+    """Row numbers to their images."""
+
+
+def read_parquet(path: Path) -> EncodedSource:
+    """Open a parquet file: an image column (bytes, or a struct of `bytes` and `path`) and, if any, integer labels."""
+    arrow = _import("pyarrow", extra="data", need=f"reading {path.name}")
+    parquet = _import("pyarrow.parquet", extra="data", need=f"reading {path.name}")
+
+    def read(column: str) -> Any:
+        with _readable(path, arrow.ArrowException):
+            return parquet.read_table(path, columns=[column])[column]
+
+    def fetch(rows: list[int]) -> list[EncodedImage]:
+        cells = read(image_column).take(arrow.array(rows, arrow.int64())).to_pylist()
+        return [_cell(row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+    with _readable(path, arrow.ArrowException):
+        opened = parquet.ParquetFile(path)
+    schema, count = opened.schema_arrow, opened.metadata.num_rows
+    opened.close()
+    image_column, label_column = _columns(schema.names, str(path))
+    labels = _integers(read(label_column).to_pylist(), f"{path}: column {label_column!r}") if label_column else None
+    named = _class_names(labels, _names_in_metadata(schema.metadata or {}, label_column))
+    return EncodedSource(name=path.stem, count=count, labels=labels, class_names=named, fetch=fetch)
+
+
+def read_folder(path: Path, split: str) -> EncodedSource:
+    """List a folder of class folders (sorted names are the classes), or a flat folder of images without labels.
+
+    Where all subfolders are named like splits (train, val, test, ...), the one called `split` is taken.
+    """
+    folder = _split_folder(path, split)
+    flat = [file for file in sorted(folder.iterdir()) if _is_image(file)]
+    found = [] if flat else [(file, label) for label, of in enumerate(_subfolders(folder)) for file in _images(of)]
+    if flat and any(_images(of) for of in _subfolders(folder)):
+        raise BitscapeError(f"{folder}: holds both images and folders of images; keep one of the two in a folder")
+    if not flat and not found:
+        raise BitscapeError(f"{folder}: no images in it; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    files = flat or [file for file, _ in found]
+
+    def fetch(rows: list[int]) -> list[EncodedImage]:
+        return [EncodedImage(str(files[row].relative_to(folder)), files[row]) for row in rows]
+
+    labels = None if flat else torch.tensor([label for _, label in found])
+    named = () if flat else tuple(of.name for of in _subfolders(folder))
+    return EncodedSource(name=folder.name, count=len(files), labels=labels, class_names=named, fetch=fetch)
+
+
+def read_hub(name: str, split: str) -> EncodedSource:
+    """Open a data set of the Hugging Face hub through the `datasets` library, which downloads and keeps it."""
+    datasets = _import("datasets", extra="huggingface", need=f"hf:{name}")
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except (ValueError, OSError) as error:
+        raise BitscapeError(f"hf:{name}, split {split!r}: the datasets library cannot load it: {error}") from error
+    image_column, label_column = _columns(table.column_names, f"hf:{name}")
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+
+    def fetch(rows: list[int]) -> list[EncodedImage]:
+        cells = [row[image_column] for row in table.select_columns([image_column]).select(rows)]
+        return [
+            EncodedImage(cell["path"] or f"row {row}", cell["bytes"] or Path(cell["path"]))
+            for row, cell in zip(rows, cells, strict=True)
+        ]
+
+    labels = _integers(list(table[label_column]), f"hf:{name}: column {label_column!r}") if label_column else None
+    named = _class_names(labels, getattr(table.features[label_column], "names", ()) if label_column else ())
+    return EncodedSource(name=name, count=len(table), labels=labels, class_names=named, fetch=fetch)
+
+
+def numbered(labels: Tensor | None) -> tuple[str, ...]:
+    """Class names "0", "1", ... for labels that come without names."""
+    if labels is None or not len(labels):
+        return ()
+    if int(labels.max()) >= MAX_CLASSES:
+        raise BitscapeError(
+            f"the largest label is {int(labels.max())}; classes must be numbered 0 to {MAX_CLASSES - 1}"
+        )
+    return tuple(str(label) for label in range(int(labels.max()) + 1))
+
+
+def _import(module: str, *, extra: str, need: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise BitscapeError(f"{need} needs {library}: pip install 'bitscape[{extra}]' ({error})") from error
+
+
+@contextmanager
+def _readable(path: Path, arrow_error: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (arrow_error, OSError) as error:
+        raise BitscapeError(f"{path}: damaged, or no parquet file ({error}); copy it again") from error
+
+
+def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
+    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    if image is None:
+        raise BitscapeError(
+            f"{source}: no image column among {', '.join(names)}{nearest(IMAGE_COLUMNS[0], names)}; it must be called "
+            f"{' or '.join(IMAGE_COLUMNS)}"
+        )
+    return image, next((name for name in LABEL_COLUMNS if name in names), None)
+
+
+def _integers(values: list[Any], what: str) -> Tensor:
+    for row, value in enumerate(values):
+        if type(value) is not int:
+            raise BitscapeError(f"{what} holds {value!r} in row {row}; labels must be integers 0, 1, ...")
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _cell(row: int, cell: Any) -> EncodedImage:
+    if isinstance(cell, dict):
+        # no bytes: decoding reports the row as broken. A path in a file from elsewhere is a name only, never opened.
+        return EncodedImage(cell.get("path") or f"row {row}", cell.get("bytes") or b"")
+    return EncodedImage(f"row {row}", cell if isinstance(cell, bytes) else b"")
+
+
+def _names_in_metadata(metadata: dict[bytes, bytes], label_column: str | None) -> Sequence[str]:
+    """Class names that the datasets library leaves in a parquet file; none when they are absent or unreadable."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return ()
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _class_names(labels: Tensor | None, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(names) or numbered(labels)
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    splits = {folder.name for folder in _subfolders(path)}
+    if not splits or not splits <= SPLIT_FOLDERS:
+        return path
+    if split not in splits:
+        raise BitscapeError(
+            f"{path}: no split {split!r}{nearest(split, splits)}; there are {', '.join(sorted(splits))}"
+        )
+    return path / split
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(of for of in path.iterdir() if of.is_dir() and not of.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if _is_image(file))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()

@@ -1,0 +1,230 @@
+"""Every data set in one shape: uint8 images, integer labels, class names.
+
+The embedded digits are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI Machine
+Learning Repository, 1998, doi:10.24432/C50P49), licensed CC BY 4.0, as scikit-learn distributes it: 1,797 images of 8x8
+pixels. Changed here: the values 0..16 are scaled to 0..255, the order is shuffled, and 36 images of each class are the
+test split.
+"""
+
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from bitscape.data.cache import cache_file, read_cache, write_cache
+from bitscape.data.decoding import crop_corner, decode_images, resized_shape
+from bitscape.data.encoded import EncodedSource, numbered, read_folder, read_hub, read_parquet
+from bitscape.errors import BitscapeError, nearest
+
+DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
+HUB = "hf"
+CHANNELS = (1, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images of one size, perhaps with labels. Raises BitscapeError for shapes, types and labels that do not fit."""
+
+    name: str
+    """What messages and records call it."""
+    images: UInt8[Tensor, "n c h w"] = field(repr=False)
+    """Pixels 0..255."""
+    labels: Int64[Tensor, " n"] | None = field(default=None, repr=False)
+    """Class numbers from 0, or None."""
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+    """Name of each class; labels index into it."""
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise BitscapeError(
+                f"{self.name}: images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 "
+                "(n, c, h, w), none of the sizes 0"
+            )
+        if labels is None:
+            return
+        if labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise BitscapeError(
+                f"{self.name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; {len(images)} images need "
+                f"int64 of shape ({len(images)},)"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise BitscapeError(
+                f"{self.name}: labels run from {low} to {high}; {len(self.class_names)} class names allow 0 to "
+                f"{len(self.class_names) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, index: Tensor | slice, name: str | None = None) -> "Dataset":
+        """The images that `index` picks: a slice, integers in 0..n-1 (repeats allowed), or n booleans."""
+        if isinstance(index, Tensor):
+            index = self._positions(index)
+        labels = None if self.labels is None else self.labels[index]
+        return Dataset(name or self.name, self.images[index], labels, self.class_names)
+
+    def resized(self, size: int) -> "Dataset":
+        """The shorter side becomes `size` pixels (bilinear, antialiased), then the centre size x size is kept."""
+        shape = resized_shape(self.images.shape[2], self.images.shape[3], _positive("size", size))
+        images = self.images
+        if shape != tuple(images.shape[2:]):
+            images = interpolate(images, shape, mode="bilinear", antialias=True, align_corners=False)
+        return Dataset(self.name, images, self.labels, self.class_names).cropped(size)
+
+    def cropped(self, size: int) -> "Dataset":
+        """The centre size x size, as it is."""
+        height, width = self.images.shape[2:]
+        if _positive("size", size) > min(height, width):
+            raise BitscapeError(f"{self.name}: size={size} exceeds the {height}x{width} images; use resized({size})")
+        top, left = crop_corner(height, width, size)
+        images = self.images[:, :, top : top + size, left : left + size].contiguous()
+        return Dataset(self.name, images, self.labels, self.class_names)
+
+    def _positions(self, index: Tensor) -> Tensor:
+        if index.dtype == torch.bool and index.shape == (len(self),):
+            return index
+        if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
+            raise BitscapeError(
+                f"index is {index.dtype} of shape {tuple(index.shape)}; allowed are integers (k,) or n booleans"
+            )
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise BitscapeError(
+                f"index runs from {int(index.min())} to {int(index.max())}; {self.name} has rows 0 to {len(self) - 1}"
+            )
+        return index
+
+
+def load_dataset(
+    source: str, *, split: str = "train", size: int | None = None, limit: int | None = None, seed: int = 0
+) -> Dataset:
+    """Load images and labels.
+
+    Args:
+        source: "digits" (embedded), a .parquet file (encoded images), an .npz file (arrays `images`, perhaps `labels`
+            and `class_names`), a folder of class folders or of images, or "hf:name" (needs the datasets library).
+        split: for the digits ("train" or "test"), the hub, and folders that hold split folders. A file is one split.
+        size: resize the shorter side to this many pixels and keep the centre size x size.
+        limit: keep this many images, the first of an order drawn from `seed`: a smaller limit gives a prefix.
+        seed: see `limit`.
+
+    Encoded images become RGB; digits and npz keep their channels. A parquet file that is decoded as a whole is kept in
+    the cache (see `bitscape.data.cache`). Raises BitscapeError for anything missing, damaged or inconsistent.
+    """
+    for name, value in (("size", size), ("limit", limit)):
+        if value is not None:
+            _positive(name, value)
+    kind, _, name = source.partition(":")
+    if source == "digits":
+        return _picked(_digits(split), size, limit, seed)
+    if kind == HUB and name:
+        return _decoded(read_hub(name, split), source, size, limit, seed)
+    path = Path(source)
+    if not path.exists():
+        raise BitscapeError(_not_found(source))
+    if path.is_dir():
+        return _decoded(read_folder(path, split), source, size, limit, seed)
+    if path.suffix == ".npz":
+        return _picked(_read_npz(path), size, limit, seed)
+    if path.suffix == ".parquet":
+        return _decoded(read_parquet(path), source, size, limit, seed, cache_file(path, size))
+    raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz or a folder")
+
+
+def _digits(split: str) -> Dataset:
+    if split not in DIGITS_SPLITS:
+        raise BitscapeError(f"split is {split!r}; digits has train and test{nearest(split, DIGITS_SPLITS)}")
+    with resources.as_file(resources.files("bitscape.data") / "digits.npz") as path:
+        return _read_npz(path).subset(DIGITS_SPLITS[split], f"digits {split}")
+
+
+def _read_npz(path: Path) -> Dataset:
+    arrays = _arrays(path)
+    if "images" not in arrays:
+        raise BitscapeError(f"{path}: no array 'images' among {', '.join(arrays)}{nearest('images', arrays)}")
+    images = _channels_first(arrays["images"], path)
+    labels = _integer_labels(arrays["labels"], path) if "labels" in arrays else None
+    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else numbered(labels)
+    return Dataset(path.stem, torch.from_numpy(np.ascontiguousarray(images)), labels, names)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    # a lone .npy array under this name has no `files` and is no context manager
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise BitscapeError(f"{path}: damaged, or no .npz file of plain arrays ({error}); write it again") from error
+
+
+def _channels_first(images: Any, path: Path) -> Any:
+    """Any of (n, h, w), (n, c, h, w) and (n, h, w, c) to (n, c, h, w)."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4 and images.shape[1] in CHANNELS:
+        return images
+    if images.ndim == 4 and images.shape[3] in CHANNELS:
+        return images.transpose(0, 3, 1, 2)
+    raise BitscapeError(
+        f"{path}: images have shape {images.shape}; allowed are (n, h, w) and, with 1 or 3 channels, (n, c, h, w) or "
+        "(n, h, w, c)"
+    )
+
+
+def _integer_labels(labels: Any, path: Path) -> Tensor:
+    if labels.dtype.kind not in "iu":
+        raise BitscapeError(f"{path}: labels are {labels.dtype}; they must be integers")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _picked(dataset: Dataset, size: int | None, limit: int | None, seed: int) -> Dataset:
+    picked = dataset if limit is None else dataset.subset(_rows(len(dataset), limit, seed))
+    return picked if size is None else picked.resized(size)
+
+
+def _decoded(
+    source: EncodedSource, name: str, size: int | None, limit: int | None, seed: int, cache: Path | None = None
+) -> Dataset:
+    rows = _rows(source.count, limit, seed)
+    cached = read_cache(cache, source.count) if cache else None
+    if cached is not None:
+        images = torch.from_numpy(np.asarray(cached[rows.numpy()]))
+    else:
+        images, kept = decode_images(source.fetch(rows.tolist()), size=size, source=name)
+        rows = rows[kept]
+        if cache and limit is None and len(kept) == source.count:
+            write_cache(cache, images.numpy())
+    labels = None if source.labels is None else source.labels[rows]
+    return Dataset(source.name, images, labels, source.class_names)
+
+
+def _rows(count: int, limit: int | None, seed: int) -> Tensor:
+    if limit is None:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+
+
+def _positive(name: str, value: int) -> int:
+    if type(value) is not int or value < 1:
+        raise BitscapeError(f"{name} is {value!r}; allowed are whole numbers from 1")
+    return value
+
+
+def _not_found(source: str) -> str:
+    folder = Path(source).parent
+    kind = source.partition(":")[0]
+    if ":" in source and len(kind) > 1:  # one letter is a drive
+        return f"source {source!r}: no library {kind!r}{nearest(kind, [HUB])}; allowed is {HUB}:name"
+    if not folder.is_dir():
+        return f"source {source!r} is not there: no folder {str(folder)!r}"
+    hint = nearest(Path(source).name, ["digits", *sorted(entry.name for entry in folder.iterdir())])
+    return f"source {source!r} is not there{hint}; allowed are digits, a .parquet or .npz file, a folder, {HUB}:name"

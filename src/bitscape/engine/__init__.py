@@ -1,0 +1,24 @@
+"""The one training loop and the one evaluation loop, for any `nn.Module` that maps images to logits."""
+
+from bitscape.engine.checkpoint import CheckpointError
+from bitscape.engine.evaluate import Accuracy, evaluate
+from bitscape.engine.nonfinite import NonFiniteError
+from bitscape.engine.settings import AdamW, Cosine, Sgd
+from bitscape.engine.step import BatchLoss, LossFunction, Step, StepRecord
+from bitscape.engine.training import TrainResult, train
+
+__all__ = [
+    "Accuracy",
+    "AdamW",
+    "BatchLoss",
+    "CheckpointError",
+    "Cosine",
+    "LossFunction",
+    "NonFiniteError",
+    "Sgd",
+    "Step",
+    "StepRecord",
+    "TrainResult",
+    "evaluate",
+    "train",
+]

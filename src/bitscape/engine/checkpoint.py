@@ -1,0 +1,103 @@
+"""One file that holds everything a run needs to go on: safetensors, with the plain data as JSON in its header.
+
+Nothing is pickled. The file appears whole or not at all: it is written beside its place, flushed to disk, renamed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from bitscape.errors import BitscapeError, nearest
+from bitscape.files import write_atomic
+
+FORMAT = 1
+_AGAIN = "or pass resume=False to start over, or another folder"
+
+
+class CheckpointError(BitscapeError):
+    """A checkpoint that cannot be continued from."""
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write `tensors` and the JSON data `header` to `path`, atomically."""
+    # Clones: safetensors refuses tensors that share memory, and tied weights do.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    write_atomic(path, save(plain, metadata={"bitscape": json.dumps({"format": FORMAT, **header})}))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors (on the CPU) and the header of a checkpoint.
+
+    Raises CheckpointError for a truncated file, another program's file and another format version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(path, file.metadata())
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read, it is truncated or damaged ({error}); restore it from a copy, {_AGAIN}"
+        ) from error
+
+
+def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get("bitscape")
+    if text is None:
+        raise CheckpointError(f"{path} is a safetensors file but no training checkpoint; pass another folder")
+    header = cast(dict[str, Any], json.loads(text))
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {header.get('format')}, this version reads {FORMAT}; "
+            f"continue with the version that wrote it, {_AGAIN}"
+        )
+    return header
+
+
+def check_same_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError, naming the difference, unless both have the same names and shapes."""
+    problems = [
+        *(f"{name} is missing from the checkpoint{nearest(name, saved)}" for name in own if name not in saved),
+        *(f"{name} is not in the {what}{nearest(name, own)}" for name in saved if name not in own),
+        *(
+            f"{name} has shape {tuple(saved[name].shape)}, the {what} {tuple(own[name].shape)}"
+            for name in own
+            if name in saved and saved[name].shape != own[name].shape
+        ),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another {what}: {_first(problems)}; pass the one it was made with, {_AGAIN}"
+        )
+
+
+def check_same_settings(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming each field that differs, unless both are equal."""
+    before, now = dict(_leaves("", saved)), dict(_leaves("", own))
+    changed = [
+        f"{name} was {before.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
+        for name in dict.fromkeys((*before, *now))
+        if before.get(name, "absent") != now.get(name, "absent")
+    ]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {path} was made with other settings: {_first(changed)}; pass those settings, {_AGAIN}"
+        )
+
+
+def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(prefix, value)]
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{prefix}.{key}" if prefix else str(key), inner)]
+
+
+def _first(problems: list[str]) -> str:
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + more

@@ -1,0 +1,62 @@
+"""Settings as plain JSON data, so that a run can be told from another one."""
+
+import enum
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from bitscape.version import __version__
+
+_SAMPLED = 256
+"""Rows of a large tensor that its hash reads: enough to tell data sets apart, without reading gigabytes."""
+
+
+def describe(value: Any) -> Any:
+    """Return `value` as JSON data: dataclasses as their fields, tensors and networks as shapes and hashes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype), "sample_sha256": _hash({"": value})}
+    if isinstance(value, nn.Module):
+        return {"kind": type(value).__name__, "sample_sha256": _hash(value.state_dict())}
+    if is_dataclass(value) and not isinstance(value, type):
+        settings = {field.name: describe(getattr(value, field.name)) for field in fields(value) if field.init}
+        return {"kind": type(value).__name__, **settings}
+    if isinstance(value, Mapping):
+        return {str(key): describe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(inner) for inner in value]
+    if isinstance(value, torch.dtype | enum.Enum):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    return {
+        "python": sys.version.split()[0],
+        "bitscape": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(_sample(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.ndim == 0 or len(tensor) <= _SAMPLED or tensor.numel() <= 1 << 20:
+        return tensor
+    return tensor[:: len(tensor) // _SAMPLED]

@@ -1,0 +1,97 @@
+"""Accuracy of any network on labelled batches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of
+from bitscape.errors import BitscapeError
+from bitscape.progress import track
+
+if TYPE_CHECKING:
+    from bitscape.data.batches import Batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How often, and how surely, a network is right."""
+
+    top1: float
+    """Percent of images whose largest logit is the label's."""
+    top5: float
+    """Percent of images whose label is among the five largest logits (all of them, below five classes)."""
+    loss: float
+    """Mean cross entropy, in nats."""
+    images: int
+    """Images counted."""
+
+
+def evaluate(
+    model: nn.Module,
+    batches: "Batches",
+    *,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Accuracy:
+    """Return the accuracy of `model`, in eval mode, over epoch 0 of `batches`.
+
+    device: where to run; the model is moved there. None = where the model is.
+    autocast: None or torch.bfloat16.
+    Every module's training flag has its former value afterwards. Raises BitscapeError when there are no labels or no
+    images, when a label is not below the number of the model's outputs, or when the output is not (n, classes).
+    """
+    check_autocast(autocast)
+    highest = highest_label(batches)
+    if device is not None:
+        model.to(device)
+    where = device_of(model)
+    sums = torch.zeros(3, dtype=torch.float64, device=where)
+    images_seen = 0
+    with eval_mode(model), torch.no_grad():
+        for images, labels in track(batches.epoch(0), total=len(batches), label="evaluate, batch"):
+            with autocast_on(where, autocast):
+                output = model(images.to(where, non_blocking=True))
+            logits = as_logits(output, len(images), highest)
+            sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
+            images_seen += len(images)
+    if images_seen == 0:
+        raise BitscapeError("batches hold no image to evaluate on; check the dataset, batch_size and drop_last")
+    top1, top5, loss = (sums / images_seen).tolist()
+    return Accuracy(top1=100 * top1, top5=100 * top5, loss=loss, images=images_seen)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode; give each its former training flag back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def highest_label(batches: "Batches") -> int:
+    """Return the largest label of the dataset; BitscapeError when it has no labels or no images."""
+    labels = _given(batches.dataset.labels)
+    if len(labels) == 0:
+        raise BitscapeError(f"dataset {batches.dataset.name!r} is empty; load at least one image")
+    return int(labels.max())
+
+
+def _given(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise BitscapeError("the dataset has no labels (labels=None); accuracy and loss need them")
+    return labels
+
+
+def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()])

@@ -1,0 +1,49 @@
+"""Batches on the device, made ahead of time where a GPU would wait for them."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from bitscape.errors import BitscapeError
+
+if TYPE_CHECKING:
+    from bitscape.data.batches import Batches
+
+Item = TypeVar("Item")
+_AHEAD = 4
+"""Batches in flight: enough to hide one slow batch; each costs its own size in pinned memory."""
+
+
+def feed(
+    batches: "Batches", epoch: int, *, start: int, device: torch.device, channels_last: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the labelled batches of `epoch` from number `start` on, on `device`."""
+    made = _labelled(batches, epoch, start)
+    if device.type == "cuda":
+        made = prefetch(((images.pin_memory(), labels.pin_memory()) for images, labels in made), _AHEAD)
+    for images, labels in made:
+        moved = images.to(device, non_blocking=True)
+        if channels_last and moved.ndim == 4:
+            moved = moved.contiguous(memory_format=torch.channels_last)
+        yield moved, labels.to(device, non_blocking=True)
+
+
+def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
+    """Yield `items` in order, the next `ahead` of them being made in a thread meanwhile; its errors come through."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, end) for _ in range(ahead))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield cast(Item, item)
+
+
+def _labelled(batches: "Batches", epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches.epoch(epoch, start=start):
+        if labels is None:
+            raise BitscapeError("the dataset has no labels (labels=None); training needs them: load one with labels")
+        yield images, labels

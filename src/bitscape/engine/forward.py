@@ -1,0 +1,86 @@
+"""The model's forward as the loop runs it: autocast, compiled, logits checked."""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+
+_log = logging.getLogger("bitscape.engine")
+
+
+@contextmanager
+def loop_forward(
+    model: nn.Module, *, autocast: torch.dtype | None, compiled: bool, highest_label: int
+) -> Iterator[None]:
+    """Inside the block `model(images)` runs under autocast, compiled if asked, and returns checked float32 logits.
+
+    The instance's `forward` is shadowed, so hooks, names and `modules()` stay as they are, and a step that runs
+    several passes gets each of them right: autocast's cache of cast weights ends with every call.
+    """
+    device = device_of(model)
+    shadowed = vars(model).get("forward")
+    inner = _compile(model.forward, device) if compiled else model.forward
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast_on(device, autocast):
+            output = inner(images)
+        return as_logits(output, len(images), highest_label)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if shadowed is not None:
+            model.forward = shadowed
+
+
+def autocast_on(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:
+    """Return the autocast context of `dtype`, or one that does nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def as_logits(output: object, images: int, highest_label: int) -> Tensor:
+    """Return `output` in float32 if it is (images, classes) with a class for every label, else raise BitscapeError."""
+    if not isinstance(output, Tensor):
+        raise BitscapeError(
+            f"the model returns {type(output).__name__}; it must return one tensor of logits (n, classes): wrap it"
+        )
+    if output.ndim != 2 or output.shape[0] != images:
+        raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; allowed: (n, classes)")
+    if highest_label >= output.shape[1]:
+        raise BitscapeError(
+            f"the dataset has label {highest_label}, the model has outputs 0..{output.shape[1] - 1}; "
+            "use the dataset the model was made for, or give the model a head of the right size"
+        )
+    return output.float()
+
+
+def check_autocast(autocast: torch.dtype | None) -> None:
+    """Raise BitscapeError unless `autocast` is None or bfloat16; float16 would need loss scaling."""
+    if autocast not in (None, torch.bfloat16):
+        raise BitscapeError(f"autocast is {autocast}; allowed: None (float32) and torch.bfloat16")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the one device of the model's parameters and buffers (the CPU if it has none); BitscapeError if two."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise BitscapeError(f"the model is spread over {sorted(map(str, devices))}; move it with model.to(device)")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _compile(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        _log.warning("compile=True needs a C++ compiler and %r is not there; training uncompiled", compiler)
+        return forward
+    return torch.compile(forward)

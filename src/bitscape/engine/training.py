@@ -1,0 +1,155 @@
+"""The entry: arguments checked, settings resolved, the loop run under its own random state."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.engine.describe import describe
+from bitscape.engine.ema import Ema
+from bitscape.engine.evaluate import highest_label
+from bitscape.engine.forward import check_autocast, device_of, loop_forward
+from bitscape.engine.loop import Loop
+from bitscape.engine.settings import AdamW, Cosine, Sgd
+from bitscape.engine.state import RunState
+from bitscape.engine.step import CrossEntropy, LossFunction, Step
+from bitscape.errors import BitscapeError
+
+if TYPE_CHECKING:
+    from bitscape.data.batches import Batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run leaves besides the trained model."""
+
+    records: tuple[Mapping[str, Any], ...]
+    """One record an epoch, as in metrics.jsonl: epoch (from 1), loss, top1, gradient_norm, lr, images, train_s (wall
+    clock of all steps so far), the step's extras, and validation_* and ema_validation_* with a validation set."""
+    ema: Mapping[str, Tensor] | None
+    """Averaged state dict, if `ema_decay` was given."""
+
+
+def train(
+    model: nn.Module,
+    batches: "Batches",
+    *,
+    step: Step,
+    optimizer: Sgd | AdamW,
+    epochs: int,
+    schedule: Cosine | None = None,
+    loss: LossFunction | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = True,
+    compile: bool = False,
+    ema_decay: float | None = None,
+    clip_norm: float | None = None,
+    validation: "Batches | None" = None,
+    folder: Path | None = None,
+    checkpoint_every_s: float = 60.0,
+    resume: bool = True,
+    seed: int = 0,
+) -> TrainResult:
+    """Train `model` in place, on the device where it is; it is left in training mode.
+
+    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. compile: the model's
+    forward through torch.compile, where a C++ compiler is found. ema_decay: in (0, 1), average the state as well.
+    clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated after each
+    epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
+    metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
+    seed: of dropout and the like; the batches carry their own.
+
+    On one machine the same arguments give the same bits, also when the run was killed and resumed. The global random
+    state is the caller's again afterwards.
+
+    Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
+    settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
+    """
+    _check(epochs, ema_decay, clip_norm, checkpoint_every_s, autocast)
+    if len(batches) == 0:
+        raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
+    schedule, loss = schedule or Cosine(), loss or CrossEntropy()
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "seed": seed,
+        "step": describe(step),
+        "optimizer": describe(optimizer),
+        "schedule": describe(schedule),
+        "loss": describe(loss),
+        "autocast": describe(autocast),
+        "channels_last": channels_last,
+        "compile": compile,
+        "ema_decay": ema_decay,
+        "clip_norm": clip_norm,
+        "batches": describe(batches),
+        "validation": describe(validation),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+    }
+    device = device_of(model)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
+    state = RunState(
+        model=model,
+        optimizer=optimizer.build(model),
+        step=step,
+        ema=None if ema_decay is None else Ema.of(model, ema_decay),
+        settings=settings,
+        device=device,
+    )
+    loop = Loop(
+        state=state,
+        batches=batches,
+        validation=validation,
+        epochs=epochs,
+        schedule=schedule,
+        loss=loss,
+        autocast=autocast,
+        channels_last=channels_last,
+        clip_norm=clip_norm,
+        folder=folder,
+        checkpoint_every_s=checkpoint_every_s,
+    )
+    with ExitStack() as block:
+        block.enter_context(_seeded(seed, device))
+        highest = max(highest_label(data) for data in (batches, validation) if data is not None)
+        block.enter_context(loop_forward(model, autocast=autocast, compiled=compile, highest_label=highest))
+        loop.open(resume)
+        loop.run()
+    return TrainResult(records=tuple(state.records), ema=None if state.ema is None else state.ema.values)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Own random state, and convolutions that repeat bit for bit, inside the block."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+def _check(
+    epochs: int,
+    ema_decay: float | None,
+    clip_norm: float | None,
+    checkpoint_every_s: float,
+    autocast: torch.dtype | None,
+) -> None:
+    if epochs < 1:
+        raise BitscapeError(f"epochs is {epochs}; it must be at least 1")
+    if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+        raise BitscapeError(f"ema_decay is {ema_decay}; it must be in (0, 1), usually 0.999, or None for no average")
+    if clip_norm is not None and not 0.0 < clip_norm < math.inf:
+        raise BitscapeError(f"clip_norm is {clip_norm}; it must be > 0, or None for no clipping")
+    if checkpoint_every_s < 0.0:
+        raise BitscapeError(f"checkpoint_every_s is {checkpoint_every_s}; it must be >= 0 (0 = after every batch)")
+    check_autocast(autocast)

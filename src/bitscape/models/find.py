@@ -1,0 +1,185 @@
+"""Find the user's network by name, and load its weights.
+
+Four forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18".
+Weights come as safetensors only; nothing is unpickled.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError, nearest
+
+_FORMS = '"package.module:function", "path/to/file.py:function", "timm:name" or "torchvision:name"'
+_NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+# A library's operators vanish when the object that declared them does.
+_declared: list[torch.library.Library] = []
+
+
+def find_model(name: str, **kwargs: Any) -> nn.Module:
+    """Return the network that `name` builds; `kwargs` go to the function that builds it.
+
+    The working directory is importable meanwhile. Raises BitscapeError when nothing of that name exists, its import
+    fails, or it returns no nn.Module; an error inside the building function itself passes through.
+    """
+    source, _, model = name.partition(":")
+    if source in _ZOOS and model:
+        return _built(name, _ZOOS[source](model, kwargs))
+    module, _, function = name.rpartition(":")
+    if not module or not function:
+        raise BitscapeError(f"name: {name!r} names no network; write {_FORMS}")
+    with _importable(Path.cwd()):
+        return _built(name, _builder(_user_module(module), function)(**kwargs))
+
+
+def import_torchvision() -> ModuleType:
+    """Return torchvision, also where its compiled part cannot load; timm must be imported after it.
+
+    The published wheel is linked to CUDA. Beside a CPU-only torch its operators stay undeclared and the import fails
+    on two missing schemas; declaring these is all that classification networks need. `torchvision.ops.nms` stays
+    unusable there. Raises BitscapeError when torchvision is not installed.
+    """
+    try:
+        return _optional("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[module]
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
+    for operator in ("nms", "qnms"):
+        library.define(operator + _NMS_SCHEMA)  # type: ignore[no-untyped-call]  # torch's
+    _declared.append(library)
+    return _optional("torchvision")
+
+
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Copy the tensors of a safetensors file into `model`, by name.
+
+    Only `num_batches_tracked` counters may be absent or too many, and a tensor shared by several names may be stored
+    under one. Raises BitscapeError for an unreadable file, missing or unexpected names and wrong shapes; what fits may
+    have been copied by then.
+    """
+    weights = _read(Path(path))
+    state = model.state_dict(keep_vars=True)
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {error}") from error
+    loaded = {id(state[key]) for key in state.keys() - set(result.missing_keys)}
+    missing = [key for key in result.missing_keys if id(state[key]) not in loaded]
+    _complain(path, "missing in the file", _uncounted(missing, result.unexpected_keys))
+    _complain(path, "not in the network", _uncounted(result.unexpected_keys, state))
+
+
+def _timm(model: str, kwargs: dict[str, Any]) -> Any:
+    import_torchvision()
+    timm = _optional("timm")
+    on_hub = ":" in model or "/" in model
+    if not on_hub and not timm.is_model(model):
+        raise BitscapeError(f"name: timm has no model {model!r}{nearest(model, timm.list_models())}")
+    return timm.create_model(model, **kwargs)
+
+
+def _torchvision(model: str, kwargs: dict[str, Any]) -> Any:
+    models = import_torchvision().models
+    if model not in (known := models.list_models()):
+        raise BitscapeError(f"name: torchvision has no model {model!r}{nearest(model, known)}")
+    return models.get_model(model, **kwargs)
+
+
+_ZOOS: dict[str, Callable[[str, dict[str, Any]], Any]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _optional(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise BitscapeError(f"name: {package} is not installed; run `pip install 'bitscape[vision]'`") from None
+
+
+def _built(name: str, model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise BitscapeError(f"name: {name!r} returned {type(model).__name__}; it must return an nn.Module")
+    return model
+
+
+def _builder(module: ModuleType, function: str) -> Callable[..., Any]:
+    found = getattr(module, function, None)
+    if found is None:
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise BitscapeError(f"name: module {module.__name__!r} has no {function!r}{nearest(function, public)}")
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise BitscapeError(f"name: {function!r} is a {kind}; name a function or class that returns the network")
+    return found  # type: ignore[no-any-return]  # a module's attributes are untyped
+
+
+def _user_module(where: str) -> ModuleType:
+    is_file = where.endswith(".py")
+    if is_file and not Path(where).is_file():
+        raise BitscapeError(f"name: no file {where!r} in {Path.cwd()}; write {_FORMS}")
+    try:
+        return _module_of_file(Path(where).resolve()) if is_file else importlib.import_module(where)
+    except (ImportError, SyntaxError, ValueError) as error:
+        hint = "" if is_file else "; the working directory and installed packages were searched"
+        raise BitscapeError(f"name: {where!r} cannot be imported: {error}{hint}") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Import a file that may lie outside any package, with its folder importable for its neighbours."""
+    # The path's hash keeps two files of one name apart; dataclasses and pickle look the module up in sys.modules.
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with _importable(path.parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    before = sys.path.copy()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise BitscapeError(f"path: no file {str(path)!r}; give a .safetensors file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BitscapeError(
+            f"path: {str(path)!r} is not a complete safetensors file ({error}); copy it again, or convert it with "
+            "safetensors.torch.save_file(model.state_dict(), path)"
+        ) from error
+
+
+def _uncounted(names: list[str], options: Any) -> list[str]:
+    """Describe the names that are no counters, each with the nearest options."""
+    return [name + nearest(name, options) for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _complain(path: Path | str, what: str, items: list[str]) -> None:
+    if items:
+        more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {what}: {', '.join(items[:5])}{more}")

@@ -1,0 +1,236 @@
+"""Policy: the bits of each layer, as plain data that reads and edits well as a file.
+
+A policy file is JSON, keyed by layer name, with one layer a line:
+
+    {
+      "format": 1,
+      "tool": "bitscape 0.1.0",
+      "fingerprint": "52ef8e3cb6e2a7d1",
+      "cost": {
+        "bitops": 388000000
+      },
+      "provenance": {
+        "method": "fisher"
+      },
+      "layers": {
+        "conv1": {"weight": 8, "activation": 8},
+        "layer1.0.conv1": {"weight": 3, "activation": 4}
+      }
+    }
+
+Only "format" and "layers" are needed in a file written by hand.
+"""
+
+import hashlib
+import json
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bitscape.errors import BitscapeError, nearest
+from bitscape.files import write_atomic
+from bitscape.version import __version__
+
+FORMAT = 1
+MAX_BITS = 8
+SHOWN_NAMES = 5  # an error names this many layers and counts the others
+
+
+class PolicyError(BitscapeError):
+    """A policy that is invalid, cannot be read, or does not fit the network."""
+
+
+@dataclass(frozen=True, order=True)
+class LayerBits:
+    """Bit-widths of one layer, each from 1 to 8."""
+
+    weight: int
+    """Bits of the layer's weights."""
+    activation: int
+    """Bits of the layer's input."""
+
+    def __post_init__(self) -> None:
+        for name, bits in (("weight", self.weight), ("activation", self.activation)):
+            if type(bits) is not int or not 1 <= bits <= MAX_BITS:
+                raise PolicyError(f"{name} bits are {bits!r}; allowed are whole numbers from 1 to {MAX_BITS}")
+
+    def __str__(self) -> str:
+        return f"{self.weight}/{self.activation}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Bits for every quantizable layer of one network.
+
+    The mappings are copied; `provenance` is reduced to what JSON holds (tuples become lists).
+    Raises PolicyError for anything that a policy file could not hold.
+    """
+
+    layers: Mapping[str, LayerBits]
+    """Layer name -> bits."""
+    fingerprint: str | None = None
+    """`fingerprint` of the network it was made for; None fits every network that has these layers."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """What it costs: name of the cost -> value."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How it was found: method, settings, seed, budget, proxy."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "cost", {name: _number(name, value) for name, value in self.cost.items()})
+        object.__setattr__(self, "provenance", _plain(self.provenance))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy file; a crash leaves the old file or the new one."""
+        write_atomic(path, _text(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Policy":
+        """Read a policy file. Raises PolicyError, naming the file, if it is damaged or holds what no policy can."""
+        try:
+            return _from_document(_parse(Path(path).read_bytes()))
+        except PolicyError as error:
+            raise PolicyError(f"{os.fspath(path)}: {error}") from error
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise PolicyError unless the policy covers the network whose layers have these weight shapes."""
+        unknown = [name for name in self.layers if name not in shapes]
+        if unknown:
+            hint = nearest(unknown[0], shapes)
+            raise PolicyError(f"the network has no layer {_listed(unknown)}{hint}; rename or remove it in the policy")
+        missing = [name for name in shapes if name not in self.layers]
+        if missing:
+            raise PolicyError(f"the policy gives no bits for {_listed(missing)}; every layer needs an entry")
+        found = fingerprint(shapes)
+        if self.fingerprint not in (None, found):
+            raise PolicyError(
+                f"the policy was made for a network with fingerprint {self.fingerprint}, this one has {found}: "
+                "the layer names agree, the weight shapes do not; search again for this network, or set the policy's "
+                "fingerprint to null to use it all the same"
+            )
+
+    def difference(self, other: "Policy") -> list[tuple[str, LayerBits | None, LayerBits | None]]:
+        """List (layer, bits here, bits in `other`) where the two differ; None where a policy lacks the layer."""
+        names = dict.fromkeys([*self.layers, *other.layers])
+        pairs = ((name, self.layers.get(name), other.layers.get(name)) for name in names)
+        return [(name, here, there) for name, here, there in pairs if here != there]
+
+
+def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Identify a network by its layers: 16 hex digits of a SHA-256 over the sorted "name:16x3x3x3" lines."""
+    lines = sorted(f"{name}:{'x'.join(str(size) for size in shape)}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def uniform_policy(names: Iterable[str], bits: LayerBits, pinned: Mapping[str, LayerBits] | None = None) -> Policy:
+    """Give each of the layers `names` the same bits, except for those in `pinned`, which must be among them."""
+    layers = dict.fromkeys(names, bits)
+    for name in pinned or {}:
+        if name not in layers:
+            raise PolicyError(f"pinned layer {name!r} is not among the layers{nearest(name, layers)}")
+    return Policy({**layers, **(pinned or {})})
+
+
+def _checked_layers(layers: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
+    for name, bits in layers.items():
+        if not isinstance(name, str) or not isinstance(bits, LayerBits):
+            raise PolicyError(f"layers must map names to LayerBits, got {name!r}: {bits!r}")
+    return dict(layers)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise PolicyError(f"cost {name!r} is {value!r}; allowed are finite numbers")
+
+
+def _plain(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(provenance), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"provenance cannot be written as JSON: {error}") from error
+    return plain
+
+
+def _text(policy: Policy) -> str:
+    entries = {
+        "format": json.dumps(FORMAT),
+        "tool": json.dumps(f"bitscape {__version__}"),
+        "fingerprint": json.dumps(policy.fingerprint),
+        "cost": _block(policy.cost),
+        "provenance": _block(policy.provenance),
+        "layers": _block({name: {"weight": b.weight, "activation": b.activation} for name, b in policy.layers.items()}),
+    }
+    return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in entries.items()) + "\n}\n"
+
+
+def _block(mapping: Mapping[str, Any]) -> str:
+    if not mapping:
+        return "{}"
+    lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in mapping.items()]
+    return "{\n" + ",\n".join(lines) + "\n  }"
+
+
+def _parse(content: bytes) -> Any:
+    try:
+        # utf-8-sig: some editors put a byte-order mark in front
+        text = content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except PolicyError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"not readable as JSON ({error}); is the file complete?") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PolicyError(f"{twice!r} stands twice; keep one of the entries")
+    return found
+
+
+def _refuse_constant(constant: str) -> None:
+    raise PolicyError(f"{constant} is no allowed number; allowed are finite numbers")
+
+
+def _from_document(document: Any) -> Policy:
+    if not isinstance(document, dict) or "format" not in document or "layers" not in document:
+        raise PolicyError('not a policy file: it must be an object with "format" and "layers"')
+    if document["format"] != FORMAT:
+        raise PolicyError(f"format {document['format']!r} is unknown; this version reads format {FORMAT}")
+    known = {"format", "tool", *(entry.name for entry in fields(Policy))}
+    for name in document:
+        if name not in known:
+            raise PolicyError(f"unknown entry {name!r}{nearest(name, known)}; allowed are {', '.join(sorted(known))}")
+    mark = document.get("fingerprint")
+    if mark is not None and not isinstance(mark, str):
+        raise PolicyError(f"fingerprint is {mark!r}; allowed are a text or null")
+    layers = {name: _bits(name, entry) for name, entry in _object(document, "layers").items()}
+    return Policy(layers, mark, _object(document, "cost"), _object(document, "provenance"))
+
+
+def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    entry = document.get(name, {})
+    if not isinstance(entry, dict):
+        raise PolicyError(f"{name!r} is {entry!r}; it must be an object")
+    return entry
+
+
+def _bits(layer: str, entry: Any) -> LayerBits:
+    if not isinstance(entry, dict) or set(entry) != {"weight", "activation"}:
+        raise PolicyError(f'layer {layer!r} is {entry!r}; it must read like {{"weight": 4, "activation": 8}}')
+    try:
+        return LayerBits(**entry)
+    except PolicyError as error:
+        raise PolicyError(f"layer {layer!r}: {error}") from error
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES])
+    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"

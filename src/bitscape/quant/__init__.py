@@ -1,0 +1,1 @@
+"""How one tensor, then one layer, then one network is quantized."""

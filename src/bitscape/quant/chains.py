@@ -1,0 +1,187 @@
+"""Which call of a network feeds which, seen in one forward pass on an example.
+
+Hooks on the modules without children, and a torch-function mode around everything else, note which call made each tensor and which calls take
+it. Additions, concatenations and `F.relu` between the modules are calls too, so a tensor with one user is known to have one.
+
+Not seen: values that leave torch (`.item()`, NumPy), tensors that reach a module otherwise than by its arguments, and branches that the example
+does not take. Whoever changes a network on the strength of this compares its outputs before and after: `require_same`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import QUANTIZABLE
+from bitscape.quant.convert import evaluating
+from bitscape.quant.layers import QuantizedLayer
+
+TOLERANCE = 1e-3
+"""Largest difference of two outputs that counts as rounding, relative to the largest output: float32 after a hundred layers."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module without children, or of a torch function between the modules."""
+
+    name: str
+    """The module's name in the network, or the function's own; "output" stands for the caller of the network."""
+    module: nn.Module | None
+    """None for functions."""
+    input: Tensor | None
+    """The first tensor taken; later in-place functions may have changed its values."""
+    sources: list["Call"]
+    """The calls that made the tensors taken; the network's input has none."""
+    users: list["Call"] = field(default_factory=list)
+    """The calls that take what this one made, each once for every tensor taken."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two layers, and the calls between them, in which every tensor has exactly one user."""
+
+    first: Call
+    between: tuple[Call, ...]
+    last: Call
+
+
+def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
+    """Run `model` once in eval mode on the first image of `example` (n, ...) and return its calls in order."""
+    recorder = _Recorder()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
+            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.leave_as(name)))
+    try:
+        with evaluating(model), recorder:
+            output = model(_on_device(example[:1], model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    recorder.add("output", None, output, recorder.makers(output), made=None)
+    return recorder.calls
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._maker: dict[int, Call] = {}
+        self._alive: list[Any] = []  # so that no id is given twice
+        self._taken: list[Any] = []  # arguments of the modules that run now
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sources = self.makers((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        # What returns no tensor (`x.shape`) is no use of the values.
+        if not self._taken and next(tensors_in(result), None) is not None:
+            self.add(getattr(func, "__name__", str(func)), None, (args, kwargs), sources, result)
+        return result
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # An in-place module returns the tensor it took: whose it was must be asked before.
+        self._taken.append(((args, kwargs), self.makers((args, kwargs))))
+
+    def leave_as(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            taken, sources = self._taken.pop()
+            if not self._taken:
+                self.add(name, module, taken, sources, output)
+
+        return leave
+
+    def makers(self, taken: Any) -> list[Call]:
+        return [self._maker[id(t)] for t in tensors_in(taken) if id(t) in self._maker]
+
+    def add(self, name: str, module: nn.Module | None, taken: Any, sources: list[Call], made: Any) -> None:
+        call = Call(name, module, next(tensors_in(taken), None), sources)
+        for source in sources:
+            source.users.append(call)
+        for tensor in tensors_in(made):
+            self._maker[id(tensor)] = call
+        self._alive.append((taken, made))
+        self.calls.append(call)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+
+
+def only_user(call: Call) -> Call | None:
+    """The one call that takes what `call` made; None if there are several, or none."""
+    return call.users[0] if len(call.users) == 1 else None
+
+
+def called_once(calls: list[Call]) -> set[nn.Module]:
+    """The modules that ran exactly once: what is changed in them changes nothing elsewhere."""
+    counts = Counter(call.module for call in calls if call.module is not None)
+    return {module for module, count in counts.items() if count == 1}
+
+
+def layer_chains(calls: list[Call], passes: Callable[[Call], bool]) -> list[Chain]:
+    """Chains of two Conv1d, Conv2d or Linear, each called once, with nothing but calls that `passes` accepts between them."""
+    once = called_once(calls)
+    chains = []
+    for first in calls:
+        if first.module not in once or not isinstance(first.module, QUANTIZABLE):
+            continue
+        between: list[Call] = []
+        call = only_user(first)
+        while call is not None and passes(call) and len(call.sources) == 1:
+            between.append(call)
+            call = only_user(call)
+        if call is not None and call.module in once and isinstance(call.module, QUANTIZABLE):
+            chains.append(Chain(first, tuple(between), call))
+    return chains
+
+
+def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are registered in more than one place."""
+    counts = Counter(p for _, p in _places(model))
+    return {parameter for parameter, count in counts.items() if count > 1}
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield module, parameter
+
+
+def outputs_of(model: nn.Module, example: Tensor) -> list[Tensor]:
+    """Every tensor that the network returns for `example`, in eval mode."""
+    with evaluating(model):
+        return [tensor.detach().clone() for tensor in tensors_in(model(_on_device(example, model)))]
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether two lists of outputs agree up to float rounding."""
+    return all(torch.isfinite(b).all() and _difference(a, b) <= TOLERANCE for a, b in zip(before, after, strict=True))
+
+
+def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason: str) -> None:
+    """Raise BitscapeError if `what` changed the outputs by more than float rounding; `reason` says why it may have."""
+    if not same(before, after):
+        worst = max(_difference(a, b) for a, b in zip(before, after, strict=True))
+        raise BitscapeError(f"{what} changed the network's output by {worst:.2g} of its largest value: {reason}")
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max().clamp(min=1e-12))
+
+
+def _on_device(example: Tensor, model: nn.Module) -> Tensor:
+    return example.to(next((p.device for p in model.parameters()), example.device))

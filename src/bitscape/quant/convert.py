@@ -1,0 +1,174 @@
+"""A float network and a policy in, a quantized network out; calibration and norm statistics."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.attention import split_attention
+from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.policy import Policy
+from bitscape.quant.layers import quantized_class, quantized_layers
+from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.quantizers import Lsq, Quantizer
+
+_log = logging.getLogger("bitscape.quant")
+_DEFAULT_QUANTIZER = Lsq()
+_DEFAULT_OBSERVER = Mse()
+SAMPLES_PER_BATCH = 1 << 13
+"""Activation values kept of each layer and batch: eight batches are enough for a percentile of 99.9, and a range search takes milliseconds."""
+
+
+def quantize(
+    model: nn.Module,
+    policy: Policy,
+    quantizer: Quantizer = _DEFAULT_QUANTIZER,
+    *,
+    observer: Observer = _DEFAULT_OBSERVER,
+    inplace: bool = False,
+) -> nn.Module:
+    """Return `model` with every layer of `policy` quantized; weight scales are set, activation scales wait for `calibrate`.
+
+    Args:
+        model: float network; it is copied unless `inplace`.
+        policy: bits of every Conv1d, Conv2d and Linear (projections of nn.MultiheadAttention included, as q_proj, k_proj, v_proj, out_proj).
+        quantizer: how weights and activations are laid on their grids.
+        observer: where weight scales start.
+
+    Raises:
+        PolicyError: unknown or missing layers, or a policy of another network.
+        BitscapeError: a model that is quantized already; weights that are not finite (the layer is named).
+    """
+    if quantized_layers(model):
+        raise BitscapeError("model: it is quantized already; give the float network, or change a quantized one's bits by quantizing the float one anew")
+    model = split_attention(model if inplace else copy.deepcopy(model))
+    policy.check(layer_shapes(model))
+    for name, layer in quantizable_layers(model).items():
+        bits = policy.layers[name]
+        weight = layer.get_parameter("weight")
+        weight_quantizer = quantizer.for_weight(weight, bits.weight)
+        with _naming(name, "weight"):
+            weight_quantizer.initialize(weight, observer)
+        # In place, and by class: see layers.py.
+        layer.__class__ = quantized_class(type(layer))
+        layer.weight_quantizer = weight_quantizer.to(weight.device)
+        layer.input_quantizer = quantizer.for_activation(bits.activation).to(weight.device)
+    return model
+
+
+@contextmanager
+def bypassed(model: nn.Module, *quantizers: str) -> Iterator[None]:
+    """Within the block the named quantizers ("weight_quantizer", "input_quantizer"; default both) pass values through."""
+    names = quantizers or ("weight_quantizer", "input_quantizer")
+    saved = [(layer, name, getattr(layer, name)) for layer in quantized_layers(model).values() for name in names]
+    try:
+        for layer, name, _ in saved:
+            setattr(layer, name, nn.Identity())
+        yield
+    finally:
+        for layer, name, module in saved:
+            setattr(layer, name, module)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the network is in eval mode and builds no graph; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Observer = _DEFAULT_OBSERVER) -> nn.Module:
+    """Set the activation scales of a quantized `model` from `images`, in place; no labels are needed.
+
+    Args:
+        model: what `quantize` returned.
+        images: normalized float32 (n, c, h, w), or batches of them; a few hundred images are enough.
+        observer: how a range is chosen from the values seen.
+
+    Raises:
+        BitscapeError: no quantized layer, or activations that are not finite (the layer is named).
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+    inputs = record_inputs(model, layers, images)
+    for name, layer in layers.items():
+        if name not in inputs:
+            _log.warning("layer %s never ran during calibration: its activation scale is not set", name)
+            continue
+        with _naming(name, "input"):
+            layer.input_quantizer.initialize(inputs[name], observer)  # type: ignore[operator]  # a FakeQuantizer
+    return model
+
+
+def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
+    """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes."""
+    samples: dict[str, list[Tensor]] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda _, inputs: samples.setdefault(name, []).append(_sample(inputs[0]))
+
+    handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+    try:
+        with bypassed(model), evaluating(model):
+            for batch in batches_of(images, model):
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in samples.items()}
+
+
+def _sample(values: Tensor) -> Tensor:
+    flat = values.detach().flatten()
+    stride = max(1, flat.numel() // SAMPLES_PER_BATCH)
+    # The extremes always belong to the sample: they decide the sign, and min-max ranges.
+    return torch.cat([flat[::stride], torch.stack(flat.aminmax())]).float()
+
+
+def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: int = 32) -> Iterator[Tensor]:
+    """Batches of `images` on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        yield batch.to(device)
+
+
+@contextmanager
+def _naming(layer: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except BitscapeError as error:
+        raise BitscapeError(f"layer {layer}, {what}: {error}") from error
+
+
+def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn.Module:
+    """Replace the running statistics of every batch norm by the plain average over the batches of `images`, in place.
+
+    Do it after every change of policy: quantized layers shift means and variances. About 50 batches are enough.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over all batches
+                norm.train()
+            for batch in batches_of(images, model, batch_size=128):
+                model(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return model

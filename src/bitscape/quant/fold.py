@@ -1,0 +1,164 @@
+"""Batch norms folded into the layers before them: the same network with fewer steps, as runtimes and repair want it."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import QUANTIZABLE, replace_module
+from bitscape.quant.chains import (
+    Call,
+    called_once,
+    only_user,
+    outputs_of,
+    record_calls,
+    require_same,
+    same,
+    shared_parameters,
+)
+from bitscape.quant.convert import bypassed, evaluating
+from bitscape.quant.layers import QuantizedLayer
+from bitscape.quant.observers import MINIMUM_SCALE
+from bitscape.quant.quantizers.lsq import LsqWeight
+
+_log = logging.getLogger("bitscape.quant")
+
+
+def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> nn.Module:
+    """Fold every batch norm into the Conv1d, Conv2d or Linear before it, by its running statistics, and put nn.Identity in its place.
+
+    A layer without a bias gets one. Left as they are, and logged: norms behind nothing foldable, layers or norms that run more than once or
+    share parameters, and layers whose output something else takes too.
+
+    A network quantized by LSQ with one weight scale per output channel is folded exactly, after training: the folded weight is the former
+    quantized weight times gamma / sigma, and lies on the former codes times its sign; the latent weight is gone.
+
+    Args:
+        model: network; it is copied unless `inplace`.
+        example: float32 (n, c, h, w), normalized for the model; one image finds the pairs, all of them check the result.
+        inplace: change `model` itself.
+
+    Raises:
+        BitscapeError: the output on `example` changed (the network uses a layer in a way that the pass could not show); or a quantized layer
+            cannot be folded exactly: another quantizer, one scale per tensor, or the code -2^(b-1) where gamma is negative. In that case `model`
+            is unchanged even with `inplace`.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    pairs = norm_pairs(model, example)
+    obstacles = [f"{pair.name}: {reason}" for pair in pairs if (reason := _obstacle(pair))]
+    if obstacles:
+        raise BitscapeError(
+            "model: its norms cannot be folded exactly; fold the float network before quantizing it, or keep the norms. "
+            + "; ".join(obstacles)
+        )
+    with bypassed(model, "input_quantizer"):  # a rounded activation would turn float noise into steps
+        before = outputs_of(model, example)
+        folded = sum(_fold_checked(model, pair) for pair in pairs)
+        after = outputs_of(model, example)
+    require_same(before, after, what="fold_norms", reason="it uses a convolution's output or weight in a hidden way")
+    _log.info("folded %d of %d batch norms", folded, folded + sum(isinstance(m, _BatchNorm) for m in model.modules()))
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class NormPair:
+    """A layer whose output goes into a batch norm and nowhere else."""
+
+    name: str
+    """The layer's."""
+    layer: nn.Module
+    norm: _BatchNorm
+    input: Tensor
+    """What the layer took in the pass that found the pair."""
+
+    def factor(self) -> Tensor:
+        """gamma / sigma of each channel, float64."""
+        assert self.norm.running_var is not None
+        deviation = (self.norm.running_var.double() + self.norm.eps).sqrt()
+        return (torch.ones_like(deviation) if self.norm.weight is None else self.norm.weight.double()) / deviation
+
+    def bias(self) -> Tensor:
+        """The folded layer's bias, float64."""
+        assert self.norm.running_mean is not None
+        bias = self.layer.bias
+        shifted = (bias.double() if isinstance(bias, Tensor) else 0.0) - self.norm.running_mean.double()
+        return shifted * self.factor() + (0.0 if self.norm.bias is None else self.norm.bias.double())
+
+
+def norm_pairs(model: nn.Module, example: Tensor) -> list[NormPair]:
+    """The pairs of `model` that can be folded, found in one pass on the first image of `example`."""
+    calls = record_calls(model, example)
+    shared = shared_parameters(model)
+    once = {module for module in called_once(calls) if shared.isdisjoint(module.parameters(recurse=False))}
+    return [pair for call in calls if call.module in once for pair in _pair(call, once)]
+
+
+def _pair(call: Call, once: set[nn.Module]) -> Iterator[NormPair]:
+    user = only_user(call)
+    if isinstance(call.module, QUANTIZABLE) and user is not None and isinstance(user.module, _BatchNorm):
+        channels = call.module.get_parameter("weight").shape[0]
+        if user.module in once and user.module.running_mean is not None and user.module.num_features == channels:
+            assert call.input is not None
+            yield NormPair(call.name, call.module, user.module, call.input)
+
+
+def _fold_checked(model: nn.Module, pair: NormPair) -> bool:
+    """Fold one pair; undo it if the layer alone does not give what both gave (weight standardisation, a norm over another axis)."""
+    layer = pair.layer
+    weight, bias, former = layer.get_parameter("weight"), layer.bias, copy.deepcopy(layer.state_dict())
+    with evaluating(model):
+        before = pair.norm(layer(pair.input))
+        layer.bias = nn.Parameter(pair.bias().to(weight.dtype))
+        weight.copy_(_folded_weight(pair))
+        if same([before], [layer(pair.input)]):
+            replace_module(model, pair.norm, nn.Identity())
+            return True
+        layer.bias = bias
+        layer.load_state_dict(former)
+    _log.warning("layer %s: its norm is not folded, because the layer is not linear in its weight", pair.name)
+    return False
+
+
+def _folded_weight(pair: NormPair) -> Tensor:
+    """The weight times gamma / sigma, float64; of a quantized layer the quantized weight, whose scales follow."""
+    layer, factor = pair.layer, pair.factor()
+    weight = layer.get_parameter("weight")
+    factor_rows = factor.reshape(-1, *[1] * (weight.ndim - 1))
+    if not isinstance(layer, QuantizedLayer):
+        return weight.double() * factor_rows
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, LsqWeight)
+    codes = quantizer.codes(weight)
+    scale = codes.scale.double() * factor_rows.abs()
+    quantizer.scale.copy_(torch.where(factor_rows == 0, codes.scale, scale))
+    return (codes.q.double() - codes.zero_point) * quantizer.scale.double() * factor_rows.sign()
+
+
+def _obstacle(pair: NormPair) -> str | None:
+    """Why a quantized layer cannot be folded exactly; None if it can, or is a float one."""
+    if not isinstance(pair.layer, QuantizedLayer):
+        return None
+    quantizer, weight = pair.layer.weight_quantizer, pair.layer.get_parameter("weight")
+    if not isinstance(quantizer, LsqWeight):
+        return f"its {type(quantizer).__name__} computes its grid from the weight"
+    factor = pair.factor().reshape(-1, *[1] * (weight.ndim - 1))
+    if quantizer.scale.shape != factor.shape:
+        return "its weight scales are not one per output channel"
+    codes = quantizer.codes(weight)
+    levels = (codes.q - codes.zero_point) * factor.sign()
+    grid = quantizer.grid
+    outside = int(((levels < grid.qmin - codes.zero_point) | (levels > grid.qmax - codes.zero_point)).sum())
+    if outside:
+        return f"{outside} weights hold the code {grid.qmin} under a negative gamma, and the grid has no {-grid.qmin}"
+    if codes.zero_point and (factor == 0).any():
+        return "a gamma is zero, and the grid has no zero"
+    if ((codes.scale * factor.abs() < MINIMUM_SCALE) & (factor != 0)).any():
+        return f"a folded weight scale is below {MINIMUM_SCALE:g}"
+    return None
+
+

@@ -1,0 +1,124 @@
+"""Quantizing one tensor: to integers, back, and both with a straight-through gradient.
+
+`fake_quantize` is the one primitive. In eager mode it is a hand-written autograd function: four in-place passes forward; backward one masking
+pass and two dot products, with nothing saved beside the input and the output that the layer keeps anyway. Under `torch.compile` the plain
+formula is traced and fused instead. Both have the gradients of LSQ (Esser et al., ICLR 2020, Eq. 3 and 5).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitscape.quant.grid import Grid, Number
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes straight through."""
+    return x + (x.round() - x).detach()
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return `x` unchanged, its gradient multiplied by `factor`."""
+    return x * factor + (x - x * factor).detach()
+
+
+def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Codes q in qmin..qmax of `x`, as floats: clip(round(x / scale + zero_point)). `scale` broadcasts against `x`."""
+    codes = x / scale
+    if _is_shifted(grid.zero_point):
+        codes = codes.add_(grid.zero_point)
+    codes = codes.round_()
+    return _clamp_(codes, grid.qmin, grid.qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Number = 0.0) -> Tensor:
+    """Real values scale * (q - zero_point) of float `codes`."""
+    return (codes - zero_point) * scale if _is_shifted(zero_point) else codes * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, *, scale_gradient_factor: float = 1.0) -> Tensor:
+    """Quantize and dequantize `x` of any shape.
+
+    Args:
+        x: values; gradient 1 inside the grid's range, 0 outside.
+        scale: positive spacing, broadcasts against `x`: 0-d for one scale, (C, 1, ...) for one a channel.
+        grid: limits and zero point; tensors there broadcast too, so that bits may differ by channel or image. A zero point that requires a
+            gradient gets one (LSQ+).
+        scale_gradient_factor: multiplies the gradient of `scale`, LSQ's 1 / sqrt(N * qmax).
+    """
+    if torch.compiler.is_compiling():
+        return _plain_fake_quantize(x, scale_gradient(scale, scale_gradient_factor), grid)
+    return _FakeQuantize.apply(x, scale, grid.qmin, grid.qmax, grid.zero_point, scale_gradient_factor)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+
+
+def _plain_fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    scale = scale.to(x.dtype) if scale.ndim else scale
+    q = torch.clamp(x / scale + grid.zero_point, grid.qmin, grid.qmax)  # type: ignore[arg-type]  # limits are both numbers or both tensors
+    return (round_ste(q) - grid.zero_point) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]  # torch types every argument as Any
+        ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float
+    ) -> Tensor:
+        codes = quantize(x, scale, Grid(qmin, qmax, zero_point))
+        if _is_shifted(zero_point):
+            codes = codes.sub_(zero_point)
+        y = codes.mul_(scale)
+        ctx.save_for_backward(x, scale, y, *(v for v in (qmin, qmax, zero_point) if isinstance(v, Tensor)))
+        ctx.numbers = tuple(None if isinstance(v, Tensor) else v for v in (qmin, qmax, zero_point))
+        ctx.factor = factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as above
+        x, scale, y, *tensors = ctx.saved_tensors
+        queue = iter(tensors)
+        qmin, qmax, zero_point = (next(queue) if v is None else v for v in ctx.numbers)
+        inside = _mask_outside(g, x, scale, qmin, qmax, zero_point)
+        g_scale = g_zero_point = None
+        if ctx.needs_input_grad[1]:
+            # d y / d scale is (y - x) / scale inside and y / scale outside: no need to round again.
+            g_scale = (_sum_product(g, y, scale) - _sum_product(inside, x, scale)) / scale * ctx.factor
+        if ctx.needs_input_grad[4]:
+            outside = (inside - g).float() * scale
+            g_zero_point = outside.sum_to_size(zero_point.shape) if zero_point.ndim else outside.sum()
+        return inside if ctx.needs_input_grad[0] else None, g_scale, None, None, g_zero_point, None
+
+
+def _mask_outside(g: Tensor, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number) -> Tensor:
+    """The gradient where `x` lies within the grid's range, else zero."""
+    low, high = (qmin - zero_point) * scale, (qmax - zero_point) * scale
+    if x.device.type == "cpu" and low.numel() == 1 and high.numel() == 1:
+        # One vectorised pass; .item() waits for nothing on a CPU. It is zero at the very bounds, where clip has a subgradient anyway.
+        return torch.ops.aten.hardtanh_backward(g, x, low.item(), high.item())  # type: ignore[no-any-return]  # operators are untyped
+    return torch.where((x >= low) & (x <= high), g, 0.0)
+
+
+def _sum_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum of a * b in float32, over the dimensions that `like` shares."""
+    if like.numel() > 1:
+        return (a.float() * b.float()).sum_to_size(like.shape)
+    same_layout = a.stride() == b.stride() and _is_dense(a)
+    flat_a, flat_b = (_storage_order(a), _storage_order(b)) if same_layout else (a.reshape(-1), b.reshape(-1))
+    # bfloat16 dot products are several times slower than the conversion, and lose the sum.
+    return torch.dot(flat_a.float(), flat_b.float()).reshape(like.shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _storage_order(x: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory, without a copy."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _clamp_(x: Tensor, low: Number, high: Number) -> Tensor:
+    return x.clamp_(low, high)  # type: ignore[arg-type]  # both numbers or both tensors
+
+
+def _is_shifted(zero_point: Number) -> bool:
+    return isinstance(zero_point, Tensor) or zero_point != 0.0

@@ -1,0 +1,102 @@
+"""Quantized layers: the torch layer, with a fake-quantizer on its input and one on its weight.
+
+A layer becomes quantized by changing its class, in place: parameters, names, hooks and every reference to it stay as they are, so float
+checkpoints still load, and a layer that is used twice stays one layer.
+"""
+
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import QUANTIZABLE
+from bitscape.policy import LayerBits
+from bitscape.quant.quantizers import FakeQuantizer
+
+
+class QuantizedLayer(nn.Module):
+    """What the quantized layers share; `isinstance(layer, QuantizedLayer)` tells them."""
+
+    weight: Tensor
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
+    @property
+    def bits(self) -> LayerBits:
+        """Static bit-widths of weight and input."""
+        weight, activation = (cast(FakeQuantizer, q).bits for q in (self.weight_quantizer, self.input_quantizer))
+        return LayerBits(int(weight), int(activation))
+
+
+class QuantConv1d(QuantizedLayer, nn.Conv1d):
+    """nn.Conv1d on a quantized input with a quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """nn.Conv2d on a quantized input with a quantized weight; depthwise and grouped ones too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """nn.Linear on a quantized input with a quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+@cache
+def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
+    """The quantized form of a layer class.
+
+    A subclass with a forward of its own (SAME padding, weight standardisation) keeps it: the forward finds the quantized weight under
+    `self.weight` while it runs.
+
+    Raises:
+        BitscapeError: not a Conv1d, Conv2d or Linear.
+    """
+    for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
+        if issubclass(kind, base):
+            keeps_forward = kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
+            if keeps_forward:
+                return quantized
+            return type(f"Quant{kind.__name__}", (_OwnForward, kind), {})
+    raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {', '.join(k.__name__ for k in QUANTIZABLE)} and their subclasses")
+
+
+class _OwnForward(QuantizedLayer):
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # An instance attribute hides the parameter of the same name, which lives in _parameters, for the time of the call.
+        self.__dict__["weight"] = self.weight_quantizer(self.weight)
+        try:
+            return super().forward(self.input_quantizer(input), *args, **kwargs)
+        finally:
+            del self.__dict__["weight"]
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Name -> quantized layer; a layer reachable by several names once, under its first."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+
+
+def apply_layer(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
+    """What `layer` computes from `input` with `weight` in place of its own and without bias: linear in both.
+
+    Quantizers of a quantized layer are not applied; a forward of the layer's own (SAME padding) is.
+    """
+    if type(layer).forward in (nn.Linear.forward, QuantLinear.forward):
+        return nn.functional.linear(input, weight)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
+        return layer._conv_forward(input, weight, None)
+    hidden = {"weight": weight, "bias": None}
+    layer.__dict__.update(hidden)
+    try:
+        return cast(Tensor, nn.Module.__getattribute__(layer, "forward")(input))
+    finally:
+        for name in hidden:
+            del layer.__dict__[name]

@@ -1,0 +1,158 @@
+"""What every quantizer shares: the fake-quantizer module, its codes, and how scales are shared within a tensor.
+
+A quantizer is a frozen setting with two functions, `for_weight(weight, bits)` and `for_activation(bits)`, that build `FakeQuantizer` modules.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.quant.functional import dequantize, fake_quantize, quantize
+from bitscape.quant.grid import Grid, grid
+from bitscape.quant.observers import Observer
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of `axis`; output channels are axis 0 of a weight."""
+
+    axis: int = 0
+
+
+Sharing = PerTensor | PerChannel
+
+
+def scale_shape(shape: torch.Size, sharing: Sharing) -> tuple[int, ...]:
+    """Shape of the scales of a tensor of `shape`: () or broadcastable with one axis kept."""
+    if isinstance(sharing, PerTensor):
+        return ()
+    return tuple(n if axis == sharing.axis else 1 for axis, n in enumerate(shape))
+
+
+def grouped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x` as (groups, n): one row of values for each scale of `shape`."""
+    axis = next((i for i, n in enumerate(shape) if n > 1), None)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight as integers: real = scale * (q - zero_point).
+
+    `q` is int8 in the weight's shape; `scale` float32, 0-d or (C, 1, ...); `zero_point` 0 or -1/2 (mid-rise).
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: float
+
+    def dequantize(self) -> Tensor:
+        """The real values, bit for bit those of the fake-quantizer's forward pass."""
+        return dequantize(self.q.float(), self.scale, self.zero_point)
+
+
+class FakeQuantizer(nn.Module, ABC):
+    """Quantizes and dequantizes a tensor; built by a quantizer's `for_weight` or `for_activation`.
+
+    Attributes:
+        bits: bit-width 1..8, or a tensor of them that broadcasts against the data.
+        signed: whether codes below zero exist. For activations decided by the values seen in `initialize`.
+        initialized: whether scales were set; calling it earlier is an error.
+    """
+
+    is_fake_quantizer: Final = True
+
+    def __init__(self, bits: int | Tensor, *, signed: bool, mid_rise: bool = False) -> None:
+        super().__init__()
+        grid(bits, signed=signed)  # checks the bit-width
+        self.bits = bits
+        self.signed = signed
+        self.mid_rise = mid_rise
+        self.initialized = False
+        self._grid: Grid | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Integer limits for the present bits and sign."""
+        if self._grid is None:
+            self._grid = grid(self.bits, signed=self.signed, mid_rise=self.mid_rise)
+        return self._grid
+
+    @abstractmethod
+    def _quantize_dequantize(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _set_range(self, values: Tensor, observer: Observer) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.initialized:
+            raise BitscapeError("a fake-quantizer was called before its scale was set: run bitscape.calibrate(model, images) first")
+        return self._quantize_dequantize(x)
+
+    @torch.no_grad()
+    def initialize(self, values: Tensor, observer: Observer) -> None:
+        """Set scales from `values`: the weight itself, or a sample of activations of any shape.
+
+        Raises:
+            BitscapeError: values that are not finite.
+        """
+        if not torch.isfinite(values).all():
+            raise BitscapeError(
+                f"{int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite: "
+                "no scale fits them; check the checkpoint and the input normalization"
+            )
+        self._set_range(values.detach().float(), observer)
+        self.initialized = True
+
+    def see_sign(self, values: Tensor) -> None:
+        """Let the values decide whether codes below zero are needed."""
+        self.signed = bool(values.min() < 0)
+        self._grid = None
+
+    # The sign and the state travel with the state dict, as a tensor, so that nothing has to be unpickled.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.signed, self.initialized], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.signed, self.initialized = (bool(v) for v in state.tolist())
+        self._grid = None
+
+    def extra_repr(self) -> str:
+        bits = "per element" if isinstance(self.bits, Tensor) else self.bits
+        return f"bits={bits}, {'signed' if self.signed else 'unsigned'}"
+
+
+class WeightFakeQuantizer(FakeQuantizer):
+    """A fake-quantizer whose result can be stored as codes: transform, then the grid.
+
+    Forward is `fake_quantize(transform(w), grid_scale())`; `codes` walks the same arithmetic, so both agree bit for bit.
+    """
+
+    gradient_factor: float = 1.0
+
+    @abstractmethod
+    def transform(self, weight: Tensor) -> Tensor:
+        """What is laid on the grid, in the weight's shape."""
+
+    @abstractmethod
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        """Spacing of the grid for the transformed weight."""
+
+    def _quantize_dequantize(self, x: Tensor) -> Tensor:
+        return fake_quantize(self.transform(x), self.grid_scale(x), self.grid, scale_gradient_factor=self.gradient_factor)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Codes:
+        """The integers, scales and zero point of `weight`; needs integer bits."""
+        scale = self.grid_scale(weight).detach().clone()
+        q = quantize(self.transform(weight), scale, self.grid)
+        return Codes(q.to(torch.int8), scale, float(self.grid.zero_point))

@@ -1,0 +1,67 @@
+"""LIQ with weight normalization: weights standardised first, then clipped at a learned bound; the quantizer of SAQ's convolutional networks.
+
+Paper     Liu, Cai, Zhuang: "Sharpness-aware Quantization for Deep Neural Networks", arXiv 2111.12273 (released code)
+Idea      Standardised weights use every level whatever their spread, so one learned bound per layer is enough.
+Computes  w_n = (w - mean) / std, a * (2 R_b((clip(w_n / a, -1, 1) + 1) / 2) - 1) -> LiqWeight
+Departs   With `restore_scale` (default) the result is multiplied by std again, so that layers without a norm behind them keep their output range;
+          the mean is not added back (a norm layer would remove it). Activations are LSQ's, the same function under another parametrisation.
+Costs     As LSQ, and two passes over the weights.
+Measured  not yet
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.quantizers.base import WeightFakeQuantizer
+from bitscape.quant.quantizers.lsq import LsqActivation
+
+
+class LiqWeight(WeightFakeQuantizer):
+    """Standardised weights on 2^b symmetric levels without zero; one learned `clip` per layer, in standard deviations."""
+
+    def __init__(self, weight: Tensor, bits: int, restore_scale: bool) -> None:
+        super().__init__(bits, signed=True, mid_rise=True)
+        self.clip = nn.Parameter(torch.ones((), device=weight.device))
+        self.restore_scale = restore_scale
+
+    @property
+    def scale(self) -> Tensor:
+        """Float32 spacing of the grid, derived from the learned bound."""
+        return self.clip.clamp(min=MINIMUM_SCALE) * (2 / (2 ** int(self.bits) - 1))
+
+    def transform(self, weight: Tensor) -> Tensor:
+        mean, deviation = _moments(weight)
+        return weight - mean if self.restore_scale else (weight - mean) / deviation
+
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        return self.scale * _moments(weight)[1] if self.restore_scale else self.scale
+
+    def _set_range(self, values: Tensor, observer: Observer) -> None:
+        mean, deviation = _moments(values)
+        normalized = (values - mean) / deviation
+        scale = observer.scale(normalized.reshape(1, -1), self.grid)[0]
+        self.clip.copy_(scale * ((2 ** int(self.bits) - 1) / 2))
+
+
+def _moments(weight: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight.detach()
+    return weight.mean(), weight.std(unbiased=False).clamp(min=MINIMUM_SCALE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liq:
+    """Weight-normalised quantization with a learned clip; scales per tensor."""
+
+    restore_scale: bool = True
+    """Multiply by the weight's standard deviation again; False as in SAQ's code (needs a norm after every layer)."""
+
+    def for_weight(self, weight: Tensor, bits: int) -> LiqWeight:
+        """Fake-quantizer for a weight of any shape."""
+        return LiqWeight(weight, bits, self.restore_scale)
+
+    def for_activation(self, bits: int | Tensor) -> LsqActivation:
+        """Fake-quantizer for a layer's input."""
+        return LsqActivation(bits)

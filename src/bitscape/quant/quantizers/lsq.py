@@ -1,0 +1,86 @@
+"""LSQ: the scale is a parameter, learned by its own gradient.
+
+Paper     Esser, McKinstry, Bablani, Appuswamy, Modha: "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153
+Idea      The grid spacing is trained together with the weights. Its gradient sees how close each value lies to a transition between codes, and
+          is scaled by 1 / sqrt(N * qmax) so that scales and weights move at a like pace.
+Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> gradient_factor
+Departs   One scale per output channel for weights by default (paper: per layer), N then counts a channel. Scales start at the squared-error
+          optimum instead of 2 mean|v| / sqrt(qmax) (`MeanAbsolute` gives the paper's). One-bit weights are the sign on a mid-rise grid.
+Costs     Two passes over each tensor more than float training; see docs/speed.
+Measured  The default quantizer of every benchmark here: docs/results.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.quant.functional import fake_quantize
+from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.quantizers.base import (
+    FakeQuantizer,
+    PerChannel,
+    Sharing,
+    WeightFakeQuantizer,
+    grouped,
+    scale_shape,
+)
+
+
+class LsqWeight(WeightFakeQuantizer):
+    """Weights on a signed grid with learned scales."""
+
+    def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing) -> None:
+        super().__init__(bits, signed=True)
+        shape = scale_shape(weight.shape, sharing)
+        self.scale = nn.Parameter(torch.ones(shape, device=weight.device))
+        self.gradient_factor = lsq_gradient_factor(weight.numel() // max(1, math.prod(shape)), self.grid.qmax)
+
+    def transform(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def grid_scale(self, weight: Tensor) -> Tensor:
+        return self.scale.clamp(min=MINIMUM_SCALE)
+
+    def _set_range(self, values: Tensor, observer: Observer) -> None:
+        scales = observer.scale(grouped(values, self.scale.shape), self.grid)
+        self.scale.copy_(scales.reshape(self.scale.shape))
+
+
+class LsqActivation(FakeQuantizer):
+    """Activations with one learned scale; unsigned if no value below zero was seen."""
+
+    def __init__(self, bits: int | Tensor) -> None:
+        super().__init__(bits, signed=False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def _quantize_dequantize(self, x: Tensor) -> Tensor:
+        factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
+        return fake_quantize(x, self.scale.clamp(min=MINIMUM_SCALE), self.grid, scale_gradient_factor=factor)
+
+    def _set_range(self, values: Tensor, observer: Observer) -> None:
+        self.see_sign(values)
+        self.scale.copy_(observer.scale(values.reshape(1, -1), self.grid)[0])
+
+
+def lsq_gradient_factor(elements: int, qmax: float | Tensor) -> float:
+    """1 / sqrt(N * qmax) of section 2.2; N elements share the scale. A 1-bit signed grid (qmax 0) counts as 1."""
+    largest = float(qmax.max()) if isinstance(qmax, Tensor) else qmax
+    return 1.0 / math.sqrt(max(1, elements) * max(1.0, largest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lsq:
+    """Learned step size quantization (default)."""
+
+    weight_scales: Sharing = field(default_factory=PerChannel)
+    """One scale per output channel, or one per tensor."""
+
+    def for_weight(self, weight: Tensor, bits: int | Tensor) -> LsqWeight:
+        """Fake-quantizer for a weight of any shape, output channels first."""
+        return LsqWeight(weight, bits, self.weight_scales)
+
+    def for_activation(self, bits: int | Tensor) -> LsqActivation:
+        """Fake-quantizer for a layer's input."""
+        return LsqActivation(bits)

@@ -1,0 +1,84 @@
+"""PACT: activations clipped at a learned bound; weights as in DoReFa.
+
+Paper     Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan: "PACT: Parameterized Clipping Activation", 2018, arXiv 1805.06085
+Idea      ReLU has no upper bound, so a quantizer needs one: let training find it, and let L2 pull it down.
+Computes  Eq. 1-3 -> PactActivation
+Departs   The bound starts at the calibrated range (paper: 6 to 10). Signed inputs (images, linear bottlenecks) are clipped to -clip..clip.
+          The L2 term enters as a gradient, so that no loss has to know of it.
+Costs     As DoReFa.
+Measured  not yet
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.quantizers.base import FakeQuantizer
+from bitscape.quant.quantizers.dorefa import DorefaWeight
+
+
+class PactActivation(FakeQuantizer):
+    """clip(x, 0, clip) on an unsigned grid; the gradient of `clip` is 1 where x >= clip (Eq. 3)."""
+
+    def __init__(self, bits: int | Tensor, decay: float) -> None:
+        super().__init__(bits, signed=False)
+        self.clip = nn.Parameter(torch.ones(()))
+        self.decay = decay
+
+    @property
+    def scale(self) -> Tensor:
+        """Float32 spacing of the grid, derived from the learned bound."""
+        return self.clip.detach().clamp(min=MINIMUM_SCALE) / self.grid.qmax
+
+    def _quantize_dequantize(self, x: Tensor) -> Tensor:
+        clip = _WithL2.apply(self.clip, self.decay).to(x.dtype)  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
+        clipped = torch.clamp(x, -clip if self.signed else torch.zeros_like(clip), clip)
+        with torch.no_grad():
+            on_grid = dequantize(quantize(clipped, self.scale, self.grid), self.scale, self.grid.zero_point)
+        return clipped + (on_grid - clipped).detach()
+
+    def _set_range(self, values: Tensor, observer: Observer) -> None:
+        self.see_sign(values)
+        self.clip.copy_(observer.scale(values.reshape(1, -1), self.grid)[0] * self.grid.qmax)
+
+
+class _WithL2(torch.autograd.Function):
+    """The value itself; its gradient gains decay * value, that of an L2 penalty decay / 2 * value^2."""
+
+    @staticmethod
+    def forward(ctx: Any, clip: Tensor, decay: float) -> Tensor:  # type: ignore[override]  # torch types every argument as Any
+        ctx.save_for_backward(clip)
+        ctx.decay = decay
+        return clip.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # as above
+        (clip,) = ctx.saved_tensors
+        return g + ctx.decay * clip, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pact:
+    """Learned clipping of activations, DoReFa weights."""
+
+    decay: float = 1e-4
+    """L2 pull on the clipping bound, at least 0."""
+    restore_scale: bool = True
+    """As in `Dorefa`."""
+
+    def __post_init__(self) -> None:
+        if self.decay < 0:
+            raise BitscapeError(f"decay = {self.decay}: the L2 pull on the clip is at least 0; 1e-4 is usual")
+
+    def for_weight(self, weight: Tensor, bits: int) -> DorefaWeight:
+        """Fake-quantizer for a weight of any shape."""
+        return DorefaWeight(bits, self.restore_scale)
+
+    def for_activation(self, bits: int | Tensor) -> PactActivation:
+        """Fake-quantizer for a layer's input."""
+        return PactActivation(bits, self.decay)

@@ -1,0 +1,149 @@
+"""Second moments of every layer's input: collected once from the float network, used for every policy."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from bitscape.errors import BitscapeError
+from bitscape.models.attention import split_attention
+from bitscape.models.layers import quantizable_layers
+from bitscape.quant.convert import batches_of, evaluating
+
+_log = logging.getLogger("bitscape.quant.repair")
+UNFOLDED_ELEMENTS = 1 << 24
+"""Values unfolded at once: 64 MB of float32."""
+
+
+def input_moments(
+    model: nn.Module, images: Tensor | Iterable[Tensor], *, positions: int = 128, seed: int = 0
+) -> dict[str, Tensor]:
+    """Mean of x x^T over the inputs x that a layer's weight rows are multiplied with.
+
+    Every call of conv1d, conv2d and linear with a layer's own weight counts, so padding of the layer's own (SAME) and shared layers are right;
+    a layer that computes another weight first (weight standardisation) is left out, as are layers that never run.
+
+    Args:
+        model: float network; nn.MultiheadAttention is split in a copy, as `quantize` does.
+        images: normalized float32 (n, c, h, w), or batches of them.
+        positions: output positions (or tokens) of each image that count, drawn at random; a few thousand in all are enough for most layers.
+        seed: of that draw.
+
+    Returns:
+        Layer name -> float32 (groups, k, k) with k = inputs of a group times the kernel's size. It takes the memory of the sum of all k^2.
+
+    Raises:
+        BitscapeError: no images, or inputs that are not finite (the layer is named).
+    """
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        model = split_attention(copy.deepcopy(model))
+    names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
+    collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
+    with evaluating(model), collector:
+        for batch in batches_of(images, model):
+            model(batch)
+    for name in names.values():
+        if name not in collector.sums:
+            _log.warning("layer %s: no moments, it never ran, or not with its own weight", name)
+    return {name: _mean(name, total, collector.counts[name]) for name, total in collector.sums.items()}
+
+
+def _mean(name: str, total: Tensor, count: int) -> Tensor:
+    if not torch.isfinite(total).all():
+        raise BitscapeError(f"layer {name}: its inputs are not finite; check the checkpoint and the normalization")
+    return total / count
+
+
+class _Collector(TorchFunctionMode):
+    def __init__(self, names: dict[nn.Parameter, str], positions: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.names, self.positions, self.generator = names, positions, generator
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rows_of = _ROWS.get(func)
+        if rows_of is not None:
+            name = self.names.get(kwargs["weight"] if kwargs and "weight" in kwargs else args[1])
+            if name is not None:
+                for rows in rows_of(self, *args, **(kwargs or {})):
+                    self._add(name, rows)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, name: str, rows: Float[Tensor, "groups k samples"]) -> None:
+        moments = rows @ rows.mT
+        if name in self.sums:
+            self.sums[name] += moments
+            self.counts[name] += rows.shape[2]
+        else:
+            self.sums[name], self.counts[name] = moments, rows.shape[2]
+
+    def linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
+        """Inputs of a linear layer, in one piece."""
+        tokens = input.reshape(len(input), -1, input.shape[-1]) if input.ndim > 1 else input[None, None]
+        yield self._drawn(tokens.mT).float().movedim(1, 0).reshape(1, input.shape[-1], -1)
+
+    def conv_rows(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Iterator[Tensor]:
+        """Unfolded inputs of a convolution, in pieces of bounded size; `torch.conv2d`'s arguments."""
+        if input.ndim == weight.ndim - 1:
+            input = input[None]
+        size = weight.shape[2:]
+        stride, dilation = _each(stride, size), _each(dilation, size)
+        input = F.pad(input, _amounts(padding, size, stride, dilation))
+        if len(size) == 1:
+            input, size, stride, dilation = input[:, :, None], (1, *size), (1, *stride), (1, *dilation)
+        per_image = input[0].numel() * size[0] * size[1] // (stride[0] * stride[1])
+        for piece in input.split(max(1, UNFOLDED_ELEMENTS // max(1, per_image))):
+            columns = self._drawn(_unfold(piece, size, stride, dilation)).float()
+            yield columns.unflatten(1, (groups, -1)).movedim(0, 2).flatten(2)
+
+    def _drawn(self, columns: Float[Tensor, "n k positions"]) -> Tensor:
+        count = columns.shape[2]
+        if count <= self.positions:
+            return columns
+        chosen = torch.randperm(count, generator=self.generator)[: self.positions]
+        return columns[:, :, chosen.to(columns.device)]
+
+
+_ROWS: dict[Any, Callable[..., Iterator[Tensor]]] = {
+    torch.conv1d: _Collector.conv_rows,
+    torch.conv2d: _Collector.conv_rows,
+    F.linear: _Collector.linear_rows,
+}
+
+
+def _unfold(input: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """(n, c * kernel, positions), as torch's unfold; a pointwise kernel only picks positions."""
+    if tuple(size) == (1, 1):
+        return input[:, :, :: stride[0], :: stride[1]].flatten(2)
+    return F.unfold(input, size, dilation=dilation, stride=stride)
+
+
+def _each(value: Any, size: Any) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(size) if len(values) == 1 else values
+
+
+def _amounts(padding: Any, size: Any, stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """What F.pad takes for a convolution's `padding`, last dimension first."""
+    if padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        before_after = [(r // 2, r - r // 2) for r in reach]
+    else:
+        before_after = [(p, p) for p in _each(0 if padding == "valid" else padding, size)]
+    return [amount for pair in reversed(before_after) for amount in pair]

@@ -1,0 +1,259 @@
+"""From scores and caps to a policy, exactly: a multiple-choice knapsack over layers.
+
+`Choices` states the problem in integers (what each pair costs each group of layers), `allocate` solves it, `pareto_front`
+solves it along a cost.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitscape.cost.budget import Budget
+from bitscape.cost.layers import NetworkCost
+from bitscape.cost.policy_cost import cap, layer_cost, policy_cost
+from bitscape.errors import BitscapeError, nearest
+from bitscape.policy import LayerBits, Policy, fingerprint
+from bitscape.search.knapsack import Allowed, CapRow, Choice, smallest, solve
+from bitscape.search.problem import FreeLayers, free_layers
+from bitscape.search.scores import ScoreTable
+from bitscape.version import __version__
+
+NO_EFFECT = LayerBits(8, 8)  # for layers the forward never calls: a policy must name them all the same
+SHOWN_LAYERS = 3
+
+
+class InfeasibleBudget(BitscapeError):
+    """No policy keeps every cap; the message and these fields tell what would."""
+
+    def __init__(
+        self,
+        message: str,
+        alone: Mapping[str, float],
+        jointly: Mapping[str, float | None],
+        layers: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        super().__init__(message)
+        self.alone = dict(alone)
+        """Kind of cost -> smallest value any policy has, without the other caps."""
+        self.jointly = dict(jointly)
+        """Kind -> smallest value while the other caps stay, None if those cannot; empty if a cap cannot be met alone."""
+        self.layers = dict(layers)
+        """Kind -> the layers with the largest share in `alone`, largest first."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """What can be chosen: a candidate pair per group of free layers, under caps in exact integers."""
+
+    network: NetworkCost
+    candidates: tuple[LayerBits, ...]
+    freedom: FreeLayers
+    budget: Budget
+    caps: tuple[CapRow, ...]
+
+    def policy(self, choice: Choice, provenance: Mapping[str, Any]) -> Policy:
+        """Return the policy of a choice, for every layer of the network, with fingerprint and cost."""
+        pairs = (self.candidates[index] for index in choice)
+        chosen = {name: pair for group, pair in zip(self.freedom.groups, pairs, strict=True) for name in group}
+        bits = {**dict.fromkeys(self.network.shapes, NO_EFFECT), **self.freedom.pinned, **chosen}
+        cost = policy_cost(self.network, Policy(bits))
+        return Policy(bits, fingerprint(self.network.shapes), cost, provenance)
+
+    def holds(self, choice: Choice) -> bool:
+        """Tell whether a choice stays within every cap."""
+        return all(row.holds(choice) for row in self.caps)
+
+    def everything(self) -> Allowed:
+        """Return the mask that allows every candidate to every group."""
+        return np.ones((len(self.freedom.groups), len(self.candidates)), dtype=bool)
+
+    def first_feasible(self) -> Choice:
+        """Return some choice within all caps. Raises InfeasibleBudget."""
+        allowed = self.everything()
+        choice = solve(np.zeros(allowed.shape), self.caps)
+        return self.refuse(allowed) if choice is None else choice
+
+    def refuse(self, allowed: Allowed) -> NoReturn:
+        """Raise InfeasibleBudget for these caps, given that no choice keeps them all."""
+        alone = {row.name: smallest(row, (), allowed) for row in self.caps}
+        layers = {row.name: _holding_up(row, self, allowed) for row in self.caps}
+        jointly: dict[str, int | None] = {}
+        if all((alone[row.name] or 0) <= row.limit for row in self.caps):
+            for row in self.caps:
+                jointly[row.name] = smallest(row, [other for other in self.caps if other is not row], allowed)
+        raise InfeasibleBudget(
+            _refusal(self, alone, jointly, layers),
+            {kind: _value(kind, total or 0, self.network) for kind, total in alone.items()},
+            {kind: None if total is None else _value(kind, total, self.network) for kind, total in jointly.items()},
+            layers,
+        )
+
+
+def choices(
+    network: NetworkCost,
+    budget: Budget,
+    candidates: Sequence[LayerBits],
+    pinned: Mapping[str, LayerBits] | None = None,
+    tied: Sequence[Sequence[str]] = (),
+) -> Choices:
+    """State the allocation problem; see `allocate` for the arguments."""
+    freedom = free_layers(network, pinned, tied)
+    limits = budget.limits(network).items()
+    rows = tuple(_row(kind, most, network, tuple(candidates), freedom) for kind, most in limits)
+    return Choices(network=network, candidates=tuple(candidates), freedom=freedom, budget=budget, caps=rows)
+
+
+def allocate(
+    scores: ScoreTable,
+    network: NetworkCost,
+    budget: Budget,
+    pinned: Mapping[str, LayerBits] | None = None,
+    tied: Sequence[Sequence[str]] = (),
+) -> Policy:
+    """Return the policy with the smallest total score within every cap of the budget.
+
+    Args:
+        scores: a row for every layer that is not pinned; rows of pinned layers are not used.
+        network: costs of the layers.
+        budget: caps; every one holds exactly, in integers.
+        pinned: fixed layers, which cost too; None pins the first and the last at 8/8.
+        tied: groups of layers that share one pair; their scores add up.
+
+    Raises:
+        InfeasibleBudget: no policy fits; it tells the smallest budget that does.
+        BitscapeError: unknown, missing or contradicting layers.
+    """
+    stated = choices(network, budget, scores.candidates, pinned, tied)
+    values = _group_scores(scores, stated)
+    choice = solve(values, stated.caps)
+    if choice is None:
+        stated.refuse(np.isfinite(values))
+    return stated.policy(choice, _provenance(scores, values, choice, budget))
+
+
+def pareto_front(
+    scores: ScoreTable,
+    network: NetworkCost,
+    pinned: Mapping[str, LayerBits] | None = None,
+    cost: str = "bitops",
+    points: int = 20,
+    *,
+    tied: Sequence[Sequence[str]] = (),
+) -> list[Policy]:
+    """Return policies from the cheapest possible to the best-scored, each the best for its cost, by ascending `cost`.
+
+    Caps are spaced evenly in the logarithm; fewer than `points` policies come back when several caps have the same optimum.
+    """
+    if points < 2:
+        raise BitscapeError(f"points={points}: a front needs at least 2")
+    everything = Budget({cost: _largest(cost, scores, network, pinned, tied)})
+    stated = choices(network, everything, scores.candidates, pinned, tied)
+    values, row = _group_scores(scores, stated), stated.caps[0]
+    best = solve(values, [row])
+    least = smallest(row, (), np.isfinite(values))
+    assert best is not None and least is not None, "the cap is the cost of the largest policy"
+    caps = np.geomspace(max(least, 1), max(row.total(best), 1), points).astype(np.int64).tolist()
+    caps = [least, *caps[1:-1], row.total(best)]
+    found = [choice for most in sorted(set(caps)) if (choice := solve(values, [replace(row, limit=most)])) is not None]
+    front = _undominated(found, row, values)
+    return [stated.policy(c, _provenance(scores, values, c, _at_cost(row, c, network))) for c in front]
+
+
+def _row(kind: str, limit: int, network: NetworkCost, candidates: tuple[LayerBits, ...], freedom: FreeLayers) -> CapRow:
+    how = cap(kind)
+    costs = np.empty((len(freedom.groups), len(candidates)), dtype=object)
+    for at, group in enumerate(freedom.groups):
+        for column, bits in enumerate(candidates):
+            costs[at, column] = how.combined(layer_cost(kind, network.by_name[name], bits) for name in group)
+    fixed = how.combined([0, *(layer_cost(kind, network.by_name[name], bits) for name, bits in freedom.pinned.items())])
+    return CapRow(kind, costs, limit, fixed, additive=how.combine == "sum")
+
+
+def _group_scores(scores: ScoreTable, stated: Choices) -> NDArray[np.float64]:
+    """Add up the rows of each group of tied layers. A group without a common allowed pair is an error."""
+    for name in scores.layers:
+        if name not in stated.network.by_name:
+            raise BitscapeError(f"scores: the network has no layer {name!r}{nearest(name, stated.network.by_name)}")
+    row_of = {name: row for row, name in enumerate(scores.layers)}
+    totals = np.zeros((len(stated.freedom.groups), len(scores.candidates)))
+    for at, group in enumerate(stated.freedom.groups):
+        for name in group:
+            if name not in row_of:
+                raise BitscapeError(f"scores: layer {name!r} has no row{nearest(name, row_of)}; score it, or pin it")
+            totals[at] += scores.values[row_of[name]]
+        if not np.isfinite(totals[at]).any():
+            raise BitscapeError(
+                f"scores: tied layers {', '.join(group)} have no pair that all of them may take; untie them or allow one"
+            )
+    return totals
+
+
+def _provenance(scores: ScoreTable, values: NDArray[np.float64], choice: Choice, budget: Budget) -> dict[str, Any]:
+    total = float(values[np.arange(len(choice)), list(choice)].sum())
+    return {"method": scores.method, "score": total, "budget": dict(budget.caps), "version": __version__}
+
+
+def _value(kind: str, total: int, network: NetworkCost) -> float:
+    """Turn an exact total into the unit of the cap, such that a cap of this value allows it."""
+    denominator = cap(kind).denominator(network)
+    return total if denominator == 1 else total / denominator
+
+
+def _at_cost(row: CapRow, choice: Choice, network: NetworkCost) -> Budget:
+    return Budget({row.name: _value(row.name, row.total(choice), network)})
+
+
+def _largest(
+    kind: str,
+    scores: ScoreTable,
+    network: NetworkCost,
+    pinned: Mapping[str, LayerBits] | None,
+    tied: Sequence[Sequence[str]],
+) -> float:
+    row = _row(kind, 0, network, scores.candidates, free_layers(network, pinned, tied))
+    return _value(kind, row.total(tuple(int(i) for i in row.costs.argmax(axis=1))), network)
+
+
+def _undominated(found: Sequence[Choice], row: CapRow, values: NDArray[np.float64]) -> list[Choice]:
+    """Keep, by ascending cost, each choice that scores better than all cheaper ones."""
+    front: list[Choice] = []
+    best = np.inf
+    for choice in sorted(found, key=row.total):
+        total = float(values[np.arange(len(choice)), list(choice)].sum())
+        if total < best:
+            best = total
+            front.append(choice)
+    return front
+
+
+def _holding_up(row: CapRow, stated: Choices, allowed: Allowed) -> tuple[str, ...]:
+    """Name the layers that cost the most even at their cheapest."""
+    layers = stated.network.by_name
+    least = {name: layer_cost(row.name, layers[name], bits) for name, bits in stated.freedom.pinned.items()}
+    for group, mask in zip(stated.freedom.groups, allowed, strict=True):
+        pairs = [bits for bits, free in zip(stated.candidates, mask, strict=True) if free]
+        least |= {name: min(layer_cost(row.name, layers[name], bits) for bits in pairs) for name in group}
+    return tuple(sorted(least, key=lambda name: -least[name])[:SHOWN_LAYERS])
+
+
+def _refusal(
+    stated: Choices,
+    alone: Mapping[str, int | None],
+    jointly: Mapping[str, int | None],
+    layers: Mapping[str, tuple[str, ...]],
+) -> str:
+    totals = jointly or alone
+    parts = []
+    for row in stated.caps:
+        total = totals[row.name]
+        value = "no value" if total is None else repr(_value(row.name, total, stated.network))
+        names = ", ".join(f"{name} (pinned)" if name in stated.freedom.pinned else name for name in layers[row.name])
+        parts.append(f"{row.name}={stated.budget.caps[row.name]!r} (feasible from {value}; most of it in {names})")
+    given = "with the other caps kept: each can be met alone but not together" if jointly else "without the other caps"
+    return (
+        f"budget: no policy fits {'; '.join(parts)}; the smallest feasible values are {given}; "
+        "raise a cap, offer fewer bits or unpin layers"
+    )

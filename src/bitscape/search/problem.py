@@ -1,0 +1,220 @@
+"""SearchProblem: everything a search method is given, checked at the door; SearchResult: what it returns."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.cost.budget import Budget, parse_budget
+from bitscape.cost.layers import NetworkCost, measure
+from bitscape.errors import BitscapeError, nearest
+from bitscape.models.attention import split_attention
+from bitscape.policy import LayerBits, Policy
+from bitscape.search.scores import ScoreTable, check_candidates
+from bitscape.version import __version__
+
+__all__ = ["DEFAULT_CANDIDATES", "FreeLayers", "ScoreTable", "SearchProblem", "SearchResult", "free_layers"]
+
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+DEFAULT_CANDIDATES = tuple(LayerBits(w, a) for w, a in product(DEFAULT_WIDTHS, DEFAULT_WIDTHS))
+DEFAULT_PIN = LayerBits(8, 8)
+
+
+@dataclass(frozen=True)
+class FreeLayers:
+    """Which layers the search decides on."""
+
+    groups: tuple[tuple[str, ...], ...]
+    """Free layers in call order; those of one group share one pair of bits."""
+    pinned: Mapping[str, LayerBits]
+    """The other layers and their bits, layers tied to a pinned one included."""
+
+
+def free_layers(
+    network: NetworkCost, pinned: Mapping[str, LayerBits] | None = None, tied: Sequence[Sequence[str]] = ()
+) -> FreeLayers:
+    """Sort the layers of `network` into pinned ones and groups that share one pair.
+
+    `pinned=None` pins the first and the last layer at 8/8, `{}` pins none. Layers that share one weight parameter are tied anyway.
+    Raises BitscapeError for unknown or never-called names and for tied layers pinned to different bits.
+    """
+    if pinned is None:
+        pinned = dict.fromkeys(network.ends, DEFAULT_PIN)
+    for name, bits in pinned.items():
+        _check_name("pinned", name, network)
+        if not isinstance(bits, LayerBits):
+            raise BitscapeError(f"pinned: layer {name!r} has {bits!r}; write e.g. LayerBits(8, 8)")
+    groups = _merged(network, tied)
+    spread = {name: bits for group in groups for name, bits in _pins_of_group(group, pinned).items()}
+    return FreeLayers(tuple(group for group in groups if group[0] not in spread), spread)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchProblem:
+    """A float network, proxy images and a budget.
+
+    The model is never changed: methods work on `prepared`. Raises BitscapeError for images that the network does not take or
+    that are not finite, unknown layer names, contradicting pins and budgets that cannot be read.
+    """
+
+    model: nn.Module
+    """Float network."""
+    images: Tensor
+    """Proxy images, float32 (n, c, h, w), normalized for the network, at the target's input size."""
+    budget: str | Sequence[str] | Mapping[str, float | str]
+    """One or several caps, e.g. "bitops=0.25x" or ["bitops=w4a4", "weight_bytes=1.2MB"]; all must hold."""
+    candidates: tuple[LayerBits, ...] = DEFAULT_CANDIDATES
+    """Pairs of bit-widths a layer may get; default: all pairs of 2, 3, 4, 5, 6 and 8 bits."""
+    pinned: Mapping[str, LayerBits] | None = None
+    """Layers with fixed bits; None pins the first and the last at 8/8, {} pins none."""
+    tied: Sequence[Sequence[str]] = ()
+    """Groups of layers that must get the same bits."""
+    for_training: bool = False
+    """Whether the quantized network will be trained afterwards; methods may then score differently."""
+    seed: int = 0
+    """Seed of everything random in the search."""
+    labels: Tensor | None = None
+    """Labels of the images, int64 (n,); no method needs them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        if not isinstance(self.model, nn.Module):
+            raise BitscapeError(f"model: {type(self.model).__name__} is no torch.nn.Module; pass the float network")
+        check_candidates(self.candidates)
+        _check_images(self.images)
+        _check_labels(self.labels, len(self.images))
+        # Evaluated now, so that a wrong name, shape or budget fails before any search time is spent.
+        _ = self.parsed_budget
+
+    @cached_property
+    def prepared(self) -> nn.Module:
+        """A copy of the model in eval mode, its attention split into layers that can take bits.
+
+        Made once: a method that changes it puts it back.
+        """
+        try:
+            copied = copy.deepcopy(self.model)
+        except Exception as error:
+            raise BitscapeError(
+                f"model: it cannot be copied ({type(error).__name__}: {error}); "
+                "remove what deepcopy refuses, such as kept outputs"
+            ) from error
+        return split_attention(copied).eval()
+
+    @cached_property
+    def network(self) -> NetworkCost:
+        """What each layer of `prepared` does for one of the images."""
+        return measure(self.prepared, tuple(self.images.shape[1:]))
+
+    @cached_property
+    def freedom(self) -> FreeLayers:
+        """Pinned layers and groups of free ones."""
+        return free_layers(self.network, self.pinned, self.tied)
+
+    @property
+    def pinned_layers(self) -> Mapping[str, LayerBits]:
+        """Pinned layer -> bits, with the default resolved and layers tied to pinned ones included."""
+        return self.freedom.pinned
+
+    @property
+    def free_layers(self) -> tuple[str, ...]:
+        """Names of the layers to decide on, in call order."""
+        return tuple(name for name in self.network.by_name if name not in self.pinned_layers)
+
+    @cached_property
+    def parsed_budget(self) -> Budget:
+        """The budget as absolute caps."""
+        return parse_budget(self.budget, self.network, self.pinned_layers)
+
+    def provenance(self, method: Any) -> dict[str, Any]:
+        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, images, version."""
+        return {
+            "method": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower(),
+            "settings": dataclasses.asdict(method),
+            "seed": self.seed,
+            "budget": dict(self.parsed_budget.caps),
+            "images": list(self.images.shape),
+            "for_training": self.for_training,
+            "version": __version__,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found."""
+
+    policy: Policy
+    """The policy, within the budget."""
+    scores: ScoreTable | None
+    """Scores from which any other budget is one `allocate` away; None if the method has none."""
+    trace: tuple[Mapping[str, Any], ...]
+    """What happened on the way, one record per step."""
+    seconds: float
+    """Wall-clock time of the search."""
+
+
+def _check_name(argument: str, name: str, network: NetworkCost) -> None:
+    if name in network.uncalled:
+        raise BitscapeError(
+            f"{argument}: the network never calls layer {name!r}: its bits have no effect; leave it out"
+        )
+    if name not in network.by_name:
+        raise BitscapeError(f"{argument}: the network has no layer {name!r}{nearest(str(name), network.by_name)}")
+
+
+def _merged(network: NetworkCost, tied: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Join ties that overlap; every layer is in one group, groups and their layers are in call order."""
+    group_of = {name: {name} for name in network.by_name}
+    for tie in [*tied, *network.tied]:
+        if isinstance(tie, str) or len(tie) < 2:
+            raise BitscapeError(f"tied: {tie!r} is no group of layers; write e.g. [('layer1.conv1', 'layer2.conv1')]")
+        for name in tie:
+            _check_name("tied", name, network)
+        together = set().union(*(group_of[name] for name in tie))
+        group_of.update(dict.fromkeys(together, together))
+    ordered = (tuple(name for name in group_of if name in group) for group in group_of.values())
+    return list(dict.fromkeys(ordered))
+
+
+def _pins_of_group(group: tuple[str, ...], pinned: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
+    given = {name: pinned[name] for name in group if name in pinned}
+    if len(set(given.values())) > 1:
+        shown = ", ".join(f"{name} at {bits}" for name, bits in given.items())
+        raise BitscapeError(
+            f"pinned: layers that are tied, or share one weight, are pinned to different bits ({shown}); "
+            "pin them to the same"
+        )
+    return dict.fromkeys(group, next(iter(given.values()))) if given else {}
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise BitscapeError(
+            f"images: {kind}; give a float32 tensor, normalized for the network (Normalization.apply makes one from uint8)"
+        )
+    if images.ndim != 4 or not images.numel():
+        raise BitscapeError(f"images: shape {tuple(images.shape)}; give at least one image as (n, c, h, w)")
+    broken = ~images.isfinite()
+    if broken.any():
+        image, *position = broken.nonzero()[0].tolist()
+        value = images[image, *position].item()
+        raise BitscapeError(
+            f"images: image {image} holds {value} at (channel, row, column) {tuple(position)}; images must be finite; "
+            "check how it was decoded and normalized, or leave it out"
+        )
+
+
+def _check_labels(labels: Tensor | None, images: int) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (images,):
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise BitscapeError(f"labels: {found}; give one int64 label per image, shape ({images},), or None")

@@ -1,0 +1,140 @@
+"""ScoreTable: what each candidate pair of bits would cost each layer in accuracy, as plain data.
+
+A score file is JSON with one layer a line; `null` stands for a forbidden pair (an infinite score):
+
+    {
+      "format": 1,
+      "method": "fisher",
+      "repairs": 3,
+      "candidates": ["2/2", "4/4", "8/8"],
+      "scores": {
+        "layer1.0.conv1": [0.31, 0.02, 0.0],
+        "layer1.0.conv2": [null, 0.04, 0.0]
+      }
+    }
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
+from bitscape.policy import LayerBits
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """Scores of L layers and R candidate pairs; any budget is one `allocate` away.
+
+    `values` is copied and made read-only. Raises BitscapeError, naming the layer, for NaN, minus infinity, a wrong shape, a
+    name or pair that stands twice, and a layer whose every pair is forbidden.
+    """
+
+    layers: tuple[str, ...]
+    """Layer names, one per row."""
+    candidates: tuple[LayerBits, ...]
+    """Pairs of bit-widths, one per column."""
+    values: NDArray[np.float64]
+    """Scores, shape (L, R); lower is better, infinity forbids the pair."""
+    method: str
+    """Name of the method that scored."""
+    repairs: int = 0
+    """Scores that were changed to make each row monotone in bits; many mean too few images."""
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64)
+        values.setflags(write=False)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        object.__setattr__(self, "values", values)
+        check_candidates(self.candidates)
+        if len(set(self.layers)) < len(self.layers):
+            twice = next(name for name in self.layers if self.layers.count(name) > 1)
+            raise BitscapeError(f"layers: {twice!r} stands twice; give each layer one row")
+        expected = (len(self.layers), len(self.candidates))
+        if values.shape != expected:
+            raise BitscapeError(f"values: shape {values.shape}; it must be (layers, candidates) = {expected}")
+        for name, row in zip(self.layers, values, strict=True):
+            self._check_row(name, row)
+
+    def _check_row(self, name: str, row: NDArray[np.float64]) -> None:
+        for pair, value in zip(self.candidates, row, strict=True):
+            if math.isnan(value) or value == -math.inf:
+                raise BitscapeError(
+                    f"values: layer {name!r} has score {value} at {pair} bits; allowed are finite numbers, and "
+                    "infinity for a forbidden pair; look for NaN in the layer's weights or in the images"
+                )
+        if np.isinf(row).all():
+            raise BitscapeError(f"values: every pair of layer {name!r} is forbidden; leave it one, or pin the layer")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the score file; a crash leaves the old file or the new one."""
+        write_atomic(path, _text(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ScoreTable":
+        """Read a score file. Raises BitscapeError, naming the file, if it is damaged or holds what no table can."""
+        try:
+            return _from_document(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (BitscapeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BitscapeError(f"{os.fspath(path)}: {error}; is it a complete score file?") from error
+
+
+def check_candidates(candidates: Sequence[LayerBits]) -> None:
+    """Raise BitscapeError unless there is at least one pair and none stands twice."""
+    if not candidates:
+        raise BitscapeError("candidates: none given; give at least one, e.g. LayerBits(4, 4)")
+    for pair in candidates:
+        if not isinstance(pair, LayerBits):
+            raise BitscapeError(f"candidates: {pair!r} is no LayerBits; write e.g. LayerBits(4, 4)")
+        if list(candidates).count(pair) > 1:
+            raise BitscapeError(f"candidates: {pair} stands twice; give each pair once")
+
+
+def _text(table: ScoreTable) -> str:
+    rows = (
+        f"    {json.dumps(name)}: {json.dumps([None if math.isinf(value) else value for value in row])}"
+        for name, row in zip(table.layers, table.values.tolist(), strict=True)
+    )
+    return (
+        "{\n"
+        f'  "format": {FORMAT},\n'
+        f'  "method": {json.dumps(table.method)},\n'
+        f'  "repairs": {table.repairs},\n'
+        f'  "candidates": {json.dumps([str(pair) for pair in table.candidates])},\n'
+        '  "scores": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+    )
+
+
+def _from_document(document: Any) -> ScoreTable:
+    if not isinstance(document, dict) or "format" not in document:
+        raise BitscapeError('not a score file: it must be an object with "format"')
+    if document["format"] != FORMAT:
+        raise BitscapeError(f"format {document['format']!r} is unknown; this version reads format {FORMAT}")
+    try:
+        rows = document["scores"].values()
+        values = [[math.inf if value is None else float(value) for value in row] for row in rows]
+        candidates = tuple(_pair(text) for text in document["candidates"])
+        shaped = np.array(values, dtype=np.float64).reshape(len(values), -1 if values else len(candidates))
+        return ScoreTable(
+            tuple(document["scores"]), candidates, shaped, str(document["method"]), int(document["repairs"])
+        )
+    except BitscapeError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BitscapeError(f"an entry is missing or malformed ({type(error).__name__}: {error})") from error
+
+
+def _pair(text: str) -> LayerBits:
+    weight, activation = text.split("/")
+    return LayerBits(int(weight), int(activation))

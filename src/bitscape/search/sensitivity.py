@@ -1,0 +1,179 @@
+"""What the sensitivity scores share: candidate ranges calibrated once, a layer's output change under each, the table of scores, the result.
+
+A layer's output is linear in its input and in its weight, so that for a pair (weight bits, activation bits)
+
+    Y(pair) - Y = dY_w + dY_a + cross,   dY_w = layer(X, Q(W) - W),   dY_a = layer(Q(X) - X, W),   cross = layer(Q(X) - X, Q(W) - W)
+
+and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, which is of second order.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitscape.models.layers import quantizable_layers
+from bitscape.policy import LayerBits
+from bitscape.quant.convert import evaluating, record_inputs
+from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.grid import Grid, grid
+from bitscape.quant.layers import apply_layer
+from bitscape.quant.observers import Mse
+from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
+from bitscape.search.allocation import allocate
+from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """One layer's quantization noise under every candidate width."""
+
+    layer: nn.Module
+    weights: Mapping[int, Tensor]
+    """weight bits -> Q(W) - W."""
+    ranges: Mapping[int, tuple[Tensor, Grid]]
+    """activation bits -> scale and grid of the layer's input."""
+
+    def of_input(self, x: Tensor, bits: int) -> Tensor:
+        """Q(X) - X."""
+        scale, levels = self.ranges[bits]
+        return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
+
+    @torch.no_grad()
+    def output_changes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """dY_w for each weight width and dY_a for each activation width, in the order of the two mappings."""
+        weight = self.layer.get_parameter("weight")
+        by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
+        by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
+        return by_weight, by_input
+
+
+def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
+    """The different weight bits and activation bits among the candidates, ascending."""
+    return sorted({c.weight for c in candidates}), sorted({c.activation for c in candidates})
+
+
+@torch.no_grad()
+def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
+    """Calibrate every candidate width of the named layers once: squared-error scales, per output channel for weights, per tensor for inputs.
+
+    Args:
+        model: float network, eval mode.
+        images: normalized (n, c, h, w); a sample of at most 64 is used for the input ranges.
+    """
+    weight_bits, activation_bits = widths(candidates)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
+    inputs = record_inputs(model, layers, images[:64])
+    noise = {}
+    for name, layer in layers.items():
+        values = inputs[name].reshape(1, -1)
+        signed = bool(values.min() < 0)
+        grids = {bits: grid(bits, signed=signed) for bits in activation_bits}
+        noise[name] = LayerNoise(
+            layer,
+            {bits: _weight_noise(layer.get_parameter("weight"), bits) for bits in weight_bits},
+            {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()},
+        )
+    return noise
+
+
+def _weight_noise(weight: Tensor, bits: int) -> Tensor:
+    levels = grid(bits, signed=True)
+    shape = scale_shape(weight.shape, PerChannel())
+    scale = Mse().scale(grouped(weight, shape), levels).reshape(shape)
+    return dequantize(quantize(weight, scale, levels), scale, levels.zero_point) - weight
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One run of one layer on one batch: its input, its output, and the loss gradient at the output (if asked for)."""
+
+    name: str
+    input: Tensor
+    output: Tensor
+    gradient: Tensor | None
+
+
+def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCall]:
+    """Run `batch` without a graph and yield every run of the named layers."""
+    with evaluating(model), Recorder(model, names) as recorder:
+        model(batch)
+    for name, x, y in recorder.seen:
+        yield LayerCall(name, x, y, None)
+
+
+def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[LayerCall]:
+    """As `calls`, with gradients of the cross entropy, summed over images, for labels drawn from the network's own softmax.
+
+    Drawn labels make the squared gradient the true Fisher information, and need no labels of the images' own.
+    """
+    with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
+        logits = model(batch.detach().requires_grad_()).float()
+        loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator), reduction="sum")
+        gradients = torch.autograd.grad(loss, [y for _, _, y in recorder.seen])
+    for (name, x, y), g in zip(recorder.seen, gradients, strict=True):
+        yield LayerCall(name, x.detach(), y.detach(), g)
+
+
+def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
+    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+class Recorder:
+    """Collects (name, input, output) of every run of the named layers while open."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        wanted = set(names)
+        self.layers = {name: layer for name, layer in quantizable_layers(model).items() if name in wanted}
+        self.seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def __enter__(self) -> "Recorder":
+        self.handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        return self
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.seen.append((name, inputs[0], output))
+            return output.clone()  # an in-place activation behind the layer would overwrite what was recorded
+
+        return record
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def score_table(
+    method: str, candidates: Sequence[LayerBits], by_layer: Mapping[str, NDArray[np.float64]]
+) -> ScoreTable:
+    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted."""
+    weight_bits, activation_bits = widths(tuple(candidates))
+    at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
+    raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()])
+    values = monotone(raw, candidates)
+    repairs = int((~np.isclose(values, raw, rtol=1e-6, atol=0)).sum())
+    return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs)
+
+
+def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> NDArray[np.float64]:
+    """Scores (L, R) that never rise with more bits: the mean of the smallest such table above `values` and the largest below.
+
+    It equals `values` where these are monotone already, and approximates isotonic regression where sampling noise made them not.
+    """
+    larger = np.array([[d.weight >= c.weight and d.activation >= c.activation for d in candidates] for c in candidates])
+    above = np.where(larger[None], values[:, None, :], -np.inf).max(2)
+    below = np.where(larger.T[None], values[:, None, :], np.inf).min(2)
+    return (above + below) / 2
+
+
+def solve(problem: SearchProblem, scores: ScoreTable, method: Any, started: float) -> SearchResult:
+    """Allocate bits by `scores` within the problem's budget. `started` is the search's time.perf_counter() at its beginning."""
+    policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
+    provenance = {**policy.provenance, **problem.provenance(method), "repairs": scores.repairs}
+    return SearchResult(replace(policy, provenance=provenance), scores, (), time.perf_counter() - started)

@@ -1,0 +1,88 @@
+"""Uniform: the same bits in every layer, the control that any search must beat.
+
+Paper     none; the control of search-base.md section 4
+Idea      The largest width that fits the budget, everywhere. With `mix`, two neighbouring widths fill what is left.
+Computes  width ladder -> widths; largest that fits -> search; two widths -> mixed
+Departs   nothing
+Costs     no forward passes; milliseconds.
+Measured  not yet
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitscape.cost.policy_cost import CAPS
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits
+from bitscape.search.allocation import Choices, choices
+from bitscape.search.knapsack import Choice
+from bitscape.search.problem import SearchProblem, SearchResult
+
+
+def widths(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:
+    """Return the columns of the uniform candidates, narrowest first.
+
+    If the capped kinds of cost depend on both widths, weights and activations have the same one. If only one of the two
+    costs anything, the other takes the largest that the candidates offer beside it.
+    """
+    depends_on = {width for kind in kinds for width in CAPS[kind].depends_on}
+    if depends_on == {"weight", "activation"}:
+        columns = [at for at, bits in enumerate(candidates) if bits.weight == bits.activation]
+        if not columns:
+            raise BitscapeError(
+                "candidates: none has equal weight and activation bits, so no policy is uniform; add e.g. LayerBits(4, 4)"
+            )
+        return sorted(columns, key=lambda at: candidates[at])
+    capped, free = ("weight", "activation") if "weight" in depends_on else ("activation", "weight")
+    best: dict[int, int] = {}
+    for at in sorted(range(len(candidates)), key=lambda at: getattr(candidates[at], free)):
+        best[getattr(candidates[at], capped)] = at
+    return [best[width] for width in sorted(best)]
+
+
+def mixed(stated: Choices, low: int, high: int) -> Choice:
+    """Give the groups with the most MACs `low` and the others `high`: as few `low` as the budget allows (all must fit)."""
+    macs = [sum(stated.network.by_name[name].macs for name in group) for group in stated.freedom.groups]
+    choice = [high] * len(macs)
+    for group in sorted(range(len(macs)), key=lambda at: -macs[at]):
+        if stated.holds(tuple(choice)):
+            break
+        choice[group] = low
+    return tuple(choice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """The largest uniform width that fits; pinned layers keep their bits."""
+
+    mix: bool = False
+    """Fill the budget with the next larger width too: the layers with the most MACs get the lower one first."""
+
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Return the uniform policy. Raises InfeasibleBudget, or BitscapeError if only policies that are not uniform fit."""
+        start = time.monotonic()
+        stated = choices(
+            problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied
+        )
+        columns = widths(problem.candidates, list(problem.parsed_budget.caps))
+        groups = len(stated.freedom.groups)
+        fitting = [at for at, column in enumerate(columns) if stated.holds((column,) * groups)]
+        if not fitting:
+            self._refuse(stated, columns[0])
+        low, high = columns[fitting[-1]], columns[min(fitting[-1] + 1, len(columns) - 1)]
+        choice = mixed(stated, low, high) if self.mix else (low,) * groups
+        trace = tuple(
+            {"bits": str(problem.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns)
+        )
+        policy = stated.policy(choice, problem.provenance(self))
+        return SearchResult(policy, None, trace, time.monotonic() - start)
+
+    def _refuse(self, stated: Choices, narrowest: int) -> None:
+        stated.first_feasible()
+        cost = stated.policy((narrowest,) * len(stated.freedom.groups), {}).cost
+        shown = ", ".join(f"{kind}={cost[kind]!r} (cap {most!r})" for kind, most in stated.budget.caps.items())
+        raise BitscapeError(
+            f"budget: even the narrowest uniform policy, {stated.candidates[narrowest]}, costs {shown}; "
+            "a policy that is not uniform fits: use another method, or raise the budget"
+        )

@@ -1,0 +1,31 @@
+"""What every test gets: checked shapes, one torch thread, reproducible examples, and the path of the real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+from tests import typechecks
+
+# Before the first import of the package: its modules are instrumented as they load. Costs half a second.
+install_import_hook("bitscape.quant", f"{typechecks.__name__}.checked")
+
+# One thread: on two busy cores, threads that wait for each other cost more than they give.
+torch.set_num_threads(1)
+
+# No deadline: the first call of a torch operator takes much longer than the others.
+settings.register_profile("bitscape", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("bitscape")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real images and trained weights; tests that need it are skipped where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BITSCAPE_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no real data: set BITSCAPE_DATA to its folder")
+    return folder

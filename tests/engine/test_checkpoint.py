@@ -1,0 +1,59 @@
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitscape.engine import CheckpointError
+from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, save_checkpoint
+
+
+def test_tensors_and_header_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    tied = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    tensors = {"a": tied, "b": tied, "scalar": torch.tensor(3), "flag": torch.tensor(True), "none": torch.zeros(0)}
+    save_checkpoint(path, tensors, {"epoch": 3})
+    loaded, header = load_checkpoint(path)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert header == {"format": 1, "epoch": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"a": torch.randn(100)}, {})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"truncated or damaged.*resume=False"):
+        load_checkpoint(path)
+
+
+def test_another_format_and_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {}, {"format": 99})
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        load_checkpoint(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="no training checkpoint"):
+        load_checkpoint(path)
+    header = json.dumps({"__metadata__": {"bitscape": "{not json"}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+
+
+def test_differences_are_named() -> None:
+    path = Path("c")
+    one = {"conv.weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    check_same_tensors(path, one, dict(one), "model")
+    with pytest.raises(CheckpointError, match=r"conv1.weight is missing from the checkpoint; nearest: conv.weight"):
+        check_same_tensors(path, one, {"conv1.weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, "model")
+    with pytest.raises(CheckpointError, match=r"bias has shape \(2,\), the model \(5,\)"):
+        check_same_tensors(path, one, {**one, "bias": torch.zeros(5)}, "model")
+    check_same_settings(path, {"a": {"lr": 1.0}}, {"a": {"lr": 1.0}})
+    with pytest.raises(CheckpointError, match=r"a.lr was 1.0 and is 2.0; b was 'absent' and is None"):
+        check_same_settings(path, {"a": {"lr": 1.0}}, {"a": {"lr": 2.0}, "b": None})

@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bitscape.engine import evaluate
+from bitscape.errors import BitscapeError
+from tests.engine.tiny import Images, TinyBatches, tiny_batches, tiny_net
+
+
+def test_counts_equal_a_direct_computation() -> None:
+    batches = tiny_batches(images=50, classes=9)
+    model = tiny_net(classes=9)
+    accuracy = evaluate(model, batches)
+    data = batches.dataset
+    with torch.no_grad():
+        logits = model.eval()(data.images)
+    ranks = (logits > logits.gather(1, data.labels[:, None])).sum(1)
+    assert accuracy.images == 50
+    assert accuracy.top1 == pytest.approx(100 * (ranks == 0).double().mean().item())
+    assert accuracy.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert accuracy.loss == pytest.approx(functional.cross_entropy(logits, data.labels).item(), rel=1e-5)
+    assert accuracy.top1 < accuracy.top5 < 100.0
+
+
+def test_each_module_keeps_its_own_training_flag() -> None:
+    model = tiny_net().train()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, tiny_batches())
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_flags_come_back_after_an_error() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, tiny_batches())
+    assert model.training and model[1].training
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    exact, rough = (evaluate(tiny_net(), tiny_batches(), autocast=dtype) for dtype in (None, torch.bfloat16))
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+    assert rough.loss != exact.loss
+
+
+def test_a_device_argument_moves_the_model() -> None:
+    model = tiny_net()
+    assert evaluate(model, tiny_batches(), device="cpu") == evaluate(model, tiny_batches())
+
+
+def without_labels() -> TinyBatches:
+    batches = tiny_batches()
+    return replace(batches, dataset=replace(batches.dataset, labels=None))
+
+
+def empty() -> TinyBatches:
+    data = Images(name="nothing", images=torch.zeros(0, 2, 6, 6), labels=torch.zeros(0, dtype=torch.int64))
+    return TinyBatches(dataset=data)
+
+
+class Wrapped(nn.Module):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": images}
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (tiny_net(), without_labels(), "no labels"),
+        (tiny_net(), empty(), "'nothing' is empty"),
+        (tiny_net(classes=2), tiny_batches(), r"label 2, the model has outputs 0\.\.1"),
+        (nn.Conv2d(2, 4, 3), tiny_batches(), r"shape \(16, 4, 4, 4\)"),
+        (Wrapped(), tiny_batches(), "returns dict"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_explained(model: nn.Module, batches: TinyBatches, message: str) -> None:
+    with pytest.raises(BitscapeError, match=message):
+        evaluate(model, batches)
+
+
+def test_float16_autocast_is_refused() -> None:
+    with pytest.raises(BitscapeError, match="float16"):
+        evaluate(tiny_net(), tiny_batches(), autocast=torch.float16)

@@ -1,0 +1,434 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from bitscape.data.batches import DIGITS, Batches
+from bitscape.data.sources import load_dataset
+from bitscape.engine import (
+    AdamW,
+    BatchLoss,
+    CheckpointError,
+    Cosine,
+    NonFiniteError,
+    Sgd,
+    StepRecord,
+    TrainResult,
+    loop as loop_module,
+    train,
+)
+from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
+from bitscape.errors import BitscapeError
+from bitscape.train import Loss, Plain
+from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
+
+USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3, "schedule": Cosine(warmup_epochs=0.5)}
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAt:
+    """A plain step that stops the run after some batches, as a kill would."""
+
+    def __init__(self, calls: list[int], last: int) -> None:
+        self.calls, self.last = calls, last
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        self.calls.append(len(images))
+        if len(self.calls) > self.last:
+            raise Killed
+        return Plain()(model, images, labels, loss)
+
+
+def without_times(records: tuple[Any, ...] | list[Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "train_s"} for record in records]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return without_times([json.loads(line) for line in (folder / METRICS).read_text().splitlines()])
+
+
+def test_training_learns_and_reports() -> None:
+    model = tiny_net()
+    batches = tiny_batches()
+    result = train(model, batches, **{**USUAL, "epochs": 8}, validation=tiny_batches(seed=1))
+    first, last = result.records[0], result.records[-1]
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["validation_top1"] > 60.0
+    assert [record["epoch"] for record in result.records] == list(range(1, 9))
+    assert last["images"] == 70
+    assert model.training and "forward" not in vars(model)
+
+
+def test_records_are_the_mean_over_images() -> None:
+    batches = tiny_batches()  # the last of five batches has 6 images, the others 16
+    seen: list[tuple[float, int]] = []
+
+    def watched(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        record = Plain()(model, images, labels, loss)
+        seen.append((record.loss.item(), len(images)))
+        return replace(record, extras={"sharpness": torch.tensor(float(len(images)))})
+
+    (record,) = train(tiny_net(), batches, **{**USUAL, "epochs": 1, "step": watched}).records
+    assert record["loss"] == pytest.approx(sum(loss * images for loss, images in seen) / 70)
+    assert record["sharpness"] == pytest.approx((4 * 16 * 16 + 6 * 6) / 70)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_same_seed_same_bits_and_the_callers_random_state_is_kept(autocast: torch.dtype | None) -> None:
+    one, other, third = tiny_net(), tiny_net(), tiny_net()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(one, tiny_batches(), **USUAL, autocast=autocast)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    train(other, tiny_batches(), **USUAL, autocast=autocast)
+    assert same_state(one, other)
+    train(third, tiny_batches(), **USUAL, autocast=autocast, seed=1)
+    assert not same_state(one, third)  # dropout
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.05), AdamW(lr=0.01)])
+@pytest.mark.parametrize("killed_after", [2, 5, 7, 15])
+def test_resuming_equals_the_uninterrupted_run(tmp_path: Path, optimizer: Sgd | AdamW, killed_after: int) -> None:
+    settings = {**USUAL, "optimizer": optimizer, "ema_decay": 0.9, "validation": tiny_batches(seed=1)}
+    whole, halved = tiny_net(), tiny_net()
+    calls: list[int] = []
+    uninterrupted = train(whole, tiny_batches(), **{**settings, "step": KilledAt([], 99)})
+    every_batch = {"folder": tmp_path, "checkpoint_every_s": 0.0}
+    with pytest.raises(Killed):
+        train(halved, tiny_batches(), **{**settings, "step": KilledAt(calls, killed_after - 1)}, **every_batch)
+    resumed = tiny_net(seed=9)
+    result = train(resumed, tiny_batches(), **{**settings, "step": KilledAt(calls, 99)}, **every_batch)
+    assert same_state(whole, resumed)
+    assert len(calls) == 15 + 1  # nothing but the killed batch ran twice
+    assert without_times(result.records) == without_times(uninterrupted.records) == lines(tmp_path)
+    assert result.ema is not None and uninterrupted.ema is not None
+    assert all(torch.equal(result.ema[name], value) for name, value in uninterrupted.ema.items())
+
+
+class Counting:
+    """A step with state: every second batch gets a doubled gradient."""
+
+    def __init__(self) -> None:
+        self.count = torch.zeros((), dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.count = state["count"]
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        record = Plain()(model, images, labels, loss)
+        self.count = self.count + 1
+        if self.count % 2 == 0:
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= 2
+        return record
+
+
+def test_a_steps_own_state_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, resumed = tiny_net(), tiny_net()
+    train(whole, tiny_batches(), **{**USUAL, "step": Counting()})
+    step = Counting()
+    monkeypatch.setattr(loop_module.Pace, "count_step", lambda _pace: stop_at(step, 3))
+    with pytest.raises(Killed):
+        train(resumed, tiny_batches(), **{**USUAL, "step": step}, folder=tmp_path, checkpoint_every_s=0.0)
+    monkeypatch.undo()
+    train(resumed, tiny_batches(), **{**USUAL, "step": Counting()}, folder=tmp_path, checkpoint_every_s=0.0)
+    assert same_state(whole, resumed)
+
+
+def stop_at(step: Counting, count: int) -> None:
+    if int(step.count) == count:
+        raise Killed
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from bitscape.engine import Sgd, train
+from bitscape.train import Plain
+from tests.engine.tiny import tiny_batches, tiny_net
+folder = Path(sys.argv[1])
+model = tiny_net()
+print("ready", flush=True)
+train(model, tiny_batches(images=400), step=Plain(), optimizer=Sgd(), epochs=6, folder=folder, checkpoint_every_s=0.0)
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "src")])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, resumed = tiny_net(), tiny_net()
+    settings: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(), "epochs": 6}
+    train(whole, tiny_batches(images=400), **settings, folder=tmp_path / "whole", checkpoint_every_s=0.0)
+    killed = tmp_path / "killed"
+    for delay_s in (0.0, 0.08):  # after the first checkpoint; any moment must do
+        with start(killed) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            while not (killed / CHECKPOINT).exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(delay_s)
+            process.send_signal(signal.SIGKILL)
+    result = train(resumed, tiny_batches(images=400), **settings, folder=killed, checkpoint_every_s=0.0)
+    assert same_state(whole, resumed)
+    assert without_times(result.records) == lines(killed) == lines(tmp_path / "whole")
+    assert sorted(file.name for file in killed.iterdir()) == sorted([CHECKPOINT, METRICS, RUN])
+
+
+def test_a_finished_run_is_only_loaded_and_can_be_started_over(tmp_path: Path) -> None:
+    done, again, over = tiny_net(), tiny_net(seed=1), tiny_net(seed=1)
+    first = train(done, tiny_batches(), **USUAL, folder=tmp_path)
+    assert without_times(train(again, tiny_batches(), **USUAL, folder=tmp_path).records) == without_times(first.records)
+    assert same_state(done, again)
+    train(over, tiny_batches(), **USUAL, folder=tmp_path, resume=False)
+    assert not same_state(done, over)
+
+
+def test_run_json_holds_settings_and_versions(tmp_path: Path) -> None:
+    train(tiny_net(), tiny_batches(), **USUAL, folder=tmp_path, seed=7)
+    run = json.loads((tmp_path / RUN).read_text())
+    assert run["settings"]["optimizer"] == {
+        "kind": "Sgd",
+        "lr": 0.05,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "quantizer_lr": None,
+    }
+    assert run["settings"]["seed"] == 7
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["format"] == 1
+
+
+def other_labels() -> TinyBatches:
+    batches = tiny_batches()
+    assert batches.dataset.labels is not None
+    return replace(batches, dataset=replace(batches.dataset, labels=batches.dataset.labels.flip(0)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": Sgd(lr=0.1)}, "optimizer.lr was 0.05 and is 0.1"),
+        ({"epochs": 4}, "epochs was 3 and is 4"),
+        ({"loss": Loss(label_smoothing=0.1)}, "loss.kind was 'CrossEntropy' and is 'Loss'"),
+        ({"batches": other_labels()}, "batches.dataset.labels.sample_sha256 was"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(72, 3))}, "another model: 0.weight is not in the model"),
+        ({"model": tiny_net(classes=4)}, r"7.weight has shape \(3, 16\), the model \(4, 16\)"),
+        (
+            {"model": tiny_net()[:1].requires_grad_(False).extend(tiny_net()[1:])},
+            r"frozen was \[\] and is \['0.weight'\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    usual = {"model": tiny_net(), "batches": tiny_batches(), **USUAL, "folder": tmp_path}
+    train(**usual)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(**{**usual, **changed})
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+def poisoned_at(batch: int) -> Callable[[nn.Module, Tensor, Tensor, BatchLoss], StepRecord]:
+    seen: list[int] = []
+
+    def step(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        seen.append(0)
+        if len(seen) > batch:
+            with torch.no_grad():
+                model[4].weight[0, 0] = float("nan")
+        return Plain()(model, images, labels, loss)
+
+    return step
+
+
+def test_a_nan_weight_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(
+        NonFiniteError, match=r"epoch 2 of 3, batch 2 .*1 weight tensors are not finite, first 4.weight"
+    ) as e:
+        train(tiny_net(), tiny_batches(), **{**USUAL, "step": poisoned_at(7)}, folder=tmp_path)
+    assert str(tmp_path / CHECKPOINT) in str(e.value)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_nan_activation_is_traced_to_its_layer_and_the_weights_are_kept() -> None:
+    model = tiny_net()
+    model.insert(3, Log())
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(NonFiniteError, match=r"epoch 1 of 3, batch 0 .*first the output of layer '3' \(Log\).*: none"):
+        train(model, tiny_batches(), **USUAL)
+    assert all(torch.equal(weights[name], value) for name, value in model.named_parameters())
+
+
+def test_a_nan_gradient_with_a_finite_loss_stops_the_run() -> None:
+    def step(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        record = Plain()(model, images, labels, loss)
+        model[0].weight.grad[0] = float("inf")
+        return record
+
+    with pytest.raises(NonFiniteError, match="in the loss or in the backward pass"):
+        train(tiny_net(), tiny_batches(), **{**USUAL, "step": step})
+
+
+def test_nan_images_are_named() -> None:
+    batches = tiny_batches()
+    batches.dataset.images[:] = float("nan")
+    with pytest.raises(NonFiniteError, match="images themselves"):
+        train(tiny_net(), batches, **USUAL)
+
+
+def test_clipping_shortens_the_gradient() -> None:
+    lengths: list[float] = []
+    model = tiny_net()
+
+    def hook(_optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        lengths.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        (record,) = train(model, tiny_batches(), **{**USUAL, "epochs": 1}, clip_norm=0.01).records
+    finally:
+        handle.remove()
+    assert lengths == pytest.approx([0.01] * 5, rel=1e-3)
+    assert record["gradient_norm"] > 0.1  # as it was before clipping
+
+
+def test_two_passes_in_one_step_work_under_autocast() -> None:
+    def twice(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        Plain()(model, images, labels, loss)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.5  # the second pass must see this, not a cached copy
+        loss(model(images), labels).backward()
+        assert not torch.is_autocast_enabled("cpu")
+        return Plain()(model, images, labels, loss)
+
+    record = train(tiny_net(), tiny_batches(), **{**USUAL, "epochs": 1, "step": twice}, autocast=torch.bfloat16).records
+    assert len(record) == 1
+
+
+def test_log_lines_tell_loss_speed_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bitscape.engine.pace.REPORT_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, "bitscape.engine"):
+        train(tiny_net(), tiny_batches(), **USUAL)
+    said = [record.getMessage() for record in caplog.records if "images/s" in record.getMessage()]
+    assert len(said) == 15
+    assert said[-1].startswith("epoch 3/3, batch 5/5: loss 0.") and said[-1].endswith("images/s, 0 s left")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"checkpoint_every_s": -1.0}, "checkpoint_every_s is -1.0"),
+        ({"autocast": torch.float16}, "float16"),
+        ({"model": tiny_net(classes=2)}, r"outputs 0\.\.1"),
+        (
+            {"step": lambda model, images, labels, loss: StepRecord(loss(model(images), labels), labels[0])},
+            "no gradient",
+        ),
+    ],
+)
+def test_wrong_arguments_are_explained(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitscapeError, match=message):
+        train(**{"model": tiny_net(), "batches": tiny_batches(), **USUAL, **wrong})
+
+
+def test_missing_labels_are_explained() -> None:
+    batches = tiny_batches()
+    with pytest.raises(BitscapeError, match="no labels"):
+        train(tiny_net(), replace(batches, dataset=replace(batches.dataset, labels=None)), **USUAL)
+
+
+def result_of(**settings: Any) -> tuple[nn.Module, TrainResult]:
+    model = tiny_net()
+    return model, train(model, tiny_batches(), **{**USUAL, **settings})
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING, "bitscape.engine"):
+        model, _ = result_of(compile=True)
+    assert "no-such-compiler" in caplog.text
+    assert same_state(model, result_of()[0])
+
+
+def test_compile_compiles_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    model = tiny_net()
+
+    def compiler(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        compiled.append(forward)
+        return lambda images: forward(images) * 1.0
+
+    monkeypatch.setenv("CXX", sys.executable)  # anything that exists
+    monkeypatch.setattr(torch, "compile", compiler)
+    eager = model.forward
+    train(model, tiny_batches(), **USUAL, compile=True)
+    assert compiled == [eager]
+    assert same_state(model, result_of()[0])
+
+
+def test_the_real_digits_resume_with_shuffled_augmented_batches(tmp_path: Path) -> None:
+    def batches() -> Batches:
+        data = load_dataset("digits", limit=400)
+        return Batches(dataset=data, normalization=DIGITS, batch_size=64, shuffle=True, augment="crop-flip")
+
+    def net() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        with torch.no_grad():
+            model[1].weight.zero_()
+            model[1].bias.zero_()
+        return model
+
+    whole, resumed, calls = net(), net(), []
+    settings = {**USUAL, "optimizer": Sgd(lr=0.1), "autocast": torch.bfloat16}
+    (*_, last) = train(whole, batches(), **{**settings, "step": KilledAt([], 99)}).records
+    with pytest.raises(Killed):
+        train(net(), batches(), **{**settings, "step": KilledAt(calls, 9)}, folder=tmp_path, checkpoint_every_s=0.0)
+    train(resumed, batches(), **{**settings, "step": KilledAt(calls, 99)}, folder=tmp_path)
+    assert same_state(whole, resumed)
+    assert len(calls) == 3 * 7 + 1
+    assert last["top1"] > 20.0  # ten classes
+    assert evaluate(whole, batches()).images == 400

@@ -1,0 +1,240 @@
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.attention import SplitAttention, split_attention
+from bitscape.models.layers import quantizable_layers
+
+N, L, S, E, HEADS = 2, 5, 7, 8, 2
+
+
+def _attention(**options) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(E, HEADS, **options)
+    for parameter in attention.parameters():  # the biases start at zero
+        nn.init.normal_(parameter, std=0.5)
+    return attention.eval()
+
+
+def _inputs(layout: str, kdim: int = E, vdim: int = E) -> list[Tensor]:
+    torch.manual_seed(1)
+    shapes = {"unbatched": lambda n: (n,), "batch_first": lambda n: (N, n), "sequence_first": lambda n: (n, N)}
+    shape = shapes[layout]
+    return [torch.randn(*shape(L), E), torch.randn(*shape(S), kdim), torch.randn(*shape(S), vdim)]
+
+
+def _assert_same(attention: nn.MultiheadAttention, inputs: list[Tensor], **options) -> None:
+    split = split_attention(copy.deepcopy(attention))
+    assert isinstance(split, SplitAttention)
+    expected, expected_weights = attention(*inputs, **options)
+    output, weights = split(*inputs, **options)
+    torch.testing.assert_close(output, expected)
+    assert (weights is None) == (expected_weights is None)
+    if weights is not None:
+        torch.testing.assert_close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("layout", ["unbatched", "batch_first", "sequence_first"])
+@pytest.mark.parametrize("options", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 6}, {"bias": False}], ids=str)
+def test_output_and_weights_equal_the_original(layout, options, sizes):
+    attention = _attention(batch_first=layout == "batch_first", **sizes)
+    inputs = _inputs(layout, sizes.get("kdim", E), sizes.get("vdim", E))
+    _assert_same(attention, inputs, **options)
+
+
+@pytest.mark.parametrize("layout", ["unbatched", "batch_first", "sequence_first"])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("masked", ["padding", "pairs", "pairs per head", "both"])
+def test_masks_equal_the_original(layout, need_weights, kind, masked):
+    attention = _attention(batch_first=layout == "batch_first")
+    batch = 1 if layout == "unbatched" else N
+
+    def mask(*shape: int) -> Tensor:
+        if kind == "float":
+            return torch.randn(*shape)
+        ignored = torch.rand(*shape) < 0.5
+        ignored[..., 0] = False  # a fully ignored row has no softmax
+        return ignored
+
+    padding = mask(S) if layout == "unbatched" else mask(N, S)
+    options = {"key_padding_mask": padding} if masked in ("padding", "both") else {}
+    if masked != "padding":
+        options["attn_mask"] = mask(batch * HEADS, L, S) if masked == "pairs per head" else mask(L, S)
+    _assert_same(attention, _inputs(layout), need_weights=need_weights, **options)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_self_attention_equals_the_fused_path(need_weights):
+    attention, x = _attention(batch_first=True), torch.randn(N, L, E)
+    with torch.no_grad():
+        _assert_same(attention, [x, x, x], need_weights=need_weights)
+
+
+def test_causal_hint_equals_the_original():
+    x = torch.randn(N, L, E)
+    causal = nn.Transformer.generate_square_subsequent_mask(L)
+    for need_weights in (True, False):
+        options = {"attn_mask": causal, "is_causal": True, "need_weights": need_weights}
+        _assert_same(_attention(batch_first=True), [x, x, x], **options)
+    with pytest.raises(BitscapeError, match="without attn_mask"):
+        split_attention(_attention())(x, x, x, is_causal=True)
+
+
+def test_gradients_equal_the_original():
+    attention, x = _attention(), torch.randn(L, N, E)
+    split = split_attention(copy.deepcopy(attention))
+    attention(x, x, x)[0].square().sum().backward()
+    split(x, x, x)[0].square().sum().backward()
+    parts = torch.cat([split.q_proj.weight.grad, split.k_proj.weight.grad, split.v_proj.weight.grad])
+    torch.testing.assert_close(parts, attention.in_proj_weight.grad)
+    torch.testing.assert_close(split.out_proj.bias.grad, attention.out_proj.bias.grad)
+
+
+def test_dropout_acts_in_training_only():
+    split = split_attention(_attention(dropout=0.5))
+    inputs = _inputs("sequence_first")
+    for need_weights in (True, False):
+        assert torch.equal(split(*inputs, need_weights=need_weights)[0], split(*inputs, need_weights=need_weights)[0])
+    split.train()
+    for need_weights in (True, False):
+        assert not torch.equal(
+            split(*inputs, need_weights=need_weights)[0], split(*inputs, need_weights=need_weights)[0]
+        )
+
+
+def test_keeps_dtype_mode_and_what_is_frozen():
+    attention = _attention().to(torch.float64).train()
+    attention.in_proj_weight.requires_grad_(False)
+    split = split_attention(attention)
+    assert split.training
+    assert split.q_proj.weight.dtype == torch.float64
+    assert not split.k_proj.weight.requires_grad
+    assert split.k_proj.bias.requires_grad
+
+
+def test_drawing_random_numbers_is_not_needed():
+    attention = _attention()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    split_attention(attention)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_extra_keys_are_refused_before_anything_changes(option):
+    model = nn.Sequential(_attention(), _attention(**{option: True}))
+    with pytest.raises(BitscapeError, match=option):
+        split_attention(model)
+    assert type(model[0]) is nn.MultiheadAttention
+
+
+def _encoder(batch_first: bool = True, norm_first: bool = False) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(E, HEADS, 16, batch_first=batch_first, norm_first=norm_first)
+    nested = batch_first and not norm_first
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_encoder_layer_runs_all_four_layers_and_equals_the_original(batch_first, norm_first):
+    original = _encoder(batch_first, norm_first).layers[0]
+    split = split_attention(copy.deepcopy(original))
+    called = []
+    for name, layer in quantizable_layers(split).items():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        torch.testing.assert_close(split(x), original(x))
+    projections = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
+    assert called == [*projections, "linear1", "linear2"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch says so once a process, in the original
+def test_encoder_with_padding_equals_the_original_where_nothing_is_padded():
+    original = _encoder()
+    split = split_attention(copy.deepcopy(original))
+    x, padding = torch.randn(N, L, E), torch.zeros(N, L, dtype=torch.bool)
+    padding[1, 3:] = True
+    with torch.no_grad():
+        expected = original(x, src_key_padding_mask=padding)
+        output = split(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(output[~padding], expected[~padding])
+
+
+class _SmallViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, E, 4, stride=4)
+        self.encoder = _encoder()
+        self.head = nn.Linear(E, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(images).flatten(2).transpose(1, 2)).mean(dim=1))
+
+
+def test_small_vit_equals_the_original_and_a_second_call_changes_nothing():
+    original = _SmallViT().eval()
+    model = copy.deepcopy(original)
+    assert split_attention(model) is model
+    images = torch.randn(N, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), original(images))
+    modules = list(model.modules())
+    split_attention(model)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert len(quantizable_layers(model)) == 2 + 2 * (4 + 2)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 6}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("copied", [False, True])
+def test_loads_the_state_dict_of_the_float_network_and_its_own(sizes, copied):
+    attention = _attention(**sizes)
+    target = nn.Sequential(split_attention(nn.MultiheadAttention(E, HEADS, **sizes)))
+    target = (copy.deepcopy(target) if copied else target).eval()
+    state = nn.Sequential(attention).state_dict()
+    keys = list(state)
+    target.load_state_dict(state)
+    assert list(state) == keys
+    inputs = _inputs("sequence_first", sizes.get("kdim", E), sizes.get("vdim", E))
+    torch.testing.assert_close(target[0](*inputs)[0], attention(*inputs)[0])
+    again = nn.Sequential(split_attention(nn.MultiheadAttention(E, HEADS, **sizes)))
+    again.load_state_dict(target.state_dict())
+    assert torch.equal(again[0].k_proj.weight, target[0].k_proj.weight)
+
+
+def test_shared_attention_stays_shared():
+    attention = _attention()
+    model = nn.ModuleDict({"a": attention, "b": attention})
+    split_attention(model)
+    assert isinstance(model["a"], SplitAttention)
+    assert model["a"] is model["b"]
+
+
+def test_a_subclass_is_left_alone_and_named_in_the_log(caplog):
+    class Own(nn.MultiheadAttention):
+        pass
+
+    model = nn.Sequential(Own(E, HEADS))
+    with caplog.at_level(logging.WARNING, logger="bitscape.models"):
+        split_attention(model)
+    assert type(model[0]) is Own
+    assert "0: Own is no plain nn.MultiheadAttention" in caplog.text
+
+
+def test_autocast_with_a_mask():
+    split = split_attention(_attention(batch_first=True))
+    x = torch.randn(N, L, E)
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[:, -1] = True
+    for need_weights in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = split(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        exact, _ = split(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        torch.testing.assert_close(output.float(), exact, atol=0.1, rtol=0.1)

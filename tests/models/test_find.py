@@ -1,0 +1,204 @@
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import bitscape
+from bitscape.errors import BitscapeError
+from bitscape.models.attention import split_attention
+from bitscape.models.find import find_model, load_weights
+
+NETWORK = """
+from neighbour import WIDTH
+from torch import nn
+
+def small(outputs=2):
+    return nn.Linear(WIDTH, outputs)
+
+def nothing():
+    return None
+
+ready = nn.ReLU()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_mine.py").write_text(NETWORK)
+    (tmp_path / "neighbour.py").write_text("WIDTH = 3\n")
+    (tmp_path / "broken_net.py").write_text("import no_such_package\n")
+    (tmp_path / "typo_net.py").write_text("def f(:\n")
+    yield tmp_path
+    for module in ("nets_of_mine", "neighbour", "broken_net", "typo_net"):
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("name", ["nets_of_mine:small", "nets_of_mine.py:small", "{folder}/nets_of_mine.py:small"])
+def test_finds_a_function_by_module_and_by_file(folder, name):
+    path_before = sys.path.copy()
+    model = find_model(name.format(folder=folder), outputs=5)
+    assert model.weight.shape == (5, 3)
+    assert sys.path == path_before
+
+
+def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
+    for index, side in enumerate(("a", "b"), start=1):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "net.py").write_text(f"from torch import nn\ndef net(): return nn.Linear({index}, 1)\n")
+    models = [find_model(f"{tmp_path}/{side}/net.py:net") for side in ("a", "b", "a")]
+    assert [model.in_features for model in models] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", 'write "package.module:function"'),
+        (":resnet18", 'write "package.module:function"'),
+        ("nets_of_mine:", 'write "package.module:function"'),
+        ("nets_of_mine:smal", "has no 'smal'; nearest: small"),
+        ("nets_of_mine:nothing", "returned NoneType; it must return an nn.Module"),
+        ("nets_of_mine:ready", "is a ReLU; name a function"),
+        ("nets_of_yours:small", "cannot be imported: No module named 'nets_of_yours'"),
+        ("broken_net:small", "cannot be imported: No module named 'no_such_package'"),
+        ("broken_net.py:small", "cannot be imported: No module named 'no_such_package'"),
+        ("typo_net.py:small", "cannot be imported: invalid syntax"),
+        ("missing.py:small", "no file 'missing.py'"),
+    ],
+)
+def test_what_cannot_be_found_is_named(folder, name, message):
+    with pytest.raises(BitscapeError, match=message):
+        find_model(name)
+
+
+def test_an_error_of_the_users_function_passes_through(folder):
+    with pytest.raises(TypeError, match="width"):
+        find_model("nets_of_mine:small", width=3)
+
+
+@pytest.mark.parametrize("zoo", ["timm", "torchvision"])
+def test_zoo_models(zoo):
+    if importlib.util.find_spec(zoo) is None:
+        with pytest.raises(BitscapeError, match="is not installed"):
+            find_model(f"{zoo}:resnet18")
+        return
+    assert sum(p.numel() for p in find_model(f"{zoo}:resnet18").parameters()) == 11_689_512
+    with pytest.raises(BitscapeError, match=f"{zoo} has no model 'resnet19'; nearest: .*resnet18"):
+        find_model(f"{zoo}:resnet19")
+
+
+def _run(code: str, folder: Path) -> str:
+    importable = os.pathsep.join([str(folder), str(Path(bitscape.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": importable}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torchvision_without_its_compiled_part_is_helped(tmp_path):
+    # Same failure as the CUDA wheel beside a CPU-only torch: the second import needs schemas that nothing declared.
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("from torchvision import _meta, models\n")
+    (tmp_path / "torchvision" / "models.py").write_text(
+        "from torch import nn\n"
+        "def list_models(): return ['one']\n"
+        "def get_model(name, **kwargs): return nn.Linear(1, **kwargs)\n"
+    )
+    (tmp_path / "torchvision" / "_meta.py").write_text(
+        "import torch\nfor name in ('nms', 'qnms'): torch.library.register_fake(f'torchvision::{name}')(lambda *a: a)\n"
+    )
+    code = """
+        from bitscape.models.find import find_model
+        print(find_model("torchvision:one", out_features=4))
+        print(find_model("torchvision:one", out_features=5))
+    """
+    assert "out_features=4" in _run(code, tmp_path)
+
+
+def test_another_failure_of_torchvision_is_not_hidden(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('no disk')\n")
+    code = """
+        from bitscape.models.find import find_model
+        try:
+            find_model("torchvision:one")
+        except RuntimeError as error:
+            print(error)
+    """
+    assert _run(code, tmp_path) == "no disk\n"
+
+
+def _network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+
+def _saved(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path = tmp_path / "weights.safetensors"
+    save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_loads_with_and_without_the_norms_counters(tmp_path, counted):
+    source, target = _network(), _network()
+    state = {k: v for k, v in source.state_dict().items() if counted or "num_batches_tracked" not in k}
+    load_weights(target, _saved(tmp_path, state))
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_a_counter_that_the_network_lacks_is_no_error(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1))
+    load_weights(model, _saved(tmp_path, model.state_dict() | {"1.num_batches_tracked": torch.tensor(3)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("0.weight"), "missing in the file: 0.weight"),
+        (lambda state: state.update({"0.wieght": state.pop("0.weight")}), "0.weight; nearest: 0.wieght"),
+        (lambda state: state.update({"2.weight": torch.zeros(1)}), "not in the network: 2.weight; nearest: "),
+        (lambda state: state.update({"0.weight": torch.zeros(2, 1, 5, 5)}), "size mismatch for 0.weight"),
+        (lambda state: state.update({f"x{i}": torch.zeros(1) for i in range(7)}), "and 2 more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    state = _network().state_dict()
+    change(state)
+    with pytest.raises(BitscapeError, match=message):
+        load_weights(_network(), _saved(tmp_path, state))
+
+
+def test_truncated_foreign_and_absent_files_are_errors(tmp_path):
+    path = _saved(tmp_path, _network().state_dict())
+    for content in (path.read_bytes()[:-10], path.read_bytes()[:20], b"", b"PK\x03\x04 a pickled network"):
+        path.write_bytes(content)
+        with pytest.raises(BitscapeError, match="is not a complete safetensors file"):
+            load_weights(_network(), path)
+    with pytest.raises(BitscapeError, match="no file"):
+        load_weights(_network(), tmp_path / "absent.safetensors")
+
+
+def test_a_tensor_with_two_names_may_be_stored_under_one(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    state = model.state_dict()
+    del state["1.weight"]
+    expected = state["0.weight"].clone()
+    path = _saved(tmp_path, state)
+    nn.init.zeros_(model[0].weight)
+    load_weights(model, path)
+    assert torch.equal(model[1].weight, expected)
+
+
+def test_float_weights_load_into_split_attention(tmp_path):
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    split = split_attention(nn.TransformerEncoderLayer(4, 2, 8))
+    load_weights(split, _saved(tmp_path, layer.state_dict()))
+    assert torch.equal(split.self_attn.k_proj.weight, layer.self_attn.in_proj_weight[4:8])

@@ -1,0 +1,148 @@
+import ctypes
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from bitscape.errors import BitscapeError
+from bitscape.search import knapsack
+from bitscape.search.knapsack import CapRow, smallest, solve
+
+
+def row(costs: list[list[int]], limit: int, *, fixed: int = 0, additive: bool = True) -> CapRow:
+    return CapRow("bitops", np.array(costs, dtype=object), limit, fixed, additive)
+
+
+def brute(scores: np.ndarray, caps: list[CapRow]) -> float:
+    totals = [
+        sum(scores[group, at] for group, at in enumerate(choice))
+        for choice in product(range(scores.shape[1]), repeat=scores.shape[0])
+        if all(cap.holds(choice) for cap in caps)
+    ]
+    return min(totals, default=math.inf)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, list[CapRow]]:
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    magnitude = draw(st.sampled_from([3, 10**6, 10**15, 10**20]))
+    numbers = st.one_of(st.floats(0, 1), st.floats(0, 1e-9), st.floats(0, 1e12), st.just(math.inf), st.just(1.0))
+    scores = np.array([[draw(numbers) for _ in range(shape[1])] for _ in range(shape[0])])
+    caps = []
+    for _ in range(draw(st.integers(1, 3))):
+        costs = [[draw(st.integers(0, magnitude)) for _ in range(shape[1])] for _ in range(shape[0])]
+        any_choice = [draw(st.integers(0, shape[1] - 1)) for _ in range(shape[0])]
+        cap = row(costs, 0, fixed=draw(st.integers(0, magnitude)), additive=draw(st.booleans()))
+        slack = draw(st.sampled_from([0, 0, 1, -1, magnitude // 3]))
+        caps.append(CapRow(cap.name, cap.costs, cap.total(tuple(any_choice)) + slack, cap.fixed, cap.additive))
+    return scores, caps
+
+
+@given(problems())
+def test_the_optimum_equals_brute_force_and_no_cap_is_exceeded(problem: tuple[np.ndarray, list[CapRow]]) -> None:
+    scores, caps = problem
+    choice = solve(scores, caps)
+    best = brute(scores, caps)
+    if choice is None:
+        assert best == math.inf
+        return
+    assert all(cap.holds(choice) for cap in caps)
+    total = sum(scores[group, at] for group, at in enumerate(choice))
+    cheapest = scores.min(axis=1).sum()
+    assert total - best <= 1e-8 * (best - cheapest) + 1e-15 * max(best, 1e-300)
+
+
+@given(problems())
+def test_the_smallest_total_equals_brute_force(problem: tuple[np.ndarray, list[CapRow]]) -> None:
+    scores, (cap, *others) = problem
+    if not np.isfinite(scores).any(axis=1).all():
+        return
+    allowed = [np.flatnonzero(line) for line in np.isfinite(scores)]
+    totals = [cap.total(choice) for choice in product(*allowed) if all(other.holds(choice) for other in others)]
+    found = smallest(cap, others, np.isfinite(scores))
+    assert (found is None) == (not totals)
+    if found is not None:
+        assert found in totals
+        assert found - min(totals) <= 1e-8 * found
+
+
+def test_a_choice_that_breaks_a_cap_within_the_solvers_tolerance_is_cut_off() -> None:
+    # Ten groups could each save a score of 1 for one unit of cost more; the cap has room for none.
+    big = 10**10
+    costs = [[0, big, big + 1]] * 10
+    scores = np.array([[50.0, 1.0, 0.0]] * 10)
+    assert solve(scores, [row(costs, 10 * big)]) == (1,) * 10
+    assert sorted(solve(scores, [row(costs, 10 * big + 3)]) or ()) == [1] * 7 + [2] * 3
+
+
+def test_a_cap_that_only_a_loose_one_hides_is_met_exactly() -> None:
+    costs = [[0, 10**12 + 7 * at, 2 * 10**12 + at * at] for at in range(6)]
+    scores = np.array([[9.0, 3.0 + at / 10, 0.0] for at in range(6)])
+    exact = row(costs, 6 * 10**12 + 7 * 15)
+    choice = solve(scores, [exact])
+    assert choice is not None and exact.holds(choice)
+    assert sum(scores[group, at] for group, at in enumerate(choice)) == pytest.approx(brute(scores, [exact]))
+
+
+def test_small_scores_beside_large_ones_are_not_rounded_away() -> None:
+    scores = np.array([[1e6, 0.0, 1e3], [3e-7, 2e-7, 1e-7], [3e-7, 1e-7, 2e-7]])
+    costs = [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
+    assert solve(scores, [row(costs, 4)]) == (1, 1, 1)
+
+
+def test_without_groups_only_the_fixed_cost_counts() -> None:
+    nothing = np.zeros((0, 3))
+    costs = np.empty((0, 3), dtype=object)
+    assert solve(nothing, [CapRow("bitops", costs, 5, fixed=5)]) == ()
+    assert solve(nothing, [CapRow("bitops", costs, 4, fixed=5)]) is None
+    assert solve(nothing, [CapRow("peak", costs, 4, fixed=5, additive=False)]) is None
+
+
+def test_equal_input_gives_equal_output() -> None:
+    scores = np.ones((20, 5))
+    costs = [[1, 2, 3, 4, 5]] * 20
+    assert solve(scores, [row(costs, 50)]) == solve(scores, [row(costs, 50)])
+
+
+def test_a_time_limit_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    scores, caps = np.array([[1.0, 0.5]]), [row([[1, 2]], 2)]
+    monkeypatch.setattr(
+        knapsack, "milp", lambda c, **_: SimpleNamespace(status=1, x=np.arange(len(c)) / len(c), message="time")
+    )
+    assert solve(scores, caps) == (1,)
+    assert "not proven optimal" in caplog.text
+    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: SimpleNamespace(status=1, x=None, message="time"))
+    with pytest.raises(BitscapeError, match="not solved: time"):
+        solve(scores, caps)
+
+
+def test_a_solver_that_always_breaks_the_cap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        knapsack, "milp", lambda *_, **__: SimpleNamespace(status=0, x=np.array([0, 1, 0, 1]), message="")
+    )
+    with pytest.raises(BitscapeError, match="cannot tell what fits exactly under bitops"):
+        solve(np.array([[1.0, 0.0], [1.0, 0.0]]), [row([[1, 2], [1, 2]], 3)])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="reads C's standard output through libc")
+def test_c_output_of_the_solver_does_not_reach_stdout() -> None:
+    code = (
+        "import ctypes; from bitscape.search.knapsack import quiet_stdout\n"
+        "print('before')\n"
+        "with quiet_stdout(): ctypes.CDLL(None).puts(b'a line from C')\n"
+        "print('after')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["before", "after"]
+    assert ctypes.CDLL(None).fflush(None) == 0
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    code = "import os; os.close(1)\nfrom bitscape.search.knapsack import quiet_stdout\nwith quiet_stdout(): pass\nos._exit(7)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
