@@ -57,7 +57,8 @@ class InvertedResidual(nn.Module):
         self.adds_input = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.adds_input else self.conv(x)
+        projected: Tensor = self.conv(x)
+        return x + projected if self.adds_input else projected
 
 
 def mobilenetv2_tfslim() -> nn.Sequential:

@@ -41,49 +41,52 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 """Public name -> module that holds it. A submodule of the same name would take its place: hence no `train` here."""
 
 if TYPE_CHECKING:
-    from bitscape.cost.layers import NetworkCost as NetworkCost, measure as measure
+    from bitscape.cost.layers import NetworkCost as NetworkCost
+    from bitscape.cost.layers import measure as measure
     from bitscape.cost.policy_cost import policy_cost as policy_cost
-    from bitscape.data.batches import Batches as Batches, Normalization as Normalization
+    from bitscape.data.batches import Batches as Batches
+    from bitscape.data.batches import Normalization as Normalization
     from bitscape.data.proxy import draw_proxy as draw_proxy
-    from bitscape.data.sources import Dataset as Dataset, load_dataset as load_dataset
-    from bitscape.engine import (
-        Accuracy as Accuracy,
-        AdamW as AdamW,
-        Cosine as Cosine,
-        Sgd as Sgd,
-        TrainResult as TrainResult,
-        evaluate as evaluate,
-    )
+    from bitscape.data.sources import Dataset as Dataset
+    from bitscape.data.sources import load_dataset as load_dataset
+    from bitscape.engine import Accuracy as Accuracy
+    from bitscape.engine import AdamW as AdamW
+    from bitscape.engine import Cosine as Cosine
+    from bitscape.engine import Sgd as Sgd
+    from bitscape.engine import TrainResult as TrainResult
+    from bitscape.engine import evaluate as evaluate
     from bitscape.errors import BitscapeError as BitscapeError
-    from bitscape.export.packed import load_packed as load_packed, save_packed as save_packed
-    from bitscape.models.find import find_model as find_model, load_weights as load_weights
-    from bitscape.policy import (
-        LayerBits as LayerBits,
-        Policy as Policy,
-        PolicyError as PolicyError,
-        uniform_policy as uniform_policy,
-    )
-    from bitscape.quant.convert import (
-        calibrate as calibrate,
-        quantize as quantize,
-        recalibrate_norms as recalibrate_norms,
-    )
+    from bitscape.export.packed import load_packed as load_packed
+    from bitscape.export.packed import save_packed as save_packed
+    from bitscape.models.find import find_model as find_model
+    from bitscape.models.find import load_weights as load_weights
+    from bitscape.policy import LayerBits as LayerBits
+    from bitscape.policy import Policy as Policy
+    from bitscape.policy import PolicyError as PolicyError
+    from bitscape.policy import uniform_policy as uniform_policy
+    from bitscape.quant.convert import calibrate as calibrate
+    from bitscape.quant.convert import quantize as quantize
+    from bitscape.quant.convert import recalibrate_norms as recalibrate_norms
     from bitscape.quant.fold import fold_norms as fold_norms
-    from bitscape.quant.quantizers import Dorefa as Dorefa, Liq as Liq, Lsq as Lsq, LsqPlus as LsqPlus, Pact as Pact
-    from bitscape.search.allocation import (
-        InfeasibleBudget as InfeasibleBudget,
-        allocate as allocate,
-        pareto_front as pareto_front,
-    )
+    from bitscape.quant.quantizers import Dorefa as Dorefa
+    from bitscape.quant.quantizers import Liq as Liq
+    from bitscape.quant.quantizers import Lsq as Lsq
+    from bitscape.quant.quantizers import LsqPlus as LsqPlus
+    from bitscape.quant.quantizers import Pact as Pact
+    from bitscape.search.allocation import InfeasibleBudget as InfeasibleBudget
+    from bitscape.search.allocation import allocate as allocate
+    from bitscape.search.allocation import pareto_front as pareto_front
     from bitscape.search.fisher import Fisher as Fisher
     from bitscape.search.hawq import Hawq as Hawq
     from bitscape.search.kl import Kl as Kl
     from bitscape.search.local import Local as Local
-    from bitscape.search.problem import SearchProblem as SearchProblem, SearchResult as SearchResult
+    from bitscape.search.problem import SearchProblem as SearchProblem
+    from bitscape.search.problem import SearchResult as SearchResult
     from bitscape.search.random_policy import RandomPolicy as RandomPolicy
     from bitscape.search.scores import ScoreTable as ScoreTable
     from bitscape.search.uniform import Uniform as Uniform
-    from bitscape.train import Loss as Loss, Plain as Plain
+    from bitscape.train import Loss as Loss
+    from bitscape.train import Plain as Plain
 else:  # a type checker that saw this function would let every name pass
 
     def __getattr__(name: str) -> object:

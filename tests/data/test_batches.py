@@ -2,7 +2,8 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitscape.data.batches import CIFAR10, DIGITS, IMAGENET, UNIT, Batches, Normalization
 from bitscape.data.sources import Dataset, load_dataset
@@ -90,9 +91,7 @@ def test_epochs_seeds_and_batches_differ():
 
 def test_batches_of_one_epoch_are_augmented_differently():
     same = Dataset("same", noise(1).images.repeat(64, 1, 1, 1))
-    first, second = (
-        images for images, _ in Batches(dataset=same, normalization=ONE, batch_size=32, augment="crop-flip").epoch(0)
-    )
+    first, second = (images for images, _ in Batches(dataset=same, normalization=ONE, batch_size=32, augment="crop-flip").epoch(0))
     assert not torch.equal(first, second)
 
 
@@ -150,9 +149,7 @@ def test_every_shift_occurs_equally_often():
 @pytest.mark.parametrize("normalization", [IMAGENET, CIFAR10, UNIT])
 def test_normalization_is_the_formula(normalization):
     images = noise(channels=3).images
-    mean, std = (
-        torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (normalization.mean, normalization.std)
-    )
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (normalization.mean, normalization.std))
     result = normalization.apply(images)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), (images.double() / 255 - mean) / std, rtol=0, atol=2e-6)

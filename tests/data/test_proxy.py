@@ -1,6 +1,7 @@
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset

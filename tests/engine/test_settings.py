@@ -15,9 +15,7 @@ def names_by_group(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
 
 
-@pytest.mark.parametrize(
-    "settings", [Sgd(weight_decay=0.3, quantizer_lr=0.5), AdamW(weight_decay=0.3, quantizer_lr=0.5)]
-)
+@pytest.mark.parametrize("settings", [Sgd(weight_decay=0.3, quantizer_lr=0.5), AdamW(weight_decay=0.3, quantizer_lr=0.5)])
 def test_only_weights_decay_and_quantizers_have_their_own_rate(settings: Sgd | AdamW) -> None:
     model = tiny_net()
     optimizer = settings.build(model)

@@ -26,8 +26,11 @@ from bitscape.engine import (
     Sgd,
     StepRecord,
     TrainResult,
-    loop as loop_module,
+    evaluate,
     train,
+)
+from bitscape.engine import (
+    loop as loop_module,
 )
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
 from bitscape.errors import BitscapeError
@@ -278,9 +281,7 @@ def poisoned_at(batch: int) -> Callable[[nn.Module, Tensor, Tensor, BatchLoss], 
 
 
 def test_a_nan_weight_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        NonFiniteError, match=r"epoch 2 of 3, batch 2 .*1 weight tensors are not finite, first 4.weight"
-    ) as e:
+    with pytest.raises(NonFiniteError, match=r"epoch 2 of 3, batch 2 .*1 weight tensors are not finite, first 4.weight") as e:
         train(tiny_net(), tiny_batches(), **{**USUAL, "step": poisoned_at(7)}, folder=tmp_path)
     assert str(tmp_path / CHECKPOINT) in str(e.value)
     assert len(lines(tmp_path)) == 1
@@ -342,9 +343,7 @@ def test_two_passes_in_one_step_work_under_autocast() -> None:
     assert len(record) == 1
 
 
-def test_log_lines_tell_loss_speed_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("bitscape.engine.pace.REPORT_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO, "bitscape.engine"):
         train(tiny_net(), tiny_batches(), **USUAL)
@@ -384,9 +383,7 @@ def result_of(**settings: Any) -> tuple[nn.Module, TrainResult]:
     return model, train(model, tiny_batches(), **{**USUAL, **settings})
 
 
-def test_without_a_compiler_training_goes_on_uncompiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING, "bitscape.engine"):
         model, _ = result_of(compile=True)
@@ -413,7 +410,7 @@ def test_compile_compiles_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_real_digits_resume_with_shuffled_augmented_batches(tmp_path: Path) -> None:
     def batches() -> Batches:
         data = load_dataset("digits", limit=400)
-        return Batches(dataset=data, normalization=DIGITS, batch_size=64, shuffle=True, augment="crop-flip")
+        return Batches(dataset=data, normalization=DIGITS, batch_size=64, shuffle=True, augment="flip")
 
     def net() -> nn.Module:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -423,12 +420,12 @@ def test_the_real_digits_resume_with_shuffled_augmented_batches(tmp_path: Path) 
         return model
 
     whole, resumed, calls = net(), net(), []
-    settings = {**USUAL, "optimizer": Sgd(lr=0.1), "autocast": torch.bfloat16}
+    settings = {**USUAL, "optimizer": Sgd(lr=0.3), "autocast": torch.bfloat16}
     (*_, last) = train(whole, batches(), **{**settings, "step": KilledAt([], 99)}).records
     with pytest.raises(Killed):
         train(net(), batches(), **{**settings, "step": KilledAt(calls, 9)}, folder=tmp_path, checkpoint_every_s=0.0)
     train(resumed, batches(), **{**settings, "step": KilledAt(calls, 99)}, folder=tmp_path)
     assert same_state(whole, resumed)
     assert len(calls) == 3 * 7 + 1
-    assert last["top1"] > 20.0  # ten classes
+    assert last["top1"] > 50.0  # ten classes
     assert evaluate(whole, batches()).images == 400

@@ -34,19 +34,14 @@ def random_network(layers: int, seed: int) -> NetworkCost:
         *(rng.integers(low, high, layers).tolist() for low, high in ((10**5, 10**8), (100, 10**6), (100, 10**5))),
         strict=True,
     )
-    return network(
-        *(layer(f"layer{at}", macs, weights * 4, inputs) for at, (macs, weights, inputs) in enumerate(sizes))
-    )
+    return network(*(layer(f"layer{at}", macs, weights * 4, inputs) for at, (macs, weights, inputs) in enumerate(sizes)))
 
 
 def noise_scores(measured: NetworkCost, candidates: Sequence[LayerBits], seed: int) -> ScoreTable:
     """Scores that fall with bits as quantization noise does, over several magnitudes."""
     rng = np.random.default_rng(seed)
     weight, activation = np.exp(rng.normal(0, 2, (2, len(measured.layers), 1)))
-    noise = [
-        4.0 ** -np.array(bits, dtype=float)
-        for bits in ([c.weight for c in candidates], [c.activation for c in candidates])
-    ]
+    noise = [4.0 ** -np.array(bits, dtype=float) for bits in ([c.weight for c in candidates], [c.activation for c in candidates])]
     return ScoreTable(tuple(measured.by_name), tuple(candidates), weight * noise[0] + activation * noise[1], "noise")
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bitscape.cost.budget import Budget
 from bitscape.cost.layers import NetworkCost
@@ -90,10 +91,7 @@ def test_budgets_equal_to_the_cost_of_a_uniform_policy_are_feasible(seed: int, b
 def test_at_the_budget_of_the_cheapest_policy_it_is_the_only_one(seed: int) -> None:
     measured = random_network(12, seed)
     budget = Budget({"bitops": cost("bitops", measured, uniform(measured, 2, 2))})
-    assert (
-        allocate(noise_scores(measured, square(2, 3, 8), seed), measured, budget, {}).layers
-        == uniform(measured, 2, 2).layers
-    )
+    assert allocate(noise_scores(measured, square(2, 3, 8), seed), measured, budget, {}).layers == uniform(measured, 2, 2).layers
 
 
 def test_sixty_layers_and_25_pairs_under_two_caps_take_less_than_a_second() -> None:
@@ -113,12 +111,8 @@ def test_sixty_equal_layers_are_no_trouble() -> None:
     measured = network(*(layer(f"l{at}", 10**6 + 1, 4096) for at in range(60)))
     candidates = square(2, 3, 4, 6, 8)
     values = np.tile([1 / (c.weight * c.activation) for c in candidates], (60, 1))
-    budget = Budget(
-        {kind: 1.07 * cost(kind, measured, uniform(measured, 3, 3)) for kind in ("bitops", "mean_weight_bits")}
-    )
-    assert fits(
-        measured, allocate(ScoreTable(tuple(measured.by_name), candidates, values, "equal"), measured, budget), budget
-    )
+    budget = Budget({kind: 1.07 * cost(kind, measured, uniform(measured, 3, 3)) for kind in ("bitops", "mean_weight_bits")})
+    assert fits(measured, allocate(ScoreTable(tuple(measured.by_name), candidates, values, "equal"), measured, budget), budget)
 
 
 def test_a_policy_carries_cost_fingerprint_and_provenance() -> None:
@@ -156,9 +150,7 @@ def test_layers_that_share_a_weight_are_tied_by_themselves() -> None:
     measured = random_network(3, 4)
     first, second, third = measured.layers
     shared = network(first, replace(second, weights=0, scales=0, tied_to="layer0"), third)
-    scores = ScoreTable(
-        tuple(shared.by_name), square(2, 8), np.array([[9, 9, 9, 0], [0, 9, 9, 8], [0, 0, 0, 0.0]]), "t"
-    )
+    scores = ScoreTable(tuple(shared.by_name), square(2, 8), np.array([[9, 9, 9, 0], [0, 9, 9, 8], [0, 0, 0, 0.0]]), "t")
     policy = allocate(scores, shared, Budget({"mean_weight_bits": 8.0}), {})
     assert policy.layers["layer0"] == policy.layers["layer1"] == LayerBits(8, 8)
 
@@ -173,9 +165,7 @@ def test_a_peak_cap_forbids_pairs() -> None:
 def test_an_infeasible_budget_says_what_would_do() -> None:
     measured = network(layer("first", 10), layer("big", 1000), layer("mid", 100), layer("last", 1))
     scores = noise_scores(measured, square(2, 4), 0)
-    with pytest.raises(
-        InfeasibleBudget, match=r"bitops=100 \(feasible from 5104; most of it in big, first \(pinned\), mid\)"
-    ) as raised:
+    with pytest.raises(InfeasibleBudget, match=r"bitops=100 \(feasible from 5104; most of it in big, first \(pinned\), mid\)") as raised:
         allocate(scores, measured, Budget({"bitops": 100}))
     assert raised.value.alone == {"bitops": 5104}
     assert raised.value.layers == {"bitops": ("big", "first", "mid")}
@@ -226,9 +216,7 @@ def test_scores_of_another_network_are_refused(change: dict[str, object], messag
 
 def test_tied_layers_without_a_common_pair_are_named() -> None:
     measured = random_network(2, 0)
-    scores = ScoreTable(
-        ("layer0", "layer1"), (LayerBits(2, 2), LayerBits(4, 4)), np.array([[1, np.inf], [np.inf, 1]]), "t"
-    )
+    scores = ScoreTable(("layer0", "layer1"), (LayerBits(2, 2), LayerBits(4, 4)), np.array([[1, np.inf], [np.inf, 1]]), "t")
     with pytest.raises(BitscapeError, match="layer0, layer1 have no pair"):
         allocate(scores, measured, Budget({"bitops": 1e12}), {}, [("layer0", "layer1")])
 

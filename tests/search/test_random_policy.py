@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from bitscape.errors import BitscapeError
@@ -73,9 +74,7 @@ def test_a_peak_cap_is_respected() -> None:
 
 
 def test_a_cap_above_the_largest_policy_cannot_be_used_up() -> None:
-    with pytest.raises(
-        BitscapeError, match=r"within 2% below the cap was found; the closest uses 50\.0% of the tightest of bitops"
-    ):
+    with pytest.raises(BitscapeError, match=r"within 2% below the cap was found; the closest uses 50\.0% of the tightest of bitops"):
         RandomPolicy(tries=2).search(problem("bitops=2x", layers=3))
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bitscape.errors import BitscapeError
@@ -13,9 +14,7 @@ from bitscape.search.scores import ScoreTable
 PAIRS = (LayerBits(2, 2), LayerBits(4, 8))
 
 
-def table(
-    values: object, layers: tuple[str, ...] = ("a", "b"), candidates: tuple[LayerBits, ...] = PAIRS
-) -> ScoreTable:
+def table(values: object, layers: tuple[str, ...] = ("a", "b"), candidates: tuple[LayerBits, ...] = PAIRS) -> ScoreTable:
     return ScoreTable(layers, candidates, np.array(values), "test", 3)
 
 

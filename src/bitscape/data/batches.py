@@ -36,9 +36,7 @@ class Normalization:
     def apply(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Normalize uint8 images to float32. Raises BitscapeError for another type or number of channels."""
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise BitscapeError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 (n, c, h, w)"
-            )
+            raise BitscapeError(f"images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 (n, c, h, w)")
         self.check_channels(images.shape[1])
         factor = torch.tensor([1 / (255 * std) for std in self.std], device=images.device).view(-1, 1, 1)
         shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
@@ -101,17 +99,13 @@ class Batches:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def epoch(
-        self, number: int, *, start: int = 0
-    ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None]]:
+    def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None]]:
         """Yield (images, labels) of epoch `number` from batch `start`, both from 0; start = len(self) yields none.
 
         Raises BitscapeError for numbers out of range, at the call, not at the first batch.
         """
         if number < 0 or not 0 <= start <= len(self):
-            raise BitscapeError(
-                f"epoch is {number}, start is {start}; allowed are epochs from 0, starts 0 to {len(self)}"
-            )
+            raise BitscapeError(f"epoch is {number}, start is {start}; allowed are epochs from 0, starts 0 to {len(self)}")
         return self._batches(number, start)
 
     def _batches(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:

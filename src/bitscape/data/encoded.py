@@ -48,7 +48,8 @@ def read_parquet(path: Path) -> EncodedSource:
 
     def fetch(rows: list[int]) -> list[EncodedImage]:
         cells = read(image_column).take(arrow.array(rows, arrow.int64())).to_pylist()
-        return [_cell(row, cell) for row, cell in zip(rows, cells, strict=True)]
+        # a path in a file from elsewhere is a name only, never opened
+        return [_cell(row, cell, open_path=False) for row, cell in zip(rows, cells, strict=True)]
 
     with _readable(path, arrow.ArrowException):
         opened = parquet.ParquetFile(path)
@@ -94,10 +95,7 @@ def read_hub(name: str, split: str) -> EncodedSource:
 
     def fetch(rows: list[int]) -> list[EncodedImage]:
         cells = [row[image_column] for row in table.select_columns([image_column]).select(rows)]
-        return [
-            EncodedImage(cell["path"] or f"row {row}", cell["bytes"] or Path(cell["path"]))
-            for row, cell in zip(rows, cells, strict=True)
-        ]
+        return [_cell(row, cell, open_path=True) for row, cell in zip(rows, cells, strict=True)]
 
     labels = _integers(list(table[label_column]), f"hf:{name}: column {label_column!r}") if label_column else None
     named = _class_names(labels, getattr(table.features[label_column], "names", ()) if label_column else ())
@@ -109,9 +107,7 @@ def numbered(labels: Tensor | None) -> tuple[str, ...]:
     if labels is None or not len(labels):
         return ()
     if int(labels.max()) >= MAX_CLASSES:
-        raise BitscapeError(
-            f"the largest label is {int(labels.max())}; classes must be numbered 0 to {MAX_CLASSES - 1}"
-        )
+        raise BitscapeError(f"the largest label is {int(labels.max())}; classes must be numbered 0 to {MAX_CLASSES - 1}")
     return tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
@@ -148,11 +144,13 @@ def _integers(values: list[Any], what: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _cell(row: int, cell: Any) -> EncodedImage:
-    if isinstance(cell, dict):
-        # no bytes: decoding reports the row as broken. A path in a file from elsewhere is a name only, never opened.
-        return EncodedImage(cell.get("path") or f"row {row}", cell.get("bytes") or b"")
-    return EncodedImage(f"row {row}", cell if isinstance(cell, bytes) else b"")
+def _cell(row: int, cell: Any, *, open_path: bool) -> EncodedImage:
+    """The image of one table cell; without content it is empty bytes, which decoding reports as broken."""
+    fields = cell if isinstance(cell, dict) else {"bytes": cell}
+    content, path = fields.get("bytes"), fields.get("path")
+    if not isinstance(content, bytes):
+        content = Path(path) if open_path and path else b""
+    return EncodedImage(path or f"row {row}", content)
 
 
 def _names_in_metadata(metadata: dict[bytes, bytes], label_column: str | None) -> Sequence[str]:
@@ -173,9 +171,7 @@ def _split_folder(path: Path, split: str) -> Path:
     if not splits or not splits <= SPLIT_FOLDERS:
         return path
     if split not in splits:
-        raise BitscapeError(
-            f"{path}: no split {split!r}{nearest(split, splits)}; there are {', '.join(sorted(splits))}"
-        )
+        raise BitscapeError(f"{path}: no split {split!r}{nearest(split, splits)}; there are {', '.join(sorted(splits))}")
     return path / split
 
 

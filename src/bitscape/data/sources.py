@@ -59,8 +59,7 @@ class Dataset:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(self.class_names):
             raise BitscapeError(
-                f"{self.name}: labels run from {low} to {high}; {len(self.class_names)} class names allow 0 to "
-                f"{len(self.class_names) - 1}"
+                f"{self.name}: labels run from {low} to {high}; {len(self.class_names)} class names allow 0 to {len(self.class_names) - 1}"
             )
 
     def __len__(self) -> int:
@@ -94,19 +93,13 @@ class Dataset:
         if index.dtype == torch.bool and index.shape == (len(self),):
             return index
         if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
-            raise BitscapeError(
-                f"index is {index.dtype} of shape {tuple(index.shape)}; allowed are integers (k,) or n booleans"
-            )
+            raise BitscapeError(f"index is {index.dtype} of shape {tuple(index.shape)}; allowed are integers (k,) or n booleans")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
-            raise BitscapeError(
-                f"index runs from {int(index.min())} to {int(index.max())}; {self.name} has rows 0 to {len(self) - 1}"
-            )
+            raise BitscapeError(f"index runs from {int(index.min())} to {int(index.max())}; {self.name} has rows 0 to {len(self) - 1}")
         return index
 
 
-def load_dataset(
-    source: str, *, split: str = "train", size: int | None = None, limit: int | None = None, seed: int = 0
-) -> Dataset:
+def load_dataset(source: str, *, split: str = "train", size: int | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
     """Load images and labels.
 
     Args:
@@ -129,7 +122,7 @@ def load_dataset(
     if kind == HUB and name:
         return _decoded(read_hub(name, split), source, size, limit, seed)
     path = Path(source)
-    if not path.exists():
+    if not source or not path.exists():
         raise BitscapeError(_not_found(source))
     if path.is_dir():
         return _decoded(read_folder(path, split), source, size, limit, seed)
@@ -159,10 +152,10 @@ def _read_npz(path: Path) -> Dataset:
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    # a lone .npy array under this name has no `files` and is no context manager
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    # TypeError: a lone .npy array under this name is no context manager
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise BitscapeError(f"{path}: damaged, or no .npz file of plain arrays ({error}); write it again") from error
 
 
@@ -175,8 +168,7 @@ def _channels_first(images: Any, path: Path) -> Any:
     if images.ndim == 4 and images.shape[3] in CHANNELS:
         return images.transpose(0, 3, 1, 2)
     raise BitscapeError(
-        f"{path}: images have shape {images.shape}; allowed are (n, h, w) and, with 1 or 3 channels, (n, c, h, w) or "
-        "(n, h, w, c)"
+        f"{path}: images have shape {images.shape}; allowed are (n, h, w) and, with 1 or 3 channels, (n, c, h, w) or (n, h, w, c)"
     )
 
 
@@ -191,9 +183,7 @@ def _picked(dataset: Dataset, size: int | None, limit: int | None, seed: int) ->
     return picked if size is None else picked.resized(size)
 
 
-def _decoded(
-    source: EncodedSource, name: str, size: int | None, limit: int | None, seed: int, cache: Path | None = None
-) -> Dataset:
+def _decoded(source: EncodedSource, name: str, size: int | None, limit: int | None, seed: int, cache: Path | None = None) -> Dataset:
     rows = _rows(source.count, limit, seed)
     cached = read_cache(cache, source.count) if cache else None
     if cached is not None:
@@ -222,6 +212,8 @@ def _positive(name: str, value: int) -> int:
 def _not_found(source: str) -> str:
     folder = Path(source).parent
     kind = source.partition(":")[0]
+    if kind == HUB:
+        return f"source {source!r} names no data set; write {HUB}:name"
     if ":" in source and len(kind) > 1:  # one letter is a drive
         return f"source {source!r}: no library {kind!r}{nearest(kind, [HUB])}; allowed is {HUB}:name"
     if not folder.is_dir():

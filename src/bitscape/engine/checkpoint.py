@@ -27,9 +27,7 @@ class CheckpointError(BitscapeError):
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write `tensors` and the JSON data `header` to `path`, atomically."""
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     write_atomic(path, save(plain, metadata={"bitscape": json.dumps({"format": FORMAT, **header})}))
 
 
@@ -73,9 +71,7 @@ def check_same_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str
         ),
     ]
     if problems:
-        raise CheckpointError(
-            f"checkpoint {path} belongs to another {what}: {_first(problems)}; pass the one it was made with, {_AGAIN}"
-        )
+        raise CheckpointError(f"checkpoint {path} belongs to another {what}: {_first(problems)}; pass the one it was made with, {_AGAIN}")
 
 
 def check_same_settings(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -87,9 +83,7 @@ def check_same_settings(path: Path, saved: Mapping[str, Any], own: Mapping[str, 
         if before.get(name, "absent") != now.get(name, "absent")
     ]
     if changed:
-        raise CheckpointError(
-            f"checkpoint {path} was made with other settings: {_first(changed)}; pass those settings, {_AGAIN}"
-        )
+        raise CheckpointError(f"checkpoint {path} was made with other settings: {_first(changed)}; pass those settings, {_AGAIN}")
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -18,9 +18,7 @@ _AHEAD = 4
 """Batches in flight: enough to hide one slow batch; each costs its own size in pinned memory."""
 
 
-def feed(
-    batches: "Batches", epoch: int, *, start: int, device: torch.device, channels_last: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def feed(batches: "Batches", epoch: int, *, start: int, device: torch.device, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the labelled batches of `epoch` from number `start` on, on `device`."""
     made = _labelled(batches, epoch, start)
     if device.type == "cuda":

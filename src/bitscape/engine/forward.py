@@ -17,9 +17,7 @@ _log = logging.getLogger("bitscape.engine")
 
 
 @contextmanager
-def loop_forward(
-    model: nn.Module, *, autocast: torch.dtype | None, compiled: bool, highest_label: int
-) -> Iterator[None]:
+def loop_forward(model: nn.Module, *, autocast: torch.dtype | None, compiled: bool, highest_label: int) -> Iterator[None]:
     """Inside the block `model(images)` runs under autocast, compiled if asked, and returns checked float32 logits.
 
     The instance's `forward` is shadowed, so hooks, names and `modules()` stay as they are, and a step that runs
@@ -51,9 +49,7 @@ def autocast_on(device: torch.device, dtype: torch.dtype | None) -> torch.autoca
 def as_logits(output: object, images: int, highest_label: int) -> Tensor:
     """Return `output` in float32 if it is (images, classes) with a class for every label, else raise BitscapeError."""
     if not isinstance(output, Tensor):
-        raise BitscapeError(
-            f"the model returns {type(output).__name__}; it must return one tensor of logits (n, classes): wrap it"
-        )
+        raise BitscapeError(f"the model returns {type(output).__name__}; it must return one tensor of logits (n, classes): wrap it")
     if output.ndim != 2 or output.shape[0] != images:
         raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; allowed: (n, classes)")
     if highest_label >= output.shape[1]:

@@ -92,9 +92,7 @@ class Cosine:
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None) -> list[dict[str, Any]]:
     """Split the trainable parameters into weights (decayed), vectors and scalars, and fake quantizers' parameters.
 
     Groups carry a `name` ("weights", "vectors", "quantizers"); empty ones are left out.

@@ -57,9 +57,9 @@ def import_torchvision() -> ModuleType:
             raise
     for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[module]
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        library.define(operator + _NMS_SCHEMA)  # type: ignore[no-untyped-call]  # torch's
+        library.define(operator + _NMS_SCHEMA)
     _declared.append(library)
     return _optional("torchvision")
 

@@ -1,10 +1,12 @@
 """Which call of a network feeds which, seen in one forward pass on an example.
 
-Hooks on the modules without children, and a torch-function mode around everything else, note which call made each tensor and which calls take
-it. Additions, concatenations and `F.relu` between the modules are calls too, so a tensor with one user is known to have one.
+Hooks on the modules without children, and a torch-function mode around everything else, note which call made each
+tensor and which calls take it. Additions, concatenations and `F.relu` between the modules are calls too, so a tensor
+with one user is known to have one.
 
-Not seen: values that leave torch (`.item()`, NumPy), tensors that reach a module otherwise than by its arguments, and branches that the example
-does not take. Whoever changes a network on the strength of this compares its outputs before and after: `require_same`.
+Not seen: values that leave torch (`.item()`, NumPy), tensors that reach a module otherwise than by its arguments, and
+branches that the example does not take. Whoever changes a network on the strength of this compares its outputs before
+and after: `require_same`.
 """
 
 from collections import Counter

@@ -20,7 +20,7 @@ _log = logging.getLogger("bitscape.quant")
 _DEFAULT_QUANTIZER = Lsq()
 _DEFAULT_OBSERVER = Mse()
 SAMPLES_PER_BATCH = 1 << 13
-"""Activation values kept of each layer and batch: eight batches are enough for a percentile of 99.9, and a range search takes milliseconds."""
+"""Activation values kept of each layer and batch: eight batches are enough for a percentile of 99.9, and a range search is fast."""
 
 
 def quantize(
@@ -35,7 +35,7 @@ def quantize(
 
     Args:
         model: float network; it is copied unless `inplace`.
-        policy: bits of every Conv1d, Conv2d and Linear (projections of nn.MultiheadAttention included, as q_proj, k_proj, v_proj, out_proj).
+        policy: bits of every Conv1d, Conv2d and Linear; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
         quantizer: how weights and activations are laid on their grids.
         observer: where weight scales start.
 
@@ -44,7 +44,7 @@ def quantize(
         BitscapeError: a model that is quantized already; weights that are not finite (the layer is named).
     """
     if quantized_layers(model):
-        raise BitscapeError("model: it is quantized already; give the float network, or change a quantized one's bits by quantizing the float one anew")
+        raise BitscapeError("model: it is quantized already; give the float network (also to change a quantized one's bits)")
     model = split_attention(model if inplace else copy.deepcopy(model))
     policy.check(layer_shapes(model))
     for name, layer in quantizable_layers(model).items():

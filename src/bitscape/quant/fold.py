@@ -32,11 +32,12 @@ _log = logging.getLogger("bitscape.quant")
 def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> nn.Module:
     """Fold every batch norm into the Conv1d, Conv2d or Linear before it, by its running statistics, and put nn.Identity in its place.
 
-    A layer without a bias gets one. Left as they are, and logged: norms behind nothing foldable, layers or norms that run more than once or
-    share parameters, and layers whose output something else takes too.
+    A layer without a bias gets one. Left as they are, and counted in the log: norms behind nothing foldable, layers or
+    norms that run more than once or share parameters, and layers whose output something else takes too.
 
-    A network quantized by LSQ with one weight scale per output channel is folded exactly, after training: the folded weight is the former
-    quantized weight times gamma / sigma, and lies on the former codes times its sign; the latent weight is gone.
+    A network quantized by LSQ with one weight scale per output channel is folded exactly, after training: the folded
+    weight is the former quantized weight times gamma / sigma, and lies on the former codes times its sign; the latent
+    weight is gone.
 
     Args:
         model: network; it is copied unless `inplace`.
@@ -44,9 +45,9 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
         inplace: change `model` itself.
 
     Raises:
-        BitscapeError: the output on `example` changed (the network uses a layer in a way that the pass could not show); or a quantized layer
-            cannot be folded exactly: another quantizer, one scale per tensor, or the code -2^(b-1) where gamma is negative. In that case `model`
-            is unchanged even with `inplace`.
+        BitscapeError: the output on `example` changed, because the network uses a layer in a way that the pass could
+            not show; or a quantized layer cannot be folded exactly (another quantizer, one scale per tensor, or the
+            code -2^(b-1) where gamma is negative), in which case `model` is unchanged even with `inplace`.
     """
     model = model if inplace else copy.deepcopy(model)
     pairs = norm_pairs(model, example)
@@ -160,5 +161,3 @@ def _obstacle(pair: NormPair) -> str | None:
     if ((codes.scale * factor.abs() < MINIMUM_SCALE) & (factor != 0)).any():
         return f"a folded weight scale is below {MINIMUM_SCALE:g}"
     return None
-
-

@@ -1,8 +1,8 @@
 """Quantizing one tensor: to integers, back, and both with a straight-through gradient.
 
-`fake_quantize` is the one primitive. In eager mode it is a hand-written autograd function: four in-place passes forward; backward one masking
-pass and two dot products, with nothing saved beside the input and the output that the layer keeps anyway. Under `torch.compile` the plain
-formula is traced and fused instead. Both have the gradients of LSQ (Esser et al., ICLR 2020, Eq. 3 and 5).
+`fake_quantize` is the one primitive. In eager mode it is a hand-written autograd function: four in-place passes forward;
+backward one masking pass and two dot products, with nothing saved beside the input and the output that the layer keeps anyway.
+Under `torch.compile` the plain formula is traced and fused instead. Both have the gradients of LSQ (Esser et al., ICLR 2020, Eq. 3 and 5).
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ def round_ste(x: Tensor) -> Tensor:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, its gradient multiplied by `factor`."""
-    return x * factor + (x - x * factor).detach()
+    scaled = x * factor
+    return x.detach() + (scaled - scaled.detach())  # adds an exact zero
 
 
 def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -66,7 +67,7 @@ class _FakeQuantize(torch.autograd.Function):
         codes = quantize(x, scale, Grid(qmin, qmax, zero_point))
         if _is_shifted(zero_point):
             codes = codes.sub_(zero_point)
-        y = codes.mul_(scale)
+        y = codes.mul_(scale).to(x.dtype)  # scales of one dimension or more lift bfloat16 to float32
         ctx.save_for_backward(x, scale, y, *(v for v in (qmin, qmax, zero_point) if isinstance(v, Tensor)))
         ctx.numbers = tuple(None if isinstance(v, Tensor) else v for v in (qmin, qmax, zero_point))
         ctx.factor = factor

@@ -33,14 +33,14 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
     """nn.Conv1d on a quantized input with a quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on a quantized input with a quantized weight; depthwise and grouped ones too."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -50,7 +50,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
-@cache
 def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     """The quantized form of a layer class.
 
@@ -62,11 +61,9 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     """
     for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
         if issubclass(kind, base):
-            keeps_forward = kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
-            if keeps_forward:
-                return quantized
-            return type(f"Quant{kind.__name__}", (_OwnForward, kind), {})
-    raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {', '.join(k.__name__ for k in QUANTIZABLE)} and their subclasses")
+            return quantized if _has_forward_of(base, kind) else _keeping_forward(kind)
+    allowed = ", ".join(k.__name__ for k in QUANTIZABLE)
+    raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {allowed} and their subclasses")
 
 
 class _OwnForward(QuantizedLayer):
@@ -77,6 +74,16 @@ class _OwnForward(QuantizedLayer):
             return super().forward(self.input_quantizer(input), *args, **kwargs)
         finally:
             del self.__dict__["weight"]
+
+
+def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
+    same = (getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+    return all(same)
+
+
+@cache
+def _keeping_forward(kind: Any) -> type[QuantizedLayer]:
+    return type(f"Quant{kind.__name__}", (_OwnForward, kind), {})
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -92,7 +99,7 @@ def apply_layer(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
     if type(layer).forward in (nn.Linear.forward, QuantLinear.forward):
         return nn.functional.linear(input, weight)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
-        return layer._conv_forward(input, weight, None)
+        return cast(Tensor, layer._conv_forward(input, weight, None))
     hidden = {"weight": weight, "bias": None}
     layer.__dict__.update(hidden)
     try:

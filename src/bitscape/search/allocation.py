@@ -1,7 +1,7 @@
 """From scores and caps to a policy, exactly: a multiple-choice knapsack over layers.
 
-`Choices` states the problem in integers (what each pair costs each group of layers), `allocate` solves it, `pareto_front`
-solves it along a cost.
+`Choices` states the problem in integers (what each pair costs each group of layers), `allocate` solves it,
+`pareto_front` solves it along a cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class InfeasibleBudget(BitscapeError):
         self.alone = dict(alone)
         """Kind of cost -> smallest value any policy has, without the other caps."""
         self.jointly = dict(jointly)
-        """Kind -> smallest value while the other caps stay, None if those cannot; empty if a cap cannot be met alone."""
+        """Kind -> smallest value while the other caps stay, None if those clash; empty if one cap alone is too low."""
         self.layers = dict(layers)
         """Kind -> the layers with the largest share in `alone`, largest first."""
 
@@ -145,7 +145,7 @@ def pareto_front(
 ) -> list[Policy]:
     """Return policies from the cheapest possible to the best-scored, each the best for its cost, by ascending `cost`.
 
-    Caps are spaced evenly in the logarithm; fewer than `points` policies come back when several caps have the same optimum.
+    Caps are spaced evenly in the logarithm; fewer than `points` policies come back when several have the same optimum.
     """
     if points < 2:
         raise BitscapeError(f"points={points}: a front needs at least 2")
@@ -185,9 +185,7 @@ def _group_scores(scores: ScoreTable, stated: Choices) -> NDArray[np.float64]:
                 raise BitscapeError(f"scores: layer {name!r} has no row{nearest(name, row_of)}; score it, or pin it")
             totals[at] += scores.values[row_of[name]]
         if not np.isfinite(totals[at]).any():
-            raise BitscapeError(
-                f"scores: tied layers {', '.join(group)} have no pair that all of them may take; untie them or allow one"
-            )
+            raise BitscapeError(f"scores: tied layers {', '.join(group)} have no pair that all of them may take; untie them")
     return totals
 
 

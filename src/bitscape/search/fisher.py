@@ -21,18 +21,19 @@ from torch import Tensor
 
 from bitscape.progress import track
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerCall, LayerNoise, calls_with_gradients, layer_noise, score_table, solve, widths
+from bitscape.search.sensitivity import GradedCall, LayerNoise, calls_with_gradients, layer_noise, score_table, solve, widths
 
 Variant = Literal["elementwise", "directional"]
 
 
-def pair_scores(call: LayerCall, noise: LayerNoise, variant: Variant) -> Tensor:
+def pair_scores(call: GradedCall, noise: LayerNoise, variant: Variant) -> Tensor:
     """Scores (R_w, R_a) of one layer on one batch, summed over its images."""
     by_weight, by_input = noise.output_changes(call.input)
     if variant == "directional":
         along = torch.stack([_per_image(call.gradient * change) for change in by_weight + by_input])
         w, a = along.split([len(by_weight), len(by_input)])
-        return (w[:, None] + a[None]).square().sum(2)
+        per_image: Tensor = (w[:, None] + a[None]).square()
+        return per_image.sum(2)
     weighted = torch.stack([(call.gradient * change).flatten() for change in by_weight + by_input])
     products = weighted @ weighted.T
     w = len(by_weight)

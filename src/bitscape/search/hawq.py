@@ -1,6 +1,7 @@
 """HAWQ: the mean curvature of the loss at a layer's weights and inputs, times the squared quantization error.
 
-Paper     Dong et al.: "HAWQ-V2", NeurIPS 2020, arXiv 1911.03852 (weights and activations); Yao et al.: "HAWQ-V3", ICML 2021, arXiv 2011.10680
+Paper     Dong et al.: "HAWQ-V2", NeurIPS 2020, arXiv 1911.03852 (weights and activations); Yao et al.: "HAWQ-V3", ICML 2021,
+          arXiv 2011.10680
 Idea      A layer in a flat region tolerates coarse values. The trace of the Hessian, estimated by random probes, measures how flat.
 Computes  trace(H) / n * ||Q(W) - W||^2, and the same for the input -> `hutchinson_traces`, `pair_scores`
 Departs   Labels are drawn from the network's softmax, as for fisher, so that no labels are needed.
@@ -82,7 +83,7 @@ class Hawq:
         tables = {}
         for at, name in enumerate(names):
             x = inputs[name].detach()
-            # The batch's mean loss has a Hessian 1 / n of an image's in each image's input: the trace over the batch is the mean image's trace.
+            # The mean loss has 1 / n of an image's Hessian in that image's input: the trace over the batch is the mean image's.
             per_element = traces[len(names) + at] / x[0].numel()
             tables[name] = pair_scores(noise[name], x, traces[at] / weights[at].numel(), per_element)
         return tables

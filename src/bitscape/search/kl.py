@@ -9,7 +9,7 @@ Measured  docs/results: ptq-imagenet, qat-cifar10.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
     return float(
         nn.functional.kl_div(logits.float().log_softmax(1), reference.float().log_softmax(1), log_target=True, reduction="batchmean")
     )
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in images.split(32)])
 
 
 @contextmanager
@@ -67,16 +71,15 @@ class Kl:
         model, images = problem.prepared, problem.images[: self.images]
         noise = layer_noise(model, list(problem.free_layers), images, problem.candidates)
         with evaluating(model):
-            logits: Callable[[], Tensor] = lambda: torch.cat([model(batch) for batch in images.split(32)])
-            reference = logits()
+            reference = _logits(model, images)
             scores = {}
             for name in track(problem.free_layers, label="kl: layer"):
                 by_weight, by_input = [], []
                 for bits in noise[name].weights:
                     with _weight_at(noise[name], bits):
-                        by_weight.append(divergence(logits(), reference))
+                        by_weight.append(divergence(_logits(model, images), reference))
                 for bits in noise[name].ranges:
                     with _input_at(noise[name], bits):
-                        by_input.append(divergence(logits(), reference))
+                        by_input.append(divergence(_logits(model, images), reference))
                 scores[name] = np.add.outer(by_weight, by_input)
         return score_table("kl", problem.candidates, scores)

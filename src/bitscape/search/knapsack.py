@@ -1,9 +1,9 @@
-"""The multiple-choice knapsack behind the allocation: one candidate per group, least total score, every cap held exactly.
+"""The multiple-choice knapsack behind the allocation: one candidate per group, least total score, every cap held.
 
-Costs are Python integers, scores are floats. HiGHS (scipy's `milp`) finds the choice; exact integers decide whether it is
-allowed. Its tolerances are kept harmless in three ways: costs count from each group's cheapest candidate, so a tolerance is
-relative to what can still be chosen; the objective is scaled until its absolute gap is below 1e-9 of the optimum; a choice
-over a cap is cut off.
+Costs are Python integers, scores are floats. HiGHS (scipy's `milp`) finds the choice; exact integers decide whether it
+is allowed. Its tolerances are kept harmless in three ways: costs count from each group's cheapest candidate, so that a
+tolerance is relative to what can still be chosen; the objective is scaled until its absolute gap is below 1e-9 of the
+optimum; a choice over a cap is cut off.
 """
 
 import ctypes
@@ -62,9 +62,9 @@ class CapRow:
 def solve(scores: Scores, caps: Sequence[CapRow], *, time_limit_s: float = 300.0) -> Choice | None:
     """Return the candidate of each group with the smallest total score under all caps, or None when there is none.
 
-    `scores` has shape (groups, candidates); infinity forbids a candidate. The total is optimal to a relative 1e-9; after
-    `time_limit_s` per integer programme the best choice found is returned and a warning logged. Equal input gives equal
-    output.
+    `scores` has shape (groups, candidates); infinity forbids a candidate. The total is optimal to a relative 1e-9.
+    A warning is logged where that is not proven: after `time_limit_s` per integer programme, or when choices that
+    exceed a cap by less than one part in a million outnumber the cuts. Equal input gives equal output.
     """
     allowed = reachable(np.isfinite(scores), caps)
     if allowed is None:
@@ -154,11 +154,11 @@ def _at(values: Scores, choice: Choice) -> float:
     return float(values[np.arange(len(choice)), list(choice)].sum())
 
 
-def _solve_scaled(
-    objective: Scores, allowed: Allowed, sums: Sequence[CapRow], cuts: list[Allowed], time_limit_s: float
-) -> Choice | None:
-    """Solve; cut off and solve again while the answer breaks a cap; after too many cuts aim just below. `cuts` grows."""
+def _solve_scaled(objective: Scores, allowed: Allowed, sums: Sequence[CapRow], cuts: list[Allowed], time_limit_s: float) -> Choice | None:
+    """Solve; cut off and solve again while the answer breaks a cap; after too many cuts, aim just below the caps."""
     for tightening in TIGHTENINGS:
+        if tightening > 0.0:
+            _log.warning("solving for caps tightened by a relative %g: the choice may not be the best one", tightening)
         rows = [_row(cap, allowed, tightening) for cap in sums]
         for _ in range(CUTS_PER_LIMIT):
             choice = _milp(objective, allowed, [*rows, *(_cut_row(cut, allowed) for cut in cuts)], time_limit_s)
@@ -175,9 +175,7 @@ def _solve_scaled(
 
 def _undecided(sums: Sequence[CapRow]) -> BitscapeError:
     names = ", ".join(cap.name for cap in sums)
-    return BitscapeError(
-        f"budget: the solver cannot tell what fits exactly under {names}; change a cap by one part in a million"
-    )
+    return BitscapeError(f"budget: the solver cannot tell what fits exactly under {names}; change a cap by one part in a million")
 
 
 def _row(cap: CapRow, allowed: Allowed, tightening: float) -> tuple[Scores, float]:
@@ -191,8 +189,8 @@ def _row(cap: CapRow, allowed: Allowed, tightening: float) -> tuple[Scores, floa
 def _cut(cap: CapRow, choice: Choice) -> Allowed:
     """Mark, given a choice over the cap, candidates of which one in every group breaks the cap.
 
-    These are the candidates from some cost per group upwards: the cost of the chosen one, lowered as far as the sum of all
-    stays over the cap, so that one cut removes as many choices as it can.
+    These are the candidates from some cost per group upwards: the cost of the chosen one, lowered as far as the sum of
+    all stays over the cap, so that one cut removes as many choices as it can.
     """
     over = cap.total(choice) - cap.limit
     marked = np.zeros(cap.costs.shape, dtype=bool)
@@ -207,9 +205,7 @@ def _cut_row(cut: Allowed, allowed: Allowed) -> tuple[Scores, float]:
     return cut[allowed].astype(np.float64), len(cut) - 1.0
 
 
-def _milp(
-    objective: Scores, allowed: Allowed, rows: Sequence[tuple[Scores, float]], time_limit_s: float
-) -> Choice | None:
+def _milp(objective: Scores, allowed: Allowed, rows: Sequence[tuple[Scores, float]], time_limit_s: float) -> Choice | None:
     groups, _ = np.nonzero(allowed)
     if not len(groups):
         return ()
@@ -239,7 +235,7 @@ def _check_result(result: Any, time_limit_s: float) -> None:
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Send what C code writes to standard output to nowhere: HiGHS prints a stray line at times, which breaks JSON output."""
+    """Drop what C code writes to standard output: HiGHS prints a stray line at times, which breaks JSON output."""
     try:
         kept = os.dup(1)
     except OSError:  # standard output is closed

@@ -33,7 +33,8 @@ def relative_errors(call: LayerCall, noise: LayerNoise) -> Tensor:
 def upper_mean(errors: Tensor) -> NDArray[np.float64]:
     """Mean over the last dimension plus std / sqrt(0.05 n): an upper estimate that distrusts few images."""
     deviation = errors.std(-1, unbiased=False) / (0.05 * errors.shape[-1]) ** 0.5
-    return (errors.mean(-1) + deviation).double().cpu().numpy()
+    scores: NDArray[np.float64] = (errors.mean(-1) + deviation).double().cpu().numpy()
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)

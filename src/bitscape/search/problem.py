@@ -37,13 +37,11 @@ class FreeLayers:
     """The other layers and their bits, layers tied to a pinned one included."""
 
 
-def free_layers(
-    network: NetworkCost, pinned: Mapping[str, LayerBits] | None = None, tied: Sequence[Sequence[str]] = ()
-) -> FreeLayers:
+def free_layers(network: NetworkCost, pinned: Mapping[str, LayerBits] | None = None, tied: Sequence[Sequence[str]] = ()) -> FreeLayers:
     """Sort the layers of `network` into pinned ones and groups that share one pair.
 
-    `pinned=None` pins the first and the last layer at 8/8, `{}` pins none. Layers that share one weight parameter are tied anyway.
-    Raises BitscapeError for unknown or never-called names and for tied layers pinned to different bits.
+    `pinned=None` pins the first and the last layer at 8/8, `{}` pins none. Layers that share one weight parameter are
+    tied anyway. Raises BitscapeError for unknown or never-called names and for tied layers pinned to different bits.
     """
     if pinned is None:
         pinned = dict.fromkeys(network.ends, DEFAULT_PIN)
@@ -60,8 +58,8 @@ def free_layers(
 class SearchProblem:
     """A float network, proxy images and a budget.
 
-    The model is never changed: methods work on `prepared`. Raises BitscapeError for images that the network does not take or
-    that are not finite, unknown layer names, contradicting pins and budgets that cannot be read.
+    The model is never changed: methods work on `prepared`. Raises BitscapeError for images that the network does not
+    take or that are not finite, unknown layer names, contradicting pins and budgets that cannot be read.
     """
 
     model: nn.Module
@@ -103,8 +101,7 @@ class SearchProblem:
             copied = copy.deepcopy(self.model)
         except Exception as error:
             raise BitscapeError(
-                f"model: it cannot be copied ({type(error).__name__}: {error}); "
-                "remove what deepcopy refuses, such as kept outputs"
+                f"model: it cannot be copied ({type(error).__name__}: {error}); remove what deepcopy refuses, such as kept outputs"
             ) from error
         return split_attention(copied).eval()
 
@@ -134,7 +131,7 @@ class SearchProblem:
         return parse_budget(self.budget, self.network, self.pinned_layers)
 
     def provenance(self, method: Any) -> dict[str, Any]:
-        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, images, version."""
+        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, version."""
         return {
             "method": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower(),
             "settings": dataclasses.asdict(method),
@@ -162,9 +159,7 @@ class SearchResult:
 
 def _check_name(argument: str, name: str, network: NetworkCost) -> None:
     if name in network.uncalled:
-        raise BitscapeError(
-            f"{argument}: the network never calls layer {name!r}: its bits have no effect; leave it out"
-        )
+        raise BitscapeError(f"{argument}: the network never calls layer {name!r}: its bits have no effect; leave it out")
     if name not in network.by_name:
         raise BitscapeError(f"{argument}: the network has no layer {name!r}{nearest(str(name), network.by_name)}")
 
@@ -188,8 +183,7 @@ def _pins_of_group(group: tuple[str, ...], pinned: Mapping[str, LayerBits]) -> d
     if len(set(given.values())) > 1:
         shown = ", ".join(f"{name} at {bits}" for name, bits in given.items())
         raise BitscapeError(
-            f"pinned: layers that are tied, or share one weight, are pinned to different bits ({shown}); "
-            "pin them to the same"
+            f"pinned: layers that are tied, or share one weight, are pinned to different bits ({shown}); pin them to the same"
         )
     return dict.fromkeys(group, next(iter(given.values()))) if given else {}
 
@@ -198,7 +192,7 @@ def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.float32:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise BitscapeError(
-            f"images: {kind}; give a float32 tensor, normalized for the network (Normalization.apply makes one from uint8)"
+            f"images: {kind}; give a float32 tensor, normalized for the network (Normalization.apply makes one from uint8 images)"
         )
     if images.ndim != 4 or not images.numel():
         raise BitscapeError(f"images: shape {tuple(images.shape)}; give at least one image as (n, c, h, w)")

@@ -1,8 +1,8 @@
 """RandomPolicy: random bits at equal budget, the second control that any search must beat.
 
 Paper     none; the control of search-base.md section 4
-Idea      Every layer gets a random candidate; random single-layer moves then lead to just below the cap. Many seeds show how
-          much of a method's result is the budget alone.
+Idea      Every layer gets a random candidate; random single-layer moves then lead to just below the cap. Many seeds
+          show how much of a method's result is the budget alone.
 Computes  one walk -> walk; several starts -> search
 Departs   nothing
 Costs     no forward passes; milliseconds to a second.
@@ -35,8 +35,8 @@ def usage(stated: Choices, choice: Choice) -> float:
 def walk(stated: Choices, start: Choice, allowed: Allowed, window: float, rng: np.random.Generator) -> Choice:
     """Move single layers, at random, from `start` to within `window` below the tightest cap, or until moves run out.
 
-    Above a cap a random layer takes a random pair that costs less under the tightest cap, below the window one that costs
-    more; a move that ends further from the window is not made.
+    Above a cap a random layer takes a random pair that costs less under the tightest cap, below the window one that
+    costs more; a move that ends further from the window is not made.
     """
     choice, distance = start, _distance(usage(stated, start), window)
     for _ in range(MOVES_PER_GROUP * len(start)):
@@ -65,11 +65,9 @@ class RandomPolicy:
             raise BitscapeError(f"tries={self.tries}; at least 1 is needed")
 
     def search(self, problem: SearchProblem) -> SearchResult:
-        """Return a random policy. Raises InfeasibleBudget, or BitscapeError if no policy found uses 95 % of the tightest cap."""
+        """Return a random policy. Raises InfeasibleBudget, or BitscapeError if none found uses 95 % of a cap."""
         begin = time.monotonic()
-        stated = choices(
-            problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied
-        )
+        stated = choices(problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied)
         rng = np.random.default_rng(problem.seed)
         best = stated.first_feasible()
         trace = []
@@ -96,14 +94,12 @@ class RandomPolicy:
         names = ", ".join(stated.budget.caps)
         if used < 1 - max(LARGEST_SHORTFALL, self.window):
             raise BitscapeError(
-                f"budget: no random policy within {self.window:.0%} below the cap was found; the closest uses {used:.1%} "
-                f"of the tightest of {names}; lower the budget, or offer more candidates"
+                f"budget: no random policy within {self.window:.0%} below the cap was found; the closest "
+                f"uses {used:.1%} of the tightest of {names}; lower the budget, or offer more candidates"
             )
         if used < 1 - self.window:
             asked = 100 * (1 - self.window)
-            _log.warning(
-                "random policy uses %.1f %% of the tightest of %s; %g %% was asked for", 100 * used, names, asked
-            )
+            _log.warning("random policy uses %.1f %% of the tightest of %s; %g %% was asked for", 100 * used, names, asked)
 
 
 def _distance(used: float, window: float) -> float:

@@ -36,8 +36,8 @@ FORMAT = 1
 class ScoreTable:
     """Scores of L layers and R candidate pairs; any budget is one `allocate` away.
 
-    `values` is copied and made read-only. Raises BitscapeError, naming the layer, for NaN, minus infinity, a wrong shape, a
-    name or pair that stands twice, and a layer whose every pair is forbidden.
+    `values` is copied and made read-only. Raises BitscapeError, naming the layer, for NaN, minus infinity, a wrong
+    shape, a name or pair that stands twice, and a layer whose every pair is forbidden.
     """
 
     layers: tuple[str, ...]
@@ -126,9 +126,7 @@ def _from_document(document: Any) -> ScoreTable:
         values = [[math.inf if value is None else float(value) for value in row] for row in rows]
         candidates = tuple(_pair(text) for text in document["candidates"])
         shaped = np.array(values, dtype=np.float64).reshape(len(values), -1 if values else len(candidates))
-        return ScoreTable(
-            tuple(document["scores"]), candidates, shaped, str(document["method"]), int(document["repairs"])
-        )
+        return ScoreTable(tuple(document["scores"]), candidates, shaped, str(document["method"]), int(document["repairs"]))
     except BitscapeError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -60,7 +60,7 @@ def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
-    """Calibrate every candidate width of the named layers once: squared-error scales, per output channel for weights, per tensor for inputs.
+    """Calibrate every candidate width of the named layers once: squared-error scales, per channel for weights, per tensor for inputs.
 
     Args:
         model: float network, eval mode.
@@ -91,12 +91,18 @@ def _weight_noise(weight: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One run of one layer on one batch: its input, its output, and the loss gradient at the output (if asked for)."""
+    """One run of one layer on one batch: what came in and what went out."""
 
     name: str
     input: Tensor
     output: Tensor
-    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class GradedCall(LayerCall):
+    """A run with the loss gradient at the layer's output, in the output's shape."""
+
+    gradient: Tensor
 
 
 def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCall]:
@@ -104,10 +110,10 @@ def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCa
     with evaluating(model), Recorder(model, names) as recorder:
         model(batch)
     for name, x, y in recorder.seen:
-        yield LayerCall(name, x, y, None)
+        yield LayerCall(name, x, y)
 
 
-def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[LayerCall]:
+def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[GradedCall]:
     """As `calls`, with gradients of the cross entropy, summed over images, for labels drawn from the network's own softmax.
 
     Drawn labels make the squared gradient the true Fisher information, and need no labels of the images' own.
@@ -117,7 +123,7 @@ def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, gene
         loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator), reduction="sum")
         gradients = torch.autograd.grad(loss, [y for _, _, y in recorder.seen])
     for (name, x, y), g in zip(recorder.seen, gradients, strict=True):
-        yield LayerCall(name, x.detach(), y.detach(), g)
+        yield GradedCall(name, x.detach(), y.detach(), g)
 
 
 def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,8 +173,8 @@ def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> ND
     It equals `values` where these are monotone already, and approximates isotonic regression where sampling noise made them not.
     """
     larger = np.array([[d.weight >= c.weight and d.activation >= c.activation for d in candidates] for c in candidates])
-    above = np.where(larger[None], values[:, None, :], -np.inf).max(2)
-    below = np.where(larger.T[None], values[:, None, :], np.inf).min(2)
+    above: NDArray[np.float64] = np.where(larger[None], values[:, None, :], -np.inf).max(2)
+    below: NDArray[np.float64] = np.where(larger.T[None], values[:, None, :], np.inf).min(2)
     return (above + below) / 2
 
 

@@ -30,9 +30,7 @@ def widths(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:
     if depends_on == {"weight", "activation"}:
         columns = [at for at, bits in enumerate(candidates) if bits.weight == bits.activation]
         if not columns:
-            raise BitscapeError(
-                "candidates: none has equal weight and activation bits, so no policy is uniform; add e.g. LayerBits(4, 4)"
-            )
+            raise BitscapeError("candidates: none has equal weight and activation bits, as uniform policies do; add e.g. LayerBits(4, 4)")
         return sorted(columns, key=lambda at: candidates[at])
     capped, free = ("weight", "activation") if "weight" in depends_on else ("activation", "weight")
     best: dict[int, int] = {}
@@ -42,7 +40,7 @@ def widths(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:
 
 
 def mixed(stated: Choices, low: int, high: int) -> Choice:
-    """Give the groups with the most MACs `low` and the others `high`: as few `low` as the budget allows (all must fit)."""
+    """Give the groups with the most MACs `low`, the others `high`: as few `low` as the budget allows (all must fit)."""
     macs = [sum(stated.network.by_name[name].macs for name in group) for group in stated.freedom.groups]
     choice = [high] * len(macs)
     for group in sorted(range(len(macs)), key=lambda at: -macs[at]):
@@ -60,11 +58,9 @@ class Uniform:
     """Fill the budget with the next larger width too: the layers with the most MACs get the lower one first."""
 
     def search(self, problem: SearchProblem) -> SearchResult:
-        """Return the uniform policy. Raises InfeasibleBudget, or BitscapeError if only policies that are not uniform fit."""
+        """Return the uniform policy. Raises InfeasibleBudget, or BitscapeError if only other policies fit."""
         start = time.monotonic()
-        stated = choices(
-            problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied
-        )
+        stated = choices(problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied)
         columns = widths(problem.candidates, list(problem.parsed_budget.caps))
         groups = len(stated.freedom.groups)
         fitting = [at for at, column in enumerate(columns) if stated.holds((column,) * groups)]
@@ -72,9 +68,7 @@ class Uniform:
             self._refuse(stated, columns[0])
         low, high = columns[fitting[-1]], columns[min(fitting[-1] + 1, len(columns) - 1)]
         choice = mixed(stated, low, high) if self.mix else (low,) * groups
-        trace = tuple(
-            {"bits": str(problem.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns)
-        )
+        trace = tuple({"bits": str(problem.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns))
         policy = stated.policy(choice, problem.provenance(self))
         return SearchResult(policy, None, trace, time.monotonic() - start)
 

@@ -1,6 +1,7 @@
 """What every quantizer shares: the fake-quantizer module, its codes, and how scales are shared within a tensor.
 
-A quantizer is a frozen setting with two functions, `for_weight(weight, bits)` and `for_activation(bits)`, that build `FakeQuantizer` modules.
+A quantizer is a frozen setting with two functions, `for_weight(weight, bits)` and `for_activation(bits)`, that build
+`FakeQuantizer` modules.
 """
 
 from abc import ABC, abstractmethod
@@ -94,9 +95,14 @@ class FakeQuantizer(nn.Module, ABC):
     def _set_range(self, values: Tensor, observer: Observer) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.initialized:
-            raise BitscapeError("a fake-quantizer was called before its scale was set: run bitscape.calibrate(model, images) first")
+        self._require_scale()
         return self._quantize_dequantize(x)
+
+    def _require_scale(self) -> None:
+        if not self.initialized:
+            raise BitscapeError(
+                "a fake-quantizer was called before its scale was set: run bitscape.calibrate(model, images) first"
+            )
 
     @torch.no_grad()
     def initialize(self, values: Tensor, observer: Observer) -> None:
@@ -153,6 +159,7 @@ class WeightFakeQuantizer(FakeQuantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Codes:
         """The integers, scales and zero point of `weight`; needs integer bits."""
+        self._require_scale()
         scale = self.grid_scale(weight).detach().clone()
         q = quantize(self.transform(weight), scale, self.grid)
         return Codes(q.to(torch.int8), scale, float(self.grid.zero_point))

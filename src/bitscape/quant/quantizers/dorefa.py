@@ -3,8 +3,9 @@
 Paper     Zhou, Wu, Ni, Zhou, Wen, Zou: "DoReFa-Net", 2016, arXiv 1606.06160
 Idea      tanh bounds the weights, so that equal levels between -1 and 1 are used well without anything to learn.
 Computes  Eq. 9 -> DorefaWeight.transform; Eq. 7 -> its 1-bit form; Eq. 11 -> ClippedActivation
-Departs   With `restore_scale` (default) the levels are multiplied back to the weight's own range, so that layers without a norm behind them keep
-          their output; the paper leaves them in -1..1. Activations are clipped at a calibrated bound (paper: 1), symmetric where they are signed.
+Departs   With `restore_scale` (default) the levels are multiplied back to the weight's own range, so that layers without a norm
+          behind them keep their output; the paper leaves them in -1..1. Activations are clipped at a calibrated bound (paper: 1),
+          symmetric where they are signed.
 Costs     Two more passes over the weights than LSQ (tanh).
 Measured  not yet
 """
@@ -35,7 +36,7 @@ class DorefaWeight(WeightFakeQuantizer):
     def grid_scale(self, weight: Tensor) -> Tensor:
         if self.bits == 1:
             return (2 * weight.detach().abs().mean()).clamp(min=MINIMUM_SCALE)
-        return 2 * self._reach(weight) / (2 ** int(self.bits) - 1)
+        return self._reach(weight) * (2 / (2 ** int(self.bits) - 1))
 
     def _reach(self, weight: Tensor) -> Tensor:
         weight = weight.detach()
@@ -47,6 +48,8 @@ class DorefaWeight(WeightFakeQuantizer):
 
 class ClippedActivation(FakeQuantizer):
     """A range fixed at calibration; gradient 1 inside, 0 outside."""
+
+    scale: Tensor
 
     def __init__(self, bits: int | Tensor) -> None:
         super().__init__(bits, signed=False)

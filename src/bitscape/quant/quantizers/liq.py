@@ -1,10 +1,11 @@
-"""LIQ with weight normalization: weights standardised first, then clipped at a learned bound; the quantizer of SAQ's convolutional networks.
+"""LIQ with weight normalization: weights standardised first, then clipped at a learned bound; SAQ's quantizer for CNNs.
 
 Paper     Liu, Cai, Zhuang: "Sharpness-aware Quantization for Deep Neural Networks", arXiv 2111.12273 (released code)
 Idea      Standardised weights use every level whatever their spread, so one learned bound per layer is enough.
 Computes  w_n = (w - mean) / std, a * (2 R_b((clip(w_n / a, -1, 1) + 1) / 2) - 1) -> LiqWeight
-Departs   With `restore_scale` (default) the result is multiplied by std again, so that layers without a norm behind them keep their output range;
-          the mean is not added back (a norm layer would remove it). Activations are LSQ's, the same function under another parametrisation.
+Departs   With `restore_scale` (default) the result is multiplied by std again, so that layers without a norm behind them keep
+          their output range; the mean is not added back (a norm layer would remove it). Activations are LSQ's, the same function
+          under another parametrisation.
 Costs     As LSQ, and two passes over the weights.
 Measured  not yet
 """
@@ -30,7 +31,8 @@ class LiqWeight(WeightFakeQuantizer):
     @property
     def scale(self) -> Tensor:
         """Float32 spacing of the grid, derived from the learned bound."""
-        return self.clip.clamp(min=MINIMUM_SCALE) * (2 / (2 ** int(self.bits) - 1))
+        scale: Tensor = self.clip.clamp(min=MINIMUM_SCALE) * (2 / (2 ** int(self.bits) - 1))
+        return scale
 
     def transform(self, weight: Tensor) -> Tensor:
         mean, deviation = _moments(weight)

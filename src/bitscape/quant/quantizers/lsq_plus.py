@@ -1,7 +1,7 @@
 """LSQ+: LSQ with a learned offset for activations, for networks whose activations reach a little below zero.
 
-Paper     Bhalgat, Lee, Nagel, Blankevoort, Kwak: "LSQ+: Improving low-bit quantization through learnable offsets and better initialization",
-          CVPR Workshops 2020, arXiv 2004.09576
+Paper     Bhalgat, Lee, Nagel, Blankevoort, Kwak: "LSQ+: Improving low-bit quantization through learnable offsets and better
+          initialization", CVPR Workshops 2020, arXiv 2004.09576
 Idea      SiLU, GELU and hard-swish have a short negative tail: a signed grid wastes half its codes on it, an unsigned one cuts it off. An
           unsigned grid that may start anywhere holds both.
 Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range and weight_scale

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.grid import Number
 from bitscape.quant.observers import MINIMUM_SCALE, Observer
 from bitscape.quant.quantizers.base import FakeQuantizer
 from bitscape.quant.quantizers.dorefa import DorefaWeight
@@ -33,7 +34,12 @@ class PactActivation(FakeQuantizer):
     @property
     def scale(self) -> Tensor:
         """Float32 spacing of the grid, derived from the learned bound."""
-        return self.clip.detach().clamp(min=MINIMUM_SCALE) / self.grid.qmax
+        return self.clip.detach().clamp(min=MINIMUM_SCALE) / self._reach
+
+    @property
+    def _reach(self) -> Number:
+        """The grid's upper end in scales; 1/2 for the signs of one bit."""
+        return self.grid.qmax - self.grid.zero_point
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         clip = _WithL2.apply(self.clip, self.decay).to(x.dtype)  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
@@ -44,7 +50,7 @@ class PactActivation(FakeQuantizer):
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         self.see_sign(values)
-        self.clip.copy_(observer.scale(values.reshape(1, -1), self.grid)[0] * self.grid.qmax)
+        self.clip.copy_(observer.scale(values.reshape(1, -1), self.grid)[0] * self._reach)
 
 
 class _WithL2(torch.autograd.Function):

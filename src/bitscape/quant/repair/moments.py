@@ -21,13 +21,12 @@ UNFOLDED_ELEMENTS = 1 << 24
 """Values unfolded at once: 64 MB of float32."""
 
 
-def input_moments(
-    model: nn.Module, images: Tensor | Iterable[Tensor], *, positions: int = 128, seed: int = 0
-) -> dict[str, Tensor]:
+def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positions: int = 128, seed: int = 0) -> dict[str, Tensor]:
     """Mean of x x^T over the inputs x that a layer's weight rows are multiplied with.
 
-    Every call of conv1d, conv2d and linear with a layer's own weight counts, so padding of the layer's own (SAME) and shared layers are right;
-    a layer that computes another weight first (weight standardisation) is left out, as are layers that never run.
+    Every call of conv1d, conv2d and linear with a layer's own weight counts, so padding of the layer's own (SAME) and
+    shared layers are right; a layer that computes another weight first (weight standardisation) is left out, as are
+    layers that never run.
 
     Args:
         model: float network; nn.MultiheadAttention is split in a copy, as `quantize` does.
@@ -87,7 +86,8 @@ class _Collector(TorchFunctionMode):
     def linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
         """Inputs of a linear layer, in one piece."""
         tokens = input.reshape(len(input), -1, input.shape[-1]) if input.ndim > 1 else input[None, None]
-        yield self._drawn(tokens.mT).float().movedim(1, 0).reshape(1, input.shape[-1], -1)
+        taken = tokens[:, self._chosen(tokens.shape[1], tokens.device)]
+        yield taken.reshape(1, -1, input.shape[-1]).mT.float()
 
     def conv_rows(
         self,
@@ -105,19 +105,17 @@ class _Collector(TorchFunctionMode):
         size = weight.shape[2:]
         stride, dilation = _each(stride, size), _each(dilation, size)
         input = F.pad(input, _amounts(padding, size, stride, dilation))
-        if len(size) == 1:
-            input, size, stride, dilation = input[:, :, None], (1, *size), (1, *stride), (1, *dilation)
-        per_image = input[0].numel() * size[0] * size[1] // (stride[0] * stride[1])
-        for piece in input.split(max(1, UNFOLDED_ELEMENTS // max(1, per_image))):
-            columns = self._drawn(_unfold(piece, size, stride, dilation)).float()
-            yield columns.unflatten(1, (groups, -1)).movedim(0, 2).flatten(2)
+        windows = _windows(input, size, stride, dilation)
+        chosen = self._chosen(windows.shape[2 : 2 + len(size)].numel(), input.device)
+        per_image = len(chosen) * input.shape[1] * size.numel()
+        for piece in windows.split(max(1, UNFOLDED_ELEMENTS // per_image)):
+            yield _columns(piece, chosen, groups)
 
-    def _drawn(self, columns: Float[Tensor, "n k positions"]) -> Tensor:
-        count = columns.shape[2]
+    def _chosen(self, count: int, device: torch.device) -> Tensor:
+        """Which of `count` output positions count."""
         if count <= self.positions:
-            return columns
-        chosen = torch.randperm(count, generator=self.generator)[: self.positions]
-        return columns[:, :, chosen.to(columns.device)]
+            return torch.arange(count, device=device)
+        return torch.randperm(count, generator=self.generator)[: self.positions].to(device)
 
 
 _ROWS: dict[Any, Callable[..., Iterator[Tensor]]] = {
@@ -127,11 +125,20 @@ _ROWS: dict[Any, Callable[..., Iterator[Tensor]]] = {
 }
 
 
-def _unfold(input: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """(n, c * kernel, positions), as torch's unfold; a pointwise kernel only picks positions."""
-    if tuple(size) == (1, 1):
-        return input[:, :, :: stride[0], :: stride[1]].flatten(2)
-    return F.unfold(input, size, dilation=dilation, stride=stride)
+def _windows(input: Tensor, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """A view (n, c, *output positions, *kernel) of padded `input`."""
+    for axis, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
+        input = input.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return input
+
+
+def _columns(windows: Tensor, chosen: Tensor, groups: int) -> Float[Tensor, "groups k samples"]:
+    """The windows at the `chosen` positions (row-major indices), channels and kernel in a weight's order."""
+    spatial = (windows.ndim - 2) // 2
+    positions = torch.unravel_index(chosen, windows.shape[2 : 2 + spatial])
+    taken = windows[:, :, *positions]  # n, c, positions, *kernel: nothing else is copied
+    taken = taken.flatten(3).permute(1, 3, 0, 2).float()
+    return taken.reshape(groups, -1, taken.shape[2] * taken.shape[3])
 
 
 def _each(value: Any, size: Any) -> tuple[int, ...]:
@@ -139,7 +146,7 @@ def _each(value: Any, size: Any) -> tuple[int, ...]:
     return values * len(size) if len(values) == 1 else values
 
 
-def _amounts(padding: Any, size: Any, stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+def _amounts(padding: Any, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
     """What F.pad takes for a convolution's `padding`, last dimension first."""
     if padding == "same":
         reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]

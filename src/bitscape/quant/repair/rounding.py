@@ -1,12 +1,13 @@
 """Compensated rounding: each weight's rounding error is made good by the weights of the same output that are still to be rounded.
 
 Paper     Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", ICLR 2023, arXiv 2210.17323
-Idea      A layer's squared output error is (w - q) H (w - q)^T with H the mean of x x^T over its inputs. Rounding column by column, each next
-          target is moved so that it cancels what the errors so far do to the output.
-Computes  Algorithm 1 -> compensated_codes. With H = R R^T, R upper triangular, the target of column j is w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj:
-          the update by the Cholesky factor of the inverse, without the inverse.
-Departs   Columns in order of decreasing diagonal of H (the authors' code: `act_order`); H from the float network's inputs, so that one pass over
-          the images serves every policy; groups of a convolution in one batch; also per-tensor scales and mid-rise grids.
+Idea      A layer's squared output error is (w - q) H (w - q)^T with H the mean of x x^T over its inputs. Rounding column by
+          column, each next target is moved so that it cancels what the errors so far do to the output.
+Computes  Algorithm 1 -> compensated_codes. With H = R R^T, R upper triangular, the target of column j is
+          w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj: the update by the Cholesky factor of the inverse, without the inverse.
+Departs   Columns in order of decreasing diagonal of H (the authors' code: `act_order`); H from the float network's inputs,
+          so that one pass over the images serves every policy; groups of a convolution in one batch; also per-tensor
+          scales and mid-rise grids.
 Costs     k^3 / 3 for the factor and rows * k^2 for the columns of a layer with k weights a row.
 Measured  not yet
 """

@@ -1,0 +1,55 @@
+"""What the benchmark scripts share: where data lies, images ready for a network, and how a run is written down."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitscape.data.batches import Batches, Normalization
+from bitscape.data.proxy import draw_proxy
+from bitscape.data.sources import Dataset, load_dataset
+from bitscape.policy import Policy
+from bitscape.report.records import append_run
+from recipes.networks import WEIGHTS
+
+RESULTS = Path(__file__).parent / "results"
+DATA = Path(os.environ.get("BITSCAPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def dataset(name: str, size: int | None = None) -> Dataset:
+    """A parquet file of the data folder, such as "cifar10_train", in memory."""
+    return load_dataset(str(DATA / f"{name}.parquet"), size=size)
+
+
+def proxy_images(source: Dataset, network: str, images: int, seed: int) -> Tensor:
+    """Class-balanced proxy images (n, c, h, w), resized to the network's input and normalized for it."""
+    entry = WEIGHTS[network]
+    drawn = draw_proxy(source, images=images, seed=seed)
+    if drawn.images.shape[-1] != entry.input_size:
+        drawn = drawn.resized(entry.input_size)
+    return entry.normalization.apply(drawn.images)
+
+
+def test_batches(data: Dataset, normalization: Normalization, batch_size: int = 250) -> Batches:
+    """Batches in order, without augmentation."""
+    return Batches(dataset=data, normalization=normalization, batch_size=batch_size)
+
+
+def bits_of(policy: Policy) -> dict[str, list[int]]:
+    """Layer -> [weight bits, activation bits]: how a run record holds a policy."""
+    return {name: [bits.weight, bits.activation] for name, bits in policy.layers.items()}
+
+
+def record(benchmark: str, run: Mapping[str, Any]) -> None:
+    """Append a run to the benchmark's results file, with the command that made it, and print its gist."""
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    append_run(
+        RESULTS / f"{benchmark}.jsonl", {"benchmark": benchmark, "threads": torch.get_num_threads(), "command": command, **run}
+    )
+    shown = ("network", "method", "variant", "proxy", "budget", "seed", "top1", "extra")
+    print({key: run[key] for key in shown if key in run}, flush=True)
