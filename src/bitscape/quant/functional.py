@@ -61,7 +61,7 @@ def _plain_fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types every argument as Any
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float
     ) -> Tensor:
         codes = quantize(x, scale, Grid(qmin, qmax, zero_point))
@@ -74,7 +74,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as above
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, y, *tensors = ctx.saved_tensors
         queue = iter(tensors)
         qmin, qmax, zero_point = (next(queue) if v is None else v for v in ctx.numbers)

@@ -61,7 +61,8 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     """
     for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
         if issubclass(kind, base):
-            return quantized if _has_forward_of(base, kind) else _keeping_forward(kind)
+            own_forward: Any = kind
+            return quantized if _has_forward_of(base, kind) else _keeping_forward(own_forward)
     allowed = ", ".join(k.__name__ for k in QUANTIZABLE)
     raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {allowed} and their subclasses")
 

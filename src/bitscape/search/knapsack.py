@@ -75,7 +75,7 @@ def solve(scores: Scores, caps: Sequence[CapRow], *, time_limit_s: float = 300.0
     choice: Choice | None = None
     for _ in range(RESCALINGS):
         largest = float(np.where(allowed, regret, 0.0).max(initial=0.0))
-        scaled = np.where(allowed, regret, 0.0) * (SCALE / largest if largest > 0 else 0.0)
+        scaled = np.where(allowed, regret, 0.0) / (largest or 1.0) * SCALE
         choice = _solve_scaled(scaled, allowed, sums, cuts, time_limit_s)
         if choice is None:
             return None

@@ -31,7 +31,9 @@ class DorefaWeight(WeightFakeQuantizer):
         if self.bits == 1:
             return weight
         squashed = weight.tanh()
-        return squashed * (self._reach(weight) / squashed.detach().abs().max().clamp(min=MINIMUM_SCALE))
+        stretch: Tensor = self._reach(weight) / squashed.detach().abs().max().clamp(min=MINIMUM_SCALE)
+        stretched: Tensor = squashed * stretch
+        return stretched
 
     def grid_scale(self, weight: Tensor) -> Tensor:
         if self.bits == 1:

@@ -57,13 +57,13 @@ class _WithL2(torch.autograd.Function):
     """The value itself; its gradient gains decay * value, that of an L2 penalty decay / 2 * value^2."""
 
     @staticmethod
-    def forward(ctx: Any, clip: Tensor, decay: float) -> Tensor:  # type: ignore[override]  # torch types every argument as Any
+    def forward(ctx: Any, clip: Tensor, decay: float) -> Tensor:
         ctx.save_for_backward(clip)
         ctx.decay = decay
         return clip.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # as above
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (clip,) = ctx.saved_tensors
         return g + ctx.decay * clip, None
 

@@ -3,7 +3,7 @@
 `equalize` belongs before `quantize`, on the float network; `repair` does the rest afterwards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ __all__ = [
 ]
 
 Rounding = Literal["compensate", "adaptive"]
-_ROUNDINGS = {"compensate": compensate_rounding, "adaptive": adaptive_rounding}
+_ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, RoundingError]]] = {
+    "compensate": compensate_rounding,
+    "adaptive": adaptive_rounding,
+}
 
 
 def repair(

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.progress import track
-from bitscape.quant.functional import quantize
 from bitscape.quant.repair.rounding import RoundingError, RoundingTask, log_errors, rounding_tasks
 
 _FREE_SHARE = 0.2
@@ -72,14 +71,14 @@ def _trained_codes(task: RoundingTask, steps: int, learning_rate: float, push: f
     unit = task.output_error(task.real(task.nearest()) - task.weight).sum().clamp(min=1e-20)
     for step in range(steps):
         choice = soft_choice(logits)
-        soft = task.real((floor + choice).clamp(task.grid.qmin, task.grid.qmax))
+        soft = task.real(task.held(floor + choice))
         loss = task.output_error(soft - task.weight).sum() / unit
         loss = loss + push * _indecision(choice, step / steps)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         optimizer.step()
     with torch.no_grad():
-        chosen = (floor + (logits > 0)).clamp(task.grid.qmin, task.grid.qmax)
+        chosen = task.held(floor + (logits > 0))
         return _better_rows(task, chosen)
 
 
@@ -94,6 +93,6 @@ def _indecision(choice: Tensor, progress: float) -> Tensor:
 
 def _better_rows(task: RoundingTask, chosen: Tensor) -> Tensor:
     """Of the trained and the nearest codes those with the smaller output error, row by row."""
-    nearest = quantize(task.weight, task.scale, task.grid)
+    nearest = task.nearest()
     trained_error, nearest_error = (task.output_error(task.real(c) - task.weight) for c in (chosen, nearest))
     return torch.where((trained_error < nearest_error)[:, :, None], chosen, nearest)

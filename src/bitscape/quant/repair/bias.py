@@ -94,7 +94,7 @@ class _Correction:
     def write(self) -> float:
         bias = self.layer.get_parameter("bias")
         with torch.no_grad():
-            bias += self.shift
+            bias.add_(self.shift)
         return float(self.shift.norm() / self.float_mean.norm().clamp(min=1e-12))
 
     def _means(self, output: Tensor) -> Tensor:

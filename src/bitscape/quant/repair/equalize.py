@@ -140,9 +140,9 @@ def _rescale(chain: Chain) -> Tensor:
     bias = chain.first.module.bias
     columns = _by_input(last, getattr(chain.last.module, "groups", 1))
     scale = channel_scales(first.flatten(1).abs().amax(1), columns.abs().amax((1, 3)).flatten())
-    first /= scale.reshape(-1, *[1] * (first.ndim - 1))
+    first.div_(scale.reshape(-1, *[1] * (first.ndim - 1)))
     if isinstance(bias, Tensor):
-        bias /= scale
+        bias.div_(scale)
     columns *= scale.reshape(columns.shape[0], 1, -1, 1)
     last.copy_(columns.reshape(last.shape))
     return scale

@@ -89,6 +89,10 @@ class RoundingTask:
         """Codes of nearest rounding."""
         return quantize(self.weight, self.scale, self.grid)
 
+    def held(self, codes: Tensor) -> Tensor:
+        """Codes clipped to the grid's limits."""
+        return codes.clamp(float(self.grid.qmin), float(self.grid.qmax))
+
     def output_error(self, difference: Float[Tensor, "g r k"]) -> Tensor:
         """Squared output error of weights that differ by `difference`, of one row each: (g, r)."""
         return ((difference @ self.moments) * difference).sum(2)

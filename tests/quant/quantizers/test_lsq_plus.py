@@ -1,0 +1,62 @@
+import torch
+
+from bitscape.quant.grid import grid
+from bitscape.quant.observers import Mse
+from bitscape.quant.quantizers import Lsq, LsqPlus, PerTensor
+from bitscape.quant.quantizers.lsq_plus import least_squares_range, weight_scale
+
+
+def silu_values() -> torch.Tensor:
+    return torch.nn.functional.silu(torch.randn(64, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 2)
+
+
+def test_weights_start_at_three_standard_deviations():
+    w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)) + 0.5
+    fake = LsqPlus().for_weight(w, 4)
+    fake.initialize(w, Mse())
+    mean, deviation = w.mean(1), w.std(1, unbiased=False)
+    reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
+    torch.testing.assert_close(fake.scale.detach().flatten(), reach / 8)
+    torch.testing.assert_close(weight_scale(w, 16), reach / 8)
+    per_tensor = LsqPlus(weight_scales=PerTensor()).for_weight(w, 4)
+    per_tensor.initialize(w, Mse())
+    assert per_tensor.scale.ndim == 0
+
+
+def test_an_offset_beats_a_signed_grid_on_a_short_negative_tail():
+    x = silu_values()
+    errors = {}
+    for quantizer in (Lsq(), LsqPlus()):
+        fake = quantizer.for_activation(3)
+        fake.initialize(x, Mse())
+        errors[type(quantizer)] = (fake(x) - x).square().mean().item()
+    assert errors[LsqPlus] < 0.6 * errors[Lsq]
+
+
+def test_the_starting_range_is_a_fixed_point_of_least_squares():
+    values = silu_values().flatten()
+    limits = grid(3, signed=False)
+    few = least_squares_range(values, limits, Mse(), steps=40)
+    more = least_squares_range(values, limits, Mse(), steps=41)
+    torch.testing.assert_close(few, more, rtol=5e-3, atol=5e-3)
+
+
+def test_the_result_is_scale_times_code_plus_offset():
+    x = silu_values()
+    fake = LsqPlus().for_activation(3)
+    fake.initialize(x, Mse())
+    scale, offset = fake.scale.detach(), fake.offset.detach()
+    codes = ((x - offset) / scale).round().clamp(0, 7)
+    torch.testing.assert_close(fake(x).detach(), scale * codes + offset, rtol=1e-5, atol=1e-5)
+
+
+def test_the_offset_learns_from_values_outside_the_range_alone():
+    x = silu_values()
+    fake = LsqPlus().for_activation(3)
+    fake.initialize(x, Mse())
+    inside = x.clamp(fake.offset.item() + 0.1 * fake.scale.item(), fake.offset.item() + 6.9 * fake.scale.item())
+    fake(inside).sum().backward()
+    assert fake.offset.grad.abs() < 1e-5
+    fake.offset.grad = None
+    fake(x).sum().backward()
+    assert fake.offset.grad > 0
