@@ -2,24 +2,29 @@
 
     python -m benchmarks.qat_cifar10 [--images 20000] [--epochs 3] [--seeds 3] [--threads 1] [--part 0/2]
 
-Every row shares quantizer (LSQ), recipe, data order and budget. Searches see a proxy of 4 % of the training images. `--part i/n` does every
-n-th missing run, so that several processes can share the work.
+Every row shares quantizer (LSQ), recipe, data order and budget. Searches see 512 images of a proxy of 4 % of the training set. `--part i/n`
+does every n-th missing run, so that several processes can share the work.
 """
 
 import argparse
-import time
+import itertools
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.common import RESULTS, bits_of, dataset, proxy_images, record, test_batches
+from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
+from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
-from bitscape.engine import Cosine, Sgd, evaluate, train
+from bitscape.data.proxy import draw_proxy
+from bitscape.data.sources import Dataset
+from bitscape.engine import Sgd, evaluate, train
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize, recalibrate_norms
+from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import missing, read_runs
 from bitscape.search.fisher import Fisher
-from bitscape.search.hawq import Hawq
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
 from bitscape.search.problem import SearchProblem
@@ -29,5 +34,132 @@ from bitscape.train.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME, NETWORK = "qat-cifar10", "resnet20"
-KEYS = ("benchmark", "method", "variant", "budget", "epochs", "seed", "settings")
-BUDGETS = {"w4a4": "bitops=w4a4", "w3a3": "bitops=w3a3", "2.5 bits": "bitops=6x"}
+KEYS = ("method", "variant", "settings.budget", "settings.images", "epochs", "seed")
+PROXY_IMAGES = 2000
+SCORED = 512
+METHODS = {
+    ("uniform", "one width"): Uniform(),
+    ("uniform", "two widths"): Uniform(mix=True),
+    ("fisher", "not for training"): Fisher(images=SCORED),
+    ("fisher", "for training"): Fisher(images=SCORED),
+    ("local", ""): Local(images=SCORED),
+    ("kl", ""): Kl(images=128),
+    ("random", ""): RandomPolicy(),
+}
+FIXED_PAIRS = {"w3a3": ("w2a4", "w4a2"), "w2a3": ("w2a3", "w3a2"), "w4a4": ()}
+"""Uniform policies of one pair (weight, activation) that fit the budget of the key."""
+
+
+def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
+    """Every run; the middle budget first, because it decides most. The budget w2a3, 6 x MACs inside, is "2.5 bits"."""
+    for budget, seed in itertools.product(("w3a3", "w2a3", "w4a4"), range(seeds)):
+        shared = {"settings": {"budget": budget, "images": images}, "epochs": epochs, "seed": seed}
+        for (method, variant) in METHODS:
+            if variant == "two widths" and budget != "w2a3":
+                continue  # the budget of one width leaves nothing to fill
+            if method == "kl" and budget != "w3a3":
+                continue
+            yield {"method": method, "variant": variant, **shared}
+        for pair in FIXED_PAIRS[budget]:
+            yield {"method": "uniform", "variant": pair, **shared}
+    for budget, seed in itertools.product(("w3a3", "w2a3"), range(seeds, 5)):
+        yield {"method": "random", "variant": "", "settings": {"budget": budget, "images": images}, "epochs": epochs, "seed": seed}
+
+
+@cache
+def training_images() -> Dataset:
+    """The complete training set."""
+    return dataset("cifar10_train")
+
+
+@cache
+def tests() -> Batches:
+    """The complete test set."""
+    return test_batches(dataset("cifar10_test"), WEIGHTS[NETWORK].normalization)
+
+
+def problem(run: dict[str, Any]) -> SearchProblem:
+    """The search of a run, on a proxy of 4 % of the training images drawn by the run's seed."""
+    proxy = draw_proxy(training_images(), images=PROXY_IMAGES, seed=run["seed"])
+    return SearchProblem(
+        model=load(NETWORK, DATA),
+        images=proxy_images(proxy, NETWORK, SCORED, seed=run["seed"]),
+        budget=f"bitops={run['settings']['budget']}",
+        for_training=run["variant"] == "for training",
+        seed=run["seed"],
+    )
+
+
+def find(run: dict[str, Any], stated: SearchProblem) -> tuple[Policy, float]:
+    """The run's policy, and the seconds of its search."""
+    if run["variant"] in FIXED_PAIRS[run["settings"]["budget"]]:
+        weight, activation = (int(digit) for digit in run["variant"][1::2])
+        names = list(stated.network.by_name)
+        policy = uniform_policy(names, LayerBits(weight, activation), stated.pinned_layers)
+        return policy, 0.0
+    result = METHODS[run["method"], run["variant"]].search(stated)
+    return result.policy, result.seconds
+
+
+def trained(run: dict[str, Any], network: nn.Module, images: int) -> float:
+    """Train by the one recipe; return the seconds of all steps."""
+    order = torch.randperm(len(training_images()), generator=torch.Generator().manual_seed(run["seed"]))
+    batches = Batches(
+        dataset=training_images().subset(order[:images]),
+        normalization=WEIGHTS[NETWORK].normalization,
+        shuffle=True,
+        augment="crop-flip",
+        seed=run["seed"],
+        drop_last=True,
+    )
+    result = train(network, batches, step=Plain(), optimizer=Sgd(lr=0.01), epochs=run["epochs"], seed=run["seed"])
+    return float(result.records[-1]["train_s"])
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Search, calibrate, train, evaluate."""
+    stated = problem(run)
+    policy, seconds = find(run, stated)
+    network = calibrate(quantize(load(NETWORK, DATA), policy), stated.images[:256])
+    before = evaluate(network, tests()).top1
+    train_s = trained(run, network, run["settings"]["images"])
+    return {
+        **run,
+        "network": NETWORK,
+        "weights": WEIGHTS[NETWORK].file,
+        "target": "cifar10",
+        "proxy": f"cifar10:{PROXY_IMAGES}",
+        "policy": bits_of(policy),
+        "budget": dict(stated.parsed_budget.caps),
+        "cost": policy_cost(stated.network, policy),
+        "step": "plain",
+        "top1": evaluate(network, tests()).top1,
+        "float_top1": WEIGHTS[NETWORK].float_top1,
+        "test_images": len(tests().dataset),
+        "search_s": seconds,
+        "train_s": train_s,
+        "clock": "wall",
+        "dtype": "float32",
+        "extra": {"before_training_top1": before},
+    }
+
+
+def main() -> None:
+    """Do the runs that the results file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000, help="training images an epoch")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    part, parts = (int(text) for text in options.part.split("/"))
+    runs = list(wanted(options.seeds, options.images, options.epochs))
+    for run in runs[part::parts]:
+        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
+            record(NAME, measure(dict(run)))
+
+
+if __name__ == "__main__":
+    main()

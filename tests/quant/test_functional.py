@@ -15,9 +15,7 @@ from bitscape.quant.functional import (
 )
 from bitscape.quant.grid import Grid, grid
 
-GRIDS = st.builds(
-    grid, st.integers(1, 8), signed=st.booleans(), narrow=st.booleans(), mid_rise=st.booleans()
-)
+GRIDS = st.builds(grid, st.integers(1, 8), signed=st.booleans(), narrow=st.booleans(), mid_rise=st.booleans())
 VALUES = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=30).map(torch.tensor)
 SCALES = st.floats(2**-10, 100, width=32).map(torch.tensor)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -106,8 +106,7 @@ def quantization_config(header: Header) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": {"targets": groups[key], "weights": _weight_arguments(*key)}
-            for index, key in enumerate(sorted(groups))
+            f"group_{index}": {"targets": groups[key], "weights": _weight_arguments(*key)} for index, key in enumerate(sorted(groups))
         },
     }
 

@@ -284,9 +284,7 @@ def _dequantized(layer: nn.Module, codes: Codes) -> nn.Parameter:
     return nn.Parameter(weight.copy_(codes.dequantize()), requires_grad=False)
 
 
-def _make_quantized(
-    layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: LayerBits, stored: StoredLayer
-) -> None:
+def _make_quantized(layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: LayerBits, stored: StoredLayer) -> None:
     layer.__class__ = quantized_class(type(layer))
     layer.weight = weight
     layer.weight_quantizer = StoredWeight(bits.weight, codes.scale, codes.zero_point)

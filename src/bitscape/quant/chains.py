@@ -55,6 +55,7 @@ class Chain:
 def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
     """Run `model` once in eval mode on the first image of `example` (n, ...) and return its calls in order."""
     recorder = _Recorder()
+    image = _on_device(example[:1], model)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
@@ -62,7 +63,7 @@ def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
             handles.append(module.register_forward_hook(recorder.leave_as(name)))
     try:
         with evaluating(model), recorder:
-            output = model(_on_device(example[:1], model))
+            output = model(image)
     finally:
         for handle in handles:
             handle.remove()

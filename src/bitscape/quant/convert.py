@@ -49,7 +49,7 @@ def quantize(
     policy.check(layer_shapes(model))
     for name, layer in quantizable_layers(model).items():
         bits = policy.layers[name]
-        weight = layer.get_parameter("weight")
+        weight = _own_weight(name, layer)
         weight_quantizer = quantizer.for_weight(weight, bits.weight)
         with _naming(name, "weight"):
             weight_quantizer.initialize(weight, observer)
@@ -58,6 +58,16 @@ def quantize(
         layer.weight_quantizer = weight_quantizer.to(weight.device)
         layer.input_quantizer = quantizer.for_activation(bits.activation).to(weight.device)
     return model
+
+
+def _own_weight(name: str, layer: nn.Module) -> nn.Parameter:
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        raise BitscapeError(
+            f"layer {name}: its weight is computed (parametrized, weight_norm, spectral_norm); remove that first, for instance with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        )
+    return weight
 
 
 @contextmanager
@@ -116,13 +126,16 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     samples: dict[str, list[Tensor]] = {}
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda _, inputs: samples.setdefault(name, []).append(_sample(inputs[0]))
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            samples.setdefault(name, []).append(_sample(inputs[0] if inputs else named["input"]))
 
-    handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with bypassed(model), evaluating(model):
-            for batch in batches_of(images, model):
-                model(batch)
+            if not _run(model, batches_of(images, model)):
+                raise BitscapeError("images: no batch; give at least one image, better a few hundred")
     finally:
         for handle in handles:
             handle.remove()
@@ -154,21 +167,37 @@ def _naming(layer: str, what: str) -> Iterator[None]:
 def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn.Module:
     """Replace the running statistics of every batch norm by the plain average over the batches of `images`, in place.
 
-    Do it after every change of policy: quantized layers shift means and variances. About 50 batches are enough.
+    For a network whose bits changed and that is not trained: quantized layers shift means and variances. About 50 batches are
+    enough. After an exception the former statistics are back.
+
+    Raises:
+        BitscapeError: `images` holds no batch.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     with evaluating(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over all batches
                 norm.train()
-            for batch in batches_of(images, model, batch_size=128):
-                model(batch)
+            if not _run(model, batches_of(images, model, batch_size=128)):
+                raise BitscapeError("images: no batch; give at least one, better about 50 batches of 128 images")
+        except BaseException:
+            for norm, (_, buffers) in zip(norms, before, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+            raise
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum
     return model
+
+
+def _run(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Run every batch, and count them."""
+    count = 0
+    for count, batch in enumerate(batches, start=1):
+        model(batch)
+    return count

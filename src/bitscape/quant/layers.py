@@ -4,6 +4,8 @@ A layer becomes quantized by changing its class, in place: parameters, names, ho
 checkpoints still load, and a layer that is used twice stays one layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -69,12 +71,8 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
 
 class _OwnForward(QuantizedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # An instance attribute hides the parameter of the same name, which lives in _parameters, for the time of the call.
-        self.__dict__["weight"] = self.weight_quantizer(self.weight)
-        try:
+        with _hiding(self, weight=self.weight_quantizer(self.weight)):
             return super().forward(self.input_quantizer(input), *args, **kwargs)
-        finally:
-            del self.__dict__["weight"]
 
 
 def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
@@ -97,14 +95,17 @@ def apply_layer(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
 
     Quantizers of a quantized layer are not applied; a forward of the layer's own (SAME padding) is.
     """
-    if type(layer).forward in (nn.Linear.forward, QuantLinear.forward):
-        return nn.functional.linear(input, weight)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
-        return cast(Tensor, layer._conv_forward(input, weight, None))
-    hidden = {"weight": weight, "bias": None}
-    layer.__dict__.update(hidden)
+    float_class: Any = next(base for base in type(layer).__mro__ if not issubclass(base, QuantizedLayer))
+    with _hiding(layer, weight=weight, bias=None):
+        return cast(Tensor, float_class.forward(layer, input))
+
+
+@contextmanager
+def _hiding(layer: nn.Module, **values: Tensor | None) -> Iterator[None]:
+    # An instance attribute hides the parameter of the same name, which lives in _parameters.
+    layer.__dict__.update(values)
     try:
-        return cast(Tensor, nn.Module.__getattribute__(layer, "forward")(input))
+        yield
     finally:
-        for name in hidden:
+        for name in values:
             del layer.__dict__[name]

@@ -23,6 +23,16 @@ def test_weights_start_at_three_standard_deviations():
     assert per_tensor.scale.ndim == 0
 
 
+def test_one_bit_weights_start_as_in_lsq():
+    w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    starts = []
+    for quantizer in (Lsq(), LsqPlus()):
+        fake = quantizer.for_weight(w, 1)
+        fake.initialize(w, Mse())
+        starts.append(fake.scale)
+    assert torch.equal(*starts)
+
+
 def test_an_offset_beats_a_signed_grid_on_a_short_negative_tail():
     x = silu_values()
     errors = {}

@@ -32,13 +32,13 @@ class DorefaWeight(WeightFakeQuantizer):
             return weight
         squashed = weight.tanh()
         stretch: Tensor = self._reach(weight) / squashed.detach().abs().max().clamp(min=MINIMUM_SCALE)
-        stretched: Tensor = squashed * stretch
-        return stretched
+        return squashed * stretch
 
     def grid_scale(self, weight: Tensor) -> Tensor:
         if self.bits == 1:
             return (2 * weight.detach().abs().mean()).clamp(min=MINIMUM_SCALE)
-        return self._reach(weight) * (2 / (2 ** int(self.bits) - 1))
+        spacing: Tensor = self._reach(weight) * (2 / (2 ** int(self.bits) - 1))
+        return spacing
 
     def _reach(self, weight: Tensor) -> Tensor:
         weight = weight.detach()

@@ -4,7 +4,8 @@ Paper     Liu, Cai, Zhuang: "Sharpness-aware Quantization for Deep Neural Networ
 Idea      Standardised weights use every level whatever their spread, so one learned bound per layer is enough.
 Computes  w_n = (w - mean) / std, a * (2 R_b((clip(w_n / a, -1, 1) + 1) / 2) - 1) -> LiqWeight
 Departs   With `restore_scale` (default) the result is multiplied by std again, so that layers without a norm behind them keep
-          their output range; the mean is not added back (a norm layer would remove it). Activations are LSQ's, the same function
+          their output range; the mean is not added back, as in the code: what it adds to the output
+          varies with the image, and training has to make up for it. Activations are LSQ's, the same function
           under another parametrisation.
 Costs     As LSQ, and two passes over the weights.
 Measured  not yet

@@ -5,7 +5,8 @@ Paper     Bhalgat, Lee, Nagel, Blankevoort, Kwak: "LSQ+: Improving low-bit quant
 Idea      SiLU, GELU and hard-swish have a short negative tail: a signed grid wastes half its codes on it, an unsigned one cuts it off. An
           unsigned grid that may start anywhere holds both.
 Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range and weight_scale
-Departs   Weights start at max|mean +- 3 std| / 2^(b-1) per channel (paper: per tensor) whatever the observer is.
+Departs   Weights start at max|mean +- 3 std| / 2^(b-1) per channel (paper: per tensor) whatever the observer is;
+          at 1 bit, where that rule overshoots, at the observer's scale.
 Costs     As LSQ, one more pass over the activations.
 Measured  not yet
 """
@@ -26,6 +27,9 @@ class LsqPlusWeight(LsqWeight):
     """LSQ weights that start from mean and standard deviation."""
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
+        if isinstance(self.bits, int) and self.bits == 1:
+            super()._set_range(values, observer)
+            return
         rows = grouped(values, self.scale.shape)
         levels = self.grid.qmax - self.grid.qmin + 1
         self.scale.copy_(weight_scale(rows, levels).reshape(self.scale.shape))

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from bitscape.quant.repair.rounding import RoundingError, compensate_rounding
 __all__ = [
     "ChannelClip",
     "Equalized",
-    "Rounding",
     "RoundingError",
     "adaptive_rounding",
     "compensate_rounding",
@@ -28,7 +26,6 @@ __all__ = [
     "repair",
 ]
 
-Rounding = Literal["compensate", "adaptive"]
 _ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, RoundingError]]] = {
     "compensate": compensate_rounding,
     "adaptive": adaptive_rounding,
@@ -41,7 +38,7 @@ def repair(
     images: Tensor | Iterable[Tensor],
     *,
     moments: Mapping[str, Tensor] | None = None,
-    rounding: Rounding | None = "compensate",
+    rounding: str | None = "compensate",
     bias: bool = True,
 ) -> nn.Module:
     """Repair a quantized and calibrated `model` in place, and return it: rounding first, then biases.

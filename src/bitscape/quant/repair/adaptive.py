@@ -28,6 +28,7 @@ _BETA = (20.0, 2.0)
 """First and last exponent of the regulariser."""
 
 
+@torch.enable_grad()
 def adaptive_rounding(
     model: nn.Module, moments: Mapping[str, Tensor], *, steps: int = 1000, learning_rate: float = 0.02, push: float = 0.1
 ) -> dict[str, RoundingError]:

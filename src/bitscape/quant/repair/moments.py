@@ -136,7 +136,8 @@ def _columns(windows: Tensor, chosen: Tensor, groups: int) -> Float[Tensor, "gro
     """The windows at the `chosen` positions (row-major indices), channels and kernel in a weight's order."""
     spatial = (windows.ndim - 2) // 2
     positions = torch.unravel_index(chosen, windows.shape[2 : 2 + spatial])
-    taken = windows[(slice(None), slice(None), *positions)]  # n, c, positions, *kernel: nothing else is copied
+    index: tuple[slice | Tensor, ...] = (slice(None), slice(None), *positions)
+    taken = windows[index]  # n, c, positions, *kernel: nothing else is copied
     taken = taken.flatten(3).permute(1, 3, 0, 2).float()
     return taken.reshape(groups, -1, taken.shape[2] * taken.shape[3])
 

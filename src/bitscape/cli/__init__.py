@@ -1,0 +1,8 @@
+"""The command line: demo, search, solve, train, evaluate, export, policy, methods.
+
+Modules here import torch, and what imports it, inside functions: `bitscape search --help` takes milliseconds.
+"""
+
+from bitscape.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,102 @@
+"""`bitscape evaluate`: accuracy and cost of a float network, a policy on it, a packed file or a trained folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bitscape.cli.network import (
+    ImageSettings,
+    calibrated,
+    load_batches,
+    load_network,
+    load_trained,
+    measure_network,
+    normalized_images,
+)
+from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_options, network_options, seed_option
+from bitscape.cli.output import amount
+from bitscape.cli.packed import load_packed_network
+from bitscape.cli.tables import print_within_budget
+from bitscape.errors import BitscapeError
+from bitscape.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitscape.data.batches import Batches
+
+calibration_options = all_of(
+    click.option("--calibration", metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
+    click.option("--calibration-images", default=256, show_default=True, help="Images drawn for it."),
+    click.option("--repair", is_flag=True, help="Fold norms; repair rounding and biases on the same images."),
+)
+
+
+@click.command()
+@network_options
+@data_options
+@image_options
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
+@calibration_options
+@click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
+@click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train --out` left there.")
+@seed_option
+def evaluate(
+    model: str,
+    weights: Path | None,
+    device: str | None,
+    data: str,
+    split: str | None,
+    input_size: int | None,
+    normalize: str | None,
+    batch_size: int,
+    policy_file: Path | None,
+    calibration: str | None,
+    calibration_images: int,
+    repair: bool,
+    packed: Path | None,
+    checkpoint: Path | None,
+    seed: int,
+) -> None:
+    """Measure top-1 and top-5 accuracy, and what an image costs.
+
+    \b
+    Example:
+      bitscape evaluate --model timm:resnet18 --weights resnet18.safetensors \\
+        --data val/ --input-size 224 --normalize imagenet \\
+        --policy policy.json --calibration train/ --repair
+    """
+    if sum(option is not None for option in (policy_file, packed, checkpoint)) > 1:
+        raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
+    if (policy_file is None) != (calibration is None):
+        raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+    settings = ImageSettings(input_size=input_size, normalize=normalize)
+    batches = load_batches(data, split or "test", settings, batch_size)
+    shape = tuple(batches.dataset.images.shape[1:])
+    network = load_network(model, weights, device)
+    policy: Policy | None = None
+    if policy_file is not None and calibration is not None:
+        policy = Policy.load(policy_file)
+        images = normalized_images(calibration, calibration_images, settings, seed, network)
+        network = calibrated(network, policy, images, repair=repair)
+    elif packed is not None:
+        network, policy = load_packed_network(packed, network, shape)
+    elif checkpoint is not None:
+        network, policy = load_trained(network, checkpoint)
+    _report(network, policy, batches, shape)
+
+
+def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...]) -> None:
+    from bitscape.engine import evaluate as accuracy_of
+
+    accuracy = accuracy_of(network, batches)
+    click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
+    cost = measure_network(network, shape)
+    if policy is None:
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        click.echo(f"float: {amount(cost.total_macs)} MACs an image, {amount(4 * parameters, 'B')} of parameters")
+        return
+    click.echo()
+    print_within_budget(policy, cost)

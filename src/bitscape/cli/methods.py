@@ -1,0 +1,59 @@
+"""`bitscape methods`: what there is to search with, read from the methods' own cards and fields."""
+
+import ast
+import inspect
+import sys
+import textwrap
+from dataclasses import MISSING, fields
+from typing import Any
+
+import click
+
+from bitscape.cli.output import print_table
+from bitscape.errors import BitscapeError, nearest
+
+
+@click.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the search methods, or show the card and the settings of one.
+
+    \b
+    Example:
+      bitscape methods
+      bitscape methods fisher
+    """
+    from bitscape.search.methods import METHODS
+
+    if name is None:
+        print_table(["--method", "what it goes by"], [[key, card(kind).splitlines()[0]] for key, kind in METHODS.items()], left=2)
+        return
+    if name not in METHODS:
+        raise BitscapeError(f"method {name!r} is unknown{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
+    click.echo(card(METHODS[name]))
+    click.echo("\nSettings, for --set:")
+    print_table(["field=default", "what it is"], settings_of(METHODS[name]), left=2)
+
+
+def card(kind: type) -> str:
+    """Return the method card: the docstring of the method's module."""
+    return (sys.modules[kind.__module__].__doc__ or "").strip()
+
+
+def settings_of(kind: Any) -> list[list[str]]:
+    """Return [field=default, docstring under the field] of a settings dataclass."""
+    notes = field_docstrings(kind)
+    return [[f"{f.name}{'' if f.default is MISSING else f'={f.default}'}", notes.get(f.name, "")] for f in fields(kind)]
+
+
+def field_docstrings(kind: type) -> dict[str, str]:
+    """Return field -> the string literal that stands under it in the source of the class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    notes = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            value = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                notes[statement.target.id] = " ".join(value.value.split())
+    return notes

@@ -1,0 +1,165 @@
+"""What the commands load: networks, images, policies on networks. Imports torch when called."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitscape.cli.parsing import parse_normalization
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from bitscape.cost.layers import NetworkCost
+    from bitscape.data.batches import Batches
+    from bitscape.data.sources import Dataset
+
+DECODED_PER_PROXY_IMAGE = 4  # images decoded for one that is drawn: enough to balance classes
+POLICY_FILE, WEIGHTS_FILE = "policy.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images are read for a network."""
+
+    input_size: int | None
+    """Side of the square in pixels; None = as stored."""
+    normalize: str | None
+    """Text of --normalize."""
+
+
+def load_network(model: str, weights: Path | None, device: str | None) -> "nn.Module":
+    """Return the float network in eval mode on its device."""
+    from bitscape.models.find import find_model, load_weights
+
+    network = find_model(model)
+    if weights is not None:
+        load_weights(network, weights)
+    return network.to(pick_device(device)).eval()
+
+
+def pick_device(name: str | None) -> "torch.device":
+    """Return the named device, else cuda where there is one. Raises BitscapeError if it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BitscapeError(f"--device {name!r} cannot be used ({reason}); allowed are cpu and cuda") from None
+    return device
+
+
+def load_images(source: str, split: str, settings: ImageSettings, *, limit: int | None = None, seed: int = 0) -> "Dataset":
+    """Load a data set at the network's input size."""
+    from bitscape.data.sources import load_dataset
+
+    return load_dataset(source, split=split, size=settings.input_size, limit=limit, seed=seed)
+
+
+def load_batches(source: str, split: str, settings: ImageSettings, batch_size: int) -> "Batches":
+    """Load a data set as plain batches, for evaluation."""
+    from bitscape.data.batches import Batches
+
+    normalization = parse_normalization(settings.normalize, source)
+    return Batches(dataset=load_images(source, split, settings), normalization=normalization, batch_size=batch_size)
+
+
+def draw_images(source: str, split: str, images: int, settings: ImageSettings, seed: int) -> "Dataset":
+    """Draw a proxy or calibration set."""
+    from bitscape.data.proxy import draw_proxy
+
+    limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * images
+    return draw_proxy(load_images(source, split, settings, limit=limit, seed=seed), images=images, seed=seed)
+
+
+def normalized_images(source: str, images: int, settings: ImageSettings, seed: int, network: "nn.Module") -> "Tensor":
+    """Draw calibration images, normalized for the network, on its device."""
+    from bitscape.engine.forward import device_of
+
+    normalization = parse_normalization(settings.normalize, source)
+    drawn = draw_images(source, "train", images, settings, seed)
+    return normalization.apply(drawn.images).to(device_of(network))
+
+
+def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkCost":
+    """Count what each layer of the network does, attention split as the search does it."""
+    import copy
+
+    from bitscape.cost.layers import measure
+    from bitscape.models.attention import split_attention
+
+    return measure(split_attention(copy.deepcopy(model)), shape)
+
+
+def network_shapes(model: "nn.Module") -> dict[str, tuple[int, ...]]:
+    """Return layer name -> weight shape, attention split."""
+    import copy
+
+    from bitscape.models.attention import split_attention
+    from bitscape.models.layers import layer_shapes
+
+    return layer_shapes(split_attention(copy.deepcopy(model)))
+
+
+def policy_shape(policy: Policy, given: tuple[int, int, int] | None) -> tuple[int, ...]:
+    """Return the shape of one image: as given, else as the policy was searched with."""
+    if given is not None:
+        return given
+    images = policy.provenance.get("images")
+    if isinstance(images, list) and len(images) == 4:
+        return tuple(images[1:])
+    raise BitscapeError("--input-shape is missing, and the policy does not tell it; write e.g. --input-shape 3x224x224")
+
+
+def with_pins(network: "NetworkCost", pins: Mapping[str, LayerBits], free_ends: bool) -> dict[str, LayerBits]:
+    """Add the default pins, first and last layer at 8/8, to those given."""
+    ends = () if free_ends else network.ends
+    return {**dict.fromkeys(ends, LayerBits(8, 8)), **pins}
+
+
+def uniform_cost(network: "NetworkCost", bits: int) -> dict[str, float]:
+    """Return what the network costs with every layer at `bits`."""
+    from bitscape.cost.policy_cost import policy_cost
+    from bitscape.policy import uniform_policy
+
+    return policy_cost(network, uniform_policy(network.by_name, LayerBits(bits, bits)))
+
+
+def save_weights(state: "Mapping[str, Tensor]", path: Path) -> None:
+    """Write a state dict as a safetensors file, as `load_weights` reads it; what shares memory is written twice."""
+    from safetensors.torch import save
+
+    from bitscape.files import write_atomic
+
+    write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}))
+
+
+def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
+    """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
+    from bitscape.models.find import load_weights
+    from bitscape.quant.convert import quantize
+
+    weights, saved = folder / WEIGHTS_FILE, folder / POLICY_FILE
+    if not weights.is_file():
+        raise BitscapeError(f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} --resume ...")
+    policy = Policy.load(saved) if saved.is_file() else None
+    trained = model if policy is None else quantize(model, policy)
+    load_weights(trained, weights)
+    return trained.eval(), policy
+
+
+def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
+    """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
+    from bitscape.quant.convert import calibrate, quantize
+    from bitscape.quant.fold import fold_norms
+    from bitscape.quant.repair import repair as repaired
+
+    if repair:
+        model = fold_norms(model, images[:2])
+    quantized = calibrate(quantize(model, policy), images)
+    return repaired(quantized, model, images).eval() if repair else quantized.eval()

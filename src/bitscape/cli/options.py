@@ -1,0 +1,76 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Make one decorator of several options, listed in the help in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_option = click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help="Network: package.module:function, file.py:function, timm:name or torchvision:name.",
+)
+network_options = all_of(
+    model_option,
+    click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors. Default: as built."),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... Default: cuda if there is one."),
+)
+data_options = all_of(
+    click.option(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="Images: digits, a .parquet or .npz file, a folder of images or of class folders, hf:name.",
+    ),
+    click.option("--split", metavar="NAME", help="Split, where the source has several: train, test, ..."),
+)
+image_options = all_of(
+    click.option(
+        "--input-size",
+        type=click.IntRange(min=1),
+        metavar="PIXELS",
+        help="Resize the shorter side to this and cut out the middle square. Default: as stored.",
+    ),
+    click.option(
+        "--normalize",
+        metavar="NAME",
+        help="imagenet, cifar10, unit (0..1), digits, or means/deviations: 0.5,0.5,0.5/0.2,0.2,0.2.",
+    ),
+)
+shape_option = click.option("--input-shape", metavar="CxHxW", help="Shape of one image, e.g. 3x224x224, for counting costs.")
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+budget_option = click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    metavar="CAP",
+    help="Cap, repeatable: bitops=0.25x (of 8 bit), bitops=w4a4, bitops=3.9e8, weight_bytes=1.2MB, "
+    "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB.",
+)
+pin_option = click.option(
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="LAYER=W/A",
+    help="Fix a layer's weight/activation bits, e.g. conv1=8/8; repeatable. The first and the last layer are at 8/8 "
+    "unless pinned otherwise; `--pin none` frees them.",
+)

@@ -1,0 +1,70 @@
+"""What the commands print: tables on stdout, log lines on stderr, numbers with their units."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import click
+
+PIPED_WIDTH = 240  # wide enough that no name is cut in a file or a pipe
+_PREFIXES = ("", "k", "M", "G", "T")
+_UNITS = {"bitops": "", "weight_bytes": "B", "peak_activation_bytes": "B"}
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(mark + record.getMessage(), err=True)
+
+
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Print the package's log lines, progress among them, on stderr."""
+    log, handler = logging.getLogger("bitscape"), _Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Print a table with its first `left` columns flush left and the others flush right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for at, name in enumerate(columns):
+        table.add_column(name, justify="left" if at < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def amount(value: float, unit: str = "") -> str:
+    """Write a number with 4 digits and a decimal prefix: 34.71 G, 1.2 MB."""
+    step = 0
+    while abs(value) >= 999.95 and step < len(_PREFIXES) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.4g} {_PREFIXES[step]}{unit}".rstrip()
+
+
+def cost_text(kind: str, value: float) -> str:
+    """Write a cost of a policy in its unit; mean bits are plain numbers."""
+    return amount(value, _UNITS[kind]) if kind in _UNITS else f"{value:.4g}"
+
+
+def print_costs(costs: Mapping[str, Mapping[str, float]]) -> None:
+    """Print costs side by side: column name -> kind of cost -> value; the first column decides the rows."""
+    first = next(iter(costs.values()))
+    rows = [[kind, *(cost_text(kind, of[kind]) if kind in of else "" for of in costs.values())] for kind in first]
+    print_table(["cost of one image", *costs], rows)

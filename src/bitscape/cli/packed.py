@@ -1,0 +1,66 @@
+"""Packed files with their norms folded or not, and the note in them that tells which."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bitscape.errors import BitscapeError
+from bitscape.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bitscape.export.packed import PackedInfo
+
+_FOLDED = {"norms": "folded"}
+
+
+def save_packed_network(network: "nn.Module", path: Path, policy: Policy, *, folded: bool) -> "PackedInfo":
+    """Write a packed file; whether norms were folded goes into its policy's provenance."""
+    from bitscape.export.packed import save_packed
+
+    noted = replace(policy, provenance={**policy.provenance, **_FOLDED}) if folded else policy
+    return save_packed(network, path, policy=noted)
+
+
+def load_packed_network(path: Path, network: "nn.Module", shape: tuple[int, ...]) -> tuple["nn.Module", Policy]:
+    """Return the network of a packed file and its policy; norms of the float `network` are folded if they were."""
+    import torch
+
+    from bitscape.engine.forward import device_of
+    from bitscape.export.packed import load_packed
+    from bitscape.quant.fold import fold_norms
+
+    policy = packed_policy(path)
+    if _FOLDED.items() <= policy.provenance.items():
+        network = fold_norms(network, torch.zeros(1, *shape, device=device_of(network)))
+    return load_packed(path, network), policy
+
+
+def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor", path: Path) -> None:
+    """Raise BitscapeError unless both networks give the same bits on images."""
+    import torch
+
+    with torch.no_grad():
+        same = torch.equal(saved.eval()(images), loaded.eval()(images))
+    if not same:
+        raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
+    click.echo(f"read back: outputs on {len(images)} images are the same, bit for bit")
+
+
+def packed_policy(path: Path) -> Policy:
+    """Read the policy in the header of a packed file."""
+    from safetensors import SafetensorError, safe_open
+
+    from bitscape.export.header import Header
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("bitscape")
+    except SafetensorError as error:
+        raise BitscapeError(f"{path}: not a complete safetensors file ({error}); copy it again or export anew") from error
+    if text is None:
+        raise BitscapeError(f"{path}: a safetensors file but no packed one; float weights go to --weights")
+    return Header.from_json(text).policy

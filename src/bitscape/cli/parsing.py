@@ -1,0 +1,121 @@
+"""From the texts of options to values. Errors name the option, the text and how to write it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitscape.errors import BitscapeError, nearest
+from bitscape.policy import LayerBits
+
+if TYPE_CHECKING:
+    from bitscape.data.batches import Normalization
+    from bitscape.search.methods import SearchMethod
+
+UNPINNED = "none"
+
+
+def parse_candidates(text: str) -> tuple[LayerBits, ...]:
+    """Read "2,4,8" (the same for weights and activations) or "w=2,4,8;a=8" into all pairs."""
+    halves = [part.rpartition("=") for part in text.replace(" ", "").split(";") if part]
+    parts = {kind: widths for kind, _, widths in halves}
+    if not parts or not (parts.keys() == {""} or parts.keys() == {"w", "a"}):
+        raise BitscapeError(f"--candidates {text!r}: write e.g. 2,3,4,8 (weights and activations), or w=2,4,8;a=8")
+    weights, activations = (_widths(text, parts.get(kind, parts.get("", ""))) for kind in ("w", "a"))
+    return tuple(LayerBits(w, a) for w, a in product(weights, activations))
+
+
+def _widths(option: str, text: str) -> list[int]:
+    try:
+        widths = [int(width) for width in text.split(",")]
+    except ValueError:
+        raise BitscapeError(f"--candidates {option!r}: {text!r} is no list of bits; write e.g. 2,3,4,8") from None
+    if not all(1 <= width <= 8 for width in widths):
+        raise BitscapeError(f"--candidates {option!r}: bits must be from 1 to 8")
+    return list(dict.fromkeys(widths))
+
+
+def parse_pins(texts: Iterable[str]) -> tuple[dict[str, LayerBits], bool]:
+    """Read "name=8/8" texts. Return the pins, and whether "none" was among the texts (ends not pinned by default)."""
+    texts = list(texts)
+    return dict(_pin(text) for text in texts if text != UNPINNED), UNPINNED in texts
+
+
+def _pin(text: str) -> tuple[str, LayerBits]:
+    name, _, bits = text.rpartition("=")
+    weight, _, activation = bits.partition("/")
+    if not name or not weight.isdecimal() or not activation.isdecimal():
+        raise BitscapeError(f"--pin {text!r}: write layer=weight/activation bits, e.g. conv1=8/8, or none")
+    return name, LayerBits(int(weight), int(activation))
+
+
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """Read "3x224x224" as channels, height and width."""
+    if text is None:
+        return None
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise BitscapeError(f"--input-shape {text!r}: write channels, height and width of one image, e.g. 3x224x224")
+    channels, height, width = map(int, sizes)
+    return channels, height, width
+
+
+def parse_normalization(text: str | None, source: str) -> "Normalization":
+    """Read a name or "m,m,m/s,s,s"; without a text only the digits have an answer."""
+    from bitscape.data.batches import CIFAR10, DIGITS, IMAGENET, UNIT, Normalization
+
+    known = {"imagenet": IMAGENET, "cifar10": CIFAR10, "digits": DIGITS, "unit": UNIT}
+    forms = f"{', '.join(known)}, or means/deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+    if text is None and source == "digits":
+        return DIGITS
+    if text is None:
+        raise BitscapeError(f"--normalize is missing; give what the network was trained with: {forms}")
+    if text in known:
+        return known[text]
+    try:
+        mean, std = (tuple(float(value) for value in half.split(",")) for half in text.split("/"))
+    except ValueError:
+        raise BitscapeError(f"--normalize {text!r} is unknown{nearest(text, known)}; allowed are {forms}") from None
+    return Normalization(mean, std)
+
+
+def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
+    """Build a search method from its name and "field=value" texts, checked against its own dataclass."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from bitscape.search.methods import METHODS
+
+    if name not in METHODS:
+        raise BitscapeError(f"--method {name!r} is unknown{nearest(name, METHODS)}; allowed are {', '.join(METHODS)}")
+    fields = METHODS[name].__dataclass_fields__
+    given = dict(_setting(text, name, fields) for text in settings)
+    try:
+        method: SearchMethod = TypeAdapter(METHODS[name]).validate_strings(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BitscapeError(f"--set {field}={first['input']}: {first['msg']}; see `bitscape methods {name}`") from None
+    return method
+
+
+def _setting(text: str, method: str, fields: Mapping[str, Any]) -> tuple[str, str]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise BitscapeError(f"--set {text!r}: write field=value, e.g. images=128")
+    if field not in fields:
+        raise BitscapeError(f"--set {text!r}: {method} has no field {field!r}{nearest(field, fields)}; it has {', '.join(fields)}")
+    return field, value
+
+
+def writable(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    """Refuse, before any work is done, a path whose folder is not there."""
+    if value is None:
+        return None
+    path = Path(value)
+    if not path.parent.is_dir():
+        raise BitscapeError(f"{parameter.opts[0]} {value!r}: no folder {str(path.parent)!r}; make it first")
+    if path.is_dir():
+        raise BitscapeError(f"{parameter.opts[0]} {value!r} is a folder; give a file")
+    return path

@@ -1,0 +1,109 @@
+"""`bitscape policy`: show, compare and check policy files; torch is imported only where a network is named."""
+
+from pathlib import Path
+
+import click
+
+from bitscape.cli.network import load_network, measure_network, network_shapes, policy_shape
+from bitscape.cli.options import FILE, model_option, shape_option
+from bitscape.cli.output import cost_text, print_costs, print_table
+from bitscape.cli.parsing import parse_shape
+from bitscape.cli.tables import print_bits, print_layers, print_within_budget
+from bitscape.policy import LayerBits, Policy
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def policy(context: click.Context) -> None:
+    """Show, compare and check policy files."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@policy.command()
+@click.argument("file", type=FILE)
+@click.option("--model", metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
+@shape_option
+def show(file: Path, model: str | None, input_shape: str | None) -> None:
+    """Show the bits of each layer, and where the policy comes from.
+
+    \b
+    Example:
+      bitscape policy show policy.json
+      bitscape policy show policy.json --model timm:resnet18 --input-shape 3x224x224
+    """
+    shown = Policy.load(file)
+    if model is None:
+        print_bits(shown)
+    else:
+        _print_costs(shown, model, parse_shape(input_shape))
+    if model is None and shown.cost:
+        click.echo()
+        print_costs({"as saved": shown.cost})
+    if shown.provenance:
+        click.echo()
+        found = [[name, _word(value)] for name, value in shown.provenance.items() if value is not None]
+        print_table(["provenance", ""], found, left=2)
+
+
+@policy.command()
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
+def diff(first: Path, second: Path) -> None:
+    """List the layers in which two policies differ, and their costs.
+
+    \b
+    Example:
+      bitscape policy diff before.json after.json
+    """
+    before, after = Policy.load(first), Policy.load(second)
+    changes = before.difference(after)
+    columns = [str(first), str(second)]
+    if changes:
+        print_table(["layer, weight/activation bits", *columns], [[name, _bits(a), _bits(b)] for name, a, b in changes])
+    click.echo(f"{len(changes)} of {len(before.layers.keys() | after.layers.keys())} layers differ")
+    if before.cost and after.cost:
+        click.echo()
+        rows = [[kind, *(_cost(p, kind) for p in (before, after))] for kind in dict.fromkeys([*before.cost, *after.cost])]
+        print_table(["cost, as saved", *columns], rows)
+
+
+@policy.command()
+@click.argument("file", type=FILE)
+@model_option
+def check(file: Path, model: str) -> None:
+    """Check that a policy covers a network: names, weight shapes, bits.
+
+    \b
+    Example:
+      bitscape policy check policy.json --model timm:resnet18
+    """
+    checked = Policy.load(file)
+    checked.check(network_shapes(load_network(model, None, "cpu")))
+    mark = "names and shapes agree" if checked.fingerprint else "names agree; the policy has no fingerprint"
+    click.echo(f"fits {model}: {len(checked.layers)} layers, {mark}")
+
+
+def _print_costs(shown: Policy, model: str, given: tuple[int, int, int] | None) -> None:
+    loaded = load_network(model, None, "cpu")
+    shown.check(network_shapes(loaded))
+    network = measure_network(loaded, policy_shape(shown, given))
+    print_layers(shown, network)
+    click.echo()
+    print_within_budget(shown, network)
+
+
+def _bits(bits: LayerBits | None) -> str:
+    return "-" if bits is None else str(bits)
+
+
+def _cost(shown: Policy, kind: str) -> str:
+    return cost_text(kind, shown.cost[kind]) if kind in shown.cost else "-"
+
+
+def _word(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={inner}" for name, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,134 @@
+"""`bitscape search`: from a network, a few images and a budget to a policy file."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitscape.cli.network import ImageSettings, draw_images, load_network, with_pins
+from bitscape.cli.options import (
+    all_of,
+    budget_option,
+    data_options,
+    image_options,
+    network_options,
+    pin_option,
+    seed_option,
+)
+from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, writable
+from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.errors import BitscapeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitscape.data.sources import Dataset
+    from bitscape.search.methods import SearchMethod
+    from bitscape.search.problem import SearchProblem
+
+_method_options = all_of(
+    click.option("--images", default=256, show_default=True, help="Proxy images drawn, evenly over the classes."),
+    click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`."),
+    click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable."),
+    click.option(
+        "--candidates",
+        default="2,3,4,5,6,8",
+        show_default=True,
+        metavar="BITS",
+        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.",
+    ),
+    click.option(
+        "--for-training/--no-training",
+        default=False,
+        help="Whether the network will be trained at its bits afterwards.  [default: no-training]",
+    ),
+)
+_outputs = all_of(
+    click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json."),
+    click.option("--scores", callback=writable, metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
+)
+
+
+@click.command()
+@network_options
+@data_options
+@image_options
+@budget_option
+@_method_options
+@pin_option
+@seed_option
+@_outputs
+def search(
+    model: str,
+    weights: Path | None,
+    device: str | None,
+    data: str,
+    split: str | None,
+    input_size: int | None,
+    normalize: str | None,
+    budgets: tuple[str, ...],
+    images: int,
+    method_name: str,
+    settings: tuple[str, ...],
+    candidates: str,
+    for_training: bool,
+    pins: tuple[str, ...],
+    seed: int,
+    out: Path | None,
+    scores: Path | None,
+) -> None:
+    """Find the bits of each layer within a budget.
+
+    Several budgets hold together; none is ever exceeded. Labels of the images are not used.
+
+    \b
+    Example:
+      bitscape search --model timm:resnet18 --weights resnet18.safetensors \\
+        --data photos/ --input-size 224 --normalize imagenet \\
+        --budget bitops=0.25x --budget weight_bytes=6MB --out policy.json
+    """
+    if not budgets:
+        raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
+    method, pairs, pinned = make_method(method_name, settings), parse_candidates(candidates), parse_pins(pins)
+    if scores is not None and not hasattr(method, "score"):
+        raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
+    network = load_network(model, weights, device)
+    proxy = draw_images(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
+    common: dict[str, Any] = {"budget": budgets, "candidates": pairs, "for_training": for_training, "seed": seed}
+    problem = make_problem(network, proxy, data, normalize, pinned, common)
+    source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": normalize}
+    _search(problem, method, source, out, scores)
+
+
+def make_problem(
+    network: "nn.Module",
+    proxy: "Dataset",
+    source: str,
+    normalize: str | None,
+    pinned: tuple[Mapping[str, Any], bool],
+    settings: Mapping[str, Any],
+) -> "SearchProblem":
+    """Put a search problem together; first and last layer are pinned unless freed."""
+    from bitscape.engine.forward import device_of
+    from bitscape.search.problem import SearchProblem
+
+    images = parse_normalization(normalize, source).apply(proxy.images).to(device_of(network))
+    problem = SearchProblem(model=network, images=images, labels=proxy.labels, **settings)
+    return replace(problem, pinned=with_pins(problem.network, *pinned)) if any(pinned) else problem
+
+
+def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[str, Any], out: Path | None, scores: Path | None) -> None:
+    result = method.search(problem)
+    policy = replace(result.policy, provenance={**result.policy.provenance, **source})
+    print_layers(policy, problem.network)
+    click.echo()
+    print_within_budget(policy, problem.network, problem.parsed_budget)
+    click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
+    if scores is not None and result.scores is not None:
+        result.scores.save(scores)
+        click.echo(f"scores: {scores}; other budgets need no search: bitscape solve --scores {scores}")
+    if out is not None:
+        policy.save(out)
+        click.echo(f"policy: {out}")

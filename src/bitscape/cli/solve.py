@@ -1,0 +1,105 @@
+"""`bitscape solve`: from saved scores to the policy of any budget, or to a Pareto front, without scoring again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bitscape.cli.network import load_network, measure_network, with_pins
+from bitscape.cli.options import FILE, budget_option, model_option, pin_option, shape_option
+from bitscape.cli.output import amount, print_table
+from bitscape.cli.parsing import parse_pins, parse_shape, writable
+from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+
+if TYPE_CHECKING:
+    from bitscape.cost.layers import NetworkCost
+    from bitscape.search.scores import ScoreTable
+
+
+@click.command()
+@click.option("--scores", required=True, type=FILE, metavar="FILE", help="What `bitscape search --scores` wrote.")
+@model_option
+@shape_option
+@budget_option
+@click.option("--front", type=click.IntRange(min=2), metavar="N", help="Instead of --budget: up to N best policies by cost.")
+@click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
+@pin_option
+@click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json.")
+def solve(
+    scores: Path,
+    model: str,
+    input_shape: str | None,
+    budgets: tuple[str, ...],
+    front: int | None,
+    along: str,
+    pins: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Solve for other budgets with the scores of an earlier search; takes a second.
+
+    Pin the layers that were pinned in the search.
+
+    \b
+    Example:
+      bitscape solve --scores scores.json --model timm:resnet18 \\
+        --input-shape 3x224x224 --budget bitops=w4a4 --out w4a4.json
+      bitscape solve --scores scores.json --model timm:resnet18 \\
+        --input-shape 3x224x224 --front 10
+    """
+    from bitscape.search.scores import ScoreTable
+
+    shape = parse_shape(input_shape)
+    if shape is None:
+        raise BitscapeError("--input-shape is missing; write the shape of one image, e.g. --input-shape 3x224x224")
+    if bool(budgets) == (front is not None):
+        raise BitscapeError("give --budget for one policy, or --front N for many; exactly one of the two")
+    if front is not None and out is not None:
+        raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
+    table = ScoreTable.load(scores)
+    network = measure_network(load_network(model, None, "cpu"), shape)
+    pinned = with_pins(network, *parse_pins(pins))
+    if front is not None:
+        _print_front(table, network, pinned, along, front)
+    else:
+        _solve(table, network, pinned, budgets, {"model": model, "images": [1, *shape], "scores": str(scores)}, out)
+
+
+def _solve(
+    table: "ScoreTable",
+    network: "NetworkCost",
+    pinned: dict[str, LayerBits],
+    budgets: tuple[str, ...],
+    source: dict[str, object],
+    out: Path | None,
+) -> None:
+    from bitscape.cost.budget import parse_budget
+    from bitscape.search.allocation import allocate
+
+    budget = parse_budget(budgets, network, pinned)
+    found = allocate(table, network, budget, pinned)
+    policy = replace(found, provenance={**found.provenance, **source})
+    print_layers(policy, network)
+    click.echo()
+    print_within_budget(policy, network, budget)
+    if out is not None:
+        policy.save(out)
+        click.echo(f"\npolicy: {out}")
+
+
+def _print_front(table: "ScoreTable", network: "NetworkCost", pinned: dict[str, LayerBits], along: str, points: int) -> None:
+    from bitscape.search.allocation import pareto_front
+
+    policies = pareto_front(table, network, pinned, along, points)
+    columns = [f"{along}=", "weight_bytes", "mean weight bits", "mean activation bits", f"score ({table.method})"]
+    print_table(columns, [_front_row(policy, along) for policy in policies], left=0)
+    click.echo(f"\none of them: bitscape solve ... --budget {along}={policies[-1].cost[along]!r}")
+
+
+def _front_row(policy: Policy, along: str) -> list[str]:
+    cost = policy.cost
+    means = [f"{cost[kind]:.3f}" for kind in ("mean_weight_bits", "mean_activation_bits")]
+    # The exact cost, so that it can be copied into a budget.
+    return [repr(cost[along]), amount(cost["weight_bytes"], "B"), *means, f"{policy.provenance['score']:.4g}"]

@@ -1,0 +1,47 @@
+"""Tables of policies: bits and costs per layer, totals beside 8 bit and beside the budget."""
+
+from typing import TYPE_CHECKING
+
+from bitscape.cli.output import amount, cost_text, print_table
+from bitscape.policy import Policy
+
+if TYPE_CHECKING:
+    from bitscape.cost.budget import Budget
+    from bitscape.cost.layers import NetworkCost
+
+
+def print_bits(policy: Policy) -> None:
+    """Print the bits of each layer."""
+    rows = [[name, str(bits.weight), str(bits.activation)] for name, bits in policy.layers.items()]
+    print_table(["layer", "weight bits", "activation bits"], rows)
+
+
+def print_layers(policy: Policy, network: "NetworkCost") -> None:
+    """Print bits, work and storage of each layer, in call order; the two last columns are at the policy's bits."""
+    from bitscape.cost.policy_cost import layer_cost
+
+    rows = []
+    for layer in network.layers:
+        bits = policy.layers[layer.name]
+        work = amount(layer_cost("bitops", layer, bits))
+        stored = amount(layer_cost("weight_bytes", layer, bits), "B")
+        counts = [amount(layer.weights), amount(layer.macs), str(bits.weight), str(bits.activation)]
+        rows.append([layer.name, layer.kind, *counts, work, stored])
+    columns = ["layer", "kind", "weights", "MACs", "weight bits", "activation bits", "BitOps", "bytes"]
+    print_table(columns, rows, left=2)
+
+
+def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget | None" = None) -> None:
+    """Print what a policy costs beside 8 bits everywhere, and beside the caps it was found under."""
+    from bitscape.cli.network import uniform_cost
+    from bitscape.cost.policy_cost import policy_cost
+
+    own, eight = policy_cost(network, policy), uniform_cost(network, 8)
+    caps = {} if budget is None else budget.caps
+    rows = []
+    for kind, value in own.items():
+        beside = [cost_text(kind, value), cost_text(kind, eight[kind]), f"{100 * value / eight[kind]:.1f} %"]
+        cap = [cost_text(kind, caps[kind]), f"{100 * value / caps[kind]:.1f} %"] if kind in caps else ["", ""]
+        rows.append([kind, *beside, *(cap if caps else [])])
+    columns = ["cost of one image", "policy", "8 bit", "of 8 bit", *(["budget", "used"] if caps else [])]
+    print_table(columns, rows)

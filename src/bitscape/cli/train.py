@@ -1,0 +1,191 @@
+"""`bitscape train`: float or quantized training, by the one engine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitscape.cli.network import (
+    POLICY_FILE,
+    WEIGHTS_FILE,
+    ImageSettings,
+    load_batches,
+    load_images,
+    load_network,
+    save_weights,
+)
+from bitscape.cli.options import FILE, all_of, data_options, image_options, network_options, seed_option
+from bitscape.cli.output import print_table
+from bitscape.cli.parsing import parse_normalization
+from bitscape.errors import BitscapeError
+from bitscape.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitscape.data.batches import Batches
+    from bitscape.engine import AdamW, Sgd, TrainResult
+    from bitscape.train import Loss
+
+CALIBRATION_IMAGES = 256
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+_recipe = all_of(
+    click.option("--epochs", default=10, show_default=True, type=click.IntRange(min=1), help="Passes over the data."),
+    click.option("--lr", type=float, help="Highest learning rate; falls along a cosine.  [default: sgd 0.01, adamw 0.001]"),
+    click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images a step."),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True),
+    click.option("--augment", type=click.Choice(["none", "flip", "crop-flip"]), default="none", show_default=True),
+    click.option("--label-smoothing", default=0.0, show_default=True, help="Probability spread over all classes."),
+    click.option("--distill", default=0.0, show_default=True, help="Weight of the float network as teacher, 0 to 1."),
+    click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in this type.  [default: float32]"),
+    click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays after about a minute."),
+    click.option("--ema", type=float, metavar="DECAY", help="Average the weights, e.g. 0.999; the average is kept."),
+)
+
+
+@click.command()
+@network_options
+@data_options
+@image_options
+@click.option("--validation", metavar="SOURCE", help="Evaluate on this after each epoch; split `test` where there is one.")
+@click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Train at these bits (LSQ).  [default: float]")
+@_recipe
+@seed_option
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
+def train(
+    model: str,
+    weights: Path | None,
+    device: str | None,
+    data: str,
+    split: str | None,
+    input_size: int | None,
+    normalize: str | None,
+    validation: str | None,
+    policy_file: Path | None,
+    out: Path,
+    resume: bool,
+    **recipe: Any,
+) -> None:
+    """Train a network, in float or at the bits of a policy.
+
+    The folder gets a checkpoint at least every minute, metrics.jsonl, run.json, and at the end model.safetensors.
+
+    \b
+    Example:
+      bitscape train --model timm:resnet18 --weights resnet18.safetensors \\
+        --data train/ --validation val/ --input-size 224 --normalize imagenet \\
+        --policy policy.json --epochs 5 --lr 0.01 --out run1
+    """
+    _check_folder(out, resume)
+    settings = ImageSettings(input_size=input_size, normalize=normalize)
+    batches = _training_batches(data, split or "train", settings, recipe)
+    checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
+    teacher = load_network(model, weights, device)
+    if recipe["distill"] and weights is None:
+        raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
+    policy = None if policy_file is None else Policy.load(policy_file)
+    student = _student(teacher, policy, batches, recipe["seed"])
+    try:
+        result = _train(student, batches, checked, _loss(teacher, recipe), out, recipe)
+    except KeyboardInterrupt:
+        raise click.Abort("run the same command with --resume to go on from the last checkpoint") from None
+    _save(student, result, policy, out)
+    _print_epochs(result)
+    click.echo(f"\n{out / WEIGHTS_FILE}; next: bitscape evaluate --checkpoint {out} ...")
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    there = (out / CHECKPOINT_FILE).is_file()
+    if there and not resume:
+        raise BitscapeError(f"--out {out}: it holds a checkpoint; add --resume to go on, or give another folder")
+    if resume and not there:
+        raise BitscapeError(f"--resume: no {CHECKPOINT_FILE} in {out}; leave --resume out to start")
+
+
+def _training_batches(data: str, split: str, settings: ImageSettings, recipe: dict[str, Any]) -> "Batches":
+    from bitscape.data.batches import Batches
+
+    return Batches(
+        dataset=load_images(data, split, settings),
+        normalization=parse_normalization(settings.normalize, data),
+        batch_size=recipe["batch_size"],
+        shuffle=True,
+        augment=recipe["augment"],
+        seed=recipe["seed"],
+    )
+
+
+def _student(float_model: "nn.Module", policy: Policy | None, batches: "Batches", seed: int) -> "nn.Module":
+    """A copy of the float network, or the network at the policy's bits with scales from training images."""
+    import copy
+
+    from bitscape.data.proxy import draw_proxy
+    from bitscape.quant.convert import calibrate, quantize
+
+    if policy is None:
+        return copy.deepcopy(float_model)
+    images = draw_proxy(batches.dataset, images=min(CALIBRATION_IMAGES, len(batches.dataset)), seed=seed).images
+    return calibrate(quantize(float_model, policy), batches.normalization.apply(images))
+
+
+def _loss(teacher: "nn.Module", recipe: dict[str, Any]) -> "Loss":
+    from bitscape.train import Loss
+
+    share = recipe["distill"]
+    return Loss(label_smoothing=recipe["label_smoothing"], teacher=teacher if share else None, distillation=share)
+
+
+def _optimizer(recipe: dict[str, Any]) -> "Sgd | AdamW":
+    from bitscape.engine import AdamW, Sgd
+
+    kind = Sgd if recipe["optimizer"] == "sgd" else AdamW
+    return kind() if recipe["lr"] is None else kind(lr=recipe["lr"])
+
+
+def _train(
+    student: "nn.Module",
+    batches: "Batches",
+    validation: "Batches | None",
+    loss: "Loss",
+    out: Path,
+    recipe: dict[str, Any],
+) -> "TrainResult":
+    import torch
+
+    from bitscape.engine import train as run
+    from bitscape.train import Plain
+
+    return run(
+        student,
+        batches,
+        step=Plain(),
+        optimizer=_optimizer(recipe),
+        epochs=recipe["epochs"],
+        loss=loss,
+        autocast=torch.bfloat16 if recipe["autocast"] else None,
+        compile=recipe["compiled"],
+        ema_decay=recipe["ema"],
+        validation=validation,
+        folder=out,
+        seed=recipe["seed"],
+    )
+
+
+def _save(student: "nn.Module", result: "TrainResult", policy: Policy | None, out: Path) -> None:
+    save_weights(student.state_dict() if result.ema is None else result.ema, out / WEIGHTS_FILE)
+    if policy is not None:
+        policy.save(out / POLICY_FILE)
+
+
+def _print_epochs(result: "TrainResult") -> None:
+    names = {"loss": "loss", "top1": "top-1 %", "validation_top1": "validation top-1 %"}
+    names |= {"validation_top5": "validation top-5 %", "ema_validation_top1": "averaged, top-1 %"}
+    shown = [name for name in names if name in result.records[0]]
+    rows, before_s = [], 0.0
+    for record in result.records:
+        speed = record["images"] / max(record["train_s"] - before_s, 1e-9)
+        before_s = record["train_s"]
+        rows.append([str(record["epoch"]), *(f"{record[name]:.4g}" for name in shown), f"{speed:.0f}"])
+    print_table(["epoch", *(names[name] for name in shown), "images/s"], rows, left=0)

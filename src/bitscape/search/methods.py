@@ -1,0 +1,15 @@
+"""The list of search methods, as a type: the command line, the documentation and the tests read this one line."""
+
+from typing import get_args
+
+from bitscape.search.fisher import Fisher
+from bitscape.search.hawq import Hawq
+from bitscape.search.kl import Kl
+from bitscape.search.local import Local
+from bitscape.search.random_policy import RandomPolicy
+from bitscape.search.uniform import Uniform
+
+SearchMethod = Fisher | Local | Kl | Hawq | Uniform | RandomPolicy
+
+METHODS: dict[str, type[SearchMethod]] = {kind.__name__.removesuffix("Policy").lower(): kind for kind in get_args(SearchMethod)}
+"""Name on the command line -> settings class of the method, in the order above."""

@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.policy import LayerBits, uniform_policy
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.layers import quantized_layers
+from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
+from bitscape.quant.repair import correct_biases
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 6),
+    ).eval()  # fmt: skip
+
+
+def quantized(model: nn.Module, images: torch.Tensor, bits: int = 2, quantizer=None) -> nn.Module:
+    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(bits, 4)), quantizer or Lsq()), images)
+
+
+def outputs(model: nn.Module, layers, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Layer name -> its output, channels first, on `images`."""
+    seen = {}
+    handles = [
+        layer.register_forward_hook(lambda m, _, out, name=name: seen.update({name: out.movedim(1, 0).flatten(1)}))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("gain", [True, False])
+def test_channels_of_every_layer_get_their_float_mean_and_deviation(gain):
+    model, images = network(), torch.randn(32, 3, 12, 12)
+    repaired = quantized(model, images)
+    correct_biases(repaired, model, images, gain=gain)
+    expected = outputs(model, quantizable_layers(model), images)
+    actual = outputs(repaired, quantized_layers(repaired), images)
+    for name in expected:
+        torch.testing.assert_close(actual[name].mean(1), expected[name].mean(1), atol=1e-3, rtol=1e-3)
+        ratio = actual[name].std(1) / expected[name].std(1)
+        assert bool(((ratio - 1).abs() < 1e-2).all()) is gain
+
+
+def test_the_output_error_falls_and_codes_stay():
+    model, images = network(), torch.randn(64, 3, 12, 12)
+    repaired = quantized(model, images)
+    before = copy.deepcopy(repaired)
+    correct_biases(repaired, model, images)
+    with torch.no_grad():
+        target = model(images)
+        assert (repaired(images) - target).norm() < 0.8 * (before(images) - target).norm()
+    for old, new in zip(quantized_layers(before).values(), quantized_layers(repaired).values(), strict=True):
+        assert torch.equal(old.weight_quantizer.codes(old.weight).q, new.weight_quantizer.codes(new.weight).q)
+        assert torch.equal(new.weight_quantizer(new.weight), new.weight)
+
+
+def test_several_batches_come_close_to_one():
+    model, images = network(), torch.randn(64, 3, 12, 12)
+    one, many = quantized(model, images), quantized(model, images)
+    correct_biases(one, model, [images])
+    correct_biases(many, model, iter(images.split(16)))
+    for a, b in zip(quantized_layers(one).values(), quantized_layers(many).values(), strict=True):
+        torch.testing.assert_close(a.bias, b.bias, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("quantizer", [Lsq(weight_scales=PerTensor()), Dorefa()])
+def test_quantizers_without_channel_scales_get_their_means_alone(quantizer):
+    model, images = network(), torch.randn(32, 3, 12, 12)
+    repaired = quantized(model, images, quantizer=quantizer)
+    weight = repaired[0].weight.clone()
+    correct_biases(repaired, model, images)
+    assert torch.equal(repaired[0].weight, weight)
+    expected = outputs(model, quantizable_layers(model), images)
+    actual = outputs(repaired, quantized_layers(repaired), images)
+    torch.testing.assert_close(actual["2"].mean(1), expected["2"].mean(1), atol=1e-3, rtol=1e-3)
+
+
+def test_a_layer_called_twice_and_one_without_bias():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.plain = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.plain(self.layer(self.layer(x)))
+
+    torch.manual_seed(0)
+    model, images = Twice(), torch.randn(64, 4)
+    repaired = quantized(model, images)
+    assert list(correct_biases(repaired, model, images)) == ["layer"]
+    assert repaired.plain.bias is None
+
+
+def test_constant_channels_keep_their_gain():
+    model, images = network(), torch.randn(8, 3, 12, 12)
+    nn.init.zeros_(model[0].weight[0])
+    repaired = quantized(model, images)
+    correct_biases(repaired, model, images)
+    assert all(torch.isfinite(p).all() for p in repaired.parameters())
+
+
+def test_wrong_input_is_refused():
+    model, images = network(), torch.randn(4, 3, 12, 12)
+    repaired = quantized(model, images)
+    with pytest.raises(BitscapeError, match="float_model: it has no layer '0'"):
+        correct_biases(repaired, nn.Linear(2, 2), images)
+    with pytest.raises(BitscapeError, match="at least one image"):
+        correct_biases(repaired, model, [])
+    assert all(not m._forward_hooks for net in (model, repaired) for m in net.modules())

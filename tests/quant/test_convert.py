@@ -1,0 +1,308 @@
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
+from bitscape.quant.convert import bypassed, calibrate, evaluating, quantize, recalibrate_norms
+from bitscape.quant.layers import quantized_layers
+from bitscape.quant.observers import MinMax
+from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
+
+QUANTIZERS = [Lsq(), LsqPlus(), Pact(), Dorefa(), Liq()]
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def images(n: int = 48, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+
+
+FOUR = LayerBits(4, 4)
+
+
+def policy(model: nn.Module, bits: LayerBits = FOUR) -> Policy:
+    return uniform_policy(layer_shapes(model), bits)
+
+
+def quantized(**settings) -> nn.Module:
+    model = small_net()
+    return quantize(model, policy(model), **settings)
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_a_float_checkpoint_loads_into_the_quantized_network():
+    source = small_net()
+    with torch.no_grad():
+        source[0].weight.mul_(2)
+    model = quantized()
+    result = model.load_state_dict(source.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all("quantizer" in key for key in result.missing_keys)
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_the_float_network_is_copied_unless_in_place():
+    model = small_net()
+    assert quantize(model, policy(model)) is not model
+    assert not quantized_layers(model)
+    assert quantize(model, policy(model), inplace=True) is model
+    assert set(quantized_layers(model)) == {"0", "3", "9"}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_8_bits_change_little(quantizer):
+    model = small_net().eval()
+    x = images()
+    q = calibrate(quantize(model, policy(model, LayerBits(8, 8)), quantizer), x)
+    if isinstance(quantizer, Liq):  # leaves out the mean of the weights
+        with torch.no_grad():
+            for layer in (model[0], model[3], model[9]):
+                layer.weight -= layer.weight.mean()
+    with torch.no_grad():
+        error = (q(x) - model(x)).square().mean() / model(x).var()
+    assert error < 0.02
+
+
+def test_every_layer_gets_the_bits_of_the_policy():
+    layers = {"0": LayerBits(8, 7), "3": LayerBits(1, 2), "9": LayerBits(5, 6)}
+    model = quantize(small_net(), Policy(layers))
+    assert {name: layer.bits for name, layer in quantized_layers(model).items()} == layers
+
+
+def test_hooks_and_shared_references_stay():
+    model = small_net()
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    first = model[0]
+    quantize(model, policy(model), inplace=True)
+    assert model[0] is first
+    with bypassed(model):
+        model(images(2))
+    assert calls == [1]
+
+
+def test_a_layer_used_twice_stays_one_layer():
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    q = calibrate(quantize(model, policy(model)), torch.randn(8, 6))
+    assert q[0] is q[2]
+    assert q(torch.randn(2, 6)).shape == (2, 6)
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    q = calibrate(quantize(model, policy(model)), torch.randn(8, 6))
+    assert q[0].weight is q[1].weight
+    q(torch.randn(2, 6)).sum().backward()
+    assert len(list(q.parameters())) == 1 + 2 + 2 * 2
+
+
+def test_projections_of_attention_are_quantized():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")] + ["linear1", "linear2"]
+    x = torch.randn(4, 5, 8)
+    q = calibrate(quantize(model, Policy(dict.fromkeys(names, LayerBits(8, 8)))), x)
+    assert set(quantized_layers(q)) == set(names)
+    assert all(layer.input_quantizer.initialized for layer in quantized_layers(q).values())
+    with torch.no_grad():
+        assert 0 < (q(x) - model(x)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layers: layers.update({"30": layers["3"]}), "no layer '30'; nearest: 3"),
+        (lambda layers: layers.pop("3"), "gives no bits for '3'"),
+    ],
+)
+def test_a_policy_of_another_network_is_an_error(change, message):
+    layers = dict(policy(small_net()).layers)
+    change(layers)
+    with pytest.raises(PolicyError, match=message):
+        quantize(small_net(), Policy(layers))
+
+
+def test_a_quantized_network_is_an_error():
+    model = quantized()
+    with pytest.raises(BitscapeError, match="quantized already"):
+        quantize(model, policy(model))
+
+
+def test_weights_of_nan_are_an_error_with_the_layers_name():
+    model = small_net()
+    model[3].weight.data[0] = float("nan")
+    with pytest.raises(BitscapeError, match="layer 3, weight: 9 of 72 values are NaN"):
+        quantize(model, policy(model))
+
+
+def test_inputs_of_nan_are_an_error_with_the_layers_name():
+    x = images()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(BitscapeError, match=r"layer 0, input: .* values are NaN or infinite"):
+        calibrate(quantized(), x)
+
+
+def test_calling_before_calibrate_is_an_error():
+    with pytest.raises(BitscapeError, match="calibrate"):
+        quantized()(images(2))
+
+
+@pytest.mark.parametrize("names", [(), ("weight_quantizer",), ("input_quantizer",)])
+def test_bypassed_restores_also_after_an_exception(names):
+    model = calibrate(quantized(), images()).eval()
+    before, keys, x = dict(model.named_modules()), list(model.state_dict()), images(4)
+    y = model(x)
+    with pytest.raises(RuntimeError, match="inside"), bypassed(model, *names):
+        assert not torch.equal(model(x), y)
+        raise RuntimeError("inside")
+    assert dict(model.named_modules()) == before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), y)
+
+
+def test_evaluating_restores_each_modules_mode_also_after_an_exception():
+    model = small_net().train()
+    model[1].eval()
+    before = modes(model)
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(modes(model)) and not torch.is_grad_enabled()
+        raise RuntimeError("inside")
+    assert modes(model) == before and torch.is_grad_enabled()
+
+
+def test_calibrate_sets_input_ranges_and_nothing_else():
+    model = quantized().train()
+    model[4].eval()
+    before, mode = snapshot(model), modes(model)
+    assert calibrate(model, images()) is model
+    assert all(".input_quantizer." in key for key in changed(before, model))
+    assert modes(model) == mode
+    assert [layer.input_quantizer.signed for layer in quantized_layers(model).values()] == [True, False, False]
+
+
+def test_ranges_are_those_of_the_float_network():
+    model, x = small_net().eval(), images()
+    q = calibrate(quantize(model, policy(model)), x, MinMax())
+    with torch.no_grad():
+        assert q[3].input_quantizer.scale.item() == pytest.approx(model[:3](x).max().item() / 15)
+        assert q[9].input_quantizer.scale.item() == pytest.approx(model[:9](x).max().item() / 15)
+
+
+def test_batches_and_a_tensor_give_the_same_ranges():
+    whole, parts = calibrate(quantized(), images()), calibrate(quantized(), images().split(32))
+    assert not changed(snapshot(whole), parts)
+
+
+def test_calibrating_again_starts_anew():
+    model = calibrate(quantized(), images())
+    once = snapshot(model)
+    calibrate(model, images() * 3)
+    assert changed(once, model)
+    calibrate(model, images())
+    assert not changed(once, model)
+
+
+def test_calibrate_leaves_everything_after_an_exception():
+    model = quantized().train()
+    before, mode, hooks = dict(model.named_modules()), modes(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(RuntimeError):
+        calibrate(model, torch.zeros(2, 5, 8, 8))
+    assert dict(model.named_modules()) == before
+    assert (modes(model), [len(m._forward_pre_hooks) for m in model.modules()]) == (mode, hooks)
+
+
+def test_calibrate_needs_a_quantized_network():
+    with pytest.raises(BitscapeError, match="no quantized layer"):
+        calibrate(small_net(), images())
+
+
+def test_a_layer_that_never_ran_is_named(caplog):
+    model = small_net()
+    model[7].unused = nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING, "bitscape.quant"):
+        q = calibrate(quantize(model, policy(model)), images())
+    assert "layer 7.unused never ran" in caplog.text
+    assert not q[7].unused.input_quantizer.initialized
+
+
+def test_norms_get_the_plain_average_over_batches():
+    model = calibrate(quantized(), images()).train()
+    model[4].eval()
+    before, mode, momenta = snapshot(model), modes(model), [model[i].momentum for i in (1, 4)]
+    x = images(64, seed=5)
+    recalibrate_norms(model, x.split(16))
+    assert changed(before, model) == {f"{i}.{name}" for i in (1, 4) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert (modes(model), [model[i].momentum for i in (1, 4)]) == (mode, momenta)
+    with torch.no_grad():
+        outputs = [model[0](part) for part in x.split(16)]
+    means = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variances = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, variances, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_keep_modes_and_momenta_after_an_exception():
+    model = calibrate(quantized(), images()).train()
+    mode = modes(model)
+    with pytest.raises(RuntimeError):
+        recalibrate_norms(model, torch.zeros(2, 5, 8, 8))
+    assert modes(model) == mode
+    assert [model[i].momentum for i in (1, 4)] == [0.1, 0.1]
+
+
+def test_a_network_without_norms_is_left_alone():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    before = snapshot(model)
+    recalibrate_norms(model, torch.randn(4, 3))
+    assert not changed(before, model)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_copies_and_state_dicts_carry_the_network(quantizer):
+    model = calibrate(quantized(quantizer=quantizer), images()).eval()
+    x = images(4)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    fresh = quantized(quantizer=quantizer).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), y)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_a_few_steps_of_training_lower_the_loss(quantizer):
+    model = calibrate(quantized(quantizer=quantizer), images()).eval()  # eval: without dropout
+    x, target = images(), torch.arange(48) % 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
