@@ -2,9 +2,9 @@
 
     python -m benchmarks.ptq_imagenet [--threads 1] [--network mobilenetv2_tfslim] [--activation-bits 8]
 
-Weights mixed, activations at one width, budget = bytes of uniform 4-bit weights. Scores, ranges and repair all come from the same 256 proxy
-images: CIFAR-10, Tiny-ImageNet, or the target's own. Accuracy is on the 744 images of imagenet_sample1k that no method sees, before and after
-repair (compensated rounding, bias correction); the controls use the target's own images.
+Weights mixed, activations at one width, budget = bytes of uniform 4-bit weights. Scores, ranges and repair all come from the same
+256 proxy images: CIFAR-10, Tiny-ImageNet, or the target's own. Accuracy is on the 744 images of imagenet_sample1k that no method
+sees, before and after repair (compensated rounding, bias correction); the controls use the target's own images.
 """
 
 import argparse

@@ -1,0 +1,79 @@
+import logging
+import subprocess
+import sys
+
+import click
+import pytest
+
+from bitscape.cli.app import commands
+from bitscape.policy import LayerBits, uniform_policy
+from bitscape.search.fisher import Fisher
+from bitscape.version import __version__
+from tests.cli.run import MODEL, run_cli
+
+_RUN = """
+import sys
+from bitscape.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    print("code", left.code, "torch", "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("args", [["--help"], ["search", "--help"], ["policy", "show", "policy.json"]])
+def test_help_and_policies_leave_torch_out(args, tmp_path):
+    uniform_policy(["conv1"], LayerBits(4, 8)).save(tmp_path / "policy.json")
+    command = [sys.executable, "-c", _RUN, *args]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert shown.stdout.endswith("code 0 torch False\n")
+    assert shown.stderr == ""
+
+
+def _every_command(group=commands, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from _every_command(command, (*path, name))
+
+
+@pytest.mark.parametrize(("path", "command"), list(_every_command()), ids=lambda value: str(value))
+def test_every_command_says_what_it_does_and_shows_an_example(path, command):
+    shown = run_cli(*path, "--help")
+    assert shown.code == 0
+    if not isinstance(command, click.Group):
+        assert f"Example:\n    bitscape {' '.join(path)}" in shown.out
+        assert all(p.help for p in command.params if isinstance(p, click.Option) and not isinstance(p.type, click.Choice))
+
+
+@pytest.mark.parametrize("args", [(), ("policy",), ("export",)])
+def test_a_group_alone_shows_its_help(cli, args):
+    assert "Usage: bitscape" in cli(*args).out
+
+
+def test_the_version_is_shown(cli):
+    assert cli("--version").out == f"bitscape {__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest(refused):
+    assert "serch" in refused("serch")
+
+
+def test_a_missing_option_points_to_the_help(refused):
+    assert "See `bitscape search --help`" in refused("search", "--data", "digits")
+
+
+def test_ctrl_c_ends_with_130_and_a_word(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fisher, "search", interrupt)
+    shown = run_cli("search", *MODEL, "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
+    assert shown.code == 130
+    assert "interrupted: no result was written; run the command again" in shown.err
+
+
+def test_log_handlers_do_not_pile_up():
+    before = list(logging.getLogger("bitscape").handlers)
+    run_cli("methods")
+    assert logging.getLogger("bitscape").handlers == before

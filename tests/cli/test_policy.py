@@ -1,0 +1,52 @@
+import pytest
+
+from bitscape.policy import LayerBits, Policy, uniform_policy
+from tests.cli.run import MODEL
+
+
+def test_shows_bits_cost_and_origin_without_the_network(cli, trained):
+    shown = cli("policy", "show", trained / "found.json").out
+    assert "block1.conv1" in shown
+    assert "as saved" in shown
+    assert "provenance" in shown
+    assert "fisher" in shown
+
+
+def test_shows_costs_of_each_layer_with_the_network(cli, trained):
+    shown = cli("policy", "show", trained / "found.json", *MODEL).out
+    assert "147.5 k" in shown  # MACs of block1.conv1, at the input shape that the policy tells
+    assert "of 8 bit" in shown
+
+
+def test_a_policy_by_hand_needs_the_input_shape(cli, refused, trained, tmp_path):
+    hand = tmp_path / "hand.json"
+    Policy(Policy.load(trained / "found.json").layers).save(hand)
+    assert "--input-shape is missing" in refused("policy", "show", hand, *MODEL)
+    assert "147.5 k" in cli("policy", "show", hand, *MODEL, "--input-shape", "1x8x8").out
+
+
+def test_differences_are_listed(cli, tmp_path):
+    uniform_policy(["a", "b"], LayerBits(4, 4)).save(tmp_path / "1.json")
+    uniform_policy(["a", "b"], LayerBits(4, 4), {"b": LayerBits(8, 8)}).save(tmp_path / "2.json")
+    shown = cli("policy", "diff", tmp_path / "1.json", tmp_path / "2.json").out
+    assert "1 of 2 layers differ" in shown
+    assert shown.splitlines()[1].split() == ["b", "4/4", "8/8"]
+    assert "0 of 2 layers differ" in cli("policy", "diff", tmp_path / "1.json", tmp_path / "1.json").out
+
+
+def test_a_policy_is_checked_against_a_network(cli, refused, trained, tmp_path):
+    assert "8 layers, names and shapes agree" in cli("policy", "check", trained / "found.json", *MODEL).out
+    uniform_policy(["block1.conv"], LayerBits(4, 4)).save(tmp_path / "other.json")
+    assert "no layer 'block1.conv'; nearest: block1.conv1" in refused("policy", "check", tmp_path / "other.json", *MODEL)
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"format": 1,', "is the file complete"), ("[]", "not a policy file")])
+def test_damaged_files_are_named(refused, tmp_path, text, message):
+    (tmp_path / "broken.json").write_text(text)
+    line = refused("policy", "show", tmp_path / "broken.json")
+    assert message in line
+    assert "broken.json" in line
+
+
+def test_a_missing_file_is_named(refused):
+    assert "nothing.json" in refused("policy", "show", "nothing.json")

@@ -1,0 +1,124 @@
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitscape.policy import LayerBits, Policy
+from bitscape.search.scores import ScoreTable
+from tests.cli.run import MODEL
+
+SEARCH = ("search", *MODEL, "--data", "digits", "--images", 16)
+
+
+def test_writes_a_policy_that_says_where_it_comes_from(trained):
+    policy = Policy.load(trained / "found.json")
+    provenance = policy.provenance
+    assert provenance["method"] == "fisher"
+    assert provenance["images"] == [32, 1, 8, 8]
+    assert provenance["model"] == MODEL[1]
+    assert provenance["weights"] == "model.safetensors"
+    assert policy.layers["stem.0"] == policy.layers["head"] == LayerBits(8, 8)
+    assert policy.cost["weight_bytes"] <= 15000
+    assert ScoreTable.load(trained / "scores.json").method == "fisher"
+
+
+def test_prints_layers_costs_and_use_of_the_budget(cli):
+    shown = cli(*SEARCH, "--budget", "bitops=0.25x", "--method", "uniform")
+    assert "block2.conv1  Conv2d" in shown.out
+    assert "of 8 bit" in shown.out
+    assert "used" in shown.out
+
+
+def test_candidates_settings_and_pins_reach_the_search(cli, tmp_path):
+    options = ("--candidates", "w=2,4;a=8", "--set", "images=8", "--pin", "down.0=6/8", "--pin", "none", "--for-training")
+    cli(*SEARCH, "--budget", "mean_weight_bits=3", *options, "--out", tmp_path / "p.json")
+    policy = Policy.load(tmp_path / "p.json")
+    assert policy.provenance["settings"]["images"] == 8
+    assert policy.provenance["for_training"] is True
+    assert policy.layers["down.0"] == LayerBits(6, 8)
+    assert {bits for name, bits in policy.layers.items() if name != "down.0"} <= {LayerBits(2, 8), LayerBits(4, 8)}
+
+
+def test_a_pin_leaves_the_ends_at_8_bits(cli, tmp_path):
+    cli(*SEARCH, "--method", "uniform", "--budget", "bitops=w4a4", "--pin", "down.0=2/2", "--out", tmp_path / "p.json")
+    layers = Policy.load(tmp_path / "p.json").layers
+    assert (layers["stem.0"], layers["down.0"], layers["head"]) == (LayerBits(8, 8), LayerBits(2, 2), LayerBits(8, 8))
+
+
+def test_scores_solve_every_budget_as_a_search_does(cli, trained, tmp_path):
+    budget = ("--budget", "bitops=w3a3")
+    weights = ("--weights", trained / "model.safetensors")
+    cli("search", *MODEL, *weights, "--data", "digits", "--images", 32, *budget, "--out", tmp_path / "searched.json")
+    solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8")
+    cli(*solve, *budget, "--out", tmp_path / "solved.json")
+    searched, solved = (Policy.load(tmp_path / f"{name}.json") for name in ("searched", "solved"))
+    assert solved.layers == searched.layers
+    assert solved.fingerprint == searched.fingerprint
+
+
+def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
+    solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8")
+    rows = [line.split() for line in cli(*solve, "--front", 5).out.splitlines()[1:] if line and line[0] == " "]
+    costs = [int(row[0]) for row in rows]
+    assert len(rows) >= 3
+    assert costs == sorted(costs)
+    cli(*solve, "--budget", f"bitops={costs[0]}", "--out", tmp_path / "cheapest.json")
+    assert Policy.load(tmp_path / "cheapest.json").cost["bitops"] == costs[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--budget is missing"),
+        (("--budget", "bitops=1000"), r"no policy fits bitops=1000.0 \(feasible from 2484224"),
+        (("--budget", "bitop=0.5x"), "nearest: bitops"),
+        (("--budget", "bitops=0.5x", "--pin", "block1.conv=8/8"), "no layer 'block1.conv'; nearest: block1.conv1"),
+        (("--budget", "bitops=0.5x", "--method", "fischer"), "nearest: fisher"),
+        (("--budget", "bitops=0.5x", "--set", "imags=4"), "nearest: images"),
+        (("--budget", "bitops=0.5x", "--normalize", "imagenet"), "1 channels, the normalization has 3"),
+        (("--budget", "bitops=0.5x", "--weights", "no-file.safetensors"), "no-file.safetensors"),
+        (("--budget", "bitops=0.5x", "--out", "no/folder/p.json"), "no folder 'no/folder'"),
+        (("--budget", "bitops=0.5x", "--method", "uniform", "--scores", "s.json"), "uniform has no scores"),
+        (("--budget", "bitops=0.5x", "--images", "9999"), "allows 1 to 1437"),
+        (("--budget", "bitops=0.5x", "--device", "gpu"), "--device 'gpu' cannot be used"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(refused, options, message):
+    assert re.search(message, refused(*SEARCH, *options))
+
+
+def test_a_wrong_image_size_is_told_with_the_shape(refused, tmp_path):
+    network = tmp_path / "fixed.py"
+    network.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(100, 10))\n")
+    line = refused("search", "--model", f"{network}:net", "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
+    assert "forward fails on an input of shape (1, 1, 8, 8)" in line
+
+
+def test_unknown_networks_and_images_are_told(refused):
+    assert "digits_nett" in refused("search", "--model", MODEL[1] + "t", "--data", "digits", "--budget", "bitops=0.5x")
+    assert "nearest: digits" in refused("search", *MODEL, "--data", "digit", "--budget", "bitops=0.5x", "--normalize", "unit")
+
+
+def test_solving_says_what_it_needs(refused, trained):
+    solve = ("solve", *MODEL, "--scores", trained / "scores.json")
+    assert "--input-shape is missing" in refused(*solve, "--budget", "bitops=w4a4")
+    assert "exactly one of the two" in refused(*solve, "--input-shape", "1x8x8")
+    shape = ("--input-shape", "1x8x8")
+    assert "a front is many policies" in refused(*solve, *shape, "--front", 4, "--out", "p.json")
+    assert "score it, or pin it" in refused(*solve, *shape, "--pin", "none", "--budget", "bitops=w4a4")
+    assert "format" in refused("solve", *MODEL, "--scores", trained / "found.json", *shape, "--front", 4)
+
+
+def test_the_search_is_the_same_every_time(cli, trained, tmp_path):
+    files = [tmp_path / f"{at}.json" for at in range(2)]
+    for file in files:
+        weights = ("--weights", trained / "model.safetensors")
+        cli(*SEARCH, *weights, "--budget", "bitops=0.3x", "--seed", 3, "--out", file)
+    assert files[0].read_text() == files[1].read_text()
+    assert json.loads(files[0].read_text())["provenance"]["seed"] == 3
+
+
+def test_weights_are_read(trained):
+    assert all(torch.isfinite(value.float()).all() for value in load_file(trained / "model.safetensors").values())

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from bitscape.train.plain import Plain
+from tests.cli.run import MODEL, run_cli
+
+TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)
+
+
+def _quantized(trained, *options):
+    return (*TRAIN, "--weights", trained / "model.safetensors", "--policy", trained / "found.json", *options)
+
+
+def test_trains_in_float_and_reports_each_epoch(cli, tmp_path):
+    shown = cli(*TRAIN, "--validation", "digits", "--epochs", 2, "--lr", 0.1, "--out", tmp_path / "run")
+    table = shown.out.splitlines()
+    assert table[0].split()[0] == "epoch"
+    assert "validation top-1 %" in table[0]
+    assert "images/s" in table[0]
+    assert [line.split()[0] for line in table[1:3]] == ["1", "2"]
+    assert {file.name for file in (tmp_path / "run").iterdir()} >= {"model.safetensors", "metrics.jsonl", "run.json"}
+
+
+def test_trains_at_the_bits_of_a_policy_with_every_extra(cli, trained, tmp_path):
+    extras = ("--distill", 0.5, "--ema", 0.9, "--label-smoothing", 0.1, "--optimizer", "adamw", "--autocast", "bf16")
+    run = tmp_path / "run"
+    cli(*_quantized(trained, *extras, "--augment", "crop-flip", "--epochs", 1, "--out", run))
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    assert settings["optimizer"]["kind"] == "AdamW"
+    assert settings["loss"]["distillation"] == 0.5
+    assert settings["batches"]["augment"] == "crop-flip"
+    assert (run / "policy.json").read_text() == (trained / "found.json").read_text()
+    assert "top-1" in cli("evaluate", *MODEL, "--data", "digits", "--checkpoint", run).out
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(cli, refused, trained, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    cli(*_quantized(trained, "--epochs", 2, "--out", whole))
+    calls, step = [], Plain.__call__
+
+    def interrupt(self, *args):
+        calls.append(None)
+        if len(calls) == 8:  # in the second epoch of 6 batches
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    again = _quantized(trained, "--epochs", 2, "--out", broken)
+    with monkeypatch.context() as patched:
+        patched.setattr(Plain, "__call__", interrupt)
+        shown = run_cli(*again)
+    assert shown.code == 130
+    assert "--resume" in shown.err
+    assert "no model.safetensors" in refused("evaluate", *MODEL, "--data", "digits", "--checkpoint", broken)
+    assert "add --resume to go on" in refused(*again)
+    cli(*again, "--resume")
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resume",), "leave --resume out"),
+        (("--lr", "-1"), "lr is -1"),
+        (("--distill", "0.5"), "no --weights"),
+        (("--ema", "2"), "ema_decay is 2"),
+        (("--policy", "nothing.json"), "nothing.json"),
+        (("--data", "digit", "--normalize", "unit"), "nearest: digits"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(refused, tmp_path, options, message):
+    assert message in refused(*TRAIN, "--epochs", 1, "--out", tmp_path / "run", *options)

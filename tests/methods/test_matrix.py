@@ -1,0 +1,181 @@
+"""Every search method on every small problem, and a card on every method file."""
+
+import copy
+import importlib
+import pkgutil
+import re
+from dataclasses import asdict
+from itertools import product
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitscape.quant.quantizers
+import bitscape.search
+from bitscape.models.attention import split_attention
+from bitscape.models.digits import digits_net
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy
+from bitscape.search.methods import METHODS, SearchMethod
+from bitscape.search.problem import SearchProblem
+from bitscape.train.plain import Plain
+
+CANDIDATES = tuple(LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), (2, 3, 4, 6, 8)))
+
+
+class SharedLayer(nn.Module):
+    """One convolution run twice, one weight under two layers, one layer that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.right.weight = self.left.weight
+        self.unused = nn.Linear(4, 4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.stem(x).relu()).relu())
+        x = self.left(x) + self.right(x.relu())
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class Attention(nn.Module):
+    """A patch embedding, one encoder layer, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 4, 4)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.encoder(self.embed(x).flatten(2).mT)
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+def _signal() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(1, 2),
+        nn.Conv1d(24, 16, 3, padding=1),
+        nn.BatchNorm1d(16),
+        nn.ReLU(inplace=True),
+        nn.Conv1d(16, 16, 3, groups=4),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(96, 20),
+        nn.Tanh(),
+        nn.Linear(20, 5),
+    )
+
+
+NETWORKS = {"digits": (digits_net, 1), "shared": (SharedLayer, 3), "attention": (Attention, 3), "signal": (_signal, 3)}
+BUDGETS = {
+    "bitops": ("bitops=w4a4",),
+    "joint": ("bitops=w4a4", "weight_bytes=w4", "mean_activation_bits=5"),
+    "size": ("mean_weight_bits=4.5", "peak_activation_bytes=w8a8"),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor")
+
+
+def _problem(network: str, budget: str, seed: int = 0) -> SearchProblem:
+    build, channels = NETWORKS[network]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build().eval()
+        images = torch.randn(8, channels, 8, 8)
+    return SearchProblem(model=model, images=images, budget=BUDGETS[budget], candidates=CANDIDATES, seed=seed)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethodOnEveryProblem:
+    @pytest.mark.parametrize("budget", BUDGETS)
+    def test_covers_the_network_within_every_cap(self, name: str, network: str, budget: str) -> None:
+        problem = _problem(network, budget)
+        policy = METHODS[name]().search(problem).policy
+        policy.check(layer_shapes(split_attention(copy.deepcopy(problem.model))))
+        assert policy.fingerprint is not None
+        assert problem.parsed_budget.exceeded(problem.network, policy) == {}
+        assert problem.pinned_layers.items() <= policy.layers.items()
+        assert {policy.layers[layer] for layer in problem.free_layers} <= set(CANDIDATES)
+        for group in problem.freedom.groups:
+            assert len({policy.layers[layer] for layer in group}) == 1
+
+    def test_repeats_for_one_seed(self, name: str, network: str) -> None:
+        torch.manual_seed(123)
+        first = METHODS[name]().search(_problem(network, "joint", seed=5))
+        torch.manual_seed(321)
+        second = METHODS[name]().search(_problem(network, "joint", seed=5))
+        assert first.policy == second.policy
+        if first.scores is not None:
+            np.testing.assert_array_equal(first.scores.values, second.scores.values)
+
+    def test_leaves_the_model_and_the_random_state_alone(self, name: str, network: str) -> None:
+        problem = _problem(network, "bitops")
+        problem.model.train()
+        next(problem.model.parameters()).requires_grad_(False)
+        before, images = copy.deepcopy(problem.model), problem.images.clone()
+        random_state = torch.get_rng_state()
+        METHODS[name]().search(problem)
+        assert _described(problem.model) == _described(before)
+        assert torch.equal(problem.images, images)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        for key, value in before.state_dict().items():
+            assert torch.equal(problem.model.state_dict()[key], value), key
+
+    def test_tells_where_the_policy_comes_from(self, name: str, network: str, tmp_path) -> None:
+        problem = _problem(network, "joint", seed=2)
+        method = METHODS[name]()
+        result = method.search(problem)
+        provenance = result.policy.provenance
+        assert provenance.keys() >= {"method", "settings", "seed", "budget", "images", "for_training", "version"}
+        assert provenance["settings"] == asdict(method)
+        assert provenance["seed"] == 2
+        assert provenance["budget"] == dict(problem.parsed_budget.caps)
+        assert result.policy.cost.keys() >= problem.parsed_budget.caps.keys()
+        result.policy.save(tmp_path / "policy.json")
+        assert Policy.load(tmp_path / "policy.json") == result.policy
+        assert result.seconds > 0
+
+
+def _described(model: nn.Module) -> list[object]:
+    modules = [(name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    parameters = [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+    return [*modules, *parameters]
+
+
+def test_the_union_is_the_list_of_methods():
+    assert tuple(METHODS.values()) == get_args(SearchMethod)
+    assert list(METHODS) == ["fisher", "local", "kl", "hawq", "uniform", "random"]
+
+
+def test_no_method_file_is_left_out_of_the_union():
+    files = [importlib.import_module(f"bitscape.search.{m.name}") for m in pkgutil.iter_modules(bitscape.search.__path__)]
+    found = {
+        kind
+        for module in files
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == module.__name__ and callable(getattr(kind, "search", None))
+    }
+    assert found == set(METHODS.values())
+
+
+def _method_files() -> list[str]:
+    quantizers = bitscape.quant.quantizers
+    files = {f"{quantizers.__name__}.{m.name}" for m in pkgutil.iter_modules(quantizers.__path__)} - {f"{quantizers.__name__}.base"}
+    return sorted({kind.__module__ for kind in METHODS.values()} | files | {Plain.__module__})
+
+
+@pytest.mark.parametrize("file", _method_files())
+def test_every_method_file_opens_with_its_card(file: str) -> None:
+    card = importlib.import_module(file).__doc__ or ""
+    lines = [found.group(1) for found in re.finditer(r"^(Paper|Idea|Computes|Departs|Costs|Measured) +\S", card, re.M)]
+    assert lines == ["Paper", "Idea", "Computes", "Departs", "Costs", "Measured"]
+    assert re.match(r"\S.*[.]$", card.splitlines()[0])
