@@ -26,11 +26,13 @@ _NAMES = {
     "quant.convert": ("calibrate", "quantize", "recalibrate_norms"),
     "quant.fold": ("fold_norms",),
     "quant.quantizers": ("Dorefa", "Liq", "Lsq", "LsqPlus", "Pact"),
+    "quant.repair": ("equalize", "input_moments", "repair"),
     "search.allocation": ("InfeasibleBudget", "allocate", "pareto_front"),
     "search.fisher": ("Fisher",),
     "search.hawq": ("Hawq",),
     "search.kl": ("Kl",),
     "search.local": ("Local",),
+    "search.methods": ("METHODS", "SearchMethod"),
     "search.problem": ("SearchProblem", "SearchResult"),
     "search.random_policy": ("RandomPolicy",),
     "search.scores": ("ScoreTable",),
@@ -73,6 +75,9 @@ if TYPE_CHECKING:
     from bitscape.quant.quantizers import Lsq as Lsq
     from bitscape.quant.quantizers import LsqPlus as LsqPlus
     from bitscape.quant.quantizers import Pact as Pact
+    from bitscape.quant.repair import equalize as equalize
+    from bitscape.quant.repair import input_moments as input_moments
+    from bitscape.quant.repair import repair as repair
     from bitscape.search.allocation import InfeasibleBudget as InfeasibleBudget
     from bitscape.search.allocation import allocate as allocate
     from bitscape.search.allocation import pareto_front as pareto_front
@@ -80,6 +85,8 @@ if TYPE_CHECKING:
     from bitscape.search.hawq import Hawq as Hawq
     from bitscape.search.kl import Kl as Kl
     from bitscape.search.local import Local as Local
+    from bitscape.search.methods import METHODS as METHODS
+    from bitscape.search.methods import SearchMethod as SearchMethod
     from bitscape.search.problem import SearchProblem as SearchProblem
     from bitscape.search.problem import SearchResult as SearchResult
     from bitscape.search.random_policy import RandomPolicy as RandomPolicy

@@ -37,7 +37,7 @@ def test_differences_are_listed(cli, tmp_path):
 def test_a_policy_is_checked_against_a_network(cli, refused, trained, tmp_path):
     assert "8 layers, names and shapes agree" in cli("policy", "check", trained / "found.json", *MODEL).out
     uniform_policy(["block1.conv"], LayerBits(4, 4)).save(tmp_path / "other.json")
-    assert "no layer 'block1.conv'; nearest: block1.conv1" in refused("policy", "check", tmp_path / "other.json", *MODEL)
+    assert "no layer 'block1.conv'; nearest: block1.conv" in refused("policy", "check", tmp_path / "other.json", *MODEL)
 
 
 @pytest.mark.parametrize(("text", "message"), [('{"format": 1,', "is the file complete"), ("[]", "not a policy file")])

@@ -57,6 +57,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(cli, refused, trained,
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_the_seed_decides_everything(cli, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cli(*TRAIN, "--epochs", 1, "--seed", seed, "--out", tmp_path / name)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

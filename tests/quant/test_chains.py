@@ -76,7 +76,7 @@ def test_hooks_are_gone_and_the_mode_is_restored_even_after_an_error():
 def test_require_same_lets_rounding_pass_and_nothing_else():
     x = torch.randn(3, 5)
     require_same([x], [x * (1 + 1e-5)], what="it", reason="why")
-    with pytest.raises(BitscapeError, match="it changed the network's output by .* why"):
+    with pytest.raises(BitscapeError, match=r"it changed the network's output by .* why"):
         require_same([x], [x + x.abs().max() * 0.01], what="it", reason="why")
     assert not same([x], [x * float("nan")])
 

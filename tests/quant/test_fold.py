@@ -47,7 +47,8 @@ def test_whole_networks_keep_their_output(build):
 def test_one_dimension_linear_bias_and_norms_without_parameters():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, affine=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 5, bias=False), nn.BatchNorm1d(5)
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, affine=False), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(24, 5, bias=False), nn.BatchNorm1d(5),
     )  # fmt: skip
     folded = assert_folded(with_statistics(model), torch.randn(3, 2, 8))
     assert folded[4].bias is not None
@@ -162,9 +163,7 @@ def test_negative_gammas_fold_where_the_grid_allows():
         fold_norms(model, images)
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "message"), [(Dorefa(), "DorefaWeight"), (Lsq(weight_scales=PerTensor()), "one per output channel")]
-)
+@pytest.mark.parametrize(("quantizer", "message"), [(Dorefa(), "DorefaWeight"), (Lsq(weight_scales=PerTensor()), "one per output channel")])
 def test_other_quantizers_are_refused(quantizer, message):
     images = torch.randn(4, 3, 5, 5)
     model = quantized(with_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), images, 4, quantizer)

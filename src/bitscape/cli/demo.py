@@ -40,7 +40,7 @@ PACKED_FILE = "packed.safetensors"
     help="Where weights, policy and packed file go.",
 )
 def demo(out: Path) -> None:
-    """Train a small network on 8x8 digits, find its bits, train it quantized, pack it, read it back.
+    """Go the whole way on 8x8 digits: train, search, quantize, pack.
 
     \b
     Example:

@@ -75,7 +75,7 @@ def evaluate(
     settings = ImageSettings(input_size=input_size, normalize=normalize)
     batches = load_batches(data, split or "test", settings, batch_size)
     shape = tuple(batches.dataset.images.shape[1:])
-    network = load_network(model, weights, device)
+    network = load_network(model, weights, device, seed)
     policy: Policy | None = None
     if policy_file is not None and calibration is not None:
         policy = Policy.load(policy_file)

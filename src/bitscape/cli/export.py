@@ -63,7 +63,7 @@ def packed(
         raise BitscapeError("give --policy with --calibration, or --checkpoint; exactly one of the two")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    network = load_network(model, weights, device)
+    network = load_network(model, weights, device, seed)
     if checkpoint is not None:
         quantized, policy = load_trained(network, checkpoint)
         if policy is None:

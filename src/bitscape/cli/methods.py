@@ -16,7 +16,7 @@ from bitscape.errors import BitscapeError, nearest
 @click.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
-    """List the search methods, or show the card and the settings of one.
+    """List the search methods, or show one: its card and settings.
 
     \b
     Example:

@@ -31,11 +31,15 @@ class ImageSettings:
     """Text of --normalize."""
 
 
-def load_network(model: str, weights: Path | None, device: str | None) -> "nn.Module":
-    """Return the float network in eval mode on its device."""
+def load_network(model: str, weights: Path | None, device: str | None, seed: int = 0) -> "nn.Module":
+    """Return the float network in eval mode on its device; `seed` decides weights that are drawn when it is built."""
+    import torch
+
     from bitscape.models.find import find_model, load_weights
 
-    network = find_model(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = find_model(model)
     if weights is not None:
         load_weights(network, weights)
     return network.to(pick_device(device)).eval()

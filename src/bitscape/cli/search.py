@@ -94,7 +94,7 @@ def search(
     method, pairs, pinned = make_method(method_name, settings), parse_candidates(candidates), parse_pins(pins)
     if scores is not None and not hasattr(method, "score"):
         raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
-    network = load_network(model, weights, device)
+    network = load_network(model, weights, device, seed)
     proxy = draw_images(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
     common: dict[str, Any] = {"budget": budgets, "candidates": pairs, "for_training": for_training, "seed": seed}
     problem = make_problem(network, proxy, data, normalize, pinned, common)

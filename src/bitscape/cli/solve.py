@@ -38,9 +38,9 @@ def solve(
     pins: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Solve for other budgets with the scores of an earlier search; takes a second.
+    """Find the bits for another budget from saved scores.
 
-    Pin the layers that were pinned in the search.
+    Nothing is scored again: it takes a second. Pin the layers that were pinned in the search.
 
     \b
     Example:

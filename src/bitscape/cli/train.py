@@ -82,7 +82,7 @@ def train(
     settings = ImageSettings(input_size=input_size, normalize=normalize)
     batches = _training_batches(data, split or "train", settings, recipe)
     checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
-    teacher = load_network(model, weights, device)
+    teacher = load_network(model, weights, device, recipe["seed"])
     if recipe["distill"] and weights is None:
         raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
     policy = None if policy_file is None else Policy.load(policy_file)

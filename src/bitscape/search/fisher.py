@@ -1,7 +1,8 @@
 """Fisher: the layer's output error, weighted by the squared gradient of the loss.
 
 Paper     Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction with dense networks and Fisher pruning", 2018,
-          arXiv 1801.05787, for the score of a perturbed output; Choi, El-Khamy, Lee: "Towards the limit of network quantization", ICLR 2017, for bits
+          arXiv 1801.05787, for the score of a perturbed output; Choi, El-Khamy, Lee: "Towards the limit of network
+          quantization", ICLR 2017, for bits
 Idea      To second order the loss rises by the Fisher information times the squared output change. Labels are drawn from the network's own
           softmax, which is the true Fisher and needs no labels, so that any images can be the proxy.
 Computes  S(layer, pair) = mean over images of sum_i G_i^2 dY_i^2 -> `pair_scores`; with `variant="directional"`, (sum_i G_i dY_i)^2

@@ -22,7 +22,8 @@ def uneven(*modules: nn.Module) -> nn.Module:
 
 def depthwise() -> nn.Module:
     return uneven(
-        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 4, 1, groups=2)
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 4, 1, groups=2),
     )  # fmt: skip
 
 

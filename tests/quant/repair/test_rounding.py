@@ -134,7 +134,7 @@ def test_wrong_input_is_refused_with_the_next_step(rounding):
     with pytest.raises(BitscapeError, match="no quantized layer; call"):
         rounding(model, moments)
     for other in (Dorefa(), Liq()):
-        with pytest.raises(BitscapeError, match="layer 0: its weight quantizer is .*Weight"):
+        with pytest.raises(BitscapeError, match=r"layer 0: its weight quantizer is .*Weight"):
             rounding(quantized(model, 3, other), moments)
     with pytest.raises(BitscapeError, match="moments: no quantized layer '99'"):
         rounding(quantized(model, 3), {**moments, "99": moments["0"]})

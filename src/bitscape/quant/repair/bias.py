@@ -12,7 +12,10 @@ Departs   With `gain` (default) the channel's standard deviation is restored too
           so that later layers see corrected inputs as in the paper's layer-by-layer form. Comparing the same images
           keeps the noise between images out.
 Costs     One forward pass of either network over the images.
-Measured  not yet
+Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and last layer 8), 8-bit activations, 128 images to
+          repair, 200 to 300 others of an ImageNet sample to test, one run, standard error 3 points: after
+          nearest rounding (0.3 and 42.7 % correct) 53.5 and 49.5 %, with biases alone 2.7 and 7.0 %; after compensated
+          rounding (72.0 and 58.0 %) 80.0 and 58.5 %, with biases alone 65.0 and 56.7 %.
 """
 
 import logging

@@ -5,9 +5,11 @@ Paper     Nagel, van Baalen, Blankevoort, Welling: "Data-Free Quantization Throu
 Idea      relu(s x) = s relu(x) for s > 0, so a factor can move from one layer's output channels to the next one's inputs.
           The factors that make the two weight ranges of every channel equal are the best ones for a scale per tensor.
 Computes  Eq. 9-11 -> channel_scales; section 4.1.2, repeated over all pairs -> equalize
-Departs   ReLU6 becomes a bound for each channel, 6 / s, which is exact (paper: ReLU6 is replaced by ReLU). High biases are not absorbed.
+Departs   ReLU6 becomes a bound for each channel, 6 / s, which is exact (paper: ReLU6 is replaced by ReLU). Factors are
+          bounded. High biases are not absorbed.
 Costs     One forward pass of one image, and milliseconds.
-Measured  not yet
+Measured  MobileNetV2 1.0, 8-bit weights with one scale per tensor, 8-bit activations, 96 images of an ImageNet sample, one
+          run: 7.3 % correct without, 84.4 % with (float 86 %); 0.5 % if factors are not bounded.
 """
 
 import copy
@@ -34,6 +36,9 @@ from bitscape.quant.layers import quantized_layers
 
 _log = logging.getLogger("bitscape.quant.repair")
 
+LIMIT = 30.0
+"""A channel's factors stay within 1 / LIMIT .. LIMIT in all: the bias of a channel whose weights are all but zero, raised with
+them, would take the whole activation range (MobileNetV2 has weight rows of 1e-8)."""
 _HOMOGENEOUS = (
     nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d,
     nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
@@ -126,7 +131,7 @@ def _balance(chains: list[Chain], sweeps: int) -> list[Tensor]:
         for _ in range(sweeps):
             moved = 0.0
             for index, chain in enumerate(chains):
-                scale = _rescale(chain)
+                scale = _rescale(chain, totals[index])
                 totals[index] = totals[index].to(scale) * scale
                 moved = max(moved, float(scale.log().abs().max()))
             if moved < 1e-3:
@@ -134,12 +139,15 @@ def _balance(chains: list[Chain], sweeps: int) -> list[Tensor]:
     return totals
 
 
-def _rescale(chain: Chain) -> Tensor:
+def _rescale(chain: Chain, total: Tensor) -> Tensor:
+    """Divide the first layer's channels, multiply the last one's; `total` is the product of this chain's factors so far."""
     assert chain.first.module is not None and chain.last.module is not None
     first, last = (m.get_parameter("weight") for m in (chain.first.module, chain.last.module))
     bias = chain.first.module.bias
     columns = _by_input(last, getattr(chain.last.module, "groups", 1))
     scale = channel_scales(first.flatten(1).abs().amax(1), columns.abs().amax((1, 3)).flatten())
+    total = total.to(scale)
+    scale = (total * scale).clamp(1 / LIMIT, LIMIT) / total
     first.div_(scale.reshape(-1, *[1] * (first.ndim - 1)))
     if isinstance(bias, Tensor):
         bias.div_(scale)

@@ -9,7 +9,10 @@ Departs   Columns in order of decreasing diagonal of H (the authors' code: `act_
           so that one pass over the images serves every policy; groups of a convolution in one batch; also per-tensor
           scales and mid-rise grids.
 Costs     k^3 / 3 for the factor and rows * k^2 for the columns of a layer with k weights a row.
-Measured  not yet
+Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and last layer 8), 8-bit activations, 128 images to
+          repair, 200 to 300 others of an ImageNet sample to test, one run, standard error 3 points: nearest
+          rounding 0.3 and 42.7 % correct, this 73.7 and 59.7 % (float 86.0 and 62.3 %). On MobileNetV2 columns in natural
+          order give 62.3 %, damping 0.001 gives 71.7 %, 0.1 gives 62.7 %. It takes 1 second for either, on one core.
 """
 
 import logging
