@@ -40,16 +40,13 @@ METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform":
 
 
 def wanted(networks: list[str], widths: list[int]) -> Iterator[dict[str, Any]]:
-    """Every run of the benchmark: `proxy` null means the target's own images."""
-    for network, width in itertools.product(networks, widths):
-        base = {"network": network, "settings": {"activation_bits": width}}
-        yield {**base, "method": "float", "proxy": None, "seed": 0}
-        for method, proxy in itertools.product(("fisher", "uniform"), (None, *PROXIES)):
-            yield {**base, "method": method, "proxy": proxy, "seed": 0}
-        for method in ("local", "kl"):
-            yield {**base, "method": method, "proxy": None, "seed": 0}
-        for seed in range(20):
-            yield {**base, "method": "random", "proxy": None, "seed": seed}
+    """Every run of the benchmark, random policies last; `proxy` null means the target's own images."""
+    cases = [{"network": network, "settings": {"activation_bits": width}} for width, network in itertools.product(widths, networks)]
+    searched = [("float", None), *itertools.product(("fisher", "uniform"), (None, *PROXIES)), ("local", None), ("kl", None)]
+    for case, (method, proxy) in itertools.product(cases, searched):
+        yield {**case, "method": method, "proxy": proxy, "seed": 0}
+    for case, seed in itertools.product(cases, range(20)):
+        yield {**case, "method": "random", "proxy": None, "seed": seed}
 
 
 @cache
