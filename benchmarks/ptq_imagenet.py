@@ -28,7 +28,7 @@ from bitscape.search.fisher import Fisher
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
 from bitscape.search.problem import SearchProblem, SearchResult
-from bitscape.search.random_policy import RandomPolicy
+from bitscape.search.random_policy import Random
 from bitscape.search.uniform import Uniform
 from recipes.networks import WEIGHTS, load
 
@@ -36,7 +36,7 @@ NAME = "ptq-imagenet"
 KEYS = ("network", "method", "proxy", "seed", "settings.activation_bits")
 IMAGES = 256
 PROXIES = {"cifar10:256": "cifar10_train", "tiny_imagenet:256": "tiny_imagenet_train8k"}
-METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform": Uniform(), "random": RandomPolicy()}
+METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform": Uniform(), "random": Random()}
 
 
 def wanted(networks: list[str], widths: list[int]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ does every n-th missing run, so that several processes can share the work.
 """
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -28,7 +27,7 @@ from bitscape.search.fisher import Fisher
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
 from bitscape.search.problem import SearchProblem
-from bitscape.search.random_policy import RandomPolicy
+from bitscape.search.random_policy import Random
 from bitscape.search.uniform import Uniform
 from bitscape.train.plain import Plain
 from recipes.networks import WEIGHTS, load
@@ -44,26 +43,29 @@ METHODS = {
     ("fisher", "for training"): Fisher(images=SCORED),
     ("local", ""): Local(images=SCORED),
     ("kl", ""): Kl(images=128),
-    ("random", ""): RandomPolicy(),
+    ("random", ""): Random(),
 }
-FIXED_PAIRS = {"w3a3": ("w2a4", "w4a2"), "w2a3": ("w2a3", "w3a2"), "w4a4": ()}
-"""Uniform policies of one pair (weight, activation) that fit the budget of the key."""
+FIXED_PAIRS = {"w3a3": ("w2a4",), "w2a3": ("w2a3",), "w4a4": ()}
+"""Uniform policies of one unequal pair (weight, activation) that fit the budget of the key."""
+FIRST = (("uniform", "one width"), ("uniform", "two widths"), ("fisher", "for training"), ("fisher", "not for training"), ("random", ""))
+"""What the comparison is about; the other scores follow when these have all their seeds."""
 
 
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
-    """Every run, seed by seed, so that a stopped benchmark compares all rows. The budget w2a3, 6 x MACs inside, is "2.5 bits"."""
-    for seed, budget in itertools.product(range(seeds), ("w3a3", "w2a3", "w4a4")):
-        shared = {"settings": {"budget": budget, "images": images}, "epochs": epochs, "seed": seed}
-        for method, variant in METHODS:
-            if variant == "two widths" and budget != "w2a3":
-                continue  # the budget of one width leaves nothing to fill
-            if method == "kl" and budget != "w3a3":
-                continue
-            yield {"method": method, "variant": variant, **shared}
-        for pair in FIXED_PAIRS[budget]:
-            yield {"method": "uniform", "variant": pair, **shared}
-    for budget, seed in itertools.product(("w3a3", "w2a3"), range(seeds, 5)):
-        yield {"method": "random", "variant": "", "settings": {"budget": budget, "images": images}, "epochs": epochs, "seed": seed}
+    """Every run, in an order in which a stopped benchmark already compares. The budget w2a3, 6 x MACs inside, is "2.5 bits"."""
+    rest = [key for key in METHODS if key not in FIRST]
+    plan = [(budget, key, seed) for seed in range(seeds) for budget in FIXED_PAIRS for key in (*FIRST, *_pairs(budget))]
+    plan += [(budget, ("random", ""), seed) for budget in ("w3a3", "w2a3") for seed in range(seeds, 5)]
+    plan += [(budget, key, seed) for seed in range(seeds) for budget in FIXED_PAIRS for key in rest]
+    for budget, (method, variant), seed in plan:
+        # The budget of one width leaves nothing to fill with a second.
+        if variant != "two widths" or budget == "w2a3":
+            settings = {"budget": budget, "images": images}
+            yield {"method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
+
+
+def _pairs(budget: str) -> list[tuple[str, str]]:
+    return [("uniform", pair) for pair in FIXED_PAIRS[budget]]
 
 
 @cache

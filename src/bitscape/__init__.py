@@ -34,7 +34,7 @@ _NAMES = {
     "search.local": ("Local",),
     "search.methods": ("METHODS", "SearchMethod"),
     "search.problem": ("SearchProblem", "SearchResult"),
-    "search.random_policy": ("RandomPolicy",),
+    "search.random_policy": ("Random",),
     "search.scores": ("ScoreTable",),
     "search.uniform": ("Uniform",),
     "train": ("Loss", "Plain"),
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from bitscape.search.methods import SearchMethod as SearchMethod
     from bitscape.search.problem import SearchProblem as SearchProblem
     from bitscape.search.problem import SearchResult as SearchResult
-    from bitscape.search.random_policy import RandomPolicy as RandomPolicy
+    from bitscape.search.random_policy import Random as Random
     from bitscape.search.scores import ScoreTable as ScoreTable
     from bitscape.search.uniform import Uniform as Uniform
     from bitscape.train import Loss as Loss

@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 
@@ -77,3 +78,12 @@ def test_log_handlers_do_not_pile_up():
     before = list(logging.getLogger("bitscape").handlers)
     run_cli("methods")
     assert logging.getLogger("bitscape").handlers == before
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_without_spinning_unless_told_otherwise(monkeypatch, given, used):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    run_cli("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == used

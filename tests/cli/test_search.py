@@ -4,6 +4,7 @@ import re
 import pytest
 
 from bitscape.policy import LayerBits, Policy
+from bitscape.search.fisher import Fisher
 from bitscape.search.scores import ScoreTable
 from tests.cli.run import MODEL
 
@@ -85,6 +86,11 @@ def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
 )
 def test_mistakes_end_in_one_clear_line(refused, options, message):
     assert re.search(message, refused(*SEARCH, *options))
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_scoring(refused, monkeypatch):
+    monkeypatch.delattr(Fisher, "search")
+    assert "feasible from" in refused(*SEARCH, "--budget", "weight_bytes=1kB", "--set", "images=8")
 
 
 def test_a_wrong_image_size_is_told_with_the_shape(refused, tmp_path):

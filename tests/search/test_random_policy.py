@@ -11,7 +11,7 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 from bitscape.search.allocation import InfeasibleBudget
 from bitscape.search.problem import SearchProblem, SearchResult
-from bitscape.search.random_policy import RandomPolicy
+from bitscape.search.random_policy import Random
 from tests.search.small import fits
 
 
@@ -41,14 +41,14 @@ BUDGETS = [
 @given(st.integers(0, 2**32), st.sampled_from(BUDGETS))
 def test_the_policy_is_within_two_percent_below_the_tightest_cap(seed: int, budget: Any) -> None:
     stated = problem(budget, seed=seed)
-    found = RandomPolicy().search(stated)
+    found = Random().search(stated)
     assert fits(stated.network, found.policy, stated.parsed_budget)
     assert usage(stated, found) >= 0.98
     found.policy.check(stated.network.shapes)
 
 
 def test_the_seed_decides_and_seeds_differ() -> None:
-    policies = [RandomPolicy().search(problem("bitops=w4a4", seed=seed)).policy for seed in (0, 0, *range(1, 20))]
+    policies = [Random().search(problem("bitops=w4a4", seed=seed)).policy for seed in (0, 0, *range(1, 20))]
     assert policies[0].layers == policies[1].layers
     assert len({tuple(policy.layers.values()) for policy in policies}) == 20
     # Every layer sees narrow and wide pairs: the walk does not settle on one shape.
@@ -58,45 +58,45 @@ def test_the_seed_decides_and_seeds_differ() -> None:
 
 def test_a_budget_that_only_the_cheapest_policy_meets_gives_it() -> None:
     stated = problem("bitops=w2a2", pinned={})
-    assert set(RandomPolicy().search(stated).policy.layers.values()) == {LayerBits(2, 2)}
+    assert set(Random().search(stated).policy.layers.values()) == {LayerBits(2, 2)}
 
 
 def test_tied_and_pinned_layers_are_respected() -> None:
     stated = problem("bitops=w4a4", tied=[("1", "2", "3")], pinned={"4": LayerBits(1, 1)})
-    bits = RandomPolicy().search(stated).policy.layers
+    bits = Random().search(stated).policy.layers
     assert bits["1"] == bits["2"] == bits["3"] and bits["4"] == LayerBits(1, 1)
 
 
 def test_a_peak_cap_is_respected() -> None:
     stated = problem(["bitops=w4a4", "peak_activation_bytes=w4a4"], pinned={})
-    found = RandomPolicy().search(stated)
+    found = Random().search(stated)
     assert fits(stated.network, found.policy, stated.parsed_budget)
 
 
 def test_a_cap_above_the_largest_policy_cannot_be_used_up() -> None:
     with pytest.raises(BitscapeError, match=r"within 2% below the cap was found; the closest uses 50\.0% of the tightest of bitops"):
-        RandomPolicy(tries=2).search(problem("bitops=2x", layers=3))
+        Random(tries=2).search(problem("bitops=2x", layers=3))
 
 
 def test_a_near_miss_is_returned_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     stated = problem("bitops=1.04x", layers=3)
     with caplog.at_level(logging.WARNING, logger="bitscape.search"):
-        found = RandomPolicy(tries=2).search(stated)
+        found = Random(tries=2).search(stated)
     assert set(found.policy.layers.values()) == {LayerBits(8, 8)}
     assert "uses 96.2 % of the tightest of bitops; 98 % was asked for" in caplog.text
 
 
 def test_an_infeasible_budget_is_told() -> None:
     with pytest.raises(InfeasibleBudget):
-        RandomPolicy().search(problem("bitops=0.01x"))
+        Random().search(problem("bitops=0.01x"))
 
 
 def test_settings_are_checked_and_recorded() -> None:
     with pytest.raises(BitscapeError, match=r"window=0\.0"):
-        RandomPolicy(window=0.0)
+        Random(window=0.0)
     with pytest.raises(BitscapeError, match="tries=0"):
-        RandomPolicy(tries=0)
-    found = RandomPolicy(window=0.1).search(problem("bitops=w4a4", seed=5))
+        Random(tries=0)
+    found = Random(window=0.1).search(problem("bitops=w4a4", seed=5))
     told = found.policy.provenance
     assert told["method"] == "random_policy" and told["seed"] == 5 and told["settings"] == {"window": 0.1, "tries": 20}
     assert found.trace[-1]["used"] >= 0.9

@@ -3,7 +3,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from bitscape.policy import LayerBits

@@ -57,7 +57,7 @@ def demo(out: Path) -> None:
 
 def _run(out: Path) -> None:
     from bitscape.search.fisher import Fisher
-    from bitscape.search.random_policy import RandomPolicy
+    from bitscape.search.random_policy import Random
     from bitscape.search.uniform import Uniform
 
     click.echo("training the float network ...", err=True)
@@ -68,7 +68,7 @@ def _run(out: Path) -> None:
     click.echo(f"budget {' and '.join(BUDGET)}, first and last layer at 8/8; {PROXY_IMAGES} training images, labels unused\n")
     click.echo("searching; training at uniform and at mixed bits ...", err=True)
     uniform, fisher = (digits.trained(digits.policy(method)) for method in (Uniform(), Fisher()))
-    randoms = [digits.policy(RandomPolicy(), seed) for seed in SEEDS]
+    randoms = [digits.policy(Random(), seed) for seed in SEEDS]
     _print_table(digits, float_top1, uniform, fisher, randoms)
     click.echo(f"\n{_verdict(uniform, fisher, len(digits.test.dataset))}\n")
     fisher.policy.save(out / POLICY_FILE)

@@ -120,6 +120,11 @@ def make_problem(
 
 
 def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[str, Any], out: Path | None, scores: Path | None) -> None:
+    from bitscape.search.allocation import choices
+
+    # A budget that nothing fits is refused before the minutes that scores may take.
+    pinned, tied = problem.pinned_layers, problem.tied
+    choices(problem.network, problem.parsed_budget, problem.candidates, pinned, tied).first_feasible()
     result = method.search(problem)
     policy = replace(result.policy, provenance={**result.policy.provenance, **source})
     print_layers(policy, problem.network)

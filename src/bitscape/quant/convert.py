@@ -196,8 +196,5 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
 
 
 def _run(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Run every batch, and count them."""
-    count = 0
-    for count, batch in enumerate(batches, start=1):
-        model(batch)
-    return count
+    """Run every batch, and count the images."""
+    return sum(len(model(batch)) for batch in batches)

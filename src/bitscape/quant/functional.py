@@ -102,13 +102,14 @@ def _sum_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum of a * b in float32, over the dimensions that `like` shares."""
     if like.numel() > 1:
         return (a.float() * b.float()).sum_to_size(like.shape)
-    same_layout = a.stride() == b.stride() and _is_dense(a)
+    same_layout = a.stride() == b.stride() and is_dense(a)
     flat_a, flat_b = (_storage_order(a), _storage_order(b)) if same_layout else (a.reshape(-1), b.reshape(-1))
     # bfloat16 dot products are several times slower than the conversion, and lose the sum.
     return torch.dot(flat_a.float(), flat_b.float()).reshape(like.shape)
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory, images outermost: contiguous or channels_last."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 

@@ -23,9 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitscape.progress import track
+from bitscape.errors import BitscapeError
+from bitscape.quant.functional import is_dense
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import GradedCall, LayerNoise, calls_with_gradients, layer_noise, score_table, solve, widths
+from bitscape.search.sensitivity import (
+    GradedCall,
+    LayerNoise,
+    at_least_one,
+    calls_with_gradients,
+    layer_noise,
+    score_table,
+    solve,
+    tracked_batches,
+    widths,
+)
 
 Variant = Literal["elementwise", "directional"]
 
@@ -33,21 +44,28 @@ Variant = Literal["elementwise", "directional"]
 def pair_scores(call: GradedCall, noise: LayerNoise, variant: Variant, weight_share: float) -> Tensor:
     """Scores (R_w, R_a) of one layer on one batch, summed over its images; `weight_share` multiplies the squared weight noise."""
     by_weight, by_input = noise.output_changes(call.input)
-    by_weight = [change * math.sqrt(weight_share) for change in by_weight]
+    count = len(by_weight)
+    weighted = _weighted([*by_weight, *by_input], call.gradient)
+    root = math.sqrt(weight_share)
     if variant == "directional":
-        along = torch.stack([_per_image(call.gradient * change) for change in by_weight + by_input])
-        w, a = along.split([len(by_weight), len(by_input)])
-        per_image: Tensor = (w[:, None] + a[None]).square()
+        along = weighted.sum(2)
+        per_image: Tensor = (root * along[:count, None] + along[None, count:]).square()
         return per_image.sum(2)
-    weighted = torch.stack([(call.gradient * change).flatten() for change in by_weight + by_input])
-    products = weighted @ weighted.T
-    w = len(by_weight)
+    flat = weighted.flatten(1)
+    products = flat @ flat.T
     squares = products.diagonal()
-    return squares[:w, None] + squares[None, w:] + 2 * products[:w, w:]
+    return weight_share * squares[:count, None] + squares[None, count:] + 2 * root * products[:count, count:]
 
 
-def _per_image(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)
+def _weighted(changes: list[Tensor], gradient: Tensor) -> Tensor:
+    """G dY of every candidate: (R, n, elements of an image), elements in the order in which the changes lie in memory."""
+    batch = len(gradient)
+    together = gradient.new_empty(len(changes), batch, gradient[0].numel())
+    for row, change in zip(together, changes, strict=True):
+        # Written once, in the layout of the change: a stack of flattened products would copy each of these large tensors twice.
+        target = row.as_strided(change.shape, change.stride()) if is_dense(change) else row.view(change.shape)
+        torch.mul(gradient, change, out=target)
+    return together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,11 @@ class Fisher:
     variant: Variant = "elementwise"
     """Square each element's loss change, or the sum of them for an image."""
 
+    def __post_init__(self) -> None:
+        at_least_one(images=self.images, batch_size=self.batch_size)
+        if not 0.0 <= self.weight_share_for_training <= 1.0:
+            raise BitscapeError(f"weight_share_for_training = {self.weight_share_for_training}: a share from 0 to 1; 0.1 is usual")
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
         started = time.perf_counter()
@@ -77,7 +100,7 @@ class Fisher:
         weight_bits, activation_bits = widths(problem.candidates)
         weight_share = self.weight_share_for_training if problem.for_training else 1.0
         totals = {name: np.zeros((len(weight_bits), len(activation_bits))) for name in names}
-        for batch in track(images.split(self.batch_size), label="fisher: batch"):
+        for batch in tracked_batches(images, model, self.batch_size, label="fisher: batch"):
             for call in calls_with_gradients(model, names, batch, generator):
                 totals[call.name] += pair_scores(call, noise[call.name], self.variant, weight_share).double().cpu().numpy()
         return score_table("fisher", problem.candidates, {name: total / len(images) for name, total in totals.items()})

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitscape.models.layers import quantizable_layers
-from bitscape.progress import track
 from bitscape.quant.convert import evaluating
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerNoise, Recorder, drawn_labels, layer_noise, score_table, solve
+from bitscape.search.sensitivity import LayerNoise, Recorder, at_least_one, drawn_labels, layer_noise, score_table, solve, tracked_batches
 
 
 def hutchinson_traces(loss: Tensor, variables: list[Tensor], probes: int, generator: torch.Generator) -> list[float]:
@@ -53,6 +53,9 @@ class Hawq:
     probes: int = 8
     """Random probes a batch."""
 
+    def __post_init__(self) -> None:
+        at_least_one(images=self.images, batch_size=self.batch_size, probes=self.probes)
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
         started = time.perf_counter()
@@ -63,18 +66,18 @@ class Hawq:
         model, names, images = problem.prepared, list(problem.free_layers), problem.images[: self.images]
         noise = layer_noise(model, names, images, problem.candidates)
         generator = torch.Generator().manual_seed(problem.seed)
-        batches = images.split(self.batch_size)
         scores: dict[str, NDArray[np.float64]] = {}
-        for batch in track(batches, label="hawq: batch"):
+        for batch in tracked_batches(images, model, self.batch_size, label="hawq: batch"):
             for name, table in self._batch_scores(model, names, batch, noise, generator).items():
-                scores[name] = scores.get(name, 0.0) + table / len(batches)
+                scores[name] = scores.get(name, 0.0) + table * (len(batch) / len(images))
         return score_table("hawq", problem.candidates, scores)
 
     def _batch_scores(
         self, model: nn.Module, names: list[str], batch: Tensor, noise: dict[str, LayerNoise], generator: torch.Generator
     ) -> dict[str, NDArray[np.float64]]:
         layers = quantizable_layers(model)
-        with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
+        # Fused attention has no second derivative.
+        with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
             logits = model(batch.detach().requires_grad_()).float()
         inputs = {name: x for name, x, _ in recorder.seen}
         loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator))

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.progress import track
-from bitscape.quant.convert import evaluating
+from bitscape.quant.convert import batches_of, evaluating
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerNoise, layer_noise, score_table, solve
+from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
@@ -31,7 +31,7 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(batch) for batch in images.split(32)])
+    return torch.cat([model(batch) for batch in batches_of(images, model)])
 
 
 @contextmanager
@@ -60,6 +60,9 @@ class Kl:
 
     images: int = 64
     """Proxy images scored, at least 1."""
+
+    def __post_init__(self) -> None:
+        at_least_one(images=self.images)
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""

@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitscape.progress import track
 from bitscape.quant.fold import fold_norms
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerCall, LayerNoise, calls, layer_noise, score_table, solve
+from bitscape.search.sensitivity import LayerCall, LayerNoise, at_least_one, calls, layer_noise, score_table, solve, tracked_batches
 
 
 def relative_errors(call: LayerCall, noise: LayerNoise) -> Tensor:
@@ -46,6 +45,9 @@ class Local:
     batch_size: int = 16
     """Images a pass."""
 
+    def __post_init__(self) -> None:
+        at_least_one(images=self.images, batch_size=self.batch_size)
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
         started = time.perf_counter()
@@ -58,7 +60,7 @@ class Local:
         model, names = fold_norms(problem.prepared, images[:2]), list(problem.free_layers)
         noise = layer_noise(model, names, images, problem.candidates)
         errors: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch in track(images.split(self.batch_size), label="local: batch"):
+        for batch in tracked_batches(images, model, self.batch_size, label="local: batch"):
             for call in calls(model, names, batch):
                 errors[call.name].append(relative_errors(call, noise[call.name]))
         scores = {name: upper_mean(torch.cat(parts, dim=2)) for name, parts in errors.items()}

@@ -6,10 +6,10 @@ from bitscape.search.fisher import Fisher
 from bitscape.search.hawq import Hawq
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
-from bitscape.search.random_policy import RandomPolicy
+from bitscape.search.random_policy import Random
 from bitscape.search.uniform import Uniform
 
-SearchMethod = Fisher | Local | Kl | Hawq | Uniform | RandomPolicy
+SearchMethod = Fisher | Local | Kl | Hawq | Uniform | Random
 
-METHODS: dict[str, type[SearchMethod]] = {kind.__name__.removesuffix("Policy").lower(): kind for kind in get_args(SearchMethod)}
+METHODS: dict[str, type[SearchMethod]] = {kind.__name__.lower(): kind for kind in get_args(SearchMethod)}
 """Name on the command line -> settings class of the method, in the order above."""

@@ -103,7 +103,9 @@ class SearchProblem:
             raise BitscapeError(
                 f"model: it cannot be copied ({type(error).__name__}: {error}); remove what deepcopy refuses, such as kept outputs"
             ) from error
-        return split_attention(copied).eval()
+        # channels_last: convolutions run up to 1.4 times as fast on CPUs.
+        prepared = split_attention(copied).eval()
+        return prepared.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's overloads lack it
 
     @cached_property
     def network(self) -> NetworkCost:

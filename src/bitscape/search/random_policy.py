@@ -1,4 +1,4 @@
-"""RandomPolicy: random bits at equal budget, the second control that any search must beat.
+"""Random: random bits at equal budget, the second control that any search must beat.
 
 Paper     none; the control of search-base.md section 4
 Idea      Every layer gets a random candidate; random single-layer moves then lead to just below the cap. Many seeds
@@ -50,7 +50,7 @@ def walk(stated: Choices, start: Choice, allowed: Allowed, window: float, rng: n
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomPolicy:
+class Random:
     """A random policy just below the tightest cap and within all of them; the problem's seed decides which."""
 
     window: float = 0.02

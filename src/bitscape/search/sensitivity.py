@@ -7,6 +7,7 @@ A layer's output is linear in its input and in its weight, so that for a pair (w
 and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, which is of second order.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits
-from bitscape.quant.convert import evaluating, record_inputs
+from bitscape.progress import track
+from bitscape.quant.convert import batches_of, evaluating, record_inputs
 from bitscape.quant.functional import dequantize, quantize
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
@@ -51,6 +54,19 @@ class LayerNoise:
         by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
         by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
         return by_weight, by_input
+
+
+def tracked_batches(images: Tensor, model: nn.Module, batch_size: int, *, label: str) -> Iterator[Tensor]:
+    """Batches on the model's device, with progress in the log."""
+    total = math.ceil(len(images) / batch_size)
+    return track(batches_of(images, model, batch_size), label=label, total=total)
+
+
+def at_least_one(**counts: int) -> None:
+    """Check a method's settings that count something."""
+    for name, count in counts.items():
+        if count < 1:
+            raise BitscapeError(f"{name} = {count}: it must be at least 1")
 
 
 def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:

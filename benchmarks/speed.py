@@ -1,0 +1,219 @@
+"""speed: training images a second against float, seconds of a Fisher search, seconds of an allocation. On the CPU.
+
+    python -m benchmarks.speed [--threads 1] [--only "train resnet20"] [--rounds 9]
+
+All times are process CPU time, so that other programs on the machine disturb little; wall time and the load average are noted beside them.
+Training alternates both networks of a ratio in one process and takes the median of the rounds' ratios: same dtype, both channels_last, both
+eager or both compiled. `--only` takes the runs whose label holds the text, such as "train mobilenetv2_tfslim bfloat16 compiled".
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
+from bitscape.cost.budget import parse_budget
+from bitscape.cost.layers import LayerCost, NetworkCost, measure
+from bitscape.engine import Sgd
+from bitscape.engine.forward import autocast_on
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, uniform_policy
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.report.records import missing, read_runs
+from bitscape.search.allocation import allocate
+from bitscape.search.fisher import Fisher
+from bitscape.search.problem import DEFAULT_CANDIDATES, DEFAULT_PIN, SearchProblem
+from bitscape.search.scores import ScoreTable
+from recipes.networks import WEIGHTS, load
+
+NAME = "speed"
+KEYS = ("method", "network", "variant", "dtype", "settings", "threads")
+BATCH = {"resnet20": 128, "mobilenetv2_tfslim": 8}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(LayerBits(bits, 8) for bits in (2, 3, 4, 5, 6, 8))}
+IMAGES = 256
+ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
+
+Clocks = dict[str, float]
+
+
+def wanted(threads: int) -> Iterator[dict[str, Any]]:
+    """Every run, the quick ones first."""
+    shared = {"threads": threads}
+    yield {**shared, "method": "allocate", "variant": "", "settings": ALLOCATION}
+    for network, variant in product(BATCH, CANDIDATES):
+        yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES}}
+    for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
+        settings = {"bits": "w4a4", "batch_size": BATCH[network]}
+        yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
+
+
+def label(run: dict[str, Any]) -> str:
+    """What `--only` looks into."""
+    return " ".join(run[key] for key in ("method", "network", "dtype", "variant") if run.get(key))
+
+
+def clocked(work: Callable[[], Any]) -> Clocks:
+    """Process CPU and wall seconds of `work`."""
+    wall, process = time.perf_counter(), time.process_time()
+    work()
+    return {"process_s": time.process_time() - process, "wall_s": time.perf_counter() - wall}
+
+
+def synthetic_images(network: str, images: int) -> Tensor:
+    """Images (n, 3, h, w) of standard normal noise."""
+    size = WEIGHTS[network].input_size
+    noise = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return noise.to(memory_format=torch.channels_last)
+
+
+def quantized(network: str, images: Tensor) -> nn.Module:
+    """LSQ with 4-bit weights and activations, first and last layer at 8."""
+    model = load(network, DATA)
+    pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, DEFAULT_PIN)
+    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
+
+
+def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None, compiled: bool) -> Callable[[], None]:
+    """A function that does one step: forward, backward, SGD."""
+    model = model.train().to(memory_format=torch.channels_last)
+    optimizer = Sgd(lr=1e-5).build(model)
+    forward = torch.compile(model) if compiled else model
+    labels = torch.arange(len(images)) % 10
+
+    def step() -> None:
+        with autocast_on(images.device, dtype):
+            logits = forward(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_training(run: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Images a second of both networks, and the ratio."""
+    images = synthetic_images(run["network"], run["settings"]["batch_size"])
+    kind: dict[str, Any] = {"dtype": DTYPES[run["dtype"]], "compiled": run["variant"] == "compiled"}
+    steps = {
+        "float": training_step(load(run["network"], DATA), images, **kind),
+        "lsq": training_step(quantized(run["network"], images), images, **kind),
+    }
+    start_up = {name: sum(clocked(step)["wall_s"] for _ in range(2)) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for at in range(rounds):
+        for name in sorted(steps, reverse=bool(at % 2)):
+            seconds[name].append(clocked(steps[name])["process_s"])
+    ratios = [f / q for f, q in zip(seconds["float"], seconds["lsq"], strict=True)]
+    speeds = {f"{name}_images_per_s": round(len(images) / statistics.median(taken), 2) for name, taken in seconds.items()}
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+        **speeds,
+        "rounds": rounds,
+        "start_up_wall_s": {name: round(taken, 1) for name, taken in start_up.items()},
+        "memory_format": "channels_last",
+    }
+
+
+def search_images(network: str) -> Tensor:
+    """Real images, normalized for the network."""
+    if network == "resnet20":
+        return proxy_images(dataset("cifar10_train"), network, IMAGES, seed=0)
+    sample = dataset("imagenet_sample1k").cropped(WEIGHTS[network].input_size)
+    return WEIGHTS[network].normalization.apply(sample.subset(slice(0, IMAGES)).images)
+
+
+def measure_search(run: dict[str, Any]) -> Clocks:
+    """From a float network and images to a policy: one dry pass for costs, ranges, scores, allocation."""
+    model, images = load(run["network"], DATA), search_images(run["network"])
+
+    def search() -> None:
+        problem = SearchProblem(model=model, images=images, budget="weight_bytes=w4", candidates=CANDIDATES[run["variant"]])
+        Fisher(images=IMAGES).search(problem)
+
+    return clocked(search)
+
+
+def random_costs(seed: int) -> NetworkCost:
+    """Layers of random size, over three magnitudes."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.uniform(np.log([1e5, 1e2, 1e2]), np.log([1e8, 1e6, 1e5]), (ALLOCATION["layers"], 3))).astype(int).tolist()
+    layers = [
+        LayerCost(
+            name=f"layer{at}",
+            kind="Linear",
+            macs=macs,
+            weights=16 * columns,
+            weight_shape=(16, columns),
+            scales=16,
+            input_elements=inputs,
+            output_elements=inputs,
+        )
+        for at, (macs, columns, inputs) in enumerate(sizes)
+    ]
+    return NetworkCost(layers=tuple(layers), input_shape=(3, 32, 32))
+
+
+def random_scores(names: tuple[str, ...], candidates: tuple[LayerBits, ...], seed: int) -> ScoreTable:
+    """Scores that fall with bits as quantization noise does, layers differing over several magnitudes."""
+    rng = np.random.default_rng(seed)
+    weight, activation = np.exp(rng.normal(0, 2, (2, len(names), 1)))
+    bits = np.array([(c.weight, c.activation) for c in candidates], dtype=float).T
+    values = weight * 4.0 ** -bits[0] + activation * 4.0 ** -bits[1]
+    return ScoreTable(names, candidates, values * np.exp(rng.normal(0, 0.1, values.shape)), "random")
+
+
+def allocation_clocks(seed: int) -> Clocks:
+    """One instance; tightness goes round from 3 to 5 bits."""
+    network, candidates = random_costs(seed), tuple(LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), repeat=2))
+    bits = 3 + seed % 3
+    budget = parse_budget([f"bitops=w{bits}a{bits}", f"weight_bytes=w{bits}"], network, {})
+    scores = random_scores(tuple(network.by_name), candidates, seed)
+    return clocked(lambda: allocate(scores, network, budget, {}))
+
+
+def measure_allocation() -> dict[str, Any]:
+    """Median and maximum over the instances."""
+    taken = [allocation_clocks(seed) for seed in range(ALLOCATION["instances"])]
+    columns = {clock: [one[clock] for one in taken] for clock in ("process_s", "wall_s")}
+    return {
+        **{clock: statistics.median(values) for clock, values in columns.items()},
+        **{f"max_{clock}": max(values) for clock, values in columns.items()},
+    }
+
+
+def measured(run: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Do one run and return its fields."""
+    before = os.getloadavg()[0]
+    found = measure_training(run, rounds) if run["method"] == "train" else {}
+    if not found:
+        found = measure_search(run) if run["method"] == "fisher" else measure_allocation()
+    fields = {"search_s": found.pop("process_s")} if "process_s" in found else {}
+    extra = {**found, "load_average": [round(before, 2), round(os.getloadavg()[0], 2)]}
+    return {**run, **fields, "clock": "process", "extra": extra}
+
+
+def main() -> None:
+    """Do the runs that the results file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", action="append", help="text in a run's label; may be given several times")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of a training ratio")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    runs = [run for run in wanted(options.threads) if any(text in label(run) for text in options.only or [""])]
+    for run in missing(read_runs(RESULTS / f"{NAME}.jsonl"), runs, KEYS):
+        record(NAME, measured(dict(run), options.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""One table for each results file: what its runs say, and under which conditions they were made."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from bitscape.report.records import identity, read_runs, value_of
+from bitscape.report.tables import Column, Row, aggregate, render
+
+Run = Mapping[str, Any]
+NO_RUNS = "no runs yet"
+ORDER = ("float", "uniform", "fisher", "local", "kl", "hawq", "random")
+"""Methods as tables list them; others follow."""
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Name of the table -> its text; "no runs yet" where the folder `results` has no file of that name."""
+    return {name: _table(read_runs(results / f"{name}.jsonl"), make) for name, make in MAKERS.items()}
+
+
+def ptq_imagenet(runs: Sequence[Run]) -> str:
+    """A table for each network and activation width: searched policies between uniform and random ones, before and after repair."""
+    runs = [run if run["method"] == "float" else {**run, "proxy": run.get("proxy") or "target's own"} for run in runs]
+    columns = [
+        Column(value="extra.plain_top1", heading="top-1 before repair, %"),
+        Column(value="top1", heading="after repair, %"),
+        Column(value="cost.mean_weight_bits", heading="mean weight bits"),
+        Column(value="search_s", heading="search, s", digits=1),
+    ]
+    parts = []
+    for (network, width), group in groups(runs, ("network", "settings.activation_bits")).items():
+        rows = rows_of(group, ("method", "proxy"), columns)
+        randoms = [run["top1"] for run in group if run["method"] == "random"]
+        lower = [_lower_randoms(row, randoms) for row in rows]
+        table = render(rows, {"method": "method", "proxy": "images"}, columns)
+        heading = f"**{network}, {width}-bit activations**; {_standard_error(group)}"
+        parts += [heading, with_column(table, "random policies with less after repair", lower)]
+    return "\n\n".join(parts)
+
+
+def qat_cifar10(runs: Sequence[Run]) -> str:
+    """A table for each budget and recipe, each row against the best uniform one."""
+    columns = [
+        Column(value="top1", heading="top-1, %"),
+        Column(value="extra.before_training_top1", heading="before training, %"),
+        Column(value="cost.bitops", heading="MBitOps", digits=1, scale=1e-6),
+        Column(value="search_s", heading="search, s", digits=1),
+    ]
+    parts = []
+    for (budget, images, epochs), group in groups(runs, ("settings.budget", "settings.images", "epochs")).items():
+        rows = rows_of(group, ("method", "variant"), columns)
+        table = render(rows, {"method": "method", "variant": "variant"}, columns)
+        recipe = f"{images:,} images an epoch, epochs: {epochs}, float {group[0]['float_top1']} %"
+        heading = f"**Budget: BitOps of {budget}, {group[0]['budget']['bitops'] / 1e6:.1f} M**; {recipe}"
+        parts += [heading, with_column(table, "against the best uniform row, points [95 %]", _against_uniform(rows, group))]
+    return "\n\n".join(parts)
+
+
+def packed_sizes(runs: Sequence[Run]) -> str:
+    """Bytes of packed files."""
+    columns = [
+        Column(value="extra.file_bytes", heading="file, kB", digits=1, scale=1e-3),
+        Column(value="cost.weight_bytes", heading="bits and scales, kB", digits=1, scale=1e-3),
+        Column(value="extra.other_bytes", heading="other tensors, kB", digits=1, scale=1e-3),
+        Column(value="extra.header_bytes", heading="header, kB", digits=1, scale=1e-3),
+        Column(value="extra.file_to_policy", heading="file / bits and scales", digits=3),
+        Column(value="extra.float32_to_file", heading="float32 / file"),
+        Column(value="extra.load_s", heading="load, s", digits=3),
+    ]
+    runs = [{**run, "weights": "random" if run["weights"].startswith("random") else "trained"} for run in runs]
+    keys = {"network": "network", "weights": "weights", "method": "method", "variant": "variant"}
+    return render(rows_of(runs, tuple(keys), columns), keys, columns)
+
+
+def generic(runs: Sequence[Run]) -> str:
+    """Any runs: a table for each method and set of measured numbers, above it what all its runs share."""
+    # Without seeds: runs that agree otherwise are repetitions.
+    runs = [{name: value for name, value in run.items() if name != "seed"} for run in runs]
+    kinds: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        kinds.setdefault((run.get("method"), *_numbers(run)), []).append(run)
+    return "\n\n".join(_generic_table(group, numbers) for (_, *numbers), group in kinds.items())
+
+
+MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
+    "ptq-imagenet": ptq_imagenet,
+    "qat-cifar10": qat_cifar10,
+    "packed-sizes": packed_sizes,
+    "speed": generic,
+    "peer": generic,
+}
+"""Name of the table and of its results file -> what makes it."""
+
+
+def conditions(runs: Sequence[Run]) -> str:
+    """Machine, software, commits, dates and commands of the runs, on one line."""
+    threads = sorted({run["threads"] for run in runs if run.get("threads")})
+    software = {name: sorted({run["versions"].get(name, "?") for run in runs}) for name in ("python", "torch", "numpy", "bitscape")}
+    commands = list(dict.fromkeys(f"`{run['command']}`" for run in runs))
+    more = [f"{len(commands) - 2} more commands (in the results file)"] if len(commands) > 2 else []
+    dates = sorted({run["date"][:10] for run in runs})
+    commits = dict.fromkeys(run["commit"][:7] + ("-dirty" if run["commit"].endswith("-dirty") else "") for run in runs)
+    parts = [
+        f"{len(runs)} runs on {' and on '.join(dict.fromkeys(run['device'] for run in runs))}",
+        *([f"threads: {', '.join(map(str, threads))}"] if threads else []),
+        ", ".join(f"{name} {' and '.join(found)}" for name, found in software.items()),
+        f"commit {', '.join(commits)}",
+        " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        " and ".join([*commands[:2], *more]),
+    ]
+    return "Conditions: " + "; ".join(parts) + "."
+
+
+def groups(runs: Iterable[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
+    """Runs that agree in `keys`, in order of first appearance."""
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(identity(run, keys), []).append(run)
+    return found
+
+
+def rows_of(runs: Iterable[Run], keys: Sequence[str], columns: Sequence[Column]) -> list[Row]:
+    """Rows in the order of ORDER, then of first appearance; runs of one network stay together."""
+    rows = aggregate(runs, keys, [column.value for column in columns])
+    networks = list(dict.fromkeys(row.keys.get("network") for row in rows))
+    return sorted(rows, key=lambda row: (networks.index(row.keys.get("network")), _place(row.keys["method"])))
+
+
+def with_column(table: str, heading: str, cells: Sequence[str]) -> str:
+    """A rendered table with one more column of text."""
+    added = [heading, "---", *cells]
+    return "\n".join(f"{line} {cell} |" for line, cell in zip(table.splitlines(), added, strict=True))
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean of paired differences with its 95 % interval, in words where the interval holds zero."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.2f}, one pair: no interval"
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
+    verdict = ", no difference seen" if abs(mean) <= half else ""
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{verdict}"
+
+
+def _table(runs: Sequence[Run], make: Callable[[Sequence[Run]], str]) -> str:
+    return f"{make(runs)}\n\n{conditions(runs)}" if runs else NO_RUNS
+
+
+def _place(method: str) -> int:
+    return ORDER.index(method) if method in ORDER else len(ORDER)
+
+
+def _lower_randoms(row: Row, randoms: Sequence[float]) -> str:
+    top1 = row.summaries["top1"]
+    if not randoms or row.keys["method"] in ("float", "random") or top1 is None:
+        return "-"
+    return f"{sum(value < top1.mean for value in randoms)} of {len(randoms)}"
+
+
+def _standard_error(runs: Sequence[Run]) -> str:
+    images = runs[0]["test_images"]
+    share = max(run["top1"] for run in runs) / 100
+    return f"{images} test images, so one standard error at {100 * share:.1f} % is {100 * sqrt(share * (1 - share) / images):.1f} points"
+
+
+def _against_uniform(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+    by_row = {identity(row.keys, ("method", "variant")): row for row in rows}
+    top1 = {key: {run["seed"]: run["top1"] for run in runs if identity(run, ("method", "variant")) == key} for key in by_row}
+    uniform = [key for key in top1 if key[0] == "uniform"]
+    if not uniform:
+        return ["-" for _ in rows]
+    best = max(uniform, key=lambda key: (len(top1[key]), statistics.fmean(top1[key].values())))
+    return ["the best uniform row" if key == best else _paired(top1[key], top1[best]) for key in by_row]
+
+
+def _paired(top1: Mapping[int, float], reference: Mapping[int, float]) -> str:
+    seeds = sorted(top1.keys() & reference.keys())
+    if not seeds:
+        return "no seed in common"
+    text = difference([top1[seed] - reference[seed] for seed in seeds])
+    return text if len(seeds) == len(top1) else f"{text} ({len(seeds)} pairs)"
+
+
+def _numbers(run: Run) -> list[str]:
+    """Measured numbers of a run, outside and inside `extra`."""
+    names = ["top1", "search_s", "train_s", "peak_bytes", *(f"extra.{name}" for name in run.get("extra", {}))]
+    return [name for name in names if type(value_of(run, name)) in (int, float)]
+
+
+def _generic_table(runs: Sequence[Run], numbers: Sequence[str]) -> str:
+    inner = [f"{field}.{name}" for field in ("settings", "extra") for run in runs for name in (run.get(field) or {})]
+    known = ("method", "network", "variant", "proxy", "step", "device", "threads", "dtype", "clock")
+    named = [name for name in dict.fromkeys((*known, *inner)) if name not in numbers and _is_short(runs, name)]
+    keys = [name for name in named if len({identity(run, (name,)) for run in runs}) > 1 or name == "network"]
+    stated = [name for name in named if name not in (*keys, "device", "threads") and value_of(runs[0], name) != ""]
+    shared = [f"{_words(name)} {value_of(runs[0], name)}" for name in stated]
+    columns = [_column(name, [value_of(run, name) for run in runs]) for name in numbers]
+    return f"{', '.join(shared)}:\n\n" + render(aggregate(runs, keys, numbers), {key: _words(key) for key in keys}, columns)
+
+
+def _is_short(runs: Sequence[Run], name: str) -> bool:
+    """Whether some run has the field, and every value fits a cell: a text, a number, a few numbers."""
+    values = [value_of(run, name) for run in runs]
+    fits = all(isinstance(value, str | int | float | None) or (isinstance(value, list) and len(value) <= 4) for value in values)
+    return fits and any(value is not None for value in values)
+
+
+def _words(name: str) -> str:
+    return name.rpartition(".")[2].replace("_", " ")
+
+
+def _column(name: str, values: Sequence[float]) -> Column:
+    """Unit by the name's ending, digits by the size of the numbers."""
+    plain = _words(name)
+    scale = 1e-6 if plain.endswith(" bytes") else 1.0
+    units = {" per s": "/s", " s": ", s", " bytes": ", MB"}
+    heading = next((plain.removesuffix(end) + unit for end, unit in units.items() if plain.endswith(end)), plain)
+    largest = max(abs(value) for value in values) * scale
+    whole = scale == 1.0 and all(isinstance(value, int) for value in values)
+    digits = 0 if whole or largest >= 1000 else 1 if largest >= 10 else 3
+    return Column(value=name, heading=heading, digits=digits, scale=scale)

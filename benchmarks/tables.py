@@ -1,0 +1,75 @@
+"""Write the generated parts of the documentation: the tables in README.md and docs, and the pages of docs/methods.
+
+    python -m benchmarks.tables [--check]
+
+Tables stand between `<!-- table: NAME -->` and `<!-- end -->` and come from benchmarks/results/NAME.jsonl; pages of methods come
+from the cards in the source. `--check` writes nothing and exits with 1, naming what is stale.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.cards import pages
+from benchmarks.summaries import tables
+from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
+from bitscape.report.tables import update_tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def wanted(root: Path) -> dict[Path, str | None]:
+    """Every document that has generated parts -> the text it should have; None for a page whose method is gone."""
+    made = tables(root / "benchmarks" / "results")
+    methods = {root / "docs" / "methods" / name: text for name, text in pages().items()}
+    written = [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.exists()]
+    gone = {path: None for path in written if path.parent.name == "methods" and path not in methods}
+    updated = {path: _updated(path, made) for path in written if path.parent.name != "methods"}
+    return {**updated, **gone, **methods}
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """Documents that are not what the results and the cards make of them."""
+    return [path for path, text in wanted(root).items() if _text_of(path) != text]
+
+
+def write(root: Path = ROOT) -> list[Path]:
+    """Bring all documents up to date and return those that changed."""
+    documents = wanted(root)
+    changed = [path for path, text in documents.items() if _text_of(path) != text]
+    for path in changed:
+        text = documents[path]
+        if text is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+    return changed
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _updated(path: Path, made: dict[str, str]) -> str:
+    try:
+        return update_tables(path.read_text(encoding="utf-8"), made)
+    except BitscapeError as error:
+        raise BitscapeError(f"{path}: {error}") from error
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything is stale")
+    options = parser.parse_args()
+    paths = stale() if options.check else write()
+    for path in paths:
+        print(f"{'stale' if options.check else 'written'}: {path.relative_to(ROOT)}")
+    if options.check and paths:
+        sys.exit("run python -m benchmarks.tables")
+
+
+if __name__ == "__main__":
+    main()
