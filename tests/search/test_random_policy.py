@@ -98,5 +98,5 @@ def test_settings_are_checked_and_recorded() -> None:
         Random(tries=0)
     found = Random(window=0.1).search(problem("bitops=w4a4", seed=5))
     told = found.policy.provenance
-    assert told["method"] == "random_policy" and told["seed"] == 5 and told["settings"] == {"window": 0.1, "tries": 20}
+    assert told["method"] == "random" and told["seed"] == 5 and told["settings"] == {"window": 0.1, "tries": 20}
     assert found.trace[-1]["used"] >= 0.9
