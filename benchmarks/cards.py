@@ -19,6 +19,8 @@ SECTIONS = {
 }
 """Heading -> the package whose modules may carry a card."""
 FIELDS = ("Paper", "Idea", "Computes", "Departs", "Costs", "Measured")
+PAGES = {"results": "../results.md", "speed": "../results.md#speed"}
+"""docs/NAME in a card -> where a page of docs/methods finds it."""
 MARK = "<!-- Written by `python -m benchmarks.tables`"
 _FIELD = re.compile(rf"({'|'.join(FIELDS)}) {{2,}}(\S.*)")
 _CODE = re.compile(r"(`[^`]*`)")
@@ -33,7 +35,9 @@ class Card:
     source: str
     """The file, from the root of the repository."""
     title: str
-    """First line."""
+    """What the method is called: the first line up to its colon."""
+    gist: str
+    """What it is: the first line after the colon."""
     fields: dict[str, str]
     """Field -> its text on one line."""
     settings: dict[str, list[list[str]]]
@@ -58,7 +62,7 @@ def pages() -> dict[str, str]:
 
 def card_of(module: ModuleType) -> Card | None:
     """The card of a module, or None if its docstring is no card. Raises BitscapeError for one that lacks a field."""
-    title, *lines = (module.__doc__ or "").strip().splitlines() or [""]
+    first, *lines = (module.__doc__ or "").strip().splitlines() or [""]
     fields: dict[str, str] = {}
     for line in lines:
         start = _FIELD.fullmatch(line)
@@ -71,12 +75,14 @@ def card_of(module: ModuleType) -> Card | None:
     if tuple(fields) != FIELDS:
         raise BitscapeError(f"{module.__name__}: its card has the fields {list(fields)}; it needs {list(FIELDS)}, in this order")
     source = f"src/{module.__name__.replace('.', '/')}.py"
-    return Card(module.__name__.rpartition(".")[2], source, title, fields, _settings(module))
+    title, _, gist = first.partition(": ")
+    return Card(module.__name__.rpartition(".")[2], source, title, gist, fields, _settings(module))
 
 
 def page(card: Card) -> str:
     """The card as a markdown page."""
-    lines = [f"{MARK} from the docstring of {card.source}; edit that. -->", f"# {card.name}", _marked_down(card.title)]
+    lines = [f"{MARK} from the docstring of {card.source}; edit that. -->", f"# {_marked_down(card.title)}"]
+    lines += [_marked_down(card.gist[:1].upper() + card.gist[1:])]
     lines += [f"**{field}.** {_marked_down(text)}" for field, text in card.fields.items()]
     for kind, settings in card.settings.items():
         rows = [f"| `{_in_cell(field)}` | {_in_cell(_marked_down(meaning))} |" for field, meaning in settings]
@@ -95,7 +101,7 @@ def _cards_in(package: str) -> Iterator[Card]:
 def _settings(module: ModuleType) -> dict[str, list[list[str]]]:
     """Settings of the classes that are methods: they search, build quantizers, or are called as a training step."""
     own = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
-    methods = [kind for kind in own if is_dataclass(kind) and any(hasattr(kind, verb) for verb in ("search", "for_weight", "__call__"))]
+    methods = [kind for kind in own if is_dataclass(kind) and not {"search", "for_weight", "__call__"}.isdisjoint(vars(kind))]
     return {kind.__name__: rows for kind in methods if (rows := settings_of(kind))}
 
 
@@ -106,7 +112,7 @@ def _index(found: dict[str, list[Card]]) -> str:
         "One page for each method: paper, idea, what the code computes, where it departs from the paper, its cost, and what was measured.",
     ]
     for heading, cards in found.items():
-        lines += [f"## {heading}", "\n".join(f"- [{card.name}]({card.name}.md): {_marked_down(card.title)}" for card in cards)]
+        lines += [f"## {heading}", "\n".join(f"- [{card.title}]({card.name}.md): {_marked_down(card.gist)}" for card in cards)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -115,7 +121,7 @@ def _marked_down(text: str) -> str:
     parts = _CODE.split(text)
     plain = [re.sub(r"[*<\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     linked = [re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", part) for part in plain]
-    parts[::2] = [re.sub(r"\bdocs/(results)\b", r"[\1](../\1.md)", part) for part in linked]
+    parts[::2] = [re.sub(rf"\bdocs/({'|'.join(PAGES)})\b", lambda found: f"[{found[1]}]({PAGES[found[1]]})", part) for part in linked]
     return "".join(parts)
 
 

@@ -1,13 +1,16 @@
 """speed: training images a second against float, seconds of a Fisher search, seconds of an allocation. On the CPU.
 
-    python -m benchmarks.speed [--threads 1] [--only "train resnet20"] [--rounds 9]
+    python -m benchmarks.speed [--threads 1] [--only "train resnet20"] [--rounds 9] [--keep-memory]
 
 All times are process CPU time, so that other programs on the machine disturb little; wall time and the load average are noted beside them.
 Training alternates both networks of a ratio in one process and takes the median of the rounds' ratios: same dtype, both channels_last, both
 eager or both compiled. `--only` takes the runs whose label holds the text, such as "train mobilenetv2_tfslim bfloat16 compiled".
+`--keep-memory` tells glibc to keep freed memory: by default large tensors go back to the system and their pages are faulted in again
+every step, which costs the quantized network more, as it makes more tensors.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -42,18 +45,31 @@ CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(LayerBits
 IMAGES = 256
 ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt: above how many free bytes memory is given back, and from which size on blocks have their own mapping."""
+
 Clocks = dict[str, float]
 
 
-def wanted(threads: int) -> Iterator[dict[str, Any]]:
-    """Every run, the quick ones first."""
+def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
+    """Every run of this process, the quick ones first; the allocator matters to training."""
     shared = {"threads": threads}
-    yield {**shared, "method": "allocate", "variant": "", "settings": ALLOCATION}
-    for network, variant in product(BATCH, CANDIDATES):
-        yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES}}
+    if allocator == "default":
+        yield {**shared, "method": "allocate", "variant": "", "settings": ALLOCATION}
+        for network, variant in product(BATCH, CANDIDATES):
+            yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES}}
     for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
-        settings = {"bits": "w4a4", "batch_size": BATCH[network]}
+        settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator}
         yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
+
+
+def keep_freed_memory() -> str:
+    """Let this process reuse freed memory instead of handing it back; return the allocator's name for the records."""
+    libc = ctypes.CDLL(None)
+    most = 2**31 - 1
+    if not (libc.mallopt(M_MMAP_THRESHOLD, most // 2) and libc.mallopt(M_TRIM_THRESHOLD, most)):
+        raise OSError("mallopt refused; --keep-memory needs glibc")
+    return "glibc, freed memory kept"
 
 
 def label(run: dict[str, Any]) -> str:
@@ -208,9 +224,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", action="append", help="text in a run's label; may be given several times")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of a training ratio")
+    parser.add_argument("--keep-memory", action="store_true", help="training with an allocator that keeps freed memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    runs = [run for run in wanted(options.threads) if any(text in label(run) for text in options.only or [""])]
+    allocator = keep_freed_memory() if options.keep_memory else "default"
+    runs = [run for run in wanted(options.threads, allocator) if any(text in label(run) for text in options.only or [""])]
     for run in missing(read_runs(RESULTS / f"{NAME}.jsonl"), runs, KEYS):
         record(NAME, measured(dict(run), options.rounds))
 

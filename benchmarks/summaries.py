@@ -76,6 +76,24 @@ def packed_sizes(runs: Sequence[Run]) -> str:
     return render(rows_of(runs, tuple(keys), columns), keys, columns)
 
 
+def peer(runs: Sequence[Run]) -> str:
+    """Another toolkit beside ours, each of its rows against fisher with the same widths."""
+    columns = [
+        Column(value="top1", heading="top-1, %"),
+        Column(value="cost.weight_bytes", heading="bits and scales, kB", digits=1, scale=1e-3),
+        Column(value="cost.mean_weight_bits", heading="mean weight bits"),
+        Column(value="search_s", heading="process time, s", digits=1),
+        Column(value="extra.wall_s", heading="wall time, s", digits=1),
+    ]
+    rows = rows_of(runs, ("method", "variant"), columns)
+    table = render(rows, {"method": "method", "variant": "widths"}, columns)
+    top1 = _top1_by_seed(rows, runs)
+    cells = [_paired(top1[key], top1.get(("fisher", key[1]), {})) if key[0] not in ("float", "uniform", "fisher") else "-" for key in top1]
+    versions: dict[str, str] = next((found for run in runs if (found := value_of(run, "extra.peer_versions"))), {})
+    heading = "Peer: " + (", ".join(f"{name} {version}" for name, version in versions.items()) or "no runs yet") + "."
+    return heading + "\n\n" + with_column(table, "against fisher with these widths, points [95 %]", cells)
+
+
 def generic(runs: Sequence[Run]) -> str:
     """Any runs: a table for each method and set of measured numbers, above it what all its runs share."""
     # Without seeds: runs that agree otherwise are repetitions.
@@ -91,7 +109,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "qat-cifar10": qat_cifar10,
     "packed-sizes": packed_sizes,
     "speed": generic,
-    "peer": generic,
+    "peer": peer,
 }
 """Name of the table and of its results file -> what makes it."""
 
@@ -101,7 +119,7 @@ def conditions(runs: Sequence[Run]) -> str:
     threads = sorted({run["threads"] for run in runs if run.get("threads")})
     software = {name: sorted({run["versions"].get(name, "?") for run in runs}) for name in ("python", "torch", "numpy", "bitscape")}
     commands = list(dict.fromkeys(f"`{run['command']}`" for run in runs))
-    more = [f"{len(commands) - 2} more commands (in the results file)"] if len(commands) > 2 else []
+    more = [f"{len(commands) - 2} more (in the results file)"] if len(commands) > 2 else []
     dates = sorted({run["date"][:10] for run in runs})
     commits = dict.fromkeys(run["commit"][:7] + ("-dirty" if run["commit"].endswith("-dirty") else "") for run in runs)
     parts = [
@@ -168,13 +186,20 @@ def _standard_error(runs: Sequence[Run]) -> str:
 
 
 def _against_uniform(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
-    by_row = {identity(row.keys, ("method", "variant")): row for row in rows}
-    top1 = {key: {run["seed"]: run["top1"] for run in runs if identity(run, ("method", "variant")) == key} for key in by_row}
+    top1 = _top1_by_seed(rows, runs)
     uniform = [key for key in top1 if key[0] == "uniform"]
     if not uniform:
         return ["-" for _ in rows]
     best = max(uniform, key=lambda key: (len(top1[key]), statistics.fmean(top1[key].values())))
-    return ["the best uniform row" if key == best else _paired(top1[key], top1[best]) for key in by_row]
+    return ["the best uniform row" if key == best else _paired(top1[key], top1[best]) for key in top1]
+
+
+def _top1_by_seed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[tuple[Any, ...], dict[int, float]]:
+    """(method, variant) of each row, in order -> seed -> top-1."""
+    by_row: dict[tuple[Any, ...], dict[int, float]] = {identity(row.keys, ("method", "variant")): {} for row in rows}
+    for run in runs:
+        by_row[identity(run, ("method", "variant"))][run["seed"]] = run["top1"]
+    return by_row
 
 
 def _paired(top1: Mapping[int, float], reference: Mapping[int, float]) -> str:

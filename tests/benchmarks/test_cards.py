@@ -1,0 +1,66 @@
+from types import ModuleType
+
+import pytest
+
+from benchmarks.cards import FIELDS, Card, card_of, page, pages, sections
+from bitscape.errors import BitscapeError
+from bitscape.search import fisher
+from bitscape.search.methods import METHODS
+
+CARD = """Name: what it is.
+
+Paper     Someone, 2020, arXiv 2001.01234
+Idea      An idea that
+          takes two lines.
+Computes  a * b -> `a*b`
+Departs   nothing
+Costs     |x| < 3 passes
+Measured  docs/results: here.
+"""
+
+
+def _module(name: str, text: str) -> ModuleType:
+    return ModuleType(name, text)
+
+
+def test_a_card_is_read_field_by_field():
+    card = card_of(_module("bitscape.search.name", CARD))
+    assert card is not None
+    assert (card.name, card.title, card.gist, card.source) == ("name", "Name", "what it is.", "src/bitscape/search/name.py")
+    assert card.fields["Idea"] == "An idea that takes two lines."
+    assert tuple(card.fields) == FIELDS
+
+
+def test_a_page_escapes_and_links():
+    card = card_of(_module("bitscape.search.name", CARD))
+    assert card is not None
+    text = page(card)
+    assert "# Name\n\nWhat it is.\n" in text
+    assert "[arXiv 2001.01234](https://arxiv.org/abs/2001.01234)" in text
+    assert r"a \* b -> `a*b`" in text
+    assert r"|x| \< 3 passes" in text
+    assert "**Measured.** [results](../results.md): here." in text
+
+
+def test_settings_are_shown_with_their_meaning():
+    card = card_of(fisher)
+    assert card is not None
+    assert list(card.settings) == ["Fisher"]
+    assert "| `images=256` | Proxy images scored, at least 1. |" in page(card)
+    bare = Card("a", "a.py", "A", "b", {}, {"Kind": [["x=a|b", "one | two"]]})
+    assert r"| `x=a\|b` | one \| two |" in page(bare)
+
+
+def test_a_module_without_a_card_has_no_page():
+    assert card_of(_module("helper", "Helps.\n\nPaper     Someone")) is None
+
+
+def test_an_incomplete_card_is_refused():
+    with pytest.raises(BitscapeError, match="helper: its card has the fields"):
+        card_of(_module("helper", CARD.replace("Costs", "Price")))
+
+
+def test_every_search_method_has_a_page():
+    files = {kind.__module__.rpartition(".")[2] for kind in METHODS.values()}
+    assert files == {card.name for card in sections()["Search"]}
+    assert {f"{name}.md" for name in files} | {"index.md", "lsq.md", "rounding.md", "plain.md"} <= set(pages())
