@@ -42,8 +42,9 @@ METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform":
 def wanted(networks: list[str], widths: list[int]) -> Iterator[dict[str, Any]]:
     """Every run of the benchmark, random policies last; `proxy` null means the target's own images."""
     cases = [{"network": network, "settings": {"activation_bits": width}} for width, network in itertools.product(widths, networks)]
-    searched = [("float", None), *itertools.product(("fisher", "uniform"), (None, *PROXIES)), ("local", None), ("kl", None)]
-    for case, (method, proxy) in itertools.product(cases, searched):
+    first = (("float", None), ("fisher", None), ("uniform", None), *itertools.product(("fisher",), PROXIES), ("local", None))
+    later = (("kl", None), *itertools.product(("uniform",), PROXIES))
+    for case, (method, proxy) in [*itertools.product(cases, first), *itertools.product(cases, later)]:
         yield {**case, "method": method, "proxy": proxy, "seed": 0}
     for case, seed in itertools.product(cases, range(20)):
         yield {**case, "method": "random", "proxy": None, "seed": seed}

@@ -1,6 +1,6 @@
 """qat-cifar10: does a searched policy beat uniform bits after training? ResNet-20 on CIFAR-10, three BitOps budgets.
 
-    python -m benchmarks.qat_cifar10 [--images 15000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
+    python -m benchmarks.qat_cifar10 [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
 
 Every row shares quantizer (LSQ), recipe, data order and budget. Searches see 512 images of a proxy of 4 % of the training set. `--part i/n`
 does every n-th missing run, so that several processes can share the work.
@@ -54,9 +54,11 @@ FIRST = (("uniform", "one width"), ("uniform", "two widths"), ("fisher", "for tr
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares. The budget w2a3, 6 x MACs inside, is "2.5 bits"."""
     rest = [key for key in METHODS if key not in FIRST]
-    plan = [(budget, key, seed) for seed in range(seeds) for budget in FIXED_PAIRS for key in (*FIRST, *_pairs(budget))]
-    plan += [(budget, ("random", ""), seed) for budget in ("w3a3", "w2a3") for seed in range(seeds, 5)]
+    tight = ("w3a3", "w2a3")
+    plan = [(budget, key, seed) for seed in range(seeds) for budget in tight for key in (*FIRST, *_pairs(budget))]
+    plan += [("w4a4", key, seed) for seed in range(seeds) for key in FIRST]
     plan += [(budget, key, seed) for seed in range(seeds) for budget in FIXED_PAIRS for key in rest]
+    plan += [(budget, ("random", ""), seed) for budget in tight for seed in range(seeds, 5)]
     for budget, (method, variant), seed in plan:
         # The budget of one width leaves nothing to fill with a second.
         if variant != "two widths" or budget == "w2a3":
@@ -149,7 +151,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Do the runs that the results file lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=15_000, help="training images an epoch")
+    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -8,7 +8,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, evaluating, quantize, recalibrate_norms
+from bitscape.quant.convert import _sample, bypassed, calibrate, evaluating, quantize, recalibrate_norms
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -306,3 +306,9 @@ def test_a_few_steps_of_training_lower_the_loss(quantizer):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_the_sample_of_a_map_holds_every_column():
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.arange(14.0).expand(32, 256, 14, 14)
+    assert set(_sample(columns, generator).tolist()) == set(range(14))

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitscape.policy import LayerBits
 from bitscape.search.allocation import allocate
-from bitscape.search.fisher import Fisher, pair_scores
+from bitscape.search.fisher import Fisher, _weighted, pair_scores
 from bitscape.search.problem import ScoreTable, SearchProblem
 from bitscape.search.sensitivity import GradedCall, layer_noise
 
@@ -101,3 +101,21 @@ def test_real_network_and_images_give_the_sensitive_layers_more_bits(shared_data
 def test_no_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="images"):
         problem(linear_net(), images()[:0])
+
+
+def test_pairs_of_a_one_channel_convolution_are_those_of_the_plain_sum() -> None:
+    # Its outputs may lie in memory otherwise than its inputs' noise: inner products must not mix the orders.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3), nn.Flatten()).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 8, 8)
+    noise = layer_noise(model, ["0"], x, PAIRS)["0"]
+    g = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    by_weight, by_input = noise.output_changes(x)
+    expected = torch.tensor([[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight])
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        mixed = [by_weight[0].contiguous(memory_format=memory_format), *by_weight[1:]]
+        with torch.no_grad():
+            products = _weighted([*mixed, *by_input], g).flatten(1)
+        gram = products @ products.T
+        scores = gram.diagonal()[:3, None] + gram.diagonal()[None, 3:] + 2 * gram[:3, 3:]
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)

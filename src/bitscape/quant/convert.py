@@ -124,10 +124,11 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Obs
 def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
     """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes."""
     samples: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
 
     def hook_for(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            samples.setdefault(name, []).append(_sample(inputs[0] if inputs else named["input"]))
+            samples.setdefault(name, []).append(_sample(inputs[0] if inputs else named["input"], generator))
 
         return record
 
@@ -142,11 +143,14 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     return {name: torch.cat(parts) for name, parts in samples.items()}
 
 
-def _sample(values: Tensor) -> Tensor:
+def _sample(values: Tensor, generator: torch.Generator) -> Tensor:
     flat = values.detach().flatten()
-    stride = max(1, flat.numel() // SAMPLES_PER_BATCH)
+    extremes = torch.stack(flat.aminmax())
+    if flat.numel() > SAMPLES_PER_BATCH:
+        # Drawn, not every k-th: sizes of maps are powers of two, and a stride that divides them sees one column of every map.
+        flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator).to(flat.device)]
     # The extremes always belong to the sample: they decide the sign, and min-max ranges.
-    return torch.cat([flat[::stride], torch.stack(flat.aminmax())]).float()
+    return torch.cat([flat, extremes]).float()
 
 
 def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: int = 32) -> Iterator[Tensor]:

@@ -13,6 +13,10 @@ from torch import Tensor
 from bitscape.quant.grid import Grid, Number
 
 
+EDGE = 1e-6
+"""Relative width by which a bound is moved outwards so that values on it count as inside; a few units in the last place."""
+
+
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes straight through."""
     return x + (x.round() - x).detach()
@@ -93,8 +97,9 @@ def _mask_outside(g: Tensor, x: Tensor, scale: Tensor, qmin: Number, qmax: Numbe
     """The gradient where `x` lies within the grid's range, else zero."""
     low, high = (qmin - zero_point) * scale, (qmax - zero_point) * scale
     if x.device.type == "cpu" and low.numel() == 1 and high.numel() == 1:
-        # One vectorised pass; .item() waits for nothing on a CPU. It is zero at the very bounds, where clip has a subgradient anyway.
-        return torch.ops.aten.hardtanh_backward(g, x, low.item(), high.item())  # type: ignore[no-any-return]  # operators are untyped
+        # One vectorised pass; .item() waits for nothing on a CPU. It is zero at the very bounds, where repaired weights lie, hence wider.
+        below, above = low.item(), high.item()
+        return torch.ops.aten.hardtanh_backward(g, x, below - EDGE * abs(below), above + EDGE * abs(above))  # type: ignore[no-any-return]  # operators are untyped
     return torch.where((x >= low) & (x <= high), g, 0.0)
 
 

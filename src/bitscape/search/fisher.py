@@ -58,12 +58,12 @@ def pair_scores(call: GradedCall, noise: LayerNoise, variant: Variant, weight_sh
 
 
 def _weighted(changes: list[Tensor], gradient: Tensor) -> Tensor:
-    """G dY of every candidate: (R, n, elements of an image), elements in the order in which the changes lie in memory."""
-    batch = len(gradient)
+    """G dY of every candidate: (R, n, elements of an image), the elements of all in one order."""
+    first, batch = changes[0], len(gradient)
     together = gradient.new_empty(len(changes), batch, gradient[0].numel())
     for row, change in zip(together, changes, strict=True):
-        # Written once, in the layout of the change: a stack of flattened products would copy each of these large tensors twice.
-        target = row.as_strided(change.shape, change.stride()) if is_dense(change) else row.view(change.shape)
+        # Written once, in the layout of the first change: a stack of flattened products would copy these large tensors twice.
+        target = row.as_strided(change.shape, first.stride()) if is_dense(first) else row.view(change.shape)
         torch.mul(gradient, change, out=target)
     return together
 

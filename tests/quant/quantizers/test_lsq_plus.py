@@ -2,32 +2,19 @@ import torch
 
 from bitscape.quant.grid import grid
 from bitscape.quant.observers import Mse
-from bitscape.quant.quantizers import Lsq, LsqPlus, PerTensor
-from bitscape.quant.quantizers.lsq_plus import least_squares_range, weight_scale
+from bitscape.quant.quantizers import Lsq, LsqPlus
+from bitscape.quant.quantizers.lsq_plus import least_squares_range
 
 
 def silu_values() -> torch.Tensor:
     return torch.nn.functional.silu(torch.randn(64, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 2)
 
 
-def test_weights_start_at_three_standard_deviations():
-    w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)) + 0.5
-    fake = LsqPlus().for_weight(w, 4)
-    fake.initialize(w, Mse())
-    mean, deviation = w.mean(1), w.std(1, unbiased=False)
-    reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
-    torch.testing.assert_close(fake.scale.detach().flatten(), reach / 8)
-    torch.testing.assert_close(weight_scale(w, 16), reach / 8)
-    per_tensor = LsqPlus(weight_scales=PerTensor()).for_weight(w, 4)
-    per_tensor.initialize(w, Mse())
-    assert per_tensor.scale.ndim == 0
-
-
-def test_one_bit_weights_start_as_in_lsq():
+def test_weights_start_as_in_lsq():
     w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
     starts = []
     for quantizer in (Lsq(), LsqPlus()):
-        fake = quantizer.for_weight(w, 1)
+        fake = quantizer.for_weight(w, 4)
         fake.initialize(w, Mse())
         starts.append(fake.scale)
     assert torch.equal(*starts)
@@ -43,12 +30,17 @@ def test_an_offset_beats_a_signed_grid_on_a_short_negative_tail():
     assert errors[LsqPlus] < 0.6 * errors[Lsq]
 
 
-def test_the_starting_range_is_a_fixed_point_of_least_squares():
+def test_more_steps_never_give_a_worse_start():
     values = silu_values().flatten()
     limits = grid(3, signed=False)
-    few = least_squares_range(values, limits, Mse(), steps=40)
-    more = least_squares_range(values, limits, Mse(), steps=41)
-    torch.testing.assert_close(few, more, rtol=5e-3, atol=5e-3)
+
+    def error(steps: int) -> float:
+        scale, offset = least_squares_range(values, limits, Mse(), steps=steps)
+        codes = ((values - offset) / scale).round().clamp(0, 7)
+        return float((scale * codes + offset - values).square().mean())
+
+    errors = [error(steps) for steps in (1, 2, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
 
 
 def test_the_result_is_scale_times_code_plus_offset():

@@ -4,9 +4,9 @@ Paper     Bhalgat, Lee, Nagel, Blankevoort, Kwak: "LSQ+: Improving low-bit quant
           initialization", CVPR Workshops 2020, arXiv 2004.09576
 Idea      SiLU, GELU and hard-swish have a short negative tail: a signed grid wastes half its codes on it, an unsigned one cuts it off. An
           unsigned grid that may start anywhere holds both.
-Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range and weight_scale
-Departs   Weights start at max|mean +- 3 std| / 2^(b-1) per channel (paper: per tensor) whatever the observer is;
-          at 1 bit, where that rule overshoots, at the observer's scale.
+Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range
+Departs   Weights start where the observer puts them, as LSQ's do. The paper's start, max|mean +- 3 std| / 2^(b-1), is meant for
+          training: it cuts off the outliers that a trained network needs before it is trained again.
 Costs     As LSQ, one more pass over the activations.
 Measured  not yet
 """
@@ -19,27 +19,8 @@ from torch import Tensor, nn
 from bitscape.quant.functional import fake_quantize, quantize, scale_gradient
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import MINIMUM_SCALE, Observer
-from bitscape.quant.quantizers.base import FakeQuantizer, PerChannel, Sharing, grouped
+from bitscape.quant.quantizers.base import FakeQuantizer, PerChannel, Sharing
 from bitscape.quant.quantizers.lsq import LsqWeight, lsq_gradient_factor
-
-
-class LsqPlusWeight(LsqWeight):
-    """LSQ weights that start from mean and standard deviation."""
-
-    def _set_range(self, values: Tensor, observer: Observer) -> None:
-        if isinstance(self.bits, int) and self.bits == 1:
-            super()._set_range(values, observer)
-            return
-        rows = grouped(values, self.scale.shape)
-        levels = self.grid.qmax - self.grid.qmin + 1
-        self.scale.copy_(weight_scale(rows, levels).reshape(self.scale.shape))
-
-
-def weight_scale(rows: Tensor, levels: float | Tensor) -> Tensor:
-    """max|mean +- 3 std| / 2^(b-1) of each row (section 3.2)."""
-    mean, deviation = rows.mean(1), rows.std(1, unbiased=False)
-    reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
-    return (2 * reach / levels).clamp(min=MINIMUM_SCALE)
 
 
 class LsqPlusActivation(FakeQuantizer):
@@ -63,13 +44,19 @@ class LsqPlusActivation(FakeQuantizer):
 
 
 def least_squares_range(values: Tensor, grid: Grid, observer: Observer, steps: int = 8) -> tuple[Tensor, Tensor]:
-    """Alternate offset = mean(v - s q) and s = <v - offset, q> / <q, q> from the observer's range (Eq. 6, least squares form)."""
-    offset = values.min()
+    """Scale and offset of the smallest squared error that is met on the way from the observer's range.
+
+    The way alternates offset = mean(v - s q) and s = <v - offset, q> / <q, q> (Eq. 6, least squares form), which may also lead astray.
+    """
+    offset = values.min().clamp(max=0)
     scale = observer.scale((values - offset)[None], grid)[0]
+    met = []
     for _ in range(steps):
         q = quantize(values - offset, scale, grid)
+        met.append((float((offset + scale * q - values).square().mean()), scale, offset))
         offset = (values - scale * q).mean()
         scale = ((values - offset) @ q / (q @ q).clamp(min=1e-12)).clamp(min=MINIMUM_SCALE)
+    _, scale, offset = min(met, key=lambda step: step[0])
     return scale, offset
 
 
@@ -80,9 +67,9 @@ class LsqPlus:
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""
 
-    def for_weight(self, weight: Tensor, bits: int | Tensor) -> LsqPlusWeight:
+    def for_weight(self, weight: Tensor, bits: int | Tensor) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, output channels first."""
-        return LsqPlusWeight(weight, bits, self.weight_scales)
+        return LsqWeight(weight, bits, self.weight_scales)
 
     def for_activation(self, bits: int | Tensor) -> LsqPlusActivation:
         """Fake-quantizer for a layer's input."""
