@@ -157,7 +157,7 @@ def test_policy_must_fit_the_network():
         bitops(network, Policy({"0": LayerBits(4, 4)}))
 
 
-def test_never_called_layers_may_have_bits_and_cost_nothing():
+def test_never_called_layers_may_have_bits_and_cost_what_is_stored():
     with_uncalled = NetworkCost(
         layers=measure(nn.Linear(4, 4), (4,)).layers,
         uncalled=("idle",),
@@ -166,7 +166,10 @@ def test_never_called_layers_may_have_bits_and_cost_nothing():
     )
     name = with_uncalled.layers[0].name
     alone, both = Policy({name: LayerBits(4, 4)}), Policy({name: LayerBits(4, 4), "idle": LayerBits(8, 8)})
-    assert policy_cost(with_uncalled, alone) == policy_cost(with_uncalled, both)
+    less, more = policy_cost(with_uncalled, alone), policy_cost(with_uncalled, both)
+    assert more["weight_bytes"] - less["weight_bytes"] == 4 * 4 + 4 * 4
+    assert more["mean_weight_bits"] == 6.0
+    assert all(more[kind] == less[kind] for kind in less if kind not in ("weight_bytes", "mean_weight_bits"))
 
 
 def test_shared_weight_has_one_width_and_is_stored_once():

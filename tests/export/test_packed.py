@@ -202,15 +202,42 @@ def test_shared_and_tied_tensors_are_stored_once(tmp_path):
     assert loaded.c.weight is loaded.b.weight and loaded.again is loaded.a
 
 
-def test_tied_layers_that_learned_different_scales_come_back_too(tmp_path):
+def test_tied_layers_are_stored_once_also_after_training(tmp_path):
     torch.manual_seed(0)
     model, x = Shared(), torch.randn(16, 8)
-    q = calibrate(quantize(model, policy_for(model, ((4, 8),))), x).eval()
+    policy = policy_for(model, ((4, 8),))
+    q = calibrate(quantize(model, policy), x)
+    q(x).square().sum().backward()
     with torch.no_grad():
-        q.c.weight_quantizer.scale.mul_(1.5)
-    save_packed(q, tmp_path / "net")
-    loaded = load_packed(tmp_path / "net", Shared())
-    assert torch.equal(loaded(x), q(x))
+        for parameter in q.parameters():
+            parameter -= 0.01 * parameter.grad
+    info = save_packed(q.eval(), tmp_path / "net")
+    assert info.weight_bytes == policy_cost(measure(model, (8,)), policy)["weight_bytes"]
+    assert torch.equal(load_packed(tmp_path / "net", Shared())(x), q(x))
+
+
+def test_an_uncalibrated_network_is_an_error(tmp_path):
+    with pytest.raises(BitscapeError, match="calibrate"):
+        save_packed(quantize(small_net(), policy_for(small_net())), tmp_path / "net")
+
+
+class Unused(nn.Module):
+    """A layer that the forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(8, 4), nn.Linear(300, 10)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_bytes_of_a_layer_that_is_never_called_count(tmp_path):
+    model, x = Unused(), torch.randn(4, 8)
+    network = measure(model, (8,))
+    policy = Policy({"used": LayerBits(4, 8), "spare": LayerBits(8, 8)})
+    info = save_packed(calibrate(quantize(model, policy), x), tmp_path / "net")
+    assert info.weight_bytes == policy_cost(network, policy)["weight_bytes"] == 32 * 4 // 8 + 4 * 4 + 3000 + 4 * 10
 
 
 class TiedToFloat(nn.Module):
@@ -260,7 +287,7 @@ def test_a_resnet18_takes_hardly_more_than_its_payload(tmp_path):
     model = fold_norms(resnet18().eval(), torch.zeros(1, 3, 64, 64))
     names = list(layer_shapes(model))
     policy = Policy({name: LayerBits(2 + index % 5, 4) for index, name in enumerate(names)})
-    info = save_packed(quantize(model, policy), tmp_path / "net")
+    info = save_packed(calibrate(quantize(model, policy), torch.randn(1, 3, 64, 64)), tmp_path / "net")
     assert info.weight_bytes == policy_cost(measure(model, (3, 224, 224)), policy)["weight_bytes"]
     payload = sum(layer.weights * policy.layers[layer.name].weight for layer in measure(model, (3, 224, 224)).layers) / 8
     assert info.file_bytes <= 1.02 * payload
@@ -303,7 +330,7 @@ def test_a_bypassed_network_is_an_error(tmp_path):
 
 
 def test_scales_along_inputs_are_an_error(tmp_path):
-    model = quantize(small_net(), policy_for(small_net()), Lsq(weight_scales=PerChannel(1)))
+    model = calibrate(quantize(small_net(), policy_for(small_net()), Lsq(weight_scales=PerChannel(1))), images())
     with pytest.raises(BitscapeError, match=r"scales of shape \(1, 3, 1, 1\)"):
         save_packed(model, tmp_path / "net")
 
@@ -392,7 +419,11 @@ def test_another_network_is_an_error_with_the_nearest_names(tmp_path):
             super().__init__()
             self.add_module(name, nn.Linear(4, 4))
 
-    save_packed(quantize(Named("classifier"), Policy({"classifier": LayerBits(4, 4)})), tmp_path / "net")
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return next(self.children())(x)
+
+    named = quantize(Named("classifier"), Policy({"classifier": LayerBits(4, 4)}))
+    save_packed(calibrate(named, torch.randn(2, 4)), tmp_path / "net")
     with pytest.raises(PolicyError, match="no layer 'classifier'; nearest: classifier2"):
         load_packed(tmp_path / "net", Named("classifier2"))
 

@@ -135,7 +135,17 @@ def test_an_error_inside_an_own_forward_leaves_the_parameter_in_place():
 
 def test_a_class_has_one_quantized_form():
     assert quantized_class(SameConv2d) is quantized_class(SameConv2d)
-    assert quantized_class(nn.modules.linear.NonDynamicallyQuantizableLinear) is QuantLinear
+    assert quantized_class(nn.Linear) is QuantLinear
+
+
+def test_a_subclass_keeps_its_helpers():
+    class Helpful(nn.Linear):
+        def rows(self) -> int:
+            return self.out_features
+
+    kind = quantized_class(Helpful)
+    assert issubclass(kind, QuantLinear) and kind.forward is QuantLinear.forward
+    assert quantize(nn.Sequential(Helpful(3, 2)), Policy({"0": LayerBits(4, 4)}))[0].rows() == 2
 
 
 def test_other_layers_are_an_error():

@@ -89,6 +89,11 @@ class NetworkCost:
         return {layer.name: layer.weight_shape for layer in self.layers} | dict(self.uncalled_shapes)
 
     @property
+    def never_called(self) -> tuple[LayerCost, ...]:
+        """The layers of `uncalled`: they do nothing for an image, but their weights are stored."""
+        return tuple(_idle_layer(name, shape) for name, shape in self.uncalled_shapes.items())
+
+    @property
     def ends(self) -> tuple[str, str]:
         """Names of the first and the last layer called."""
         return self.layers[0].name, self.layers[-1].name
@@ -108,6 +113,21 @@ class NetworkCost:
     def total_macs(self) -> int:
         """MACs of the whole network."""
         return self.covered_macs + sum(entry.macs for entry in self.uncounted)
+
+
+def _idle_layer(name: str, shape: tuple[int, ...]) -> LayerCost:
+    kind = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[len(shape)]
+    return LayerCost(
+        name=name,
+        kind=kind,
+        macs=0,
+        weights=math.prod(shape),
+        weight_shape=shape,
+        scales=shape[0],
+        input_elements=0,
+        output_elements=0,
+        calls=0,
+    )
 
 
 def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkCost:

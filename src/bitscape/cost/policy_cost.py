@@ -1,6 +1,7 @@
 """What a policy costs on a measured network: BitOps, storage, mean bits, activation memory.
 
-Conventions, for one image at the network's input shape, pinned layers included:
+Conventions, for one image at the network's input shape, pinned layers included; layers that are never called count with what is
+stored of them:
 
     bitops                 sum over layers of macs * weight_bits * activation_bits; norms and biases not counted
     weight_bytes           sum of ceil(weights * weight_bits / 32) * 4 + 4 * scales: each layer packed to whole 32-bit
@@ -80,7 +81,7 @@ CAPS: dict[str, Cap] = {
         layer_cost=lambda layer, bits: layer.weights * bits.weight,
         combine="sum",
         depends_on=frozenset({"weight"}),
-        denominator=lambda network: sum(layer.weights for layer in network.layers),
+        denominator=lambda network: sum(layer.weights for layer in [*network.layers, *network.never_called]),
         unit="bits",
     ),
     "mean_activation_bits": Cap(
@@ -155,7 +156,8 @@ def policy_cost(network: NetworkCost, policy: Policy) -> dict[str, float]:
 def _combined(kind: str, network: NetworkCost, policy: Policy) -> int:
     _check(network, policy.layers)
     row = cap(kind)
-    return row.combined(row.layer_cost(layer, policy.layers[layer.name]) for layer in network.layers)
+    stored = [layer for layer in network.never_called if layer.name in policy.layers]
+    return row.combined(row.layer_cost(layer, policy.layers[layer.name]) for layer in [*network.layers, *stored])
 
 
 def _check(network: NetworkCost, bits: Mapping[str, LayerBits]) -> None:

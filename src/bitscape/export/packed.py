@@ -91,6 +91,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+    if not any(getattr(layer.input_quantizer, "initialized", True) for layer in layers.values()):
+        raise BitscapeError("model: no activation scale is set; call bitscape.calibrate(model, images) before saving")
     stored, codes = {}, {}
     for name, layer in layers.items():
         with _prefixed(f"layer {name}"):

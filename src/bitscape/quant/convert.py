@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
@@ -14,7 +15,7 @@ from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers
 from bitscape.quant.observers import Mse, Observer
-from bitscape.quant.quantizers import Lsq, Quantizer
+from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
 
 _log = logging.getLogger("bitscape.quant")
 _DEFAULT_QUANTIZER = Lsq()
@@ -45,19 +46,35 @@ def quantize(
     """
     if quantized_layers(model):
         raise BitscapeError("model: it is quantized already; give the float network (also to change a quantized one's bits)")
+    if not isinstance(policy, Policy):
+        kind = type(policy).__name__
+        raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
     model = split_attention(model if inplace else copy.deepcopy(model))
     policy.check(layer_shapes(model))
-    for name, layer in quantizable_layers(model).items():
-        bits = policy.layers[name]
-        weight = _own_weight(name, layer)
-        weight_quantizer = quantizer.for_weight(weight, bits.weight)
-        with _naming(name, "weight"):
-            weight_quantizer.initialize(weight, observer)
+    layers = quantizable_layers(model)
+    weight_quantizers = _weight_quantizers(layers, policy, quantizer, observer)
+    for name, layer in layers.items():
         # In place, and by class: see layers.py.
         layer.__class__ = quantized_class(type(layer))
-        layer.weight_quantizer = weight_quantizer.to(weight.device)
-        layer.input_quantizer = quantizer.for_activation(bits.activation).to(weight.device)
+        layer.weight_quantizer = weight_quantizers[name]
+        layer.input_quantizer = quantizer.for_activation(policy.layers[name].activation).to(layer.get_parameter("weight").device)
     return model
+
+
+def _weight_quantizers(
+    layers: Mapping[str, nn.Module], policy: Policy, quantizer: Quantizer, observer: Observer
+) -> dict[str, FakeQuantizer]:
+    """One for each layer, its scales set; layers that share a weight at the same bits share the quantizer, so that they stay alike."""
+    made: dict[tuple[nn.Parameter, int], FakeQuantizer] = {}
+    by_name = {}
+    for name, layer in layers.items():
+        weight, bits = _own_weight(name, layer), policy.layers[name].weight
+        if (weight, bits) not in made:
+            made[weight, bits] = quantizer.for_weight(weight, bits)
+            with _naming(name, "weight"):
+                made[weight, bits].initialize(weight, observer)
+        by_name[name] = made[weight, bits].to(weight.device)
+    return by_name
 
 
 def _own_weight(name: str, layer: nn.Module) -> nn.Parameter:
@@ -177,7 +194,7 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
     Raises:
         BitscapeError: `images` holds no batch.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return model
     before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
@@ -189,6 +206,7 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
                 norm.train()
             if not _run(model, batches_of(images, model, batch_size=128)):
                 raise BitscapeError("images: no batch; give at least one, better about 50 batches of 128 images")
+            _put_back_unused(norms, before)
         except BaseException:
             for norm, (_, buffers) in zip(norms, before, strict=True):
                 norm.load_state_dict(buffers, strict=False)
@@ -197,6 +215,13 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
             for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum
     return model
+
+
+def _put_back_unused(norms: list[_BatchNorm], before: list[tuple[float | None, dict[str, Tensor]]]) -> None:
+    for norm, (_, buffers) in zip(norms, before, strict=True):
+        if norm.num_batches_tracked is not None and norm.num_batches_tracked == 0:
+            _log.warning("a batch norm of %d channels never ran: its statistics stay as they were", norm.num_features)
+            norm.load_state_dict(buffers, strict=False)
 
 
 def _run(model: nn.Module, batches: Iterable[Tensor]) -> int:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bitscape.quant.grid import Grid, Number
 
-
 EDGE = 1e-6
 """Relative width by which a bound is moved outwards so that values on it count as inside; a few units in the last place."""
 
@@ -26,6 +25,11 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, its gradient multiplied by `factor`."""
     scaled = x * factor
     return x.detach() + (scaled - scaled.detach())  # adds an exact zero
+
+
+def at_least(x: Tensor, minimum: float) -> Tensor:
+    """`x`, but not below `minimum`; the gradient passes straight through, so that a learned scale can grow again."""
+    return x.clamp(min=minimum).detach() + (x - x.detach())  # what is added is exactly 0
 
 
 def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:

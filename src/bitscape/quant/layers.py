@@ -63,8 +63,8 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     """
     for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
         if issubclass(kind, base):
-            own_forward: Any = kind
-            return quantized if _has_forward_of(base, kind) else _keeping_forward(own_forward)
+            first = quantized if _has_forward_of(base, kind) else _OwnForward
+            return quantized if kind is base else _derived(first, cast(Any, kind))
     allowed = ", ".join(k.__name__ for k in QUANTIZABLE)
     raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {allowed} and their subclasses")
 
@@ -81,8 +81,8 @@ def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
 
 
 @cache
-def _keeping_forward(kind: Any) -> type[QuantizedLayer]:
-    return type(f"Quant{kind.__name__}", (_OwnForward, kind), {})
+def _derived(first: Any, kind: Any) -> type[QuantizedLayer]:
+    return type(f"Quant{kind.__name__}", (first, kind), {})
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -1,6 +1,7 @@
 """From observed values to a scale: min-max, percentile and mean squared error.
 
 Values come as a (groups, n) tensor: one row for each scale. Every observer is a frozen setting with one function, `scale(values, grid)`.
+The grid's limits are numbers, or tensors with one value for each group.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.quant.functional import dequantize, quantize
-from bitscape.quant.grid import Grid
+from bitscape.quant.grid import Grid, Number
 
 MINIMUM_SCALE = 1e-5
 """Scales never get smaller: a dead channel still has a grid, and divisions stay finite."""
@@ -22,7 +23,8 @@ class MinMax:
     """The smallest scale whose range holds every value."""
 
     def scale(self, values: Float[Tensor, "groups n"], grid: Grid) -> Float[Tensor, " groups"]:
-        return _scale_to_hold(values.amin(1), values.amax(1), grid)
+        grid = _by_group(grid, len(values))
+        return _scale_to_hold(values.amin(1, keepdim=True), values.amax(1, keepdim=True), grid)[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Percentile:
         ordered = values.sort(dim=1).values
         last = values.shape[1] - 1
         high = round(self.percent / 100 * last)
-        return _scale_to_hold(ordered[:, last - high], ordered[:, high], grid)
+        grid = _by_group(grid, len(values))
+        return _scale_to_hold(ordered[:, [last - high]], ordered[:, [high]], grid)[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Mse:
     """Least-squares steps after the scan."""
 
     def scale(self, values: Float[Tensor, "groups n"], grid: Grid) -> Float[Tensor, " groups"]:
-        widest = MinMax().scale(values, grid)
+        widest, grid = MinMax().scale(values, grid), _by_group(grid, len(values))
         best, best_error = widest, _squared_error(values, widest, grid)
         for fraction in torch.linspace(0.1, 0.96, self.points).tolist():
             best, best_error = _better(values, widest * fraction, grid, best, best_error)
@@ -68,11 +71,23 @@ Observer = MinMax | Percentile | Mse
 
 
 def _scale_to_hold(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
-    # A negative value on an unsigned grid cannot be held by any scale, hence the clamp to what the grid can reach.
-    above = high / (grid.qmax - grid.zero_point)
-    reach = grid.qmin - grid.zero_point
-    below = low / reach if reach < 0 else torch.zeros_like(low)
-    return torch.maximum(above, below).clamp(min=MINIMUM_SCALE)
+    # A negative value on an unsigned grid cannot be held by any scale: there the upper end alone decides.
+    top, bottom = (torch.as_tensor(reach).to(low) for reach in (grid.qmax - grid.zero_point, grid.qmin - grid.zero_point))
+    below = torch.where(bottom < 0, low / torch.where(bottom < 0, bottom, -1.0), 0.0)
+    return torch.maximum(high / top, below).clamp(min=MINIMUM_SCALE)
+
+
+def _by_group(grid: Grid, groups: int) -> Grid:
+    """The grid with limits that broadcast against (groups, n)."""
+    return Grid(*(_column(limit, groups) for limit in (grid.qmin, grid.qmax, grid.zero_point)))
+
+
+def _column(limit: Number, groups: int) -> Number:
+    if not isinstance(limit, Tensor) or limit.numel() == 1:
+        return limit if not isinstance(limit, Tensor) else limit.reshape(())
+    if limit.numel() != groups:
+        raise BitscapeError(f"bits: {limit.numel()} widths for {groups} scales; ranges need one width, or one for each scale")
+    return limit.reshape(-1, 1)
 
 
 def _squared_error(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:

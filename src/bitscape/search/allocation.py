@@ -168,7 +168,9 @@ def _row(kind: str, limit: int, network: NetworkCost, candidates: tuple[LayerBit
     for at, group in enumerate(freedom.groups):
         for column, bits in enumerate(candidates):
             costs[at, column] = how.combined(layer_cost(kind, network.by_name[name], bits) for name in group)
-    fixed = how.combined([0, *(layer_cost(kind, network.by_name[name], bits) for name, bits in freedom.pinned.items())])
+    pinned = [layer_cost(kind, network.by_name[name], bits) for name, bits in freedom.pinned.items()]
+    idle = [layer_cost(kind, layer, NO_EFFECT) for layer in network.never_called]
+    fixed = how.combined([0, *pinned, *idle])
     return CapRow(kind, costs, limit, fixed, additive=how.combine == "sum")
 
 

@@ -27,6 +27,11 @@ class DorefaWeight(WeightFakeQuantizer):
         super().__init__(bits, signed=True, mid_rise=True)
         self.restore_scale = restore_scale
 
+    def _quantize_dequantize(self, x: Tensor) -> Tensor:
+        y = super()._quantize_dequantize(x)
+        # Eq. 7: the sign passes every gradient; the grid by itself would stop those beyond its two levels. x - x is exactly 0.
+        return y.detach() + (x - x.detach()) if self.bits == 1 else y
+
     def transform(self, weight: Tensor) -> Tensor:
         if self.bits == 1:
             return weight

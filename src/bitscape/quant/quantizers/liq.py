@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitscape.quant.functional import at_least
 from bitscape.quant.observers import MINIMUM_SCALE, Observer
 from bitscape.quant.quantizers.base import WeightFakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation
@@ -32,7 +33,7 @@ class LiqWeight(WeightFakeQuantizer):
     @property
     def scale(self) -> Tensor:
         """Float32 spacing of the grid, derived from the learned bound."""
-        scale: Tensor = self.clip.clamp(min=MINIMUM_SCALE) * (2 / (2 ** int(self.bits) - 1))
+        scale: Tensor = at_least(self.clip, MINIMUM_SCALE) * (2 / (2 ** int(self.bits) - 1))
         return scale
 
     def transform(self, weight: Tensor) -> Tensor:

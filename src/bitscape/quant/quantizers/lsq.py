@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import fake_quantize
+from bitscape.quant.functional import at_least, fake_quantize
 from bitscape.quant.observers import MINIMUM_SCALE, Observer
 from bitscape.quant.quantizers.base import (
     FakeQuantizer,
@@ -41,7 +41,7 @@ class LsqWeight(WeightFakeQuantizer):
         return weight
 
     def grid_scale(self, weight: Tensor) -> Tensor:
-        return self.scale.clamp(min=MINIMUM_SCALE)
+        return at_least(self.scale, MINIMUM_SCALE)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         scales = observer.scale(grouped(values, self.scale.shape), self.grid)
@@ -57,7 +57,7 @@ class LsqActivation(FakeQuantizer):
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
-        return fake_quantize(x, self.scale.clamp(min=MINIMUM_SCALE), self.grid, scale_gradient_factor=factor)
+        return fake_quantize(x, at_least(self.scale, MINIMUM_SCALE), self.grid, scale_gradient_factor=factor)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         self.see_sign(values)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import fake_quantize, quantize, scale_gradient
+from bitscape.quant.functional import at_least, fake_quantize, quantize, scale_gradient
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import MINIMUM_SCALE, Observer
 from bitscape.quant.quantizers.base import FakeQuantizer, PerChannel, Sharing
@@ -33,7 +33,7 @@ class LsqPlusActivation(FakeQuantizer):
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
-        scale = scale_gradient(self.scale.clamp(min=MINIMUM_SCALE), factor)
+        scale = scale_gradient(at_least(self.scale, MINIMUM_SCALE), factor)
         grid = Grid(self.grid.qmin, self.grid.qmax, -scale_gradient(self.offset, factor) / scale)
         return fake_quantize(x, scale, grid)
 

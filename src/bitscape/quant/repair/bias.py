@@ -18,6 +18,7 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
           rounding (72.0 and 58.0 %) 80.0 and 58.5 %, with biases alone 65.0 and 56.7 %.
 """
 
+import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -27,7 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.attention import split_attention
 from bitscape.models.layers import quantizable_layers
+from bitscape.quant.chains import shared_parameters
 from bitscape.quant.convert import batches_of, evaluating
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.base import Codes
@@ -57,13 +60,17 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
+    if any(isinstance(module, nn.MultiheadAttention) for module in float_model.modules()):
+        float_model = split_attention(copy.deepcopy(float_model))
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
+    shared = shared_parameters(model)
     partners = quantizable_layers(float_model)
     missing = [name for name in layers if name not in partners]
     if missing:
         hint = nearest(missing[0], partners)
         raise BitscapeError(f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized")
-    corrections = {name: _Correction(layer, gain and _has_channel_scales(layer)) for name, layer in layers.items()}
+    gains = {name: gain and layer.weight not in shared and _has_channel_scales(layer) for name, layer in layers.items()}
+    corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
     try:
