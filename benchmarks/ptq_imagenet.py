@@ -3,8 +3,9 @@
     python -m benchmarks.ptq_imagenet [--threads 1] [--network mobilenetv2_tfslim] [--activation-bits 8]
 
 Weights mixed, activations at one width, budget = bytes of uniform 4-bit weights. Scores, ranges and repair all come from the same
-256 proxy images: CIFAR-10, Tiny-ImageNet, or the target's own. Accuracy is on the 744 images of imagenet_sample1k that no method
-sees, before and after repair (compensated rounding, bias correction); the controls use the target's own images.
+256 proxy images: CIFAR-10, Tiny-ImageNet, or the target's own; in the rows "policy only", scores alone do. Accuracy is on the 744
+images of imagenet_sample1k that no method sees, before and after repair (compensated rounding, bias correction); the controls use
+the target's own images.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from bitscape.search.uniform import Uniform
 from recipes.networks import WEIGHTS, load
 
 NAME = "ptq-imagenet"
-KEYS = ("network", "method", "proxy", "seed", "settings.activation_bits")
+KEYS = ("network", "method", "variant", "proxy", "seed", "settings.activation_bits")
+POLICY_ONLY = "policy only"
+"""Variant: the proxy gives the policy, the target's own images ranges and repair."""
 IMAGES = 256
 PROXIES = {"cifar10:256": "cifar10_train", "tiny_imagenet:256": "tiny_imagenet_train8k"}
 METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform": Uniform(), "random": Random()}
@@ -42,12 +45,13 @@ METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform":
 def wanted(networks: list[str], widths: list[int]) -> Iterator[dict[str, Any]]:
     """Every run of the benchmark, random policies last; `proxy` null means the target's own images."""
     cases = [{"network": network, "settings": {"activation_bits": width}} for width, network in itertools.product(widths, networks)]
-    first = (("float", None), ("fisher", None), ("uniform", None), *itertools.product(("fisher",), PROXIES), ("local", None))
-    later = (("kl", None), *itertools.product(("uniform",), PROXIES))
-    for case, (method, proxy) in [*itertools.product(cases, first), *itertools.product(cases, later)]:
-        yield {**case, "method": method, "proxy": proxy, "seed": 0}
+    own = [(method, None, None) for method in ("float", "fisher", "uniform", "local")]
+    foreign = [("fisher", variant, proxy) for proxy in PROXIES for variant in (None, POLICY_ONLY)]
+    later = [("kl", None, None), *(("uniform", None, proxy) for proxy in PROXIES)]
+    for case, (method, variant, proxy) in [*itertools.product(cases, own + foreign), *itertools.product(cases, later)]:
+        yield {**case, "method": method, "variant": variant, "proxy": proxy, "seed": 0}
     for case, seed in itertools.product(cases, range(20)):
-        yield {**case, "method": "random", "proxy": None, "seed": seed}
+        yield {**case, "method": "random", "variant": None, "proxy": None, "seed": seed}
 
 
 @cache
@@ -98,7 +102,7 @@ def search(run: dict[str, Any]) -> SearchResult:
 
 def accuracies(run: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """Top-1 before and after repair, and the seconds that repair took."""
-    network, proxy = run["network"], run["proxy"]
+    network, proxy = run["network"], None if run["variant"] == POLICY_ONLY else run["proxy"]
     quantized = calibrate(quantize(float_network(network), policy), images(network, proxy))
     # Of the twenty random policies only the repaired accuracy, which the comparison is about.
     plain = None if run["method"] == "random" else top1(network, quantized)

@@ -6,11 +6,13 @@ All times are process CPU time, so that other programs on the machine disturb li
 Training alternates both networks of a ratio in one process and takes the median of the rounds' ratios: same dtype, both channels_last, both
 eager or both compiled. `--only` takes the runs whose label holds the text, such as "train mobilenetv2_tfslim bfloat16 compiled".
 `--keep-memory` tells glibc to keep freed memory: by default large tensors go back to the system and their pages are faulted in again
-every step, which costs the quantized network more, as it makes more tensors.
+every step, which costs the quantized network more, as it makes more tensors. How much glibc keeps depends on what a process freed
+before, so that every run has a process of its own.
 """
 
 import argparse
 import ctypes
+import multiprocessing
 import os
 import statistics
 import time
@@ -48,6 +50,8 @@ ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt: above how many free bytes memory is given back, and from which size on blocks have their own mapping."""
 
+KEPT = "glibc, freed memory kept"
+
 Clocks = dict[str, float]
 
 
@@ -59,17 +63,16 @@ def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
         for network, variant in product(BATCH, CANDIDATES):
             yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES}}
     for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
-        settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator}
+        settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator, "process": "own"}
         yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
 
 
-def keep_freed_memory() -> str:
-    """Let this process reuse freed memory instead of handing it back; return the allocator's name for the records."""
+def keep_freed_memory() -> None:
+    """Let this process reuse freed memory instead of handing it back."""
     libc = ctypes.CDLL(None)
     most = 2**31 - 1
     if not (libc.mallopt(M_MMAP_THRESHOLD, most // 2) and libc.mallopt(M_TRIM_THRESHOLD, most)):
         raise OSError("mallopt refused; --keep-memory needs glibc")
-    return "glibc, freed memory kept"
 
 
 def label(run: dict[str, Any]) -> str:
@@ -218,6 +221,14 @@ def measured(run: dict[str, Any], rounds: int) -> dict[str, Any]:
     return {**run, **fields, "clock": "process", "extra": extra}
 
 
+def do(run: dict[str, Any], rounds: int, keep_memory: bool) -> None:
+    """Do one run and write it down; what a new process starts with."""
+    torch.set_num_threads(run["threads"])
+    if keep_memory:
+        keep_freed_memory()
+    record(NAME, measured(run, rounds))
+
+
 def main() -> None:
     """Do the runs that the results file lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,11 +237,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds of a training ratio")
     parser.add_argument("--keep-memory", action="store_true", help="training with an allocator that keeps freed memory")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    allocator = keep_freed_memory() if options.keep_memory else "default"
+    allocator = KEPT if options.keep_memory else "default"
     runs = [run for run in wanted(options.threads, allocator) if any(text in label(run) for text in options.only or [""])]
     for run in missing(read_runs(RESULTS / f"{NAME}.jsonl"), runs, KEYS):
-        record(NAME, measured(dict(run), options.rounds))
+        process = multiprocessing.get_context("spawn").Process(target=do, args=(dict(run), options.rounds, options.keep_memory))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{label(dict(run))}: its process ended with {process.exitcode}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def tables(results: Path) -> dict[str, str]:
 
 def ptq_imagenet(runs: Sequence[Run]) -> str:
     """A table for each network and activation width: searched policies between uniform and random ones, before and after repair."""
-    runs = [run if run["method"] == "float" else {**run, "proxy": run.get("proxy") or "target's own"} for run in runs]
+    runs = [run if run["method"] == "float" else {**run, "proxy": _images(run)} for run in runs]
     columns = [
         Column(value="extra.plain_top1", heading="top-1 before repair, %"),
         Column(value="top1", heading="after repair, %"),
@@ -40,6 +40,11 @@ def ptq_imagenet(runs: Sequence[Run]) -> str:
         heading = f"**{network}, {width}-bit activations**; {_standard_error(group)}"
         parts += [heading, with_column(table, "random policies with less after repair", lower)]
     return "\n\n".join(parts)
+
+
+def _images(run: Run) -> str:
+    proxy = run.get("proxy") or "target's own"
+    return f"{proxy} for the policy, then target's own" if run.get("variant") else proxy
 
 
 def qat_cifar10(runs: Sequence[Run]) -> str:
