@@ -5,7 +5,7 @@ Idea      The gradient of the batch's loss at the current weights.
 Computes  loss, gradient
 Departs   nothing
 Costs     one forward and one backward pass a step.
-Measured  not yet
+Measured  docs/results: qat-cifar10.
 """
 
 from dataclasses import dataclass
