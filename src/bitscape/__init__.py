@@ -104,5 +104,8 @@ else:  # a type checker that saw this function would let every name pass
         raise AttributeError(f"module 'bitscape' has no attribute {name!r}{nearest(name, _HOME)}")
 
 
+__all__ = list(_HOME)  # one table holds the names
+
+
 def __dir__() -> list[str]:
     return sorted([*_HOME, *globals()])

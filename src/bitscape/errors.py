@@ -1,7 +1,9 @@
 """The one error type for bad input, and the nearest-name hint that its messages carry."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class BitscapeError(ValueError):
@@ -12,3 +14,18 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return "; nearest: a, b" for the options that resemble `name`, or "" when none does."""
     close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+@contextmanager
+def explained_forward(images: Any) -> Iterator[None]:
+    """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # by name: this module does without torch
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise BitscapeError(
+            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first}; "
+            "check channels, size and normalization against what it was trained with"
+        ) from error

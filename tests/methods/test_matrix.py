@@ -19,6 +19,7 @@ from bitscape.models.attention import split_attention
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
+from bitscape.search.allocation import InfeasibleBudget
 from bitscape.search.methods import METHODS, SearchMethod
 from bitscape.search.problem import SearchProblem
 from bitscape.train.plain import Plain
@@ -60,6 +61,27 @@ class Attention(nn.Module):
         return logits
 
 
+class KeywordCalls(nn.Module):
+    """Layers called by keyword, and one whose output nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body, self.unread = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(input=self.stem(input=x)).relu()
+        x = self.body(input=x).relu()
+        self.unread(input=x)
+        logits: Tensor = self.head(input=x.mean((2, 3)))
+        return logits
+
+
+def _frozen() -> nn.Module:
+    return digits_net().requires_grad_(False)
+
+
 def _signal() -> nn.Module:
     return nn.Sequential(
         nn.Flatten(1, 2),
@@ -75,7 +97,14 @@ def _signal() -> nn.Module:
     )
 
 
-NETWORKS = {"digits": (digits_net, 1), "shared": (SharedLayer, 3), "attention": (Attention, 3), "signal": (_signal, 3)}
+NETWORKS = {
+    "digits": (digits_net, 1),
+    "frozen": (_frozen, 1),
+    "shared": (SharedLayer, 3),
+    "keywords": (KeywordCalls, 3),
+    "attention": (Attention, 3),
+    "signal": (_signal, 3),
+}
 BUDGETS = {
     "bitops": ("bitops=w4a4",),
     "joint": ("bitops=w4a4", "weight_bytes=w4", "mean_activation_bits=5"),
@@ -143,6 +172,27 @@ class TestEveryMethodOnEveryProblem:
         result.policy.save(tmp_path / "policy.json")
         assert Policy.load(tmp_path / "policy.json") == result.policy
         assert result.seconds > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethodWithoutFreeLayers:
+    def test_gives_the_pinned_policy_at_once(self, name: str) -> None:
+        model, pins = digits_net().eval(), dict.fromkeys(layer_shapes(digits_net()), LayerBits(3, 5))
+        problem = SearchProblem(model=model, images=torch.randn(8, 1, 8, 8), budget="bitops=0.9x", pinned=pins)
+        problem.prepared.register_forward_pre_hook(_never)
+        result = METHODS[name]().search(problem)
+        assert result.policy.layers == pins
+        assert result.scores is None or result.scores.values.shape == (0, len(problem.candidates))
+
+    def test_refuses_a_budget_that_the_pins_exceed(self, name: str) -> None:
+        pins = dict.fromkeys(layer_shapes(digits_net()), LayerBits(8, 8))
+        images = torch.randn(8, 1, 8, 8)
+        with pytest.raises(InfeasibleBudget, match="bitops"):
+            METHODS[name]().search(SearchProblem(model=digits_net().eval(), images=images, budget="bitops=0.5x", pinned=pins))
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("the network ran although nothing is to be decided")
 
 
 def _described(model: nn.Module) -> list[object]:

@@ -204,6 +204,7 @@ def test_everything_pinned_costs_what_it_costs() -> None:
     ("change", "message"),
     [
         ({"layers": ("layer0", "layer1", "other2")}, "no layer 'other2'"),
+        ({"fingerprint": "0000"}, "fingerprint 0000, and this one has [0-9a-f]{16}.*score this network"),
         ({"layers": ("layer0", "layer1"), "values": np.ones((2, 2))}, "layer 'layer2' has no row"),
     ],
 )

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 from bitscape.policy import LayerBits
-from bitscape.search.allocation import allocate
+from bitscape.search.allocation import InfeasibleBudget, allocate
 from bitscape.search.fisher import Fisher, _weighted, pair_scores
+from bitscape.search.hawq import Hawq
+from bitscape.search.kl import Kl
+from bitscape.search.local import Local
+from bitscape.search.methods import SearchMethod
 from bitscape.search.problem import ScoreTable, SearchProblem
 from bitscape.search.sensitivity import GradedCall, layer_noise
 
@@ -119,3 +123,34 @@ def test_pairs_of_a_one_channel_convolution_are_those_of_the_plain_sum() -> None
         gram = products @ products.T
         scores = gram.diagonal()[:3, None] + gram.diagonal()[None, 3:] + 2 * gram[:3, 3:]
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Frozen, one layer called by keyword, and one whose output nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.named, self.unused = nn.Linear(16, 8), nn.Linear(8, 5), nn.Linear(16, 3)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.unused(x.flatten(1))
+        return self.named(input=self.first(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("method", [Fisher(), Local(), Kl(), Hawq()])
+def test_odd_networks_are_scored_too(method: SearchMethod) -> None:
+    table = method.score(problem(Odd(), images()))
+    scores = dict(zip(table.layers, table.values, strict=True))
+    assert np.isfinite(table.values).all() and scores["named"].max() > 0
+    if not isinstance(method, Local):  # it does not look at the network's output
+        assert scores["unused"].max() == 0
+
+
+@pytest.mark.parametrize("method", [Fisher(), Local(), Kl(), Hawq()])
+def test_nothing_to_decide_gives_the_pinned_policy(method: SearchMethod) -> None:
+    pinned = {"loud": LayerBits(4, 4), "quiet": LayerBits(2, 2)}
+    stated = SearchProblem(model=linear_net(), images=images(), budget="bitops=0.5x", candidates=PAIRS, pinned=pinned)
+    assert dict(method.search(stated).policy.layers) == pinned
+    with pytest.raises(InfeasibleBudget):
+        method.search(SearchProblem(model=linear_net(), images=images(), budget="bitops=100", candidates=PAIRS, pinned=pinned))

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bitscape.policy import LayerBits
+from bitscape.search import hawq
 from bitscape.search.hawq import Hawq, hutchinson_traces
 from bitscape.search.problem import SearchProblem
 
@@ -35,3 +36,27 @@ def test_scores_fall_with_bits_and_do_not_touch_the_model() -> None:
     assert np.isfinite(table.values).all()
     assert not any(p.grad is not None for p in stated.prepared.parameters())
     assert np.array_equal(table.values, Hawq().score(stated).values)
+
+
+def test_a_variable_the_loss_does_not_use_has_no_curvature() -> None:
+    x, unused, linear = (torch.ones(3, requires_grad=True) for _ in range(3))
+    loss = (x * x).sum() + linear.sum()
+    assert hutchinson_traces(loss, [x, unused, linear], 1, torch.Generator().manual_seed(0)) == [6.0, 0.0, 0.0]
+    assert hutchinson_traces(loss, [unused], 1, torch.Generator().manual_seed(0)) == [0.0]
+
+
+def test_every_call_of_a_shared_layer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hawq, "hutchinson_traces", lambda loss, variables, *_: [float(v[0].numel()) for v in variables])
+    torch.manual_seed(0)
+    shared = nn.Linear(16, 16)
+    pairs = (LayerBits(8, 2), LayerBits(8, 8))
+    images = torch.randn(16, 1, 4, 4)
+
+    def spread(model: nn.Module) -> float:
+        stated = SearchProblem(model=model.eval(), images=images, budget="mean_weight_bits=8", candidates=pairs, pinned={})
+        scores = dict(zip(*[(t := Hawq().score(stated)).layers, t.values], strict=True))
+        return float(scores["1"][0] - scores["1"][1])
+
+    once = spread(nn.Sequential(nn.Flatten(), shared, nn.Linear(16, 3)))
+    twice = spread(nn.Sequential(nn.Flatten(), shared, nn.Identity(), shared, nn.Linear(16, 3)))
+    assert twice > 1.1 * once > 0

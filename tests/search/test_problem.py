@@ -7,7 +7,8 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
-from bitscape.policy import LayerBits
+from bitscape.policy import LayerBits, uniform_policy
+from bitscape.quant.convert import quantize
 from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
 from bitscape.search.uniform import Uniform
 
@@ -95,6 +96,10 @@ def test_layers_tied_to_a_pinned_one_are_pinned() -> None:
         ({"pinned": {"3": LayerBits(8, 8), "4": LayerBits(4, 4)}, "tied": [("3", "4")]}, "3 at 8/8, 4 at 4/4"),
         ({"budget": "bitopps=0.5x"}, "bitopps"),
         ({"budget": ()}, "budget"),
+        ({"budget": 4}, r'budget: 4 is no text.*"bitops=0.25x"'),
+        ({"budget": None}, "budget: None is no text"),
+        ({"budget": ["bitops=0.5x", 4]}, "budget: 4 is no text"),
+        ({"budget": b"bitops=0.5x"}, "budget: .* is no text"),
     ],
 )
 def test_mistakes_are_refused_at_the_door(changes: dict[str, Any], message: str) -> None:
@@ -108,6 +113,38 @@ def test_images_that_are_not_finite_are_named(value: float) -> None:
     images[2, 1, 7, 0] = value
     with pytest.raises(BitscapeError, match=rf"image 2 holds {value} at \(channel, row, column\) \(1, 7, 0\)"):
         problem(images=images)
+
+
+def _spoiled(name: str, value: float) -> nn.Module:
+    model = net()
+    model.state_dict()[name].view(-1)[1:3] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("3.weight", float("nan")), ("6.bias", float("-inf")), ("1.running_var", float("inf")), ("1.running_mean", float("nan"))],
+)
+def test_values_of_the_model_that_are_not_finite_are_named(name: str, value: float) -> None:
+    with pytest.raises(BitscapeError, match=rf"model: {name} holds 2 values that are not finite \({value} first\); .*load"):
+        problem(model=_spoiled(name, value))
+
+
+def test_a_buffer_may_hold_the_minus_infinity_of_a_mask() -> None:
+    model = net()
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    assert problem(model=model).free_layers == ("3", "4")
+
+
+def test_a_quantized_model_is_refused() -> None:
+    with pytest.raises(BitscapeError, match=r"model: its layer '0' is quantized already .*float network"):
+        problem(model=quantize(net(), uniform_policy(layer_shapes(net()), LayerBits(4, 4))))
+
+
+def test_weights_may_be_frozen_and_stay_so() -> None:
+    stated = problem(model=net().requires_grad_(False))
+    assert all(p.requires_grad for p in stated.prepared.parameters())
+    assert not any(p.requires_grad for p in stated.model.parameters())
 
 
 def test_a_layer_that_is_never_called_cannot_be_pinned() -> None:

@@ -73,6 +73,20 @@ def test_a_peak_cap_is_respected() -> None:
     assert fits(stated.network, found.policy, stated.parsed_budget)
 
 
+@given(st.integers(0, 2**32))
+def test_a_peak_cap_beside_it_leaves_no_additive_cap_unused(seed: int) -> None:
+    stated = problem(["bitops=w4a4", "peak_activation_bytes=w6a6"], pinned={}, seed=seed)
+    found = Random().search(stated)
+    assert fits(stated.network, found.policy, stated.parsed_budget)
+    assert found.policy.cost["bitops"] >= 0.98 * stated.parsed_budget.caps["bitops"]
+
+
+def test_a_peak_cap_alone_is_used() -> None:
+    stated = problem("peak_activation_bytes=w6a6", pinned={})
+    found = Random().search(stated)
+    assert usage(stated, found) >= 0.98
+
+
 def test_a_cap_above_the_largest_policy_cannot_be_used_up() -> None:
     with pytest.raises(BitscapeError, match=r"within 2% below the cap was found; the closest uses 50\.0% of the tightest of bitops"):
         Random(tries=2).search(problem("bitops=2x", layers=3))
@@ -100,3 +114,16 @@ def test_settings_are_checked_and_recorded() -> None:
     told = found.policy.provenance
     assert told["method"] == "random" and told["seed"] == 5 and told["settings"] == {"window": 0.1, "tries": 20}
     assert found.trace[-1]["used"] >= 0.9
+
+
+def test_a_peak_cap_beside_bitops_does_not_loosen_the_control() -> None:
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(3 if at == 0 else 8, 8, 3, padding=1) for at in range(6)))
+    for seed in range(5):
+        stated = SearchProblem(
+            model=model, images=torch.zeros(1, 3, 8, 8), budget=["bitops=w6a6", "peak_activation_bytes=w8a6"], seed=seed
+        )
+        policy = Random().search(stated).policy
+        assert 0.95 * stated.parsed_budget.caps["bitops"] <= policy.cost["bitops"] <= stated.parsed_budget.caps["bitops"]

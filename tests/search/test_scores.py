@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,18 @@ def test_saved_scores_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFac
     loaded = ScoreTable.load(path)
     assert loaded.values.tobytes() == saved.values.tobytes()
     assert (loaded.layers, loaded.candidates, loaded.method, loaded.repairs) == (("a", "b"), PAIRS, "test", 3)
+
+
+def test_the_fingerprint_is_kept_and_may_be_left_out(tmp_path: Path) -> None:
+    replace(table([[1, 1], [1, 1]]), fingerprint="52ef8e3cb6e2a7d1").save(tmp_path / "s.json")
+    assert ScoreTable.load(tmp_path / "s.json").fingerprint == "52ef8e3cb6e2a7d1"
+    document = json.loads((tmp_path / "s.json").read_text())
+    del document["fingerprint"]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    assert ScoreTable.load(tmp_path / "s.json").fingerprint is None
+    (tmp_path / "s.json").write_text(json.dumps({**document, "fingerprint": 5}))
+    with pytest.raises(BitscapeError, match="fingerprint is 5; allowed are a text or null"):
+        ScoreTable.load(tmp_path / "s.json")
 
 
 def test_a_table_without_layers_comes_back(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -7,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bitscape.policy import LayerBits
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, fingerprint
 from bitscape.quant.layers import apply_layer
+from bitscape.search.allocation import allocate
+from bitscape.search.fisher import Fisher
+from bitscape.search.hawq import Hawq
+from bitscape.search.kl import Kl
+from bitscape.search.local import Local
+from bitscape.search.problem import SearchProblem
 from bitscape.search.sensitivity import calls, calls_with_gradients, drawn_labels, layer_noise, monotone, score_table, widths
 
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
@@ -80,6 +89,83 @@ def test_labels_follow_the_softmax_and_the_seed() -> None:
     assert not (labels == 2).any()
 
 
+class Returning(nn.Module):
+    """A network whose answer is `wrap` of the logits."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.net, self.wrap = small_net(), wrap
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda y: {"logits": y}, "the model returns dict; it must return one tensor of logits"),
+        (lambda y: (y, y), "the model returns tuple"),
+        (lambda y: y[:, :, None], r"the model returns shape \(6, 4, 1\) for 6 images"),
+        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's logits of image 5 are not finite"),
+        (lambda y: y * torch.nan, "the model's logits of image 0 are not finite"),
+    ],
+)
+@pytest.mark.parametrize("method", [Fisher, Hawq, Kl])
+def test_answers_that_are_no_finite_logits_are_told(
+    method: type[Fisher | Hawq | Kl], wrap: Callable[[torch.Tensor], object], message: str
+) -> None:
+    stated = SearchProblem(model=Returning(wrap), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=message):
+        method().score(stated)
+
+
+@pytest.mark.parametrize("method", [Fisher, Hawq])
+def test_a_network_that_lets_no_gradient_through_is_told(method: type[Fisher | Hawq]) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return self.net(x)
+
+    stated = SearchProblem(model=Cut(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=r"layer net\.2: no gradient .*no_grad.*kl or local"):
+        method().score(stated)
+
+
+class Odd(nn.Module):
+    """A layer called by keyword, one whose output nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.unread, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.named(input=x.flatten(1))
+        self.unread(x)
+        return self.head(x)
+
+
+def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_gradient() -> None:
+    seen = {c.name: c for c in calls_with_gradients(Odd(), ["named", "unread"], torch.randn(2, 1, 2, 2), torch.Generator().manual_seed(0))}
+    assert seen["named"].input.shape == (2, 4) and seen["named"].gradient.any()
+    assert seen["unread"].gradient.shape == (2, 4) and not seen["unread"].gradient.any()
+
+
+@pytest.mark.parametrize("method", [Fisher, Hawq, Kl, Local])
+def test_tables_carry_the_networks_fingerprint_and_serve_no_other(method: type[Fisher | Hawq | Kl | Local]) -> None:
+    stated = SearchProblem(model=small_net(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    table = method().score(stated)
+    assert table.fingerprint == fingerprint(layer_shapes(stated.model))
+    wider = small_net()
+    wider[6] = nn.Linear(8, 5)
+    other = SearchProblem(model=wider, images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=r"scores: they are of a network with fingerprint .* this one has"):
+        allocate(table, other.network, other.parsed_budget)
+
+
 @given(st.lists(st.floats(0, 100), min_size=len(PAIRS), max_size=len(PAIRS)))
 def test_repaired_scores_never_rise_with_bits_and_repair_is_idempotent(row: list[float]) -> None:
     repaired = monotone(np.array([row]), PAIRS)[0]
@@ -92,9 +178,9 @@ def test_repaired_scores_never_rise_with_bits_and_repair_is_idempotent(row: list
 
 def test_repairs_are_counted() -> None:
     falling = np.array([[9.0, 8.0], [5.0, 4.0], [3.0, 1.0]])
-    assert score_table("m", PAIRS, {"a": falling}).repairs == 0
+    assert score_table("m", PAIRS, {"a": falling}, {}).repairs == 0
     rising = falling.copy()
     rising[2, 0] = 6.0  # 8/2 scores worse than 4/2
-    table = score_table("m", PAIRS, {"a": falling, "b": rising})
+    table = score_table("m", PAIRS, {"a": falling, "b": rising}, {})
     assert table.repairs == 2
     np.testing.assert_allclose(table.values[1], [9.0, 8.0, 5.5, 4.0, 5.5, 1.0])

@@ -35,7 +35,9 @@ def free_bits(stated: SearchProblem, method: Uniform) -> set[str]:
         ("mean_weight_bits=5", "4/8"),  # a fifth of the weights is in the pinned ends
         ("mean_activation_bits=w5a5", "8/5"),
         (["weight_bytes=w5", "bitops=w3a3"], "3/3"),
-        (["weight_bytes=w5", "peak_activation_bytes=1MB"], "5/5"),
+        (["weight_bytes=w5", "peak_activation_bytes=1MB"], "5/8"),
+        (["weight_bytes=w4", "mean_activation_bits=w6a6"], "4/6"),
+        (["mean_weight_bits=w3", "peak_activation_bytes=w5a5"], "3/5"),
     ],
 )
 def test_the_largest_width_that_fits(budget: Any, bits: str) -> None:
@@ -93,3 +95,13 @@ def test_candidates_without_equal_pairs_have_no_uniform_policy_under_bitops() ->
     with pytest.raises(BitscapeError, match="none has equal weight and activation bits"):
         Uniform().search(problem("bitops=w4a4", candidates=pairs))
     assert free_bits(problem("weight_bytes=w4", candidates=pairs), Uniform()) == {"4/2"}
+
+
+def test_caps_on_weights_and_activations_apart_are_filled_apart() -> None:
+    from torch import nn
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    stated = SearchProblem(
+        model=model, images=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={}
+    )
+    assert set(Uniform().search(stated).policy.layers.values()) == {LayerBits(4, 6)}

@@ -10,6 +10,7 @@ import click
 from bitscape.cli.demo import demo
 from bitscape.cli.evaluate import evaluate
 from bitscape.cli.export import export
+from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
 from bitscape.cli.output import logging_to_stderr
 from bitscape.cli.policy import policy
@@ -26,6 +27,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and leave the process with its exit code: 0, 2 for an error, 130 after Ctrl-C."""
     # Read when torch is imported. Beside other busy processes, threads that spin made a search 5 to 60 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
     code: object = 0
     try:
         with logging_to_stderr():

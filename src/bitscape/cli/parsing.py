@@ -96,7 +96,9 @@ def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise BitscapeError(f"--set {field}={first['input']}: {first['msg']}; see `bitscape methods {name}`") from None
+        given_text = f"{field}={first['input']}: " if field else ""  # a setting's own check names its field itself
+        message = first["msg"].removeprefix("Value error, ")
+        raise BitscapeError(f"--set {given_text}{message}; see `bitscape methods {name}`") from None
     return method
 
 

@@ -1,5 +1,6 @@
 """Accuracy of any network on labelled batches."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of
-from bitscape.errors import BitscapeError
+from bitscape.engine.nonfinite import NonFiniteError, diagnose
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.progress import track
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def evaluate(
     device: where to run; the model is moved there. None = where the model is.
     autocast: None or torch.bfloat16.
     Every module's training flag has its former value afterwards. Raises BitscapeError when there are no labels or no
-    images, when a label is not below the number of the model's outputs, or when the output is not (n, classes).
+    images, when a label is not below the number of the model's outputs, when the output is not (n, classes), or when the
+    network fails on the images; NonFiniteError when outputs are NaN or infinite.
     """
     check_autocast(autocast)
     highest = highest_label(batches)
@@ -54,7 +57,7 @@ def evaluate(
     images_seen = 0
     with eval_mode(model), torch.no_grad():
         for images, labels in track(batches.epoch(0), total=len(batches), label="evaluate, batch"):
-            with autocast_on(where, autocast):
+            with autocast_on(where, autocast), explained_forward(images):
                 output = model(images.to(where, non_blocking=True))
             logits = as_logits(output, len(images), highest)
             sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
@@ -62,6 +65,11 @@ def evaluate(
     if images_seen == 0:
         raise BitscapeError("batches hold no image to evaluate on; check the dataset, batch_size and drop_last")
     top1, top5, loss = (sums / images_seen).tolist()
+    if not math.isfinite(loss):
+        images, _ = next(iter(batches.epoch(0)))
+        with eval_mode(model):
+            reason = diagnose(model, images.to(where))
+        raise NonFiniteError(f"model: its loss on {batches.dataset.name!r} is {loss}; {reason}; check the checkpoint and the normalization")
     return Accuracy(top1=100 * top1, top5=100 * top5, loss=loss, images=images_seen)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 
 _log = logging.getLogger("bitscape.engine")
 
@@ -28,7 +28,7 @@ def loop_forward(model: nn.Module, *, autocast: torch.dtype | None, compiled: bo
     inner = _compile(model.forward, device) if compiled else model.forward
 
     def forward(images: Tensor) -> Tensor:
-        with autocast_on(device, autocast):
+        with autocast_on(device, autocast), explained_forward(images):
             output = inner(images)
         return as_logits(output, len(images), highest_label)
 

@@ -159,7 +159,7 @@ class Loop:
         saved = None if self.folder is None else self.folder / CHECKPOINT
         raise NonFiniteError(
             f"loss or gradient is not finite at epoch {state.epoch + 1} of {self.epochs}, batch {batch} (from 0): "
-            f"{diagnose(state.model, images)}; the update was not made. "
+            f"{diagnose(state.model, images)}; the update was not made, but norm statistics in memory may be spoiled. "
             f"Last good checkpoint: {saved if saved is not None and saved.exists() else 'none'}. "
             "Try a smaller lr, a warm-up, clip_norm=1.0, or autocast=None"
         )

@@ -76,7 +76,7 @@ class Cosine:
     warmup_epochs: float = 0.0
     """Epochs, also fractions, over which the rate rises linearly from near 0."""
     final: float = 0.0
-    """Share of the learning rate that the last step comes down to, in [0, 1]."""
+    """Share of the learning rate that would be reached one step after the last, in [0, 1]."""
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -1,6 +1,7 @@
 """The entry: arguments checked, settings resolved, the loop run under its own random state."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def train(
     ema_decay: float | None = None,
     clip_norm: float | None = None,
     validation: "Batches | None" = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     checkpoint_every_s: float = 60.0,
     resume: bool = True,
     seed: int = 0,
@@ -111,7 +112,7 @@ def train(
         autocast=autocast,
         channels_last=channels_last,
         clip_norm=clip_norm,
-        folder=folder,
+        folder=None if folder is None else Path(folder),
         checkpoint_every_s=checkpoint_every_s,
     )
     with ExitStack() as block:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import Policy
@@ -174,6 +174,9 @@ def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: 
     """Batches of `images` on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        if not isinstance(batch, Tensor):
+            kind = type(batch).__name__
+            raise BitscapeError(f"images: a batch is a {kind}; give a tensor (n, c, h, w), or an iterable of them, without labels")
         yield batch.to(device)
 
 
@@ -226,4 +229,9 @@ def _put_back_unused(norms: list[_BatchNorm], before: list[tuple[float | None, d
 
 def _run(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Run every batch, and count the images."""
-    return sum(len(model(batch)) for batch in batches)
+    count = 0
+    for batch in batches:
+        with explained_forward(batch):
+            model(batch)
+        count += len(batch)
+    return count

@@ -126,12 +126,30 @@ def allocate(
         InfeasibleBudget: no policy fits; it tells the smallest budget that does.
         BitscapeError: unknown, missing or contradicting layers.
     """
+    _check_layers(scores, network)
+    if scores.fingerprint not in (None, fingerprint(network.shapes)):
+        raise BitscapeError(
+            f"scores: they are of a network with fingerprint {scores.fingerprint}, and this one has {fingerprint(network.shapes)}: "
+            "layer names or shapes differ; score this network"
+        )
     stated = choices(network, budget, scores.candidates, pinned, tied)
     values = _group_scores(scores, stated)
     choice = solve(values, stated.caps)
     if choice is None:
         stated.refuse(np.isfinite(values))
     return stated.policy(choice, _provenance(scores, values, choice, budget))
+
+
+def only_choice(
+    network: NetworkCost,
+    budget: Budget,
+    candidates: Sequence[LayerBits],
+    pinned: Mapping[str, LayerBits] | None,
+    tied: Sequence[Sequence[str]],
+) -> Policy:
+    """Return the policy of a network without free layers. Raises InfeasibleBudget if the pinned bits exceed a cap."""
+    stated = choices(network, budget, candidates, pinned, tied)
+    return stated.policy((), {}) if stated.holds(()) else stated.refuse(stated.everything())
 
 
 def pareto_front(
@@ -174,11 +192,14 @@ def _row(kind: str, limit: int, network: NetworkCost, candidates: tuple[LayerBit
     return CapRow(kind, costs, limit, fixed, additive=how.combine == "sum")
 
 
+def _check_layers(scores: ScoreTable, network: NetworkCost) -> None:
+    for name in scores.layers:
+        if name not in network.by_name:
+            raise BitscapeError(f"scores: the network has no layer {name!r}{nearest(name, network.by_name)}")
+
+
 def _group_scores(scores: ScoreTable, stated: Choices) -> NDArray[np.float64]:
     """Add up the rows of each group of tied layers. A group without a common allowed pair is an error."""
-    for name in scores.layers:
-        if name not in stated.network.by_name:
-            raise BitscapeError(f"scores: the network has no layer {name!r}{nearest(name, stated.network.by_name)}")
     row_of = {name: row for row, name in enumerate(scores.layers)}
     totals = np.zeros((len(stated.freedom.groups), len(scores.candidates)))
     for at, group in enumerate(stated.freedom.groups):

@@ -15,7 +15,6 @@ Measured  docs/results: ptq-imagenet, qat-cifar10, speed.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,8 +87,7 @@ class Fisher:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        started = time.perf_counter()
-        return solve(problem, self.score(problem), self, started)
+        return solve(problem, self)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone; any budget is then one integer programme away."""
@@ -103,4 +101,5 @@ class Fisher:
         for batch in tracked_batches(images, model, self.batch_size, label="fisher: batch"):
             for call in calls_with_gradients(model, names, batch, generator):
                 totals[call.name] += pair_scores(call, noise[call.name], self.variant, weight_share).double().cpu().numpy()
-        return score_table("fisher", problem.candidates, {name: total / len(images) for name, total in totals.items()})
+        means = {name: total / len(images) for name, total in totals.items()}
+        return score_table("fisher", problem.candidates, means, problem.network.shapes)

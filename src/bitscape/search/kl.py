@@ -5,10 +5,9 @@ Idea      Quantize one layer at a time and compare the logits with the float net
 Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> `divergence`
 Departs   Weight and activation are quantized one after the other, not as pairs: R_w + R_a networks a layer instead of R_w * R_a.
 Costs     1 + L (R_w + R_a) forward passes over the images, hence the smaller default of images.
-Measured  docs/results: ptq-imagenet, qat-cifar10.
+Measured  docs/results: ptq-imagenet.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, evaluating
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
+from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, logits_of, score_table, solve
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
@@ -31,7 +30,7 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(batch) for batch in batches_of(images, model)])
+    return torch.cat([logits_of(model, batch) for batch in batches_of(images, model)])
 
 
 @contextmanager
@@ -47,7 +46,11 @@ def _weight_at(noise: LayerNoise, bits: int) -> Iterator[None]:
 
 @contextmanager
 def _input_at(noise: LayerNoise, bits: int) -> Iterator[None]:
-    handle = noise.layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] + noise.of_input(inputs[0], bits), *inputs[1:]))
+    def quantized(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        x, *others = inputs or (named["input"],)
+        return (x + noise.of_input(x, bits), *others), {name: value for name, value in named.items() if name != "input"}
+
+    handle = noise.layer.register_forward_pre_hook(quantized, with_kwargs=True)
     try:
         yield
     finally:
@@ -66,8 +69,7 @@ class Kl:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        started = time.perf_counter()
-        return solve(problem, self.score(problem), self, started)
+        return solve(problem, self)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
@@ -85,4 +87,4 @@ class Kl:
                     with _input_at(noise[name], bits):
                         by_input.append(divergence(_logits(model, images), reference))
                 scores[name] = np.add.outer(by_weight, by_input)
-        return score_table("kl", problem.candidates, scores)
+        return score_table("kl", problem.candidates, scores, problem.network.shapes)

@@ -17,6 +17,7 @@ from bitscape.cost.layers import NetworkCost, measure
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.attention import split_attention
 from bitscape.policy import LayerBits, Policy
+from bitscape.quant.layers import quantized_layers
 from bitscape.search.scores import ScoreTable, check_candidates
 from bitscape.version import __version__
 
@@ -85,7 +86,11 @@ class SearchProblem:
         object.__setattr__(self, "candidates", tuple(self.candidates))
         if not isinstance(self.model, nn.Module):
             raise BitscapeError(f"model: {type(self.model).__name__} is no torch.nn.Module; pass the float network")
+        for name in quantized_layers(self.model):
+            raise BitscapeError(f"model: its layer {name!r} is quantized already (it has its bits); pass the float network")
+        _check_budget(self.budget)
         check_candidates(self.candidates)
+        _check_finite(self.model)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
         # Evaluated now, so that a wrong name, shape or budget fails before any search time is spent.
@@ -105,6 +110,8 @@ class SearchProblem:
             ) from error
         # channels_last: convolutions run up to 1.4 times as fast on CPUs.
         prepared = split_attention(copied).eval()
+        for parameter in prepared.parameters():  # curvature is asked for frozen weights too
+            parameter.requires_grad_(parameter.is_floating_point())
         return prepared.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's overloads lack it
 
     @cached_property
@@ -188,6 +195,23 @@ def _pins_of_group(group: tuple[str, ...], pinned: Mapping[str, LayerBits]) -> d
             f"pinned: layers that are tied, or share one weight, are pinned to different bits ({shown}); pin them to the same"
         )
     return dict.fromkeys(group, next(iter(given.values()))) if given else {}
+
+
+def _check_budget(budget: object) -> None:
+    texts = [budget] if isinstance(budget, (str, Mapping)) or not isinstance(budget, Sequence) or isinstance(budget, bytes) else budget
+    for text in texts:
+        if not isinstance(text, (str, Mapping)):
+            raise BitscapeError(f'budget: {text!r} is no text; give caps such as "bitops=0.25x", or a mapping from kind to value')
+
+
+def _check_finite(model: nn.Module) -> None:
+    buffers = ((name, buffer.nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)) for name, buffer in model.named_buffers())
+    for name, tensor in (*model.named_parameters(), *buffers):  # the minus infinity of a mask may stand in a buffer
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            broken = tensor[~tensor.isfinite()]
+            raise BitscapeError(
+                f"model: {name} holds {len(broken)} values that are not finite ({broken[0].item()} first); load a sound checkpoint"
+            )
 
 
 def _check_images(images: Tensor) -> None:

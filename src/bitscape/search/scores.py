@@ -6,6 +6,7 @@ A score file is JSON with one layer a line; `null` stands for a forbidden pair (
       "format": 1,
       "method": "fisher",
       "repairs": 3,
+      "fingerprint": "52ef8e3cb6e2a7d1",
       "candidates": ["2/2", "4/4", "8/8"],
       "scores": {
         "layer1.0.conv1": [0.31, 0.02, 0.0],
@@ -50,6 +51,8 @@ class ScoreTable:
     """Name of the method that scored."""
     repairs: int = 0
     """Scores that were changed to make each row monotone in bits; many mean too few images."""
+    fingerprint: str | None = None
+    """`bitscape.policy.fingerprint` of the network that was scored; None fits every network that has these layers."""
 
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64)
@@ -111,6 +114,7 @@ def _text(table: ScoreTable) -> str:
         f'  "format": {FORMAT},\n'
         f'  "method": {json.dumps(table.method)},\n'
         f'  "repairs": {table.repairs},\n'
+        f'  "fingerprint": {json.dumps(table.fingerprint)},\n'
         f'  "candidates": {json.dumps([str(pair) for pair in table.candidates])},\n'
         '  "scores": {\n' + ",\n".join(rows) + "\n  }\n}\n"
     )
@@ -126,11 +130,24 @@ def _from_document(document: Any) -> ScoreTable:
         values = [[math.inf if value is None else float(value) for value in row] for row in rows]
         candidates = tuple(_pair(text) for text in document["candidates"])
         shaped = np.array(values, dtype=np.float64).reshape(len(values), -1 if values else len(candidates))
-        return ScoreTable(tuple(document["scores"]), candidates, shaped, str(document["method"]), int(document["repairs"]))
+        return ScoreTable(
+            tuple(document["scores"]),
+            candidates,
+            shaped,
+            str(document["method"]),
+            int(document["repairs"]),
+            _name(document.get("fingerprint")),
+        )
     except BitscapeError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BitscapeError(f"an entry is missing or malformed ({type(error).__name__}: {error})") from error
+
+
+def _name(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BitscapeError(f"fingerprint is {value!r}; allowed are a text or null")
+    return value
 
 
 def _pair(text: str) -> LayerBits:

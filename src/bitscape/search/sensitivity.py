@@ -11,16 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
-from bitscape.policy import LayerBits
+from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, evaluating, record_inputs
 from bitscape.quant.functional import dequantize, quantize
@@ -28,7 +29,7 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
-from bitscape.search.allocation import allocate
+from bitscape.search.allocation import allocate, only_choice
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 
 
@@ -125,21 +126,45 @@ def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCa
     """Run `batch` without a graph and yield every run of the named layers."""
     with evaluating(model), Recorder(model, names) as recorder:
         model(batch)
-    for name, x, y in recorder.seen:
-        yield LayerCall(name, x, y)
+    yield from recorder.seen
 
 
 def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[GradedCall]:
     """As `calls`, with gradients of the cross entropy, summed over images, for labels drawn from the network's own softmax.
 
-    Drawn labels make the squared gradient the true Fisher information, and need no labels of the images' own.
+    Drawn labels make the squared gradient the true Fisher information, and need no labels of the images' own. An output
+    that nothing uses has gradient 0.
     """
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
-        logits = model(batch.detach().requires_grad_()).float()
+        logits = logits_of(model, batch.detach().requires_grad_())
         loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator), reduction="sum")
-        gradients = torch.autograd.grad(loss, [y for _, _, y in recorder.seen])
-    for (name, x, y), g in zip(recorder.seen, gradients, strict=True):
-        yield GradedCall(name, x.detach(), y.detach(), g)
+        gradients = torch.autograd.grad(loss, outputs_of(recorder.seen), allow_unused=True)
+    for call, g in zip(recorder.seen, gradients, strict=True):
+        output = call.output.detach()
+        yield GradedCall(call.name, call.input.detach(), output, torch.zeros_like(output) if g is None else g)
+
+
+def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
+    """The recorded outputs; a BitscapeError where the network lets no gradient through to one."""
+    for call in seen:
+        if not call.output.requires_grad:
+            raise BitscapeError(
+                f"layer {call.name}: no gradient reaches it, because the network runs it without (torch.no_grad, detach); "
+                "use method kl or local, which need none"
+            )
+    return [call.output for call in seen]
+
+
+def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Finite float32 logits (n, classes) of `batch`; a BitscapeError says what else came out."""
+    logits = as_logits(model(batch), len(batch), highest_label=-1)
+    broken = ~logits.isfinite().all(1)
+    if bool(broken.any()):
+        raise BitscapeError(
+            f"the model's logits of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
+            "or use method local, which does not look at them"
+        )
+    return logits
 
 
 def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,20 +173,20 @@ def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Recorder:
-    """Collects (name, input, output) of every run of the named layers while open."""
+    """Collects every run of the named layers while open."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         wanted = set(names)
         self.layers = {name: layer for name, layer in quantizable_layers(model).items() if name in wanted}
-        self.seen: list[tuple[str, Tensor, Tensor]] = []
+        self.seen: list[LayerCall] = []
 
     def __enter__(self) -> "Recorder":
-        self.handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        self.handles = [layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()]
         return self
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self.seen.append((name, inputs[0], output))
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+            self.seen.append(LayerCall(name, inputs[0] if inputs else named["input"], output))
             return output.clone()  # an in-place activation behind the layer would overwrite what was recorded
 
         return record
@@ -172,15 +197,21 @@ class Recorder:
 
 
 def score_table(
-    method: str, candidates: Sequence[LayerBits], by_layer: Mapping[str, NDArray[np.float64]]
+    method: str,
+    candidates: Sequence[LayerBits],
+    by_layer: Mapping[str, NDArray[np.float64]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> ScoreTable:
-    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted."""
+    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted.
+
+    `shapes` are the network's weight shapes, by which the table is later checked.
+    """
     weight_bits, activation_bits = widths(tuple(candidates))
     at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
     raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()])
     values = monotone(raw, candidates)
     repairs = int((~np.isclose(values, raw, rtol=1e-6, atol=0)).sum())
-    return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs)
+    return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs, fingerprint(shapes))
 
 
 def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> NDArray[np.float64]:
@@ -194,8 +225,22 @@ def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> ND
     return (above + below) / 2
 
 
-def solve(problem: SearchProblem, scores: ScoreTable, method: Any, started: float) -> SearchResult:
-    """Allocate bits by `scores` within the problem's budget. `started` is the search's time.perf_counter() at its beginning."""
+class Scoring(Protocol):
+    """A method that scores."""
+
+    def score(self, problem: SearchProblem) -> ScoreTable:
+        """The table of scores alone; any budget is then one integer programme away."""
+        ...
+
+
+def solve(problem: SearchProblem, method: Scoring) -> SearchResult:
+    """Score every free layer and candidate with `method`, then allocate bits exactly within the problem's budget."""
+    started = time.perf_counter()
+    provenance = problem.provenance(method)
+    if not problem.free_layers:
+        policy = only_choice(problem.network, problem.parsed_budget, problem.candidates, problem.pinned, problem.tied)
+        return SearchResult(replace(policy, provenance=provenance), None, (), time.perf_counter() - started)
+    scores = method.score(problem)
     policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
-    provenance = {**policy.provenance, **problem.provenance(method), "repairs": scores.repairs}
+    provenance = {**policy.provenance, **provenance, "repairs": scores.repairs}
     return SearchResult(replace(policy, provenance=provenance), scores, (), time.perf_counter() - started)
