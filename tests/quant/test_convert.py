@@ -231,7 +231,7 @@ def test_calibrating_again_starts_anew():
 def test_calibrate_leaves_everything_after_an_exception():
     model = quantized().train()
     before, mode, hooks = dict(model.named_modules()), modes(model), [len(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BitscapeError):
         calibrate(model, torch.zeros(2, 5, 8, 8))
     assert dict(model.named_modules()) == before
     assert (modes(model), [len(m._forward_pre_hooks) for m in model.modules()]) == (mode, hooks)
@@ -270,7 +270,7 @@ def test_norms_get_the_plain_average_over_batches():
 def test_norms_keep_modes_and_momenta_after_an_exception():
     model = calibrate(quantized(), images()).train()
     mode = modes(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BitscapeError):
         recalibrate_norms(model, torch.zeros(2, 5, 8, 8))
     assert modes(model) == mode
     assert [model[i].momentum for i in (1, 4)] == [0.1, 0.1]

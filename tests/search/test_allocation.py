@@ -213,6 +213,8 @@ def test_scores_of_another_network_are_refused(change: dict[str, object], messag
     scores = ScoreTable(tuple(measured.by_name), (LayerBits(2, 2), LayerBits(4, 4)), np.ones((3, 2)), "t")
     with pytest.raises(BitscapeError, match=message):
         allocate(replace(scores, **change), measured, Budget({"bitops": 1e12}), {})
+    with pytest.raises(BitscapeError, match=message):
+        pareto_front(replace(scores, **change), measured, {})
 
 
 def test_tied_layers_without_a_common_pair_are_named() -> None:

@@ -152,5 +152,6 @@ def test_nothing_to_decide_gives_the_pinned_policy(method: SearchMethod) -> None
     pinned = {"loud": LayerBits(4, 4), "quiet": LayerBits(2, 2)}
     stated = SearchProblem(model=linear_net(), images=images(), budget="bitops=0.5x", candidates=PAIRS, pinned=pinned)
     assert dict(method.search(stated).policy.layers) == pinned
+    assert method.score(stated).values.shape == (0, len(PAIRS))
     with pytest.raises(InfeasibleBudget):
         method.search(SearchProblem(model=linear_net(), images=images(), budget="bitops=100", candidates=PAIRS, pinned=pinned))

@@ -136,8 +136,14 @@ def test_a_buffer_may_hold_the_minus_infinity_of_a_mask() -> None:
     assert problem(model=model).free_layers == ("3", "4")
 
 
+def test_a_model_on_the_meta_device_has_no_values_to_check() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 5))
+    assert problem(model=model).free_layers == ("1",)
+
+
 def test_a_quantized_model_is_refused() -> None:
-    with pytest.raises(BitscapeError, match=r"model: its layer '0' is quantized already .*float network"):
+    with pytest.raises(BitscapeError, match=r"model: its layer '0' is quantized already.*float network"):
         problem(model=quantize(net(), uniform_policy(layer_shapes(net()), LayerBits(4, 4))))
 
 

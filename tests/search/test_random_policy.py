@@ -122,8 +122,6 @@ def test_a_peak_cap_beside_bitops_does_not_loosen_the_control() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(3 if at == 0 else 8, 8, 3, padding=1) for at in range(6)))
     for seed in range(5):
-        stated = SearchProblem(
-            model=model, images=torch.zeros(1, 3, 8, 8), budget=["bitops=w6a6", "peak_activation_bytes=w8a6"], seed=seed
-        )
+        stated = SearchProblem(model=model, images=torch.zeros(1, 3, 8, 8), budget=["bitops=w6a6", "peak_activation_bytes=w8a6"], seed=seed)
         policy = Random().search(stated).policy
         assert 0.95 * stated.parsed_budget.caps["bitops"] <= policy.cost["bitops"] <= stated.parsed_budget.caps["bitops"]

@@ -101,7 +101,5 @@ def test_caps_on_weights_and_activations_apart_are_filled_apart() -> None:
     from torch import nn
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
-    stated = SearchProblem(
-        model=model, images=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={}
-    )
+    stated = SearchProblem(model=model, images=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={})
     assert set(Uniform().search(stated).policy.layers.values()) == {LayerBits(4, 6)}

@@ -126,12 +126,7 @@ def allocate(
         InfeasibleBudget: no policy fits; it tells the smallest budget that does.
         BitscapeError: unknown, missing or contradicting layers.
     """
-    _check_layers(scores, network)
-    if scores.fingerprint not in (None, fingerprint(network.shapes)):
-        raise BitscapeError(
-            f"scores: they are of a network with fingerprint {scores.fingerprint}, and this one has {fingerprint(network.shapes)}: "
-            "layer names or shapes differ; score this network"
-        )
+    _check_network(scores, network)
     stated = choices(network, budget, scores.candidates, pinned, tied)
     values = _group_scores(scores, stated)
     choice = solve(values, stated.caps)
@@ -167,6 +162,7 @@ def pareto_front(
     """
     if points < 2:
         raise BitscapeError(f"points={points}: a front needs at least 2")
+    _check_network(scores, network)
     everything = Budget({cost: _largest(cost, scores, network, pinned, tied)})
     stated = choices(network, everything, scores.candidates, pinned, tied)
     values, row = _group_scores(scores, stated), stated.caps[0]
@@ -178,6 +174,16 @@ def pareto_front(
     found = [choice for most in sorted(set(caps)) if (choice := solve(values, [replace(row, limit=most)])) is not None]
     front = _undominated(found, row, values)
     return [stated.policy(c, _provenance(scores, values, c, _at_cost(row, c, network))) for c in front]
+
+
+def _check_network(scores: ScoreTable, network: NetworkCost) -> None:
+    """Raise BitscapeError if the scores are of another network; the names are told first, they say more."""
+    _check_layers(scores, network)
+    if scores.fingerprint not in (None, own := fingerprint(network.shapes)):
+        raise BitscapeError(
+            f"scores: they are of a network with fingerprint {scores.fingerprint}, and this one has {own}: "
+            "layer names or shapes differ; score this network"
+        )
 
 
 def _row(kind: str, limit: int, network: NetworkCost, candidates: tuple[LayerBits, ...], freedom: FreeLayers) -> CapRow:

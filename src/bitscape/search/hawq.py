@@ -39,7 +39,7 @@ from bitscape.search.sensitivity import (
 
 def hutchinson_traces(loss: Tensor, variables: list[Tensor], probes: int, generator: torch.Generator) -> list[float]:
     """Trace of the Hessian of `loss` in each variable by itself: mean over Rademacher probes v of <v, Hv>."""
-    gradients = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True) if variables else ()
     bent = [at for at, g in enumerate(gradients) if g is not None and g.requires_grad]  # the loss is flat in the others
     totals = [0.0] * len(variables)
     for _ in range(probes if bent else 0):

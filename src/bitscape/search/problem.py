@@ -207,7 +207,7 @@ def _check_budget(budget: object) -> None:
 def _check_finite(model: nn.Module) -> None:
     buffers = ((name, buffer.nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)) for name, buffer in model.named_buffers())
     for name, tensor in (*model.named_parameters(), *buffers):  # the minus infinity of a mask may stand in a buffer
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             broken = tensor[~tensor.isfinite()]
             raise BitscapeError(
                 f"model: {name} holds {len(broken)} values that are not finite ({broken[0].item()} first); load a sound checkpoint"

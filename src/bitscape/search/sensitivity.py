@@ -138,7 +138,8 @@ def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, gene
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
         logits = logits_of(model, batch.detach().requires_grad_())
         loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator), reduction="sum")
-        gradients = torch.autograd.grad(loss, outputs_of(recorder.seen), allow_unused=True)
+        outputs = outputs_of(recorder.seen)
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
         output = call.output.detach()
         yield GradedCall(call.name, call.input.detach(), output, torch.zeros_like(output) if g is None else g)
@@ -208,7 +209,7 @@ def score_table(
     """
     weight_bits, activation_bits = widths(tuple(candidates))
     at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
-    raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()])
+    raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()]).reshape(len(by_layer), len(at))
     values = monotone(raw, candidates)
     repairs = int((~np.isclose(values, raw, rtol=1e-6, atol=0)).sum())
     return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs, fingerprint(shapes))
