@@ -313,3 +313,42 @@ def test_the_sample_of_a_map_holds_every_column():
     generator = torch.Generator().manual_seed(0)
     columns = torch.arange(14.0).expand(32, 256, 14, 14)
     assert set(_sample(columns, generator).tolist()) == set(range(14))
+
+
+def test_norms_that_never_run_keep_their_statistics(caplog):
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.spare.running_mean.fill_(3.0)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Spare()
+    with caplog.at_level(logging.WARNING):
+        recalibrate_norms(model, torch.randn(64, 3) + 1)
+    assert model.spare.running_mean.tolist() == [3.0] * 3 and "never ran" in caplog.text
+    assert (model.used.running_mean - 1).abs().max() < 0.5
+
+
+def test_no_images_leave_norms_as_they_were():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].running_mean.fill_(2.0)
+    with pytest.raises(BitscapeError, match="no batch"):
+        recalibrate_norms(model, [])
+    assert model[0].running_mean.tolist() == [2.0] * 3
+
+
+def test_an_error_in_place_leaves_no_layer_quantized():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(BitscapeError, match="layer 1, weight"):
+        quantize(model, policy(model), inplace=True)
+    assert not quantized_layers(model)
+
+
+def test_batches_with_labels_are_no_images():
+    model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
+    with pytest.raises(BitscapeError, match="a batch is a tuple"):
+        calibrate(model, iter([(torch.randn(2, 3), torch.tensor([0, 1]))]))

@@ -39,3 +39,12 @@ def test_nothing_is_learned_but_the_weight():
     w = torch.randn(2, 3)
     assert not list(fake_quantizer(w, 4, True).parameters())
     assert not list(Dorefa().for_activation(4).parameters())
+
+
+def test_the_sign_passes_every_gradient():
+    w = torch.randn(4, 50, requires_grad=True)
+    fake = Dorefa().for_weight(w, 1)
+    fake.initialize(w, Mse())
+    fake(w).sum().backward()
+    assert torch.equal(w.grad, torch.ones_like(w))
+    assert torch.equal(fake(w).detach(), fake.codes(w.detach()).dequantize())

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
+from bitscape.errors import BitscapeError
 from bitscape.quant.grid import grid
 from bitscape.quant.observers import MINIMUM_SCALE, MinMax, Mse
-from bitscape.quant.quantizers import Lsq, PerTensor
+from bitscape.quant.quantizers import Lsq, PerChannel, PerTensor
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
 
 
@@ -49,3 +50,41 @@ def test_bits_may_differ_by_channel_and_by_image():
     inputs.initialized = True
     assert [round(image.max().item() / 0.01) for image in inputs(x)] == [1, 3, 7]
     assert "per element" in repr(inputs)
+
+
+def test_a_scale_below_the_minimum_still_learns():
+    w = torch.randn(2, 3)
+    fake = Lsq().for_weight(w, 4)
+    fake.initialize(w, MinMax())
+    fake.scale.data.fill_(1e-7)
+    fake(w).square().sum().backward()
+    assert (fake.scale.grad != 0).all()
+
+
+def test_values_on_the_ends_of_the_grid_count_as_inside():
+    # Repaired weights lie there; on one scale and on a scale for each channel alike.
+    w = torch.tensor([[-0.8, 0.7, 0.3], [-0.8, 0.7, 0.3]], requires_grad=True)
+    for sharing in (PerTensor(), PerChannel()):
+        fake = Lsq(weight_scales=sharing).for_weight(w, 4)
+        fake.initialize(w, MinMax())
+        fake.scale.data.fill_(0.1)
+        (gradient,) = torch.autograd.grad(fake(w).sum(), w)
+        assert torch.equal(gradient, torch.ones_like(w))
+
+
+def test_each_channel_may_have_its_own_bits():
+    w = torch.randn(3, 40)
+    bits = torch.tensor([[2], [4], [8]])
+    fake = Lsq().for_weight(w, bits)
+    fake.initialize(w, Mse())
+    for row, width in enumerate((2, 4, 8)):
+        alone = Lsq().for_weight(w[[row]], width)
+        alone.initialize(w[[row]], Mse())
+        torch.testing.assert_close(fake(w)[[row]], alone(w[[row]]))
+
+
+def test_widths_that_match_no_scale_are_an_error():
+    w = torch.randn(3, 40)
+    fake = Lsq(weight_scales=PerTensor()).for_weight(w, torch.tensor([[2], [4], [8]]))
+    with pytest.raises(BitscapeError, match="3 widths for 1 scales"):
+        fake.initialize(w, Mse())

@@ -6,7 +6,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes, quantizable_layers
-from bitscape.policy import LayerBits, uniform_policy
+from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
@@ -118,3 +118,15 @@ def test_wrong_input_is_refused():
     with pytest.raises(BitscapeError, match="at least one image"):
         correct_biases(repaired, model, [])
     assert all(not m._forward_hooks for net in (model, repaired) for m in net.modules())
+
+
+def test_attention_is_corrected_too():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(16, 5, 8)
+    names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")] + ["linear1", "linear2"]
+    quantized = calibrate(quantize(model, Policy(dict.fromkeys(names, LayerBits(3, 8)))), x)
+    with torch.no_grad():
+        before = (quantized(x) - model(x)).mean((0, 1)).abs().max()
+        assert set(correct_biases(quantized, model, x)) == set(names)
+        assert (quantized(x) - model(x)).mean((0, 1)).abs().max() < before
