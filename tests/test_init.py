@@ -24,15 +24,17 @@ def test_every_public_name_loads(name):
     assert name in dir(bitscape)
 
 
+def test_a_star_import_brings_every_public_name():
+    names: dict[str, object] = {}
+    exec("from bitscape import *", names)
+    assert set(bitscape._HOME) == names.keys() - {"__builtins__"}
+    assert names["Policy"] is bitscape.Policy
+
+
 def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(bitscape.__file__).read_text(encoding="utf-8"))
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {
-        alias.asname: node.module
-        for node in guarded.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    seen = {alias.asname: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == {name: f"bitscape.{module}" for name, module in bitscape._HOME.items()}
 
 

@@ -22,9 +22,9 @@ def explained_forward(images: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # by name: this module does without torch
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # by name: no torch here
             raise
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BitscapeError(
             f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first}; "
             "check channels, size and normalization against what it was trained with"

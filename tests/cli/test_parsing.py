@@ -65,9 +65,15 @@ def test_settings_are_checked_by_the_methods_own_types():
         ("fisher", "variant=sideways", "'elementwise' or 'directional'"),
         ("fisher", "images", "write field=value"),
         ("random", "window=2", "window"),
+        ("random", "tries=0", r"^--set tries=0; at least 1 is needed; see `bitscape methods random`$"),
         ("fishr", "images=1", "nearest: fisher"),
     ],
 )
 def test_bad_settings_are_refused(method, setting, message):
     with pytest.raises(BitscapeError, match=message):
         make_method(method, [setting])
+
+
+def test_a_value_that_the_method_refuses_is_told_in_its_own_words() -> None:
+    with pytest.raises(BitscapeError, match=r"^--set images = -3: it must be at least 1; see `bitscape methods fisher`$"):
+        make_method("fisher", ["images=-3"])

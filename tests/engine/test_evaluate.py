@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitscape.engine import evaluate
+from bitscape.engine import NonFiniteError, evaluate
 from bitscape.errors import BitscapeError
 from tests.engine.tiny import Images, TinyBatches, tiny_batches, tiny_net
 
@@ -36,7 +36,7 @@ def test_each_module_keeps_its_own_training_flag() -> None:
 
 def test_flags_come_back_after_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BitscapeError):
         evaluate(model, tiny_batches())
     assert model.training and model[1].training
 
@@ -85,3 +85,70 @@ def test_what_cannot_be_evaluated_is_explained(model: nn.Module, batches: TinyBa
 def test_float16_autocast_is_refused() -> None:
     with pytest.raises(BitscapeError, match="float16"):
         evaluate(tiny_net(), tiny_batches(), autocast=torch.float16)
+
+
+def test_images_that_the_network_does_not_take_are_told_with_their_shape() -> None:
+    batches = tiny_batches()
+    narrow = replace(batches, dataset=replace(batches.dataset, images=batches.dataset.images[:, :1]))
+    with pytest.raises(BitscapeError, match=r"fails on a batch of shape \(16, 1, 6, 6\), torch\.float32: .*check channels"):
+        evaluate(tiny_net(), narrow)
+
+
+def test_out_of_memory_stays_what_it_is() -> None:
+    class Full(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(Full(), tiny_batches())
+
+
+def test_a_nan_weight_is_an_error_and_no_accuracy() -> None:
+    model = tiny_net()
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"50 of 50 images of 'tiny' .*1 weight tensors are not finite, first 4\.weight"):
+        evaluate(model.train(), tiny_batches(images=50))
+    assert model.training
+
+
+class Poisoned(nn.Module):
+    """Flattens; the images whose first value is above 3 get `value` as a logit, in a layer or beside all layers."""
+
+    def __init__(self, value: float, *, inside: bool) -> None:
+        super().__init__()
+        self.layer, self.value, self.inside = _Poison(value), value, inside
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = images.flatten(1)[:, :3]
+        marked = images[:, 0, 0, 0] > 3
+        return self.layer(logits, marked) if self.inside else poisoned(logits, marked, self.value)
+
+
+class _Poison(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, logits: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+        return poisoned(logits, marked, self.value)
+
+
+def poisoned(logits: torch.Tensor, marked: torch.Tensor, value: float) -> torch.Tensor:
+    column = torch.arange(3) == 0
+    return torch.where(marked[:, None] & column, value, logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])  # -inf leaves the loss of other labels finite
+@pytest.mark.parametrize(("inside", "where"), [(True, r"first the output of layer 'layer' \(_Poison\)"), (False, "arises between layers")])
+def test_one_bad_image_in_a_later_batch_is_found(value: float, inside: bool, where: str) -> None:
+    batches = tiny_batches()
+    data = batches.dataset
+    data.images[:, 0, 0, 0] = 0.0
+    (*_, (last, _)) = batches.epoch(0)
+    row = int((data.images == last[-1]).flatten(1).all(1).nonzero())
+    data.images[row, 0, 0, 0] = 4.0
+    assert data.labels is not None
+    data.labels[row] = 1
+    with pytest.raises(NonFiniteError, match=rf"1 of 70 images .*{where}"):
+        evaluate(Poisoned(value, inside=inside), batches)

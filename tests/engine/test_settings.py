@@ -70,6 +70,7 @@ def test_cosine_rises_then_falls_to_its_final_share() -> None:
     assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
     assert all(earlier > later for earlier, later in itertools.pairwise(factors[5:]))
     assert factors[100] == pytest.approx(0.1)
+    assert Cosine().factor(9, steps=10, steps_per_epoch=10) == pytest.approx(0.0245, abs=1e-4)  # the last step still moves
     assert Cosine().factor(50, steps=100, steps_per_epoch=10) == pytest.approx(0.5)
 
 

@@ -232,6 +232,41 @@ def test_run_json_holds_settings_and_versions(tmp_path: Path) -> None:
     assert run["format"] == 1
 
 
+@pytest.mark.parametrize("kind", [str, Path, os.fspath])
+def test_a_folder_is_a_path_or_a_text(tmp_path: Path, kind: Callable[[Path], str | Path]) -> None:
+    train(tiny_net(), tiny_batches(), **{**USUAL, "epochs": 1}, folder=kind(tmp_path / "run"))
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def one_channel() -> TinyBatches:
+    batches = tiny_batches()
+    return replace(batches, dataset=replace(batches.dataset, images=batches.dataset.images[:, :1]))
+
+
+class OutOfMemory(nn.Linear):
+    def forward(self, images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_that_do_not_fit_are_explained(channels_last: bool) -> None:
+    with pytest.raises(BitscapeError, match=r"shape \(16, 1, 6, 6\), torch.float32: .*to have 2 channels.*; check channels"):
+        train(tiny_net(), one_channel(), **USUAL, channels_last=channels_last)
+
+
+def test_images_that_do_not_fit_the_teacher_or_the_validation_are_explained() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 3, 6), nn.Flatten())
+    with pytest.raises(BitscapeError, match=r"shape \(16, 2, 6, 6\).*to have 3 channels"):
+        train(tiny_net(), tiny_batches(), **USUAL, loss=Loss(teacher=teacher, distillation=0.5))
+    with pytest.raises(BitscapeError, match=r"shape \(16, 1, 6, 6\).*to have 2 channels"):
+        train(tiny_net(), tiny_batches(), **USUAL, validation=one_channel())
+
+
+def test_running_out_of_memory_is_not_taken_for_bad_images() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        train(OutOfMemory(3, 3), tiny_batches(), **USUAL)
+
+
 def other_labels() -> TinyBatches:
     batches = tiny_batches()
     assert batches.dataset.labels is not None
@@ -283,7 +318,7 @@ def poisoned_at(batch: int) -> Callable[[nn.Module, Tensor, Tensor, BatchLoss], 
 def test_a_nan_weight_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"epoch 2 of 3, batch 2 .*1 weight tensors are not finite, first 4.weight") as e:
         train(tiny_net(), tiny_batches(), **{**USUAL, "step": poisoned_at(7)}, folder=tmp_path)
-    assert str(tmp_path / CHECKPOINT) in str(e.value)
+    assert f"Last good checkpoint: {tmp_path / CHECKPOINT}." in str(e.value)
     assert len(lines(tmp_path)) == 1
 
 
@@ -294,6 +329,20 @@ def test_a_nan_activation_is_traced_to_its_layer_and_the_weights_are_kept() -> N
     with pytest.raises(NonFiniteError, match=r"epoch 1 of 3, batch 0 .*first the output of layer '3' \(Log\).*: none"):
         train(model, tiny_batches(), **USUAL)
     assert all(torch.equal(weights[name], value) for name, value in model.named_parameters())
+
+
+def test_the_message_tells_whether_the_model_in_memory_is_usable() -> None:
+    with_norm = tiny_net()
+    with_norm.insert(0, Log())
+    with pytest.raises(NonFiniteError, match="but the model in memory is not usable: its norm statistics"):
+        train(with_norm, tiny_batches(), **USUAL)
+    assert not with_norm[2].running_mean.isfinite().all()
+    without = nn.Sequential(nn.Flatten(), Log(), nn.Linear(72, 3))
+    before = {name: value.clone() for name, value in without.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"the update was not made\. Last good") as e:
+        train(without, tiny_batches(), **USUAL)
+    assert "not usable" not in str(e.value)
+    assert all(torch.equal(before[name], value) for name, value in without.state_dict().items())
 
 
 def test_a_nan_gradient_with_a_finite_loss_stops_the_run() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitscape.cli.parsing import parse_normalization
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
@@ -160,10 +160,23 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
 def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
     """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
     from bitscape.quant.convert import calibrate, quantize
-    from bitscape.quant.fold import fold_norms
     from bitscape.quant.repair import repair as repaired
 
     if repair:
-        model = fold_norms(model, images[:2])
+        model = folded(model, tuple(images.shape[1:]), images.device)
     quantized = calibrate(quantize(model, policy), images)
     return repaired(quantized, model, images).eval() if repair else quantized.eval()
+
+
+def folded(model: "nn.Module", shape: tuple[int, ...], device: "torch.device") -> "nn.Module":
+    """Fold norms, by the same two drawn images of `shape` when a network is packed and when it is read back.
+
+    Drawn, not zeros: networks that divide by the deviation of an image have none for those.
+    """
+    import torch
+
+    from bitscape.quant.fold import fold_norms
+
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with explained_forward(example):
+        return fold_norms(model, example)

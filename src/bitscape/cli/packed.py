@@ -27,17 +27,13 @@ def save_packed_network(network: "nn.Module", path: Path, policy: Policy, *, fol
 
 def load_packed_network(path: Path, network: "nn.Module", shape: tuple[int, ...]) -> tuple["nn.Module", Policy]:
     """Return the network of a packed file and its policy; norms of the float `network` are folded if they were."""
-    import torch
-
+    from bitscape.cli.network import folded
     from bitscape.engine.forward import device_of
     from bitscape.export.packed import load_packed
-    from bitscape.quant.fold import fold_norms
 
     policy = packed_policy(path)
     if _FOLDED.items() <= policy.provenance.items():
-        # Drawn, not zeros: networks that divide by the deviation of an image have none for those.
-        example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(network))
-        network = fold_norms(network, example)
+        network = folded(network, shape, device_of(network))
     return load_packed(path, network), policy
 
 

@@ -53,23 +53,21 @@ def evaluate(
     if device is not None:
         model.to(device)
     where = device_of(model)
-    sums = torch.zeros(3, dtype=torch.float64, device=where)
+    sums = torch.zeros(4, dtype=torch.float64, device=where)
     images_seen = 0
     with eval_mode(model), torch.no_grad():
         for images, labels in track(batches.epoch(0), total=len(batches), label="evaluate, batch"):
-            with autocast_on(where, autocast), explained_forward(images):
-                output = model(images.to(where, non_blocking=True))
-            logits = as_logits(output, len(images), highest)
+            logits = _logits(model, images.to(where, non_blocking=True), autocast, highest)
             sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
             images_seen += len(images)
     if images_seen == 0:
         raise BitscapeError("batches hold no image to evaluate on; check the dataset, batch_size and drop_last")
-    top1, top5, loss = (sums / images_seen).tolist()
-    if not math.isfinite(loss):
-        images, _ = next(iter(batches.epoch(0)))
-        with eval_mode(model):
-            reason = diagnose(model, images.to(where))
-        raise NonFiniteError(f"model: its loss on {batches.dataset.name!r} is {loss}; {reason}; check the checkpoint and the normalization")
+    top1, top5, loss, bad = (sums / images_seen).tolist()
+    if bad or not math.isfinite(loss):
+        raise NonFiniteError(
+            f"model: {round(bad * images_seen)} of {images_seen} images of {batches.dataset.name!r} give outputs that are not finite, "
+            f"the mean loss is {loss}; {_reason(model, batches, where, autocast, highest)}; check the weights and the normalization"
+        )
     return Accuracy(top1=100 * top1, top5=100 * top5, loss=loss, images=images_seen)
 
 
@@ -99,7 +97,25 @@ def _given(labels: Tensor | None) -> Tensor:
     return labels
 
 
+def _logits(model: nn.Module, images: Tensor, autocast: torch.dtype | None, highest: int) -> Tensor:
+    with autocast_on(images.device, autocast), explained_forward(images):
+        output = model(images)
+    return as_logits(output, len(images), highest)
+
+
+def _reason(model: nn.Module, batches: "Batches", where: torch.device, autocast: torch.dtype | None, highest: int) -> str:
+    """Diagnose the first batch whose logits are not finite; where there is none, the last one."""
+    with eval_mode(model), torch.no_grad():
+        for images, _ in batches.epoch(0):
+            on_device = images.to(where)
+            if not bool(_logits(model, on_device, autocast, highest).isfinite().all()):
+                break
+        with autocast_on(where, autocast):
+            return diagnose(model, on_device)
+
+
 def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()])
+    bad = ~logits.isfinite().all(dim=1)
+    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double(), bad.sum().double()])

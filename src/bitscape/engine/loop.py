@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitscape.engine.describe import versions
 from bitscape.engine.evaluate import evaluate
@@ -19,7 +19,7 @@ from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
 from bitscape.engine.step import LossFunction
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Loop:
         state = self.state
         self._set_rates()
         state.optimizer.zero_grad(set_to_none=True)
-        with autocast_on(state.device, self.autocast):
+        with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
             loss = self.loss.for_batch(images)
         record = state.step(state.model, images, labels, loss)
         norm = self._clip()
@@ -159,7 +159,7 @@ class Loop:
         saved = None if self.folder is None else self.folder / CHECKPOINT
         raise NonFiniteError(
             f"loss or gradient is not finite at epoch {state.epoch + 1} of {self.epochs}, batch {batch} (from 0): "
-            f"{diagnose(state.model, images)}; the update was not made, but norm statistics in memory may be spoiled. "
+            f"{diagnose(state.model, images)}; the update was not made{_but_statistics(state.model)}. "
             f"Last good checkpoint: {saved if saved is not None and saved.exists() else 'none'}. "
             "Try a smaller lr, a warm-up, clip_norm=1.0, or autocast=None"
         )
@@ -190,6 +190,12 @@ class Loop:
     def _write_metrics(self) -> None:
         assert self.folder is not None
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.state.records))
+
+
+def _but_statistics(model: nn.Module) -> str:
+    if not any(True for _ in model.buffers()):
+        return ""
+    return ", but the model in memory is not usable: its norm statistics have taken that batch in"
 
 
 def _in_words(record: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from bitscape.errors import BitscapeError
 
 
 class NonFiniteError(BitscapeError):
-    """A loss or gradient that is not finite; the weights are those before the step that met it."""
+    """A loss, gradient or output that is not finite. In training, the weights are those before the step that met it."""
 
 
 def diagnose(model: nn.Module, images: Tensor) -> str:
@@ -25,9 +25,11 @@ def diagnose(model: nn.Module, images: Tensor) -> str:
         return f"{len(bad_weights)} weight tensors are not finite, first {bad_weights[0]}"
     found: list[str] = []
     with torch.no_grad(), _watched(model, found):
-        model(images)
+        output = model(images)
     if found:
         return f"all weights are finite, activations are not: first the output of {found[0]}"
+    if isinstance(output, Tensor) and not _finite(output):
+        return "all weights and layer outputs are finite, the network's own output is not: it arises between layers"
     return "all weights and layer outputs are finite: it arises in the loss or in the backward pass"
 
 

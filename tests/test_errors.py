@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+from bitscape.errors import BitscapeError, explained_forward, nearest
+
+
+def test_near_names_are_told_and_far_ones_are_not() -> None:
+    assert nearest("conv", ["conv1", "head"]) == "; nearest: conv1"
+    assert nearest("conv", ["zzz"]) == ""
+
+
+@pytest.mark.parametrize(("error", "words"), [(RuntimeError("wrong size\nstack"), "wrong size"), (NotImplementedError(), "NotImplementedError")])
+def test_a_failing_network_is_told_with_the_batch(error: RuntimeError, words: str) -> None:
+    with pytest.raises(BitscapeError, match=rf"shape \(2, 3\), torch\.float32: {words}; check channels"), explained_forward(torch.zeros(2, 3)):
+        raise error
+
+
+def test_missing_memory_is_no_fault_of_the_images() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate"), explained_forward(torch.zeros(2, 3)):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
