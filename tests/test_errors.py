@@ -9,9 +9,13 @@ def test_near_names_are_told_and_far_ones_are_not() -> None:
     assert nearest("conv", ["zzz"]) == ""
 
 
-@pytest.mark.parametrize(("error", "words"), [(RuntimeError("wrong size\nstack"), "wrong size"), (NotImplementedError(), "NotImplementedError")])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(RuntimeError("wrong size\nstack"), "wrong size"), (NotImplementedError(), "NotImplementedError")],
+)
 def test_a_failing_network_is_told_with_the_batch(error: RuntimeError, words: str) -> None:
-    with pytest.raises(BitscapeError, match=rf"shape \(2, 3\), torch\.float32: {words}; check channels"), explained_forward(torch.zeros(2, 3)):
+    message = rf"shape \(2, 3\), torch\.float32: {words}; check channels"
+    with pytest.raises(BitscapeError, match=message), explained_forward(torch.zeros(2, 3)):
         raise error
 
 
