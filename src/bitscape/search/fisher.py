@@ -11,7 +11,8 @@ Departs   dY of a pair is dY_w + dY_a: the cross term is dropped, which makes R_
           Training moves weights to their grid but cannot give back what coarse activations lost; scores of the float network
           overrate weight bits. The tenth is ours, chosen on ResNet-20/CIFAR-10 among 1, 0.1 and 0.01 at one budget and one seed.
 Costs     3 + R_w + R_a forward passes over the images.
-Measured  docs/results: ptq-imagenet, qat-cifar10, speed.
+Measured  docs/results. Without training: above uniform and kl on MobileNetV2, no difference on SqueezeNet. After training, ResNet-20:
+          level with uniform at the BitOps of W4A4 and W3A3, ahead at 2.5 bits by an interval that still touches zero.
 """
 
 import math
