@@ -56,12 +56,13 @@ Clocks = dict[str, float]
 
 
 def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
-    """Every run of this process, the quick ones first; the allocator matters to training."""
+    """Every run of this process, the quick ones first; the allocator matters to training and search."""
     shared = {"threads": threads}
     if allocator == "default":
         yield {**shared, "method": "allocate", "variant": "", "settings": ALLOCATION}
-        for network, variant in product(BATCH, CANDIDATES):
-            yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES}}
+    for network, variant in product(BATCH, CANDIDATES):
+        kept = {} if allocator == "default" else {"allocator": allocator}
+        yield {**shared, "method": "fisher", "network": network, "variant": variant, "settings": {"images": IMAGES, **kept}}
     for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
         settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator, "process": "own"}
         yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", action="append", help="text in a run's label; may be given several times")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of a training ratio")
-    parser.add_argument("--keep-memory", action="store_true", help="training with an allocator that keeps freed memory")
+    parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory")
     options = parser.parse_args()
     allocator = KEPT if options.keep_memory else "default"
     runs = [run for run in wanted(options.threads, allocator) if any(text in label(run) for text in options.only or [""])]
