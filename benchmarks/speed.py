@@ -11,7 +11,6 @@ before, so that every run has a process of its own.
 """
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import statistics
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
+from bitscape.cli.memory import keep_freed_memory
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import LayerCost, NetworkCost, measure
 from bitscape.engine import Sgd
@@ -47,9 +47,6 @@ CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(LayerBits
 IMAGES = 256
 ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt: above how many free bytes memory is given back, and from which size on blocks have their own mapping."""
-
 KEPT = "glibc, freed memory kept"
 
 Clocks = dict[str, float]
@@ -66,14 +63,6 @@ def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
     for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
         settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator, "process": "own"}
         yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse freed memory instead of handing it back."""
-    libc = ctypes.CDLL(None)
-    most = 2**31 - 1
-    if not (libc.mallopt(M_MMAP_THRESHOLD, most // 2) and libc.mallopt(M_TRIM_THRESHOLD, most)):
-        raise OSError("mallopt refused; --keep-memory needs glibc")
 
 
 def label(run: dict[str, Any]) -> str:
@@ -225,8 +214,8 @@ def measured(run: dict[str, Any], rounds: int) -> dict[str, Any]:
 def do(run: dict[str, Any], rounds: int, keep_memory: bool) -> None:
     """Do one run and write it down; what a new process starts with."""
     torch.set_num_threads(run["threads"])
-    if keep_memory:
-        keep_freed_memory()
+    if keep_memory and not keep_freed_memory():
+        raise OSError("mallopt refused; --keep-memory needs glibc")
     record(NAME, measured(run, rounds))
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
+from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import _sample, bypassed, calibrate, evaluating, quantize, recalibrate_norms
+from bitscape.quant.convert import _sample, bypassed, calibrate, quantize, recalibrate_norms
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact

@@ -1,8 +1,6 @@
 """Accuracy of any network on labelled batches."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from torch.nn import functional
 from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.modes import evaluating
 from bitscape.progress import track
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def evaluate(
     where = device_of(model)
     sums = torch.zeros(4, dtype=torch.float64, device=where)
     images_seen = 0
-    with eval_mode(model), torch.no_grad():
+    with evaluating(model):
         for images, labels in track(batches.epoch(0), total=len(batches), label="evaluate, batch"):
             logits = _logits(model, images.to(where, non_blocking=True), autocast, highest)
             sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
@@ -69,18 +68,6 @@ def evaluate(
             f"the mean loss is {loss}; {_reason(model, batches, where, autocast, highest)}; check the weights and the normalization"
         )
     return Accuracy(top1=100 * top1, top5=100 * top5, loss=loss, images=images_seen)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode; give each its former training flag back afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def highest_label(batches: "Batches") -> int:
@@ -105,7 +92,7 @@ def _logits(model: nn.Module, images: Tensor, autocast: torch.dtype | None, high
 
 def _reason(model: nn.Module, batches: "Batches", where: torch.device, autocast: torch.dtype | None, highest: int) -> str:
     """Diagnose the first batch whose logits are not finite; where there is none, the last one."""
-    with eval_mode(model), torch.no_grad():
+    with evaluating(model):
         for images, _ in batches.epoch(0):
             on_device = images.to(where)
             if not bool(_logits(model, on_device, autocast, highest).isfinite().all()):

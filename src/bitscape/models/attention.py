@@ -4,6 +4,7 @@
 without calling `out_proj`: a layer put in its place never runs. `split_attention` swaps the module; outputs stay equal.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -176,3 +177,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
     return weights @ v, weights
+
+
+def with_split_attention(model: nn.Module) -> nn.Module:
+    """Return `model` itself, or, where it holds an `nn.MultiheadAttention`, a copy with that split; `model` stays as it is."""
+    fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    return split_attention(copy.deepcopy(model)) if fused else model

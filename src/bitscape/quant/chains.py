@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE
-from bitscape.quant.convert import evaluating
+from bitscape.models.modes import evaluating
 from bitscape.quant.layers import QuantizedLayer
 
 TOLERANCE = 1e-3

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers
 from bitscape.quant.observers import Mse, Observer
@@ -99,19 +100,6 @@ def bypassed(model: nn.Module, *quantizers: str) -> Iterator[None]:
     finally:
         for layer, name, module in saved:
             setattr(layer, name, module)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the network is in eval mode and builds no graph; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Observer = _DEFAULT_OBSERVER) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE, replace_module
+from bitscape.models.modes import evaluating
 from bitscape.quant.chains import (
     Call,
     called_once,
@@ -21,7 +22,7 @@ from bitscape.quant.chains import (
     same,
     shared_parameters,
 )
-from bitscape.quant.convert import bypassed, evaluating
+from bitscape.quant.convert import bypassed
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.lsq import LsqWeight

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitscape.models.layers import quantizable_layers
-from bitscape.quant.convert import evaluating
+from bitscape.models.modes import evaluating
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.search.sensitivity import (
     LayerNoise,

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.models.modes import evaluating
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, evaluating
+from bitscape.quant.convert import batches_of
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, logits_of, score_table, solve
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
+from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, evaluating, record_inputs
+from bitscape.quant.convert import batches_of, record_inputs
 from bitscape.quant.functional import dequantize, quantize
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer

@@ -7,13 +7,12 @@ Paper     Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network",
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.engine import BatchLoss
-from bitscape.engine.evaluate import eval_mode
 from bitscape.errors import BitscapeError
+from bitscape.models.modes import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,6 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def _teacher_logits(teacher: nn.Module, images: Tensor) -> Tensor:
-    with eval_mode(teacher), torch.no_grad():
+    with evaluating(teacher):
         logits: Tensor = teacher(images)
     return logits.float()

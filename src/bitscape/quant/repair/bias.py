@@ -18,7 +18,6 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
           rounding (72.0 and 58.0 %) 80.0 and 58.5 %, with biases alone 65.0 and 56.7 %.
 """
 
-import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -28,10 +27,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.models.attention import split_attention
+from bitscape.models.attention import with_split_attention
 from bitscape.models.layers import quantizable_layers
+from bitscape.models.modes import evaluating
 from bitscape.quant.chains import shared_parameters
-from bitscape.quant.convert import batches_of, evaluating
+from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
@@ -60,8 +60,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
-    if any(isinstance(module, nn.MultiheadAttention) for module in float_model.modules()):
-        float_model = split_attention(copy.deepcopy(float_model))
+    float_model = with_split_attention(float_model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
     shared = shared_parameters(model)
     partners = quantizable_layers(float_model)

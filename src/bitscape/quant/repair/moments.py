@@ -1,6 +1,5 @@
 """Second moments of every layer's input: collected once from the float network, used for every policy."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,9 +11,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import split_attention
+from bitscape.models.attention import with_split_attention
 from bitscape.models.layers import quantizable_layers
-from bitscape.quant.convert import batches_of, evaluating
+from bitscape.models.modes import evaluating
+from bitscape.quant.convert import batches_of
 
 _log = logging.getLogger("bitscape.quant.repair")
 UNFOLDED_ELEMENTS = 1 << 24
@@ -40,8 +40,7 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
     Raises:
         BitscapeError: no images, or inputs that are not finite (the layer is named).
     """
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        model = split_attention(copy.deepcopy(model))
+    model = with_split_attention(model)
     names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
