@@ -27,7 +27,9 @@ _NAMES = {
     "quant.fold": ("fold_norms",),
     "quant.quantizers": ("Dorefa", "Liq", "Lsq", "LsqPlus", "Pact"),
     "quant.repair": ("equalize", "input_moments", "repair"),
-    "search.allocation": ("InfeasibleBudget", "allocate", "pareto_front"),
+    "search.allocation": ("InfeasibleBudget", "allocate", "near_best", "pareto_front"),
+    "search.asga": ("Asga",),
+    "search.differentiable": ("Differentiable",),
     "search.fisher": ("Fisher",),
     "search.hawq": ("Hawq",),
     "search.kl": ("Kl",),
@@ -36,7 +38,10 @@ _NAMES = {
     "search.problem": ("SearchProblem", "SearchResult"),
     "search.random_policy": ("Random",),
     "search.scores": ("ScoreTable",),
+    "search.seam": ("Seam",),
+    "search.topological": ("Topological",),
     "search.uniform": ("Uniform",),
+    "sharpness": ("Ball", "probe_sharpness", "top_eigenvalue"),
     "train": ("Loss", "Plain"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -80,7 +85,10 @@ if TYPE_CHECKING:
     from bitscape.quant.repair import repair as repair
     from bitscape.search.allocation import InfeasibleBudget as InfeasibleBudget
     from bitscape.search.allocation import allocate as allocate
+    from bitscape.search.allocation import near_best as near_best
     from bitscape.search.allocation import pareto_front as pareto_front
+    from bitscape.search.asga import Asga as Asga
+    from bitscape.search.differentiable import Differentiable as Differentiable
     from bitscape.search.fisher import Fisher as Fisher
     from bitscape.search.hawq import Hawq as Hawq
     from bitscape.search.kl import Kl as Kl
@@ -91,7 +99,12 @@ if TYPE_CHECKING:
     from bitscape.search.problem import SearchResult as SearchResult
     from bitscape.search.random_policy import Random as Random
     from bitscape.search.scores import ScoreTable as ScoreTable
+    from bitscape.search.seam import Seam as Seam
+    from bitscape.search.topological import Topological as Topological
     from bitscape.search.uniform import Uniform as Uniform
+    from bitscape.sharpness import Ball as Ball
+    from bitscape.sharpness import probe_sharpness as probe_sharpness
+    from bitscape.sharpness import top_eigenvalue as top_eigenvalue
     from bitscape.train import Loss as Loss
     from bitscape.train import Plain as Plain
 else:  # a type checker that saw this function would let every name pass

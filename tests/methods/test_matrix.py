@@ -203,7 +203,7 @@ def _described(model: nn.Module) -> list[object]:
 
 def test_the_union_is_the_list_of_methods():
     assert tuple(METHODS.values()) == get_args(SearchMethod)
-    assert list(METHODS) == ["fisher", "local", "kl", "hawq", "uniform", "random"]
+    assert list(METHODS) == ["fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "uniform", "random"]
 
 
 def test_no_method_file_is_left_out_of_the_union():

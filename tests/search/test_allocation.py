@@ -12,7 +12,7 @@ from bitscape.cost.layers import NetworkCost
 from bitscape.cost.policy_cost import CAPS, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.search.allocation import InfeasibleBudget, allocate, pareto_front
+from bitscape.search.allocation import InfeasibleBudget, allocate, near_best, pareto_front
 from bitscape.search.scores import ScoreTable
 from tests.search.small import every_policy, fits, layer, network, noise_scores, random_network, square, uniform
 
@@ -52,6 +52,27 @@ def test_the_policy_is_the_best_that_fits(problem: tuple[NetworkCost, ScoreTable
     else:
         assert fits(measured, policy, budget)
         assert total(scores, policy) == pytest.approx(best, rel=1e-9)
+
+
+@given(problems(), st.integers(1, 6), st.sampled_from([0.0, 0.05, 1.0]), st.booleans())
+def test_the_near_best_policies_are_those_of_brute_force(
+    problem: tuple[NetworkCost, ScoreTable, Budget], count: int, within: float, tied: bool
+) -> None:
+    measured, scores, budget = problem
+    ties = [tuple(measured.by_name)[:2]] if tied and len(measured.layers) > 1 else []
+    usable = [p for _, p in every_policy(measured, scores.candidates) if all(len({p.layers[name] for name in tie}) == 1 for tie in ties)]
+    near = sorted(((total(scores, p), p.layers) for p in usable if fits(measured, p, budget)), key=lambda pair: pair[0])
+    try:
+        found = near_best(scores, measured, budget, {}, ties, count, within)
+    except InfeasibleBudget:
+        assert not near or near[0][0] == math.inf
+        return
+    assert found[0] == allocate(scores, measured, budget, {}, ties)
+    ideal = min(total(scores, p) for p in usable)
+    most = near[0][0] + within * (near[0][0] - ideal) + 1e-9
+    expected = [layers for score, layers in near if score <= most][:count]
+    assert [policy.layers for policy in found] == expected
+    assert all(policy.provenance["score"] == pytest.approx(total(scores, policy)) for policy in found)
 
 
 @given(problems())
@@ -105,6 +126,34 @@ def test_sixty_layers_and_25_pairs_under_two_caps_take_less_than_a_second() -> N
     policy = allocate(scores, measured, budget)
     assert time.process_time() - start < 1.0
     assert fits(measured, policy, budget)
+
+
+def test_the_near_best_of_equal_layers_have_equal_scores() -> None:
+    measured = network(*(layer(f"l{at}") for at in range(4)))
+    scores = ScoreTable(tuple(measured.by_name), square(2, 4), np.tile([4.0, 2.0, 3.0, 0.0], (4, 1)), "equal")
+    budget = Budget({"bitops": cost("bitops", measured, uniform(measured, 4, 4)) - 1})
+    found = near_best(scores, measured, budget, {}, count=9, within=0.49)
+    assert {frozenset(policy.layers.items()) for policy in found} == {
+        frozenset({**uniform(measured, 4, 4).layers, name: LayerBits(2, 4)}.items()) for name in measured.by_name
+    }
+    assert len(near_best(scores, measured, budget, {}, count=9, within=0.51)) == 8
+
+
+def test_everything_pinned_leaves_one_policy_near_the_best() -> None:
+    measured = network(layer("a", 100), layer("b", 100))
+    scores = ScoreTable((), square(4), np.zeros((0, 1)), "t")
+    assert [p.layers for p in near_best(scores, measured, Budget({"bitops": 12800}))] == [uniform(measured, 8, 8).layers]
+    with pytest.raises(InfeasibleBudget, match="feasible from 12800"):
+        near_best(scores, measured, Budget({"bitops": 12799}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"count": 0}, "count=0"), ({"within": -0.1}, "within=-0.1"), ({"within": math.nan}, "nan")]
+)
+def test_a_slack_or_count_out_of_range_is_refused(setting: dict[str, float], message: str) -> None:
+    measured = random_network(2, 0)
+    with pytest.raises(BitscapeError, match=message):
+        near_best(noise_scores(measured, square(2, 4), 0), measured, Budget({"bitops": 1e12}), {}, **setting)
 
 
 def test_sixty_equal_layers_are_no_trouble() -> None:

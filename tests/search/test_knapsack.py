@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bitscape.errors import BitscapeError
 from bitscape.search import knapsack
-from bitscape.search.knapsack import CapRow, smallest, solve
+from bitscape.search.knapsack import CapRow, near_best, smallest, solve
 
 
 def row(costs: list[list[int]], limit: int, *, fixed: int = 0, additive: bool = True) -> CapRow:
@@ -73,6 +73,72 @@ def test_the_smallest_total_equals_brute_force(problem: tuple[np.ndarray, list[C
         assert found - min(totals) <= 1e-8 * found
 
 
+@given(problems(), st.integers(1, 6), st.sampled_from([0.0, 0.01, 1.0, 100.0]))
+def test_the_near_best_equal_brute_force(problem: tuple[np.ndarray, list[CapRow]], count: int, within: float) -> None:
+    scores, caps = problem
+    found = near_best(scores, caps, count, within)
+    if (first := solve(scores, caps)) is None:
+        assert found == []
+        return
+    assert found[0] == first
+    assert len(set(found)) == len(found)
+    assert all(cap.holds(choice) for cap in caps for choice in found)
+    regret = scores - scores.min(axis=1, keepdims=True)  # a choice's regret is its total less the ideal's
+    totals = [sum(regret[group, at] for group, at in enumerate(choice)) for choice in found]
+    everything = sorted(
+        sum(regret[group, at] for group, at in enumerate(choice))
+        for choice in product(range(scores.shape[1]), repeat=scores.shape[0])
+        if all(cap.holds(choice) for cap in caps)
+    )
+    near = [sum(total <= everything[0] * (1 + within + error) for total in everything) for error in (-1e-8, 1e-8)]
+    assert min(count, near[0]) <= len(found) <= min(count, near[1])
+    assert totals[1:] == sorted(totals[1:])
+    np.testing.assert_allclose(totals, everything[: len(found)], rtol=1e-8)
+
+
+def test_equal_choices_come_one_after_the_other_and_worse_ones_not_at_all() -> None:
+    scores = np.array([[0.0, 1.0, 1.0]] * 3)
+    one_short = row([[1, 0, 0]] * 3, 2)
+    found = near_best(scores, [one_short], 99, 0.99)
+    assert sorted(found) == [(0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 2, 0), (1, 0, 0), (2, 0, 0)]
+    assert len(near_best(scores, [one_short], 99, 1.0)) == 6 + 12
+    assert len(near_best(scores, [one_short], 99, 2.0)) == 6 + 12 + 8
+
+
+def test_where_no_cap_binds_only_equals_of_the_best_are_near_it() -> None:
+    scores = np.array([[5.0, 5.0, 5.001], [-7.0, -6.999, 3.0]])
+    assert sorted(near_best(scores, [], 99, 1e6)) == [(0, 0), (1, 0)]
+
+
+@given(st.integers(0, 10**6))
+def test_neither_offset_nor_unit_of_the_scores_decides_what_is_near(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, cap = rng.integers(0, 100, (4, 4)).astype(float), row(rng.integers(0, 10, (4, 4)).tolist(), 18)
+    found = near_best(scores, [cap], 99, 0.2)
+    moved = scores * 4.0 - rng.integers(0, 1000, (4, 1))
+    assert set(near_best(moved, [cap], 99, 0.2)) == set(found)
+
+
+def test_excluded_choices_do_not_come_back() -> None:
+    scores, caps = np.array([[0.0, 1.0], [0.0, 3.0]]), [row([[1, 1], [1, 1]], 2)]
+    found: list[tuple[int, ...]] = []
+    while (choice := solve(scores, caps, excluded=found)) is not None:
+        found.append(choice)
+    assert found == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_what_the_solver_cannot_tell_ends_the_list_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # One cut is not enough to see past the choices just over the cap: what remains holds a 0, and is used up in the end.
+    monkeypatch.setattr(knapsack, "CUTS_PER_LIMIT", 1)
+    big = 10**10
+    exact = row([[0, big, big + 1]] * 3, 3 * big + 1)
+    found = near_best(np.array([[50.0, 1.0, 0.0]] * 3), [exact], 99, 100.0)
+    assert sorted(found) == [choice for choice in product(range(3), repeat=3) if 0 in choice]
+    assert "only 19 near-best choices are known" in caplog.text
+
+
 def test_a_choice_that_breaks_a_cap_within_the_solvers_tolerance_is_cut_off() -> None:
     # Ten groups could each save a score of 1 for one unit of cost more; the cap has room for none.
     big = 10**10
@@ -109,6 +175,8 @@ def test_without_groups_only_the_fixed_cost_counts() -> None:
     costs = np.empty((0, 3), dtype=object)
     assert solve(nothing, [CapRow("bitops", costs, 5, fixed=5)]) == ()
     assert solve(nothing, [CapRow("bitops", costs, 4, fixed=5)]) is None
+    assert near_best(nothing, [CapRow("bitops", costs, 5, fixed=5)], 3, 0.1) == [()]
+    assert near_best(nothing, [CapRow("bitops", costs, 4, fixed=5)], 3, 0.1) == []
     assert solve(nothing, [CapRow("peak", costs, 4, fixed=5, additive=False)]) is None
 
 

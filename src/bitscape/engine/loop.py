@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class Loop:
     clip_norm: float | None
     folder: Path | None
     checkpoint_every_s: float
+    after_epoch: Callable[[int], Mapping[str, float]] | None
     first_bad: Tensor = field(init=False)
     """Batch of this epoch whose loss or gradient was not finite first, -1 = none; read as seldom as possible."""
     base_lrs: list[float] = field(init=False)
@@ -78,7 +79,10 @@ class Loop:
             self._run_epoch(pace)
             self._stop_if_bad()
             state.train_s += pace.lap()
-            state.finish_epoch(self._record())
+            record = self._record()
+            if self.after_epoch is not None:
+                record |= self.after_epoch(state.epoch + 1)
+            state.finish_epoch(record)
             self._save()
             pace.go_on(saved=True)
 

@@ -3,12 +3,20 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
+
+
+class OptimizerSettings(Protocol):
+    """Settings that build a torch optimiser over a model's trainable parameters."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
 from bitscape.engine.forward import check_autocast, device_of, loop_forward
 from bitscape.engine.loop import Loop
-from bitscape.engine.settings import AdamW, Cosine, Sgd
+from bitscape.engine.settings import Cosine, OptimizerSettings
 from bitscape.engine.state import RunState
 from bitscape.engine.step import CrossEntropy, LossFunction, Step
 from bitscape.errors import BitscapeError
@@ -41,7 +41,7 @@ def train(
     batches: "Batches",
     *,
     step: Step,
-    optimizer: Sgd | AdamW,
+    optimizer: OptimizerSettings,
     epochs: int,
     schedule: Cosine | None = None,
     loss: LossFunction | None = None,
@@ -55,6 +55,7 @@ def train(
     checkpoint_every_s: float = 60.0,
     resume: bool = True,
     seed: int = 0,
+    after_epoch: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
@@ -63,7 +64,8 @@ def train(
     clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated after each
     epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
-    seed: of dropout and the like; the batches carry their own.
+    seed: of dropout and the like; the batches carry their own. after_epoch: called with the number of finished epochs
+    before each epoch's checkpoint; what it returns joins the epoch's record.
 
     On one machine the same arguments give the same bits, also when the run was killed and resumed. The global random
     state is the caller's again afterwards.
@@ -114,6 +116,7 @@ def train(
         clip_norm=clip_norm,
         folder=None if folder is None else Path(folder),
         checkpoint_every_s=checkpoint_every_s,
+        after_epoch=after_epoch,
     )
     with ExitStack() as block:
         block.enter_context(_seeded(seed, device))

@@ -38,7 +38,7 @@ def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     if _is_shifted(grid.zero_point):
         codes = codes.add_(grid.zero_point)
     codes = codes.round_()
-    return _clamp_(codes, grid.qmin, grid.qmax)
+    return clamp_(codes, grid.qmin, grid.qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Number = 0.0) -> Tensor:
@@ -69,9 +69,7 @@ def _plain_fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float) -> Tensor:
         codes = quantize(x, scale, Grid(qmin, qmax, zero_point))
         if _is_shifted(zero_point):
             codes = codes.sub_(zero_point)
@@ -112,7 +110,7 @@ def _sum_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     if like.numel() > 1:
         return (a.float() * b.float()).sum_to_size(like.shape)
     same_layout = a.stride() == b.stride() and is_dense(a)
-    flat_a, flat_b = (_storage_order(a), _storage_order(b)) if same_layout else (a.reshape(-1), b.reshape(-1))
+    flat_a, flat_b = (storage_order(a), storage_order(b)) if same_layout else (a.reshape(-1), b.reshape(-1))
     # bfloat16 dot products are several times slower than the conversion, and lose the sum.
     return torch.dot(flat_a.float(), flat_b.float()).reshape(like.shape)
 
@@ -122,12 +120,13 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _storage_order(x: Tensor) -> Tensor:
+def storage_order(x: Tensor) -> Tensor:
     """A dense tensor's elements as they lie in memory, without a copy."""
     return x.as_strided((x.numel(),), (1,))
 
 
-def _clamp_(x: Tensor, low: Number, high: Number) -> Tensor:
+def clamp_(x: Tensor, low: Number, high: Number) -> Tensor:
+    """Limit `x` in place to low .. high, numbers or tensors that broadcast against it."""
     return x.clamp_(low, high)  # type: ignore[arg-type]  # both numbers or both tensors
 
 

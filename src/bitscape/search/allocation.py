@@ -1,7 +1,7 @@
 """From scores and caps to a policy, exactly: a multiple-choice knapsack over layers.
 
-`Choices` states the problem in integers (what each pair costs each group of layers), `allocate` solves it,
-`pareto_front` solves it along a cost.
+`Choices` states the problem in integers (what each pair costs each group of layers), `allocate` solves it, `near_best`
+lists the best solutions, `pareto_front` solves it along a cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from bitscape.cost.layers import NetworkCost
 from bitscape.cost.policy_cost import cap, layer_cost, policy_cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, fingerprint
+from bitscape.search import knapsack
 from bitscape.search.knapsack import Allowed, CapRow, Choice, smallest, solve
 from bitscape.search.problem import FreeLayers, free_layers
 from bitscape.search.scores import ScoreTable
@@ -126,13 +127,45 @@ def allocate(
         InfeasibleBudget: no policy fits; it tells the smallest budget that does.
         BitscapeError: unknown, missing or contradicting layers.
     """
+    return near_best(scores, network, budget, pinned, tied, count=1)[0]
+
+
+def near_best(
+    scores: ScoreTable,
+    network: NetworkCost,
+    budget: Budget,
+    pinned: Mapping[str, LayerBits] | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    count: int = 8,
+    within: float = 0.01,
+) -> list[Policy]:
+    """Return the `count` best policies within every cap of the budget, fewer if fewer fit or score well enough.
+
+    They ascend by total score, the first is that of `allocate`, and no two are alike. Near-equal means a score of at
+    most best + within * (best - ideal). The ideal gives each group of layers its best-scored pair, whatever that costs:
+    with 0.01 a policy may lose 1 % more score than the budget already costs. Scores may be negative or have any offset. A
+    budget that costs no score leaves only policies of equal score.
+
+    Args:
+        scores, network, budget, pinned, tied: see `allocate`.
+        count: how many policies to return at most, from 1.
+        within: the slack, from 0.
+
+    Raises:
+        InfeasibleBudget: no policy fits; it tells the smallest budget that does.
+        BitscapeError: `count` or `within` out of range; unknown, missing or contradicting layers.
+    """
+    if count < 1:
+        raise BitscapeError(f"count={count}: it must be at least 1")
+    if not 0 <= within < np.inf:
+        raise BitscapeError(f"within={within}: it must be from 0 and finite; 0.01 allows 1 % more score than the budget costs")
     _check_network(scores, network)
     stated = choices(network, budget, scores.candidates, pinned, tied)
     values = _group_scores(scores, stated)
-    choice = solve(values, stated.caps)
-    if choice is None:
+    found = knapsack.near_best(values, stated.caps, count, within)
+    if not found:
         stated.refuse(np.isfinite(values))
-    return stated.policy(choice, _provenance(scores, values, choice, budget))
+    return [stated.policy(choice, _provenance(scores, values, choice, budget)) for choice in found]
 
 
 def only_choice(

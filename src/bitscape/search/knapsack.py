@@ -34,6 +34,10 @@ TIGHTENINGS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)
 RESCALINGS = 30
 
 
+class UndecidedError(BitscapeError):
+    """Too many choices exceed a cap by less than the solver can tell."""
+
+
 @dataclass(frozen=True, eq=False)
 class CapRow:
     """One limit on the cost of a choice of one candidate per group."""
@@ -59,10 +63,11 @@ class CapRow:
         return self.total(choice) <= self.limit
 
 
-def solve(scores: Scores, caps: Sequence[CapRow], *, time_limit_s: float = 300.0) -> Choice | None:
+def solve(scores: Scores, caps: Sequence[CapRow], *, excluded: Sequence[Choice] = (), time_limit_s: float = 300.0) -> Choice | None:
     """Return the candidate of each group with the smallest total score under all caps, or None when there is none.
 
-    `scores` has shape (groups, candidates); infinity forbids a candidate. The total is optimal to a relative 1e-9.
+    `scores` has shape (groups, candidates); infinity forbids a candidate. The total is optimal to a relative 1e-9 among
+    the choices that are not `excluded`.
     A warning is logged where that is not proven: after `time_limit_s` per integer programme, or when choices that
     exceed a cap by less than one part in a million outnumber the cuts. Equal input gives equal output.
     """
@@ -70,7 +75,7 @@ def solve(scores: Scores, caps: Sequence[CapRow], *, time_limit_s: float = 300.0
     if allowed is None:
         return None
     sums = [cap for cap in caps if cap.additive]
-    cuts: list[Allowed] = []
+    cuts = [_only(choice, scores.shape) for choice in excluded]
     regret = scores - np.where(allowed, scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     choice: Choice | None = None
     for _ in range(RESCALINGS):
@@ -85,6 +90,39 @@ def solve(scores: Scores, caps: Sequence[CapRow], *, time_limit_s: float = 300.0
         # Regrets are never negative, so no optimum holds a candidate with a larger one than this total.
         allowed = allowed & (regret <= total)
     return choice
+
+
+def near_best(scores: Scores, caps: Sequence[CapRow], count: int, within: float) -> list[Choice]:
+    """Return up to `count` different choices under all caps, the best first, by ascending total score.
+
+    None is missing that scores better than the last, and none scores above best + within * (best - ideal). The ideal
+    takes each group's smallest score and no cap, so that (best - ideal) is what the caps cost: it is not negative, and
+    unlike the total it does not change with the offset of the scores. Where the best is the ideal, only its equals
+    come back. Totals are exact to a relative 1e-9 of the same difference; see `solve`. A warning is logged where the
+    list may be incomplete.
+    """
+    first = solve(scores, caps)
+    if first is None:
+        return []
+    regret = scores - scores.min(axis=1, keepdims=True, initial=np.inf)
+    most = _at(regret, first) * (1 + within + 1e-9)
+    # Regrets are never negative, so no choice within the slack holds a candidate with a larger one.
+    scores = np.where(regret <= most, scores, np.inf)
+    others: list[Choice] = []
+    while len(others) < count - 1:
+        choice = _next(scores, caps, [first, *others])
+        if choice is None or _at(regret, choice) > most:
+            break
+        others.append(choice)
+    return [first, *sorted(others, key=lambda choice: _at(regret, choice))]
+
+
+def _next(scores: Scores, caps: Sequence[CapRow], found: Sequence[Choice]) -> Choice | None:
+    try:
+        return solve(scores, caps, excluded=found)
+    except UndecidedError as error:
+        _log.warning("only %d near-best choices are known (%s)", len(found), error)
+        return None
 
 
 def smallest(cap: CapRow, others: Sequence[CapRow], allowed: Allowed) -> int | None:
@@ -173,9 +211,9 @@ def _solve_scaled(objective: Scores, allowed: Allowed, sums: Sequence[CapRow], c
     raise _undecided(sums)
 
 
-def _undecided(sums: Sequence[CapRow]) -> BitscapeError:
+def _undecided(sums: Sequence[CapRow]) -> UndecidedError:
     names = ", ".join(cap.name for cap in sums)
-    return BitscapeError(f"budget: the solver cannot tell what fits exactly under {names}; change a cap by one part in a million")
+    return UndecidedError(f"budget: the solver cannot tell what fits exactly under {names}; change a cap by one part in a million")
 
 
 def _row(cap: CapRow, allowed: Allowed, tightening: float) -> tuple[Scores, float]:
@@ -201,6 +239,13 @@ def _cut(cap: CapRow, choice: Choice) -> Allowed:
     return marked
 
 
+def _only(choice: Choice, shape: tuple[int, ...]) -> Allowed:
+    """Mark the chosen candidates alone: a cut that forbids this one choice."""
+    marked = np.zeros(shape, dtype=bool)
+    marked[np.arange(len(choice)), list(choice)] = True
+    return marked
+
+
 def _cut_row(cut: Allowed, allowed: Allowed) -> tuple[Scores, float]:
     return cut[allowed].astype(np.float64), len(cut) - 1.0
 
@@ -208,7 +253,7 @@ def _cut_row(cut: Allowed, allowed: Allowed) -> tuple[Scores, float]:
 def _milp(objective: Scores, allowed: Allowed, rows: Sequence[tuple[Scores, float]], time_limit_s: float) -> Choice | None:
     groups, _ = np.nonzero(allowed)
     if not len(groups):
-        return ()
+        return () if all(right >= 0 for _, right in rows) else None
     one_each = sparse.csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
     constraints = [LinearConstraint(one_each, 1, 1)]
     if rows:

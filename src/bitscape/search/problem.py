@@ -2,21 +2,25 @@
 
 import copy
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bitscape.cost.budget import Budget, parse_budget
 from bitscape.cost.layers import NetworkCost, measure
+from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.attention import split_attention
+from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import quantized_layers
 from bitscape.search.scores import ScoreTable, check_candidates
 from bitscape.version import __version__
@@ -26,6 +30,7 @@ __all__ = ["DEFAULT_CANDIDATES", "FreeLayers", "ScoreTable", "SearchProblem", "S
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 DEFAULT_CANDIDATES = tuple(LayerBits(w, a) for w, a in product(DEFAULT_WIDTHS, DEFAULT_WIDTHS))
 DEFAULT_PIN = LayerBits(8, 8)
+Pick = Literal["best", "least-sharp"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,11 @@ class SearchProblem:
     seed: int = 0
     """Seed of everything random in the search."""
     labels: Tensor | None = None
-    """Labels of the images, int64 (n,); no method needs them."""
+    """Labels of the images, int64 (n,), of the network's classes or of others; no method needs them, those that train use them."""
+    pick: Pick = "best"
+    """Which of the policies with near-equal scores to take: the best-scored, or the one whose quantized network is least sharp."""
+    folder: str | os.PathLike[str] | None = None
+    """Where a method that trains keeps its checkpoint and the policy so far; the same search goes on from there. None: nowhere."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(self.candidates))
@@ -93,6 +102,8 @@ class SearchProblem:
         _check_finite(self.model)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
+        if self.pick not in get_args(Pick):
+            raise BitscapeError(f"pick={self.pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
         # Evaluated now, so that a wrong name, shape or budget fails before any search time is spent.
         _ = self.parsed_budget
 
@@ -139,6 +150,13 @@ class SearchProblem:
         """The budget as absolute caps."""
         return parse_budget(self.budget, self.network, self.pinned_layers)
 
+    @cached_property
+    def decisions(self) -> Tensor:
+        """The float network's most likely class of each proxy image, int64 (n,), on the device of `images`."""
+        with evaluating(self.prepared):
+            logits = [as_logits(self.prepared(batch), len(batch), highest_label=-1) for batch in batches_of(self.images, self.prepared)]
+        return torch.cat(logits).argmax(1).to(self.images.device)
+
     def provenance(self, method: Any) -> dict[str, Any]:
         """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, version."""
         return {
@@ -148,6 +166,7 @@ class SearchProblem:
             "budget": dict(self.parsed_budget.caps),
             "images": list(self.images.shape),
             "for_training": self.for_training,
+            "pick": self.pick,
             "version": __version__,
         }
 

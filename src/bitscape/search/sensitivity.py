@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
-from bitscape.search.allocation import allocate, only_choice
+from bitscape.search.allocation import only_choice
+from bitscape.search.pick import chosen
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 
 
@@ -235,14 +236,22 @@ class Scoring(Protocol):
         ...
 
 
+Trace = tuple[Mapping[str, Any], ...]
+
+
 def solve(problem: SearchProblem, method: Scoring) -> SearchResult:
     """Score every free layer and candidate with `method`, then allocate bits exactly within the problem's budget."""
+    return finish(problem, method, lambda: (method.score(problem), ()))
+
+
+def finish(problem: SearchProblem, method: Any, scored: Callable[[], tuple[ScoreTable, Trace]]) -> SearchResult:
+    """Run `scored`, then choose the policy within the budget by the problem's `pick`; say where it comes from."""
     started = time.perf_counter()
     provenance = problem.provenance(method)
     if not problem.free_layers:
         policy = only_choice(problem.network, problem.parsed_budget, problem.candidates, problem.pinned, problem.tied)
         return SearchResult(replace(policy, provenance=provenance), None, (), time.perf_counter() - started)
-    scores = method.score(problem)
-    policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
+    scores, trace = scored()
+    policy, probed = chosen(problem, scores)
     provenance = {**policy.provenance, **provenance, "repairs": scores.repairs}
-    return SearchResult(replace(policy, provenance=provenance), scores, (), time.perf_counter() - started)
+    return SearchResult(replace(policy, provenance=provenance), scores, (*trace, *probed), time.perf_counter() - started)

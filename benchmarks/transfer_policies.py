@@ -1,0 +1,223 @@
+"""transfer-policies: bits found on a proxy, networks trained on the target at these bits. ResNet-20 on CIFAR-10, and on CIFAR-100.
+
+    python -m benchmarks.transfer_policies [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
+
+Every row shares quantizer (LSQ), candidates, training recipe, data order and budget. Searches that train make the same number of
+epochs over their proxy, whatever its size, so that a proxy of 4 % costs a twenty-fifth of the whole target. `--part i/n` does every
+n-th missing run, so that several processes can share the work.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import DATA, RESULTS, bits_of, dataset, record, test_batches
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.data.batches import Batches
+from bitscape.data.proxy import draw_proxy
+from bitscape.data.sources import Dataset
+from bitscape.engine import Sgd, evaluate, train
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.report.records import missing, read_runs
+from bitscape.search.asga import Asga
+from bitscape.search.differentiable import Differentiable
+from bitscape.search.fisher import Fisher
+from bitscape.search.local import Local
+from bitscape.search.methods import SearchMethod
+from bitscape.search.problem import SearchProblem
+from bitscape.search.random_policy import Random
+from bitscape.search.seam import Seam
+from bitscape.search.uniform import Uniform
+from bitscape.train.plain import Plain
+from recipes.networks import WEIGHTS, load
+
+NAME = "transfer-policies"
+KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.images", "epochs", "seed")
+WIDTHS = (2, 3, 4, 5, 6)
+CANDIDATES = tuple(LayerBits(weight, activation) for weight, activation in product(WIDTHS, WIDTHS))
+SEARCH_EPOCHS = 3
+SCORED = 512
+CALIBRATION = 256
+METHODS: dict[tuple[str, str], SearchMethod] = {
+    ("uniform", "one width"): Uniform(),
+    ("uniform", "two widths"): Uniform(mix=True),
+    ("random", ""): Random(),
+    ("local", ""): Local(images=SCORED),
+    ("fisher", ""): Fisher(images=SCORED),
+    ("fisher", "for training"): Fisher(images=SCORED),
+    ("differentiable", ""): Differentiable(epochs=SEARCH_EPOCHS),
+    ("seam", ""): Seam(epochs=SEARCH_EPOCHS),
+    ("asga", ""): Asga(epochs=SEARCH_EPOCHS),
+}
+WITHOUT_IMAGES = ("uniform", "random")
+TRAINED = ("differentiable", "seam", "asga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A target, and what stands in for it in the search."""
+
+    target: str
+    training: str
+    test: str
+    own: tuple[int, ...]
+    """Images drawn from the target's own training set: 4 % of it first."""
+    foreign: dict[str, str]
+    """Name of a foreign proxy -> its file; 2,000 images are drawn."""
+
+
+CASES = {
+    "resnet20": Case(
+        target="cifar10",
+        training="cifar10_train",
+        test="cifar10_test",
+        own=(2000, 500, 5000),
+        foreign={"cifar100:2000": "cifar100_train15k", "tiny_imagenet:2000": "tiny_imagenet_train8k"},
+    ),
+    "resnet20_kc": Case(
+        target="cifar100",
+        training="cifar100_train15k",
+        test="cifar100_test5k",
+        own=(2000,),
+        foreign={"cifar10:2000": "cifar10_train"},
+    ),
+}
+
+
+def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
+    """Every run, in an order in which a stopped benchmark already compares. Budget w2a3, 6 x MACs inside, is "2.5 bits"."""
+    first, other = CASES
+    scores, trained = [key for key in METHODS if key[0] in ("local", "fisher")], [key for key in METHODS if key[0] in TRAINED]
+    controls = [key for key in METHODS if key[0] in WITHOUT_IMAGES]
+    main = [("cifar10:2000", key) for key in [*trained, ("fisher", "for training"), ("fisher", "")]]
+    main += [("cifar100:2000", key) for key in [*trained, ("fisher", "for training")]]
+    plan = [(first, "w2a3", proxy, key, 0) for proxy, key in main]
+    plan += [(first, "w2a3", None, key, 0) for key in controls]
+    plan += [(first, "w2a3", "cifar10", key, 0) for key in [("differentiable", ""), ("fisher", "for training")]]
+    plan += [(first, "w2a3", "tiny_imagenet:2000", key, 0) for key in trained]
+    plan += [(first, "w2a3", proxy, key, 1) for proxy, key in main] + [(first, "w2a3", None, key, 1) for key in controls]
+    plan += [(first, "w2a3", "cifar10", key, 0) for key in [("seam", ""), ("asga", "")]]
+    plan += [(first, "w3a3", proxy, key, 0) for proxy, key in main]
+    plan += [(first, "w3a3", None, key, 0) for key in controls]
+    plan += [(first, budget, proxy, key, seed) for seed in range(seeds) for budget in ("w2a3", "w3a3") for proxy, key in main]
+    plan += [(first, budget, None, key, seed) for seed in range(seeds) for budget in ("w2a3", "w3a3") for key in controls]
+    plan += [(other, "w2a3", proxy, key, 0) for proxy in ("cifar100:2000", "cifar10:2000") for key in [*trained, *scores]]
+    plan += [(other, "w2a3", None, key, 0) for key in controls]
+    everything = ["cifar10:2000", "cifar10:500", "cifar10:5000", *CASES[first].foreign, "cifar10"]
+    plan += [
+        (first, budget, proxy, key, seed)
+        for seed, budget, proxy, key in product(range(seeds), ("w2a3", "w3a3"), everything, [*trained, *scores])
+    ]
+    plan += [(first, budget, None, ("random", ""), seed) for budget in ("w2a3", "w3a3") for seed in range(seeds, 5)]
+    for network, budget, proxy, (method, variant), seed in dict.fromkeys(plan):
+        if variant == "two widths" and budget == "w3a3":  # one width fills this budget
+            continue
+        settings = {"budget": budget, "images": images}
+        run = {"network": network, "method": method, "variant": variant, "proxy": proxy}
+        yield {**run, "settings": settings, "epochs": epochs, "seed": seed}
+
+
+@cache
+def images_of(file: str) -> Dataset:
+    """A data set, at 32 pixels."""
+    return dataset(file, None if file.startswith("cifar") else 32)
+
+
+@cache
+def tests(network: str) -> Batches:
+    """The complete test set."""
+    return test_batches(images_of(CASES[network].test), WEIGHTS[network].normalization)
+
+
+def proxy_of(network: str, proxy: str | None, seed: int) -> Dataset:
+    """The images that a search sees, drawn by the seed; without a proxy the target's own, for calibration."""
+    case = CASES[network]
+    name, _, count = (proxy or f"{case.target}:{SCORED}").partition(":")
+    source = images_of(case.training if name == case.target else case.foreign[f"{name}:{count}"])
+    return draw_proxy(source, images=int(count), seed=seed) if count else source
+
+
+def problem(run: dict[str, Any]) -> SearchProblem:
+    """The search of a run."""
+    drawn = proxy_of(run["network"], run["proxy"], run["seed"])
+    return SearchProblem(
+        model=load(run["network"], DATA),
+        images=WEIGHTS[run["network"]].normalization.apply(drawn.images),
+        labels=drawn.labels,
+        budget=f"bitops={run['settings']['budget']}",
+        candidates=CANDIDATES,
+        for_training=run["variant"] == "for training",
+        seed=run["seed"],
+    )
+
+
+def trained(run: dict[str, Any], policy: Policy) -> tuple[nn.Module, dict[str, Any]]:
+    """Quantize, calibrate on the target, train by the one recipe."""
+    entry, seed, images = WEIGHTS[run["network"]], run["seed"], images_of(CASES[run["network"]].training)
+    own = proxy_of(run["network"], None, seed)
+    network = calibrate(quantize(load(run["network"], DATA), policy), entry.normalization.apply(own.images[:CALIBRATION]))
+    before = evaluate(network, tests(run["network"]))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = Batches(
+        dataset=images.subset(order[: run["settings"]["images"]]),
+        normalization=entry.normalization,
+        shuffle=True,
+        augment="crop-flip",
+        seed=seed,
+        drop_last=True,
+    )
+    result = train(network, batches, step=Plain(), optimizer=Sgd(lr=0.01), epochs=run["epochs"], seed=seed)
+    return network, {"before_training_top1": before.top1, "train_s": float(result.records[-1]["train_s"])}
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Search, train, evaluate."""
+    stated = problem(run)
+    result = METHODS[run["method"], run["variant"]].search(stated)
+    network, extra = trained(run, result.policy)
+    accuracy = evaluate(network, tests(run["network"]))
+    return {
+        **run,
+        "weights": WEIGHTS[run["network"]].file,
+        "target": CASES[run["network"]].target,
+        "policy": bits_of(result.policy),
+        "budget": dict(stated.parsed_budget.caps),
+        "cost": policy_cost(stated.network, result.policy),
+        "step": "plain",
+        "top1": accuracy.top1,
+        "float_top1": WEIGHTS[run["network"]].float_top1,
+        "test_images": accuracy.images,
+        "search_s": result.seconds,
+        "search_epochs": SEARCH_EPOCHS if run["method"] in TRAINED else None,
+        "train_s": extra.pop("train_s"),
+        "clock": "wall",
+        "dtype": "float32",
+        "extra": {"test_loss": accuracy.loss, **extra},
+    }
+
+
+def main() -> None:
+    """Do the runs that the results file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    part, parts = (int(text) for text in options.part.split("/"))
+    for run in list(wanted(options.seeds, options.images, options.epochs))[part::parts]:
+        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
+            record(NAME, measure(dict(run)))
+
+
+if __name__ == "__main__":
+    main()

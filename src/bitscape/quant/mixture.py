@@ -1,0 +1,234 @@
+"""A soft choice among candidate bit-widths: the quantized tensors are mixed, then the layer computes once.
+
+    W_mix = sum_i p_i Q_i(W)      A_mix = sum_j q_j Q_j(A)      p = softmax(logits of the weight), q = softmax(logits of the input)
+
+(Cai and Vasconcelos: "Rethinking differentiable search for mixed-precision neural networks", CVPR 2020, section 4.) Every
+candidate has a learned scale of its own, with LSQ's gradient. In eager mode a hand-written autograd function saves its
+input alone, whatever the number of candidates; codes are made again in the backward pass. On a CPU both passes walk the
+tensor in pieces that stay in the cache, which makes a candidate several times cheaper than passes over the whole tensor.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import quantize
+from bitscape.quant.functional import EDGE, at_least, clamp_, fake_quantize, is_dense, storage_order
+from bitscape.quant.grid import Grid, Number, grid
+from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.observers import MINIMUM_SCALE, Mse, Observer
+from bitscape.quant.quantizers import FakeQuantizer
+from bitscape.quant.quantizers.lsq import lsq_gradient_factor
+
+PIECE = 1 << 16
+"""Elements walked at once by each thread of a CPU: input, gradient and two buffers of float32 fill half a megabyte of cache."""
+
+
+class Mixture(FakeQuantizer):
+    """The mix of a tensor quantized to every candidate width.
+
+    Attributes:
+        widths: candidate bits, R of them.
+        logits: parameter (R,), what speaks for each candidate.
+        price: buffer (R,), what speaks against it; softmax(logits - price) gives the shares. Zero unless set; infinity forbids.
+        scale: parameter (R,) for one scale a tensor, or (R, C) for one a channel.
+    """
+
+    bits: Tensor
+
+    def __init__(self, widths: Sequence[int], *, signed: bool, channels: int | None = None) -> None:
+        if not widths:
+            raise BitscapeError("widths: none given; a mixture needs at least one candidate, e.g. (2, 4, 8)")
+        for bits in widths:
+            grid(bits, signed=signed)  # checks the bit-width
+        super().__init__(torch.tensor(widths), signed=signed)
+        self.widths = tuple(widths)
+        self.logits = nn.Parameter(torch.zeros(len(widths)))
+        self.price: Tensor
+        self.register_buffer("price", torch.zeros(len(widths)))
+        self.scale = nn.Parameter(torch.ones(len(widths)) if channels is None else torch.ones(len(widths), channels))
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of each candidate, (R,); differentiable."""
+        return (self.logits - self.price).softmax(0)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Integer limits of each candidate."""
+        return tuple(grid(bits, signed=self.signed) for bits in self.widths)
+
+    def _quantize_dequantize(self, x: Tensor) -> Tensor:
+        sharing = x.shape[0]  # images of a batch, or channels of a weight
+        grids, scale = self.grids, at_least(self.scale, MINIMUM_SCALE)
+        if scale.ndim > 1:
+            scale = scale.reshape(*scale.shape, *[1] * (x.ndim - 1))
+        factors = tuple(lsq_gradient_factor(x.numel() // max(1, sharing), levels.qmax) for levels in grids)
+        return mixed(x, scale, self.shares, grids, factors)
+
+    def _set_range(self, values: Tensor, observer: Observer) -> None:
+        if self.scale.ndim == 1:
+            self.see_sign(values)
+        rows = values.reshape(1, -1) if self.scale.ndim == 1 else values.flatten(1)
+        for scale, levels in zip(self.scale, self.grids, strict=True):
+            scale.copy_(observer.scale(rows, levels).reshape(scale.shape))
+
+    def extra_repr(self) -> str:
+        return f"bits={self.widths}, {'signed' if self.signed else 'unsigned'}"
+
+
+def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], factors: Sequence[float]) -> Tensor:
+    """Return sum_i shares_i * fake_quantize(x, scale_i, grid_i).
+
+    Args:
+        x: values of any shape.
+        scale: positive, (R,) or (R, C, 1, ...); scale[i] broadcasts against x.
+        shares: (R,), summing to 1.
+        grids: the R candidates' integer limits, as numbers.
+        factors: what each scale's gradient is multiplied by.
+    """
+    if torch.compiler.is_compiling():  # the plain formula, for the compiler to fuse
+        parts = (
+            share * fake_quantize(x, one, levels, scale_gradient_factor=factor)
+            for share, one, levels, factor in zip(shares, scale, grids, factors, strict=True)
+        )
+        return cast(Tensor, sum(parts))
+    return _Mixed.apply(x if is_dense(x) else x.contiguous(), scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+
+
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shares: Tensor, grids: tuple[Grid, ...], factors: tuple[float, ...]) -> Tensor:
+        ctx.save_for_backward(x, scale, shares)
+        ctx.grids, ctx.factors = grids, factors
+        y = torch.empty_like(x)
+        candidates = _candidates(scale, shares, grids)
+        for part, out in _pieces(scale, x, y):
+            for at, each in enumerate(candidates):
+                _add(out, each.levels_of(part), each.scale * each.share, first=at == 0)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shares = ctx.saved_tensors
+        g_x = torch.empty_like(x)
+        if g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
+        candidates = _candidates(scale, shares, ctx.grids)
+        for part, slope, out in _pieces(scale, x, g, g_x):
+            for at, each in enumerate(candidates):
+                each.along_levels += each.inner(slope, each.levels_of(part))
+                inside = each.inside(slope, part)
+                each.along_input += each.inner(inside, part)
+                _add(out, inside, each.share, first=at == 0)
+        along_levels = torch.stack([torch.as_tensor(each.along_levels, device=scale.device) for each in candidates])
+        along_input = torch.stack([torch.as_tensor(each.along_input, device=scale.device) for each in candidates])
+        by_candidate = (-1, *[1] * (scale.ndim - 1))
+        # d y_i / d scale_i is (y_i - x) / scale_i inside the range and y_i / scale_i outside.
+        factors = torch.tensor(ctx.factors, device=scale.device).reshape(by_candidate)
+        g_scale = shares.reshape(by_candidate) * factors * (along_levels - along_input / scale)
+        g_shares = (along_levels * scale).flatten().reshape(len(shares), -1).sum(1)
+        return g_x, g_scale.to(scale.dtype), g_shares.to(shares.dtype), None, None
+
+
+@dataclass
+class _Candidate:
+    """One candidate's numbers in a pass, and the sums that its gradients need."""
+
+    scale: Number
+    share: Number
+    grid: Grid
+    along_levels: Number = 0.0
+    along_input: Number = 0.0
+
+    def levels_of(self, x: Tensor) -> Tensor:
+        """Grid values in units of the scale: codes minus the zero point."""
+        levels = x / self.scale
+        if self.grid.zero_point:
+            levels.add_(self.grid.zero_point)
+        clamp_(levels.round_(), self.grid.qmin, self.grid.qmax)
+        return levels.sub_(self.grid.zero_point) if self.grid.zero_point else levels
+
+    def inside(self, g: Tensor, x: Tensor) -> Tensor:
+        """`g` where `x` lies within the candidate's range, else zero."""
+        low, high = (self.grid.qmin - self.grid.zero_point) * self.scale, (self.grid.qmax - self.grid.zero_point) * self.scale
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return torch.where((x >= low) & (x <= high), g, 0.0)
+        # One vectorised pass. It is zero at the very bounds, hence wider.
+        return torch.ops.aten.hardtanh_backward(g, x, low - EDGE * abs(low), high + EDGE * abs(high))  # type: ignore[no-any-return]  # operators are untyped
+
+    def inner(self, a: Tensor, b: Tensor) -> Number:
+        """Sum of a * b, over what shares the scale."""
+        if isinstance(self.scale, Tensor):
+            return (a * b).sum_to_size(self.scale.shape) if self.scale.ndim else (a * b).sum()
+        return torch.dot(a, b).item()
+
+
+def _candidates(scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> list[_Candidate]:
+    # Reading numbers costs nothing on a CPU; a GPU would have to be waited for.
+    plain = scale.ndim == 1 and scale.device.type == "cpu"
+    numbers = zip(scale.tolist(), shares.tolist(), strict=True) if plain else zip(scale, shares, strict=True)
+    return [_Candidate(one, share, levels) for (one, share), levels in zip(numbers, grids, strict=True)]
+
+
+def _add(total: Tensor, x: Tensor, factor: Number, *, first: bool) -> None:
+    """Add factor * x to `total`, or begin the total with it; `x` is used up."""
+    if first:
+        torch.mul(x, factor, out=total)
+    elif isinstance(factor, Tensor):
+        total.add_(x.mul_(factor))
+    else:
+        total.add_(x, alpha=factor)
+
+
+def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching parts of tensors of one layout: flat and small enough for the cache on a CPU, else all at once."""
+    if scale.ndim > 1 or scale.device.type != "cpu":
+        yield tensors
+        return
+    flat = [storage_order(tensor) for tensor in tensors]
+    yield from zip(*(tensor.split(PIECE * torch.get_num_threads()) for tensor in flat), strict=True)
+
+
+def mix(
+    model: nn.Module,
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    groups: Sequence[Sequence[str]],
+    pinned: Mapping[str, LayerBits],
+) -> nn.Module:
+    """Return a copy of the float network `model` with mixtures in the layers of `groups`; weight scales are set, `calibrate` sets the rest.
+
+    Args:
+        model: float network.
+        weight_bits: candidate widths of the weights.
+        activation_bits: candidate widths of the layers' inputs.
+        groups: free layers; the layers of one group share their logits.
+        pinned: bits of all the other layers.
+    """
+    widest = LayerBits(max(weight_bits), max(activation_bits))
+    policy = Policy({**pinned, **{name: widest for group in groups for name in group}})
+    network = quantize(model, policy)
+    layers = quantized_layers(network)
+    for group in groups:
+        _share_a_choice([layers[name] for name in group], weight_bits, activation_bits)
+    return network
+
+
+def _share_a_choice(layers: Sequence[QuantizedLayer], weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:
+    of_weight: dict[Tensor, Mixture] = {}
+    for layer in layers:
+        if layer.weight not in of_weight:
+            of_weight[layer.weight] = Mixture(weight_bits, signed=True, channels=len(layer.weight)).to(layer.weight.device)
+            of_weight[layer.weight].initialize(layer.weight, Mse())
+        layer.weight_quantizer = of_weight[layer.weight]
+        layer.input_quantizer = Mixture(activation_bits, signed=False).to(layer.weight.device)
+    for layer in layers[1:]:
+        for name in ("weight_quantizer", "input_quantizer"):
+            own, first = getattr(layer, name), getattr(layers[0], name)
+            own.logits, own.price = first.logits, first.price

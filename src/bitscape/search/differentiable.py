@@ -1,0 +1,88 @@
+"""Differentiable: a soft choice among bit-widths in every layer, trained together with the weights.
+
+Paper     Cai, Vasconcelos: "Rethinking differentiable search for mixed-precision neural networks" (EdMIPS), CVPR 2020; Wang et al.:
+          "Generalizable mixed-precision quantization via attribution rank preservation" (GMPQ), ICCV 2021, for a clip per candidate
+Idea      Every layer mixes its weight, and its input, quantized to each candidate width. Gradient descent moves weights and shares
+          together, so that the choice is made where training has already mended what it can. The proxy is what is trained on.
+Computes  the mix, section 4 -> quant.mixture; expected cost -> soft_cost.SoftCost; one step -> mixed_network.MixtureStep
+Departs   Starts from the trained float network with equal logits. The papers add eta * expected cost to the loss and tune eta until the
+          result lands on the budget. Here the cost enters as a price on bits, set anew at every step so that the expected cost is the
+          budget's: the mixture is trained where it will be used, and the logits hold what the task says alone. The policy is the exact
+          allocation of S = -logit, made monotone in bits. Scales are LSQ's, one a candidate. Learning rates are ours.
+Costs     epochs * (3 + R_w + R_a elementwise passes over training the float network); no second copy of the network in memory.
+Measured  docs/results: transfer-policies, asga-ladder, speed.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitscape.engine import Sgd, Step, train
+from bitscape.errors import BitscapeError
+from bitscape.search.mixed_network import Alternating, Mixed, MixtureSgd, MixtureStep, mixed_network
+from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.search.proxy_task import ProxyTask, Task, proxy_task
+from bitscape.search.readout import Progress, Readout, read_out
+from bitscape.search.sensitivity import Trace, at_least_one, finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differentiable:
+    """The mixture search."""
+
+    epochs: int = 5
+    """Passes over the proxy."""
+    batch_size: int = 64
+    """Images a step, over all workers."""
+    lr: float = 0.01
+    """Learning rate of weights and scales."""
+    logit_lr: float = 0.5
+    """Learning rate of the logits."""
+    held_out: float = 0.0
+    """Share of the proxy that trains the logits, alternating with the weights; 0: one level, all images train both."""
+    readout: Readout = "probability"
+    """What becomes the score of a width: its share, the loss without it, or the loss with it alone."""
+    task: Task = "auto"
+    """What the proxy teaches: its labels, by the network's own or a new classifier, or the float network's outputs."""
+    head_epochs: int = 3
+    """Passes that warm a new classifier up before bits move."""
+
+    def __post_init__(self) -> None:
+        at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
+        for name, value in (("lr", self.lr), ("logit_lr", self.logit_lr)):
+            if not 0 < value < math.inf:
+                raise BitscapeError(f"{name} = {value}: it must be above 0 and finite")
+        if not 0 <= self.held_out < 1:
+            raise BitscapeError(f"held_out = {self.held_out}: a share of the proxy from 0 (none) to below 1; 0.5 is usual")
+
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
+        return finish(problem, self, lambda: self._run(problem))
+
+    def score(self, problem: SearchProblem) -> ScoreTable:
+        """The scores alone: -log share, at the problem's budget; other budgets move the mixture elsewhere."""
+        return self._run(problem)[0]
+
+    def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
+        """The training step; searches that extend this one bring their own."""
+        return MixtureStep(mixed=mixed)
+
+    def _run(self, problem: SearchProblem) -> tuple[ScoreTable, Trace]:
+        folder = None if problem.folder is None else Path(problem.folder)
+        stated = proxy_task(problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder)
+        learned, held_out = stated.split(self.held_out)
+        mixed = mixed_network(problem, learned.model)
+        step = self.step(mixed, learned)
+        progress = Progress(problem, type(self).__name__.lower(), mixed, folder)
+        result = train(
+            mixed.model,
+            learned.batches,  # type: ignore[arg-type]  # has what the loop uses of Batches
+            step=step if held_out is None else Alternating(step=step, held_out=held_out, mixed=mixed),
+            optimizer=MixtureSgd(sgd=Sgd(lr=self.lr), logit_lr=self.logit_lr),
+            loss=learned.loss,
+            epochs=self.epochs,
+            folder=None if folder is None else folder / "search",
+            after_epoch=progress.after_epoch,
+            seed=problem.seed,
+        )
+        return read_out(self.readout, problem, progress.method, mixed, stated), result.records

@@ -1,0 +1,67 @@
+"""Two passes over one batch that differ in the weights alone: same masks, same arithmetic, norm statistics updated once."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+RandomState = dict[torch.device, Tensor]
+"""Device -> state of its random generator; always the CPU, and the GPUs that hold the model."""
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """Return the present random state, to be read before the first pass."""
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return {torch.device("cpu"): torch.get_rng_state()} | {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
+
+
+@contextmanager
+def repeating(model: nn.Module, state: RandomState) -> Iterator[None]:
+    """Within the block a pass repeats the one that began at `state`: dropout draws the same masks, and nothing is counted twice.
+
+    Batch norms in training mode use the statistics of the batch, but leave the running ones and their counters alone.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        for device, values in state.items():
+            torch.set_rng_state(values) if device.type == "cpu" else torch.cuda.set_rng_state(values, device)
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def faithful(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block hooks are called also in a compiled network, and `layers` compute in float32 whatever autocast says.
+
+    A compiled forward does not see hooks that came after it. A perturbation of a thousandth of the weights would not survive
+    bfloat16, which rounds to 1 part in 256.
+    """
+    open_regions: list[torch.autocast] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kind = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
+        lifted = torch.is_autocast_enabled(kind)
+        open_regions.append(torch.autocast(kind, enabled=False))
+        open_regions[-1].__enter__()
+        return (tuple(map(_float32, args)), {name: _float32(v) for name, v in kwargs.items()}) if lifted else (args, kwargs)
+
+    def leave(*_: object) -> None:
+        open_regions.pop().__exit__(None, None, None)
+
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            # In front of earlier ones: blocks may be nested, and regions end in reverse order.
+            stack.enter_context(layer.register_forward_hook(leave, always_call=True, prepend=True))
+        yield
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value

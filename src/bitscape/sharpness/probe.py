@@ -1,0 +1,122 @@
+"""Probe sharpness: how much the loss over given images rises one step up its gradient."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.modes import evaluating
+from bitscape.sharpness.ball import Ball
+
+BatchLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (n, classes), labels (n,)) -> scalar loss, averaged over the batch."""
+DEFAULT_BALL = Ball()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpness:
+    """The loss at the network's point u, and at u + radius * g / ||g||."""
+
+    loss: float
+    """L(u), mean over the images."""
+    gap: float
+    """L(u + radius * g / ||g||) - L(u)."""
+    curvature: float
+    """2 * gap / radius^2; near a minimum, where g is small, about the largest Hessian eigenvalue."""
+    gradient_norm: float
+    """||g|| over all members of the ball, or ||T g|| of ASAM."""
+
+
+def probe_sharpness(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    radius: float = 0.05,
+    ball: Ball = DEFAULT_BALL,
+    loss: BatchLoss = functional.cross_entropy,
+    batch_size: int = 64,
+) -> Sharpness:
+    """Return the rise of the loss one step of length `radius` up the gradient of all images.
+
+    Args:
+        model: float or quantized network, quantizers as they are.
+        images: (n, c, h, w), normalized; moved to the model's device batch by batch.
+        labels: (n,).
+        radius: L2 length of the step over all members of the ball; compare networks at one radius only.
+
+    Raises:
+        BitscapeError: a radius not above 0, labels that do not match, or a gradient that is not finite.
+    """
+    if not radius > 0:
+        raise BitscapeError(f"radius = {radius}: a length above 0; 0.05 is usual")
+    batch = FullBatch(model, images, labels, loss, batch_size)
+    with batch.evaluated():
+        with ball.watched(model) as ascent:
+            value = batch.differentiate()
+        norm = finite(ascent.norm, "gradient")
+        with ascent.applied(ascent.factor(radius)):
+            gap = batch.value() - value
+    return Sharpness(loss=value, gap=gap, curvature=2 * gap / radius**2, gradient_norm=norm)
+
+
+def finite(norm: Tensor, what: str) -> float:
+    """`norm` as a number; BitscapeError if it is not finite."""
+    if not norm.isfinite():
+        raise BitscapeError(f"model: the norm of its {what} is {norm:g} on these images; check the weights and the images' normalization")
+    return float(norm)
+
+
+@dataclass(frozen=True)
+class FullBatch:
+    """The mean loss over all images, a mini-batch at a time.
+
+    Raises:
+        BitscapeError: no image, labels that do not match, or a batch_size below 1.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    loss: BatchLoss
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels) or not len(self.images) or self.batch_size < 1:
+            raise BitscapeError(
+                f"{len(self.images)} images, {len(self.labels)} labels, batch_size = {self.batch_size}: give one label an image, at least "
+                "one image, and a batch_size of at least 1"
+            )
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Within the block the network is in eval mode."""
+        # With gradients also where none are taken: modules may have a faster forward without, whose rounding differs.
+        with evaluating(self.model), torch.enable_grad():
+            yield
+
+    def value(self) -> float:
+        """The loss."""
+        return sum(float(part.detach()) for part in self.parts())
+
+    def differentiate(self) -> float:
+        """The loss; hooks see the gradient, and no `.grad` changes."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        total = 0.0
+        for part in self.parts():
+            if part.requires_grad:
+                torch.autograd.grad(part, parameters, allow_unused=True)
+            total += float(part.detach())
+        return total
+
+    def parts(self) -> Iterator[Tensor]:
+        """Each mini-batch's share of the mean loss."""
+        device = next((p.device for p in self.model.parameters()), self.images.device)
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            with explained_forward(images):
+                logits = self.model(images.to(device))
+            yield self.loss(logits.float(), labels.to(device)) * (len(images) / len(self.images))
