@@ -195,11 +195,10 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "float_top1": WEIGHTS[run["network"]].float_top1,
         "test_images": accuracy.images,
         "search_s": result.seconds,
-        "search_epochs": SEARCH_EPOCHS if run["method"] in TRAINED else None,
         "train_s": extra.pop("train_s"),
         "clock": "wall",
         "dtype": "float32",
-        "extra": {"test_loss": accuracy.loss, **extra},
+        "extra": {"test_loss": accuracy.loss, "search_epochs": SEARCH_EPOCHS if run["method"] in TRAINED else None, **extra},
     }
 
 

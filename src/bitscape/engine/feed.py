@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import Tensor
 
+from bitscape.engine.workers import part
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _AHEAD = 4
 
 
 def feed(batches: "Batches", epoch: int, *, start: int, device: torch.device, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the labelled batches of `epoch` from number `start` on, on `device`."""
+    """Yield this worker's part of each labelled batch of `epoch`, from number `start` on, on `device`."""
     made = _labelled(batches, epoch, start)
     if device.type == "cuda":
         made = prefetch(((images.pin_memory(), labels.pin_memory()) for images, labels in made), _AHEAD)
@@ -44,4 +45,5 @@ def _labelled(batches: "Batches", epoch: int, start: int) -> Iterator[tuple[Tens
     for images, labels in batches.epoch(epoch, start=start):
         if labels is None:
             raise BitscapeError("the dataset has no labels (labels=None); training needs them: load one with labels")
-        yield images, labels
+        rows = part(len(images))
+        yield images[rows], labels[rows]

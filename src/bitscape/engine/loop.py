@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bitscape.engine import workers
 from bitscape.engine.describe import versions
 from bitscape.engine.evaluate import evaluate
 from bitscape.engine.feed import feed
@@ -56,20 +57,29 @@ class Loop:
     def open(self, resume: bool) -> None:
         """Prepare the folder; go on from its checkpoint."""
         if self.folder is None:
+            workers.same_start(self.state.model)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, METRICS, RUN):
-            for leftover in self.folder.glob(f".{name}.*.tmp"):  # of a run killed while it wrote
-                leftover.unlink(missing_ok=True)
+        if workers.is_first():
+            self._tidy(self.folder, resume)
+        workers.wait()
         checkpoint = self.folder / CHECKPOINT
-        if not resume:
-            checkpoint.unlink(missing_ok=True)
         if checkpoint.exists():
             self.state.restore(checkpoint)
             _log.info("resuming %s at epoch %d, batch %d", checkpoint, self.state.epoch + 1, self.state.batch)
+        workers.same_start(self.state.model)
         about = {"format": 1, "settings": self.state.settings, "versions": versions(), "device": str(self.state.device)}
-        write_atomic(self.folder / RUN, json.dumps(about, indent=2) + "\n")
-        self._write_metrics()
+        about["workers"] = workers.world_size()
+        if workers.is_first():
+            write_atomic(self.folder / RUN, json.dumps(about, indent=2) + "\n")
+            self._write_metrics()
+
+    def _tidy(self, folder: Path, resume: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, METRICS, RUN):
+            for leftover in folder.glob(f".{name}.*.tmp"):  # of a run killed while it wrote
+                leftover.unlink(missing_ok=True)
+        if not resume:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def run(self) -> None:
         """Run the epochs that are left."""
@@ -78,6 +88,7 @@ class Loop:
             state.model.train()
             self._run_epoch(pace)
             self._stop_if_bad()
+            workers.average_buffers(state.model)
             state.train_s += pace.lap()
             record = self._record()
             if self.after_epoch is not None:
@@ -94,8 +105,9 @@ class Loop:
                 self._stop_if_bad()
                 self.state.train_s += pace.lap()
                 self._report(pace.step_s())
-            if self.folder is not None and pace.save_due(self.checkpoint_every_s):
+            if self.folder is not None and workers.decided_by_first(pace.save_due(self.checkpoint_every_s), self.state.device):
                 self._stop_if_bad()
+                workers.average_buffers(self.state.model)
                 self.state.train_s += pace.lap()
                 self._save()
                 pace.go_on(saved=True)
@@ -105,6 +117,8 @@ class Loop:
         return feed(self.batches, state.epoch, start=start, device=state.device, channels_last=self.channels_last)
 
     def _report(self, step_s: float) -> None:
+        if not workers.is_first():
+            return
         state, per_epoch = self.state, len(self.batches)
         left_s = (self.epochs * per_epoch - self._steps_done()) * step_s
         _log.info(
@@ -120,12 +134,14 @@ class Loop:
         with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
             loss = self.loss.for_batch(images)
         record = state.step(state.model, images, labels, loss)
+        workers.average_gradients(workers.trainable(state.optimizer.param_groups), len(images))
+        record, seen = workers.pooled(record, len(images))
         norm = self._clip()
         self._flag(record.loss.isfinite() & norm.isfinite())
         state.optimizer.step()
         if state.ema is not None:
             state.ema.update(state.model, self._steps_done())
-        state.add(record, norm, len(images))
+        state.add(record, norm, seen)
 
     def _set_rates(self) -> None:
         per_epoch = len(self.batches)
@@ -178,7 +194,8 @@ class Loop:
             if state.ema is not None:
                 with state.ema.applied(state.model):
                     record |= self._validate("ema_validation_")
-        _log.info("epoch %d/%d: %s", record["epoch"], self.epochs, _in_words(record))
+        if workers.is_first():
+            _log.info("epoch %d/%d: %s", record["epoch"], self.epochs, _in_words(record))
         return record
 
     def _validate(self, prefix: str) -> dict[str, float]:
@@ -187,7 +204,7 @@ class Loop:
         return {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
 
     def _save(self) -> None:
-        if self.folder is not None:
+        if self.folder is not None and workers.is_first():
             self.state.save(self.folder / CHECKPOINT)
             self._write_metrics()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitscape.engine import workers
 from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, save_checkpoint
 from bitscape.engine.ema import Ema
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
@@ -88,6 +89,9 @@ class RunState:
         self.records = header["records"]
         self.epoch, self.batch, self.images = header["epoch"], header["batch"], header["images"]
         self.train_s = header["train_s"]
+        if workers.rank():  # the file holds the first worker's
+            torch.manual_seed(torch.initial_seed() + self.epoch + self.batch)
+            return
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)

@@ -48,6 +48,9 @@ class Step(Protocol):
     along and all weights have their entry values. Each call `model(images)` runs under the loop's autocast and its
     compiled forward, if any, and returns float32 logits; `backward` belongs outside autocast and is so by itself.
 
+    Of several workers each calls its step on its own part of the batch, and the loop averages `.grad` afterwards: a step that
+    perturbs weights does so along its own worker's gradient. What steps must agree on goes through `engine.workers`.
+
     A step that keeps something between batches has `state_dict() -> dict[str, Tensor]` and
     `load_state_dict(dict[str, Tensor])`; the loop stores it in the checkpoint.
     """

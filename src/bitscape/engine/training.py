@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bitscape.engine import workers
 from bitscape.engine.describe import describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
@@ -23,6 +24,10 @@ from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Batches
+
+
+WORKER_STRIDE = 1_000_003
+"""Between the seeds of workers, so that each draws its own dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,10 @@ def train(
     On one machine the same arguments give the same bits, also when the run was killed and resumed. The global random
     state is the caller's again afterwards.
 
+    Started by torchrun, the workers share every batch (`batch_size` is that of all together) and average their gradients; see
+    `engine.workers`. Norms see their own worker's part, and running statistics are averaged. Records are of all workers, the
+    first one writes the folder, validation runs on each. A run may be resumed by another number of workers.
+
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
     """
@@ -94,6 +103,7 @@ def train(
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
     device = device_of(model)
+    workers.join(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     state = RunState(
@@ -133,7 +143,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + WORKER_STRIDE * workers.rank())
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bitscape.engine import BatchLoss, Sgd, Step, StepRecord
 from bitscape.engine.settings import parameter_groups
 from bitscape.engine.step import count_correct
+from bitscape.engine.workers import part
 from bitscape.quant.convert import calibrate
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import Mixture, mix
@@ -111,7 +112,9 @@ class Alternating:
         batches, device = self.held_out.batches, next(model.parameters()).device
         epoch, batch = divmod(self.batch, len(batches))
         images, labels = next(batches.epoch(epoch, start=batch))
-        self.step(model, images.to(device), labels.to(device), self.held_out.loss.for_batch(images.to(device)))
+        rows = part(len(images))
+        images, labels = images[rows].to(device), labels[rows].to(device)
+        self.step(model, images, labels, self.held_out.loss.for_batch(images))
         self.batch += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitscape.engine.workers import is_first
 from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
@@ -132,7 +133,7 @@ class Progress:
         problem, before = self.problem, self.policy
         scores = probability_scores(problem, self.method, self.mixed)
         self.policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
-        if self.folder is not None:
+        if self.folder is not None and is_first():
             self.policy.save(self.folder / "policy.json")
         record = {f"expected_{kind}": float(used) for kind, used in zip(self.mixed.cost.kinds, self.mixed.expected_cost(), strict=True)}
         record["layers_changed"] = float(len(problem.free_layers if before is None else self.policy.difference(before)))

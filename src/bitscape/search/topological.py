@@ -10,7 +10,7 @@ Departs   The paper has one width a layer; that both widths of a pair count by h
           different undirected edges, an edge as strong as the larger of its two entries. Maps that are not square are cropped to
           their centre. Images are those of the most frequent label if there are labels and it has enough, else the first ones.
           Layers without maps of at least 2 dimensions (linear ones, 1x1 outputs) score 0, so that they get what is left of the budget.
-Costs     1 forward pass over the images, and seconds for the graphs; no search candidate is ever tried.
+Costs     1 forward pass over the images and the graphs: of 128 images 1 s for ResNet-20, 33 s for MobileNetV2, on one thread.
 Measured  not yet. Noise alone scores 0 at side 3 and 3.2 nats at side 56: compare with `map_side_only`, which knows nothing else.
 """
 
