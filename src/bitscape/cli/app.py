@@ -12,7 +12,7 @@ from bitscape.cli.evaluate import evaluate
 from bitscape.cli.export import export
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
-from bitscape.cli.output import logging_to_stderr
+from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
 from bitscape.cli.policy import policy
 from bitscape.cli.search import search
 from bitscape.cli.solve import solve
@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     keep_freed_memory()
     code: object = 0
     try:
-        with logging_to_stderr():
+        with logging_to_stderr(), stdout_of_first_worker():
             code = commands.main(args, prog_name="bitscape", standalone_mode=False)
     except (BitscapeError, OSError, click.ClickException) as error:
         click.echo(f"error: {_message(error)}", err=True)

@@ -1,5 +1,6 @@
 """What the commands load: networks, images, policies on networks. Imports torch when called."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,12 @@ def load_network(model: str, weights: Path | None, device: str | None, seed: int
 
 
 def pick_device(name: str | None) -> "torch.device":
-    """Return the named device, else cuda where there is one. Raises BitscapeError if it cannot be used."""
+    """Return the named device, else this worker's GPU where there is one. Raises BitscapeError if it cannot be used."""
     import torch
 
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        local = os.environ.get("LOCAL_RANK", "0")  # torchrun: one GPU a process
+        device = torch.device(name or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

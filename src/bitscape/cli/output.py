@@ -1,9 +1,10 @@
 """What the commands print: tables on stdout, log lines on stderr, numbers with their units."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import click
 
@@ -18,13 +19,28 @@ class _Lines(logging.Handler):
         click.echo(mark + record.getMessage(), err=True)
 
 
+def is_first_worker() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def stdout_of_first_worker() -> Iterator[None]:
+    """Print nothing on stdout in the other processes that torchrun started: results are the same everywhere."""
+    if is_first_worker():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
-    """Print the package's log lines, progress among them, on stderr."""
+    """Print the package's log lines on stderr; progress only of the first worker."""
     log, handler = logging.getLogger("bitscape"), _Lines()
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first_worker() else logging.WARNING)
     try:
         yield
     finally:

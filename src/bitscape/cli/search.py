@@ -44,8 +44,21 @@ _method_options = all_of(
         default=False,
         help="Whether the network will be trained at its bits afterwards.  [default: no-training]",
     ),
+    click.option(
+        "--pick",
+        type=click.Choice(["best", "least-sharp"]),
+        default="best",
+        show_default=True,
+        help="Of policies with near-equal scores take the best-scored, or the one with the least sharp loss.",
+    ),
 )
 _outputs = all_of(
+    click.option(
+        "--folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        help="Where a search that trains keeps its checkpoint and the policy so far; the same command goes on from there.",
+    ),
     click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json."),
     click.option("--scores", callback=writable, metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
 )
@@ -74,8 +87,10 @@ def search(
     settings: tuple[str, ...],
     candidates: str,
     for_training: bool,
+    pick: str,
     pins: tuple[str, ...],
     seed: int,
+    folder: Path | None,
     out: Path | None,
     scores: Path | None,
 ) -> None:
@@ -96,10 +111,22 @@ def search(
         raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
     network = load_network(model, weights, device, seed)
     proxy = draw_images(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
-    common: dict[str, Any] = {"budget": budgets, "candidates": pairs, "for_training": for_training, "seed": seed}
+    common: dict[str, Any] = {"budget": budgets, "candidates": pairs, "for_training": for_training, "pick": pick}
+    common |= {"seed": seed, "folder": folder}
     problem = make_problem(network, proxy, data, normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": normalize}
-    _search(problem, method, source, out, scores)
+    try:
+        _search(problem, method, source, out, scores)
+    except KeyboardInterrupt:
+        raise click.Abort(_how_to_go_on(folder)) from None
+
+
+def _how_to_go_on(folder: Path | None) -> str:
+    if folder is None or not (folder / "search").is_dir():
+        return ""
+    so_far = folder / "policy.json"
+    found = f"the policy so far is {so_far}; " if so_far.is_file() else ""
+    return f"{found}run the same command to go on from {folder}"
 
 
 def make_problem(

@@ -141,6 +141,7 @@ def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, ep
     replace_module(model, old, head)
     model.requires_grad_(False)
     head.requires_grad_(True)
+    _log.info("warming the new classifier up, epochs: %d", epochs)
     train(
         model,
         batches,  # type: ignore[arg-type]  # has what the loop uses of Batches
