@@ -64,8 +64,8 @@ class Mixed:
                 mixture.price.copy_(price)
 
     @torch.no_grad()
-    def expected_cost(self) -> Tensor:
-        """Share of each cap that is used, (K,)."""
+    def expected_cost(self) -> dict[str, float]:
+        """Kind of cost -> share of its cap that is used."""
         return self.cost.expected(*(torch.stack([mixture.shares for mixture in of]) for of in (self.weights, self.inputs)))
 
     def logits(self) -> list[Tensor]:

@@ -135,6 +135,6 @@ class Progress:
         self.policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
         if self.folder is not None and is_first():
             self.policy.save(self.folder / "policy.json")
-        record = {f"expected_{kind}": float(used) for kind, used in zip(self.mixed.cost.kinds, self.mixed.expected_cost(), strict=True)}
+        record = {f"expected_{kind}": used for kind, used in self.mixed.expected_cost().items()}
         record["layers_changed"] = float(len(problem.free_layers if before is None else self.policy.difference(before)))
         return record
