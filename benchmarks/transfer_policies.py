@@ -43,21 +43,24 @@ KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.im
 WIDTHS = (2, 3, 4, 5, 6)
 CANDIDATES = tuple(LayerBits(weight, activation) for weight, activation in product(WIDTHS, WIDTHS))
 SEARCH_EPOCHS = 3
-SCORED = 512
+SCORED_IMAGES = 512
 CALIBRATION = 256
 METHODS: dict[tuple[str, str], SearchMethod] = {
     ("uniform", "one width"): Uniform(),
     ("uniform", "two widths"): Uniform(mix=True),
     ("random", ""): Random(),
-    ("local", ""): Local(images=SCORED),
-    ("fisher", ""): Fisher(images=SCORED),
-    ("fisher", "for training"): Fisher(images=SCORED),
+    ("local", ""): Local(images=SCORED_IMAGES),
+    ("fisher", ""): Fisher(images=SCORED_IMAGES),
+    ("fisher", "for training"): Fisher(images=SCORED_IMAGES),
     ("differentiable", ""): Differentiable(epochs=SEARCH_EPOCHS),
+    ("differentiable", "follow"): Differentiable(epochs=SEARCH_EPOCHS, task="follow"),
     ("seam", ""): Seam(epochs=SEARCH_EPOCHS),
     ("asga", ""): Asga(epochs=SEARCH_EPOCHS),
 }
-WITHOUT_IMAGES = ("uniform", "random")
-TRAINED = ("differentiable", "seam", "asga")
+CONTROLS, SCORED, TRAINED = ("uniform", "random"), ("local", "fisher"), ("differentiable", "seam", "asga")
+PLAIN = tuple((name, "") for name in TRAINED)
+FOLLOW = ("differentiable", "follow")
+"""Learns the float network's outputs, where the others learn foreign labels by a new classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,27 +97,22 @@ CASES = {
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares. Budget w2a3, 6 x MACs inside, is "2.5 bits"."""
     first, other = CASES
-    scores, trained = [key for key in METHODS if key[0] in ("local", "fisher")], [key for key in METHODS if key[0] in TRAINED]
-    controls = [key for key in METHODS if key[0] in WITHOUT_IMAGES]
-    main = [("cifar10:2000", key) for key in [*trained, ("fisher", "for training"), ("fisher", "")]]
-    main += [("cifar100:2000", key) for key in [*trained, ("fisher", "for training")]]
-    plan = [(first, "w2a3", proxy, key, 0) for proxy, key in main]
-    plan += [(first, "w2a3", None, key, 0) for key in controls]
-    plan += [(first, "w2a3", "cifar10", key, 0) for key in [("differentiable", ""), ("fisher", "for training")]]
-    plan += [(first, "w2a3", "tiny_imagenet:2000", key, 0) for key in trained]
-    plan += [(first, "w2a3", proxy, key, 1) for proxy, key in main] + [(first, "w2a3", None, key, 1) for key in controls]
-    plan += [(first, "w2a3", "cifar10", key, 0) for key in [("seam", ""), ("asga", "")]]
-    plan += [(first, "w3a3", proxy, key, 0) for proxy, key in main]
-    plan += [(first, "w3a3", None, key, 0) for key in controls]
-    plan += [(first, budget, proxy, key, seed) for seed in range(seeds) for budget in ("w2a3", "w3a3") for proxy, key in main]
-    plan += [(first, budget, None, key, seed) for seed in range(seeds) for budget in ("w2a3", "w3a3") for key in controls]
-    plan += [(other, "w2a3", proxy, key, 0) for proxy in ("cifar100:2000", "cifar10:2000") for key in [*trained, *scores]]
+    trained, scored, controls = ([key for key in METHODS if key[0] in names] for names in (TRAINED, SCORED, CONTROLS))
+    compared = [*PLAIN, ("fisher", "for training")]
+    main = [*(("cifar10:2000", key) for key in compared), *(("cifar100:2000", key) for key in [*compared, FOLLOW])]
+    main += [(None, key) for key in controls]
+    whole = [("cifar10", key) for key in PLAIN]
+    plan = [(first, "w2a3", proxy, key, 0) for proxy, key in [*main, *whole[:1]]]
+    plan += [(first, "w2a3", proxy, key, seed) for seed in range(1, seeds) for proxy, key in main]
+    plan += [(first, "w2a3", proxy, key, 0) for proxy, key in whole]
+    plan += [(first, "w3a3", proxy, key, seed) for seed in range(seeds) for proxy, key in main]
+    plan += [(first, "w2a3", "tiny_imagenet:2000", key, seed) for seed in range(seeds) for key in compared]
+    plan += [(other, "w2a3", proxy, key, 0) for proxy in ("cifar100:2000", "cifar10:2000") for key in [*trained, *scored]]
     plan += [(other, "w2a3", None, key, 0) for key in controls]
-    everything = ["cifar10:2000", "cifar10:500", "cifar10:5000", *CASES[first].foreign, "cifar10"]
-    plan += [
-        (first, budget, proxy, key, seed)
-        for seed, budget, proxy, key in product(range(seeds), ("w2a3", "w3a3"), everything, [*trained, *scores])
-    ]
+    proxies = ["cifar10:2000", "cifar10:500", "cifar10:5000", *CASES[first].foreign]
+    every = product(range(seeds), ("w2a3", "w3a3"), proxies, [*trained, *scored])
+    plan += [(first, budget, proxy, key, seed) for seed, budget, proxy, key in every]
+    plan += [(first, budget, proxy, key, seed) for seed in range(seeds) for budget in ("w2a3", "w3a3") for proxy, key in whole]
     plan += [(first, budget, None, ("random", ""), seed) for budget in ("w2a3", "w3a3") for seed in range(seeds, 5)]
     for network, budget, proxy, (method, variant), seed in dict.fromkeys(plan):
         if variant == "two widths" and budget == "w3a3":  # one width fills this budget
@@ -139,7 +137,7 @@ def tests(network: str) -> Batches:
 def proxy_of(network: str, proxy: str | None, seed: int) -> Dataset:
     """The images that a search sees, drawn by the seed; without a proxy the target's own, for calibration."""
     case = CASES[network]
-    name, _, count = (proxy or f"{case.target}:{SCORED}").partition(":")
+    name, _, count = (proxy or f"{case.target}:{SCORED_IMAGES}").partition(":")
     source = images_of(case.training if name == case.target else case.foreign[f"{name}:{count}"])
     return draw_proxy(source, images=int(count), seed=seed) if count else source
 

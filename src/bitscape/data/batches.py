@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,6 +16,7 @@ from bitscape.errors import BitscapeError, nearest
 
 Augmentation = Literal["none", "flip", "crop-flip"]
 CROP_PAD = 4
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -99,35 +100,42 @@ class Batches:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None]]:
+    def epoch(
+        self, number: int, *, start: int = 0, rows: slice = ALL
+    ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"] | None]]:
         """Yield (images, labels) of epoch `number` from batch `start`, both from 0; start = len(self) yields none.
 
+        rows: the images of each batch to make, all by default; they are the same bits as in the whole batch.
         Raises BitscapeError for numbers out of range, at the call, not at the first batch.
         """
         if number < 0 or not 0 <= start <= len(self):
             raise BitscapeError(f"epoch is {number}, start is {start}; allowed are epochs from 0, starts 0 to {len(self)}")
-        return self._batches(number, start)
+        return self._batches(number, start, rows)
 
-    def _batches(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        order = self._order(number)
+    def _batches(self, number: int, start: int, rows: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+        order, labels = self._order(number), self.dataset.labels
         for batch in range(start, len(self)):
-            span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            rows = span if order is None else order[span]
-            labels = self.dataset.labels
-            yield self._images(rows, number, batch), None if labels is None else labels[rows]
+            whole = range(len(self.dataset))[batch * self.batch_size : (batch + 1) * self.batch_size]
+            part = whole[rows]
+            picked = slice(part.start, part.stop, part.step)
+            index = picked if order is None else order[picked]
+            images = self._normalized(self.dataset.images[index], _generator(self.seed, number, batch), len(whole), rows)
+            yield images, None if labels is None else labels[index]
 
     def _order(self, number: int) -> Int64[Tensor, " n"] | None:
         if not self.shuffle:
             return None
         return torch.randperm(len(self.dataset), generator=_generator(self.seed, number, "order"))
 
-    def _images(self, rows: slice | Tensor, number: int, batch: int) -> Float[Tensor, "n c h w"]:
-        images = self.dataset.images[rows]
+    def _normalized(self, images: Tensor, generator: torch.Generator, whole: int, rows: slice) -> Float[Tensor, "n c h w"]:
+        """Augment and normalize `images`, the `rows` of a batch of `whole`; random numbers are drawn for the whole batch."""
         if self.augment == "none":
             return self.normalization.apply(images)
-        generator = _generator(self.seed, number, batch)
-        normalized = self.normalization.apply(_flipped(images, generator))
-        return normalized if self.augment == "flip" else _shifted(normalized, generator)
+        mirrored = torch.rand(whole, generator=generator)[rows] < 0.5
+        normalized = self.normalization.apply(_flipped(images, mirrored))
+        if self.augment == "flip":
+            return normalized
+        return _shifted(normalized, torch.randint(2 * CROP_PAD + 1, (2, whole), generator=generator)[:, rows])
 
 
 def _generator(seed: int, epoch: int, part: int | str) -> torch.Generator:
@@ -136,15 +144,14 @@ def _generator(seed: int, epoch: int, part: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
-def _flipped(images: UInt8[Tensor, "n c h w"], generator: torch.Generator) -> UInt8[Tensor, "n c h w"]:
-    """Mirror each image left-right with probability 1/2."""
-    chosen = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+def _flipped(images: UInt8[Tensor, "n c h w"], mirrored: Bool[Tensor, " n"]) -> UInt8[Tensor, "n c h w"]:
+    """Mirror the chosen images left-right."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _shifted(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+def _shifted(images: Float[Tensor, "n c h w"], corners: Int64[Tensor, "2 n"]) -> Float[Tensor, "n c h w"]:
     """Move each image by -4..4 pixels down and right; zeros, which are the mean color, come in."""
-    top, left = torch.randint(2 * CROP_PAD + 1, (2, len(images)), generator=generator)
+    top, left = corners
     height, width = images.shape[2:]
     # windows[i, t, l] is image i cut at corner (t, l): a view, so that one indexing copies whole rows
     windows = pad(images, (CROP_PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
