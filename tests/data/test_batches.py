@@ -47,6 +47,14 @@ def test_resuming_anywhere_gives_the_same_batches(fields, epoch, data):
     assert equal(batches.epoch(epoch, start=start), whole[start:])
 
 
+@given(settings_of_batches, st.integers(0, 1000), st.integers(1, 5), st.data())
+def test_rows_of_a_batch_are_the_same_bits_as_in_the_whole(fields, epoch, workers, data):
+    batches = Batches(normalization=ONE, **fields)
+    rows = slice(data.draw(st.integers(0, workers - 1)), None, workers)
+    whole = ((images[rows], labels[rows]) for images, labels in batches.epoch(epoch))
+    assert equal(batches.epoch(epoch, rows=rows), whole)
+
+
 @given(settings_of_batches, st.integers(0, 1000))
 def test_batches_depend_on_nothing_else(fields, epoch):
     batches = Batches(normalization=ONE, **fields)

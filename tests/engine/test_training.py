@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from bitscape.engine import (
 from bitscape.engine import (
     loop as loop_module,
 )
+from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
 from bitscape.errors import BitscapeError
 from bitscape.train import Loss, Plain
@@ -214,6 +215,73 @@ def test_a_finished_run_is_only_loaded_and_can_be_started_over(tmp_path: Path) -
     assert same_state(done, again)
     train(over, tiny_batches(), **USUAL, folder=tmp_path, resume=False)
     assert not same_state(done, over)
+
+
+def test_what_the_hook_returns_joins_the_records(tmp_path: Path) -> None:
+    batches_done: list[tuple[int, int]] = []
+
+    def after_epoch(epochs: int) -> dict[str, float]:
+        batches_done.append((epochs, len((tmp_path / METRICS).read_text().splitlines())))
+        return {"score": 10.0 * epochs}
+
+    hooked, plain = tiny_net(), tiny_net()
+    result = train(hooked, tiny_batches(), **USUAL, folder=tmp_path, after_epoch=after_epoch)
+    assert batches_done == [(1, 0), (2, 1), (3, 2)]  # before the epoch is saved
+    assert [record["score"] for record in result.records] == [10.0, 20.0, 30.0]
+    assert [record["score"] for record in lines(tmp_path)] == [10.0, 20.0, 30.0]
+    again = train(plain, tiny_batches(), **USUAL, folder=tmp_path)  # without the hook
+    assert without_times(again.records) == without_times(result.records)
+    train(plain := tiny_net(), tiny_batches(), **USUAL)
+    assert same_state(hooked, plain)
+
+
+@pytest.mark.parametrize("name", ["loss", "lr", "validation_top1"])
+def test_a_hook_may_not_overwrite_what_the_loop_records(name: str) -> None:
+    with pytest.raises(BitscapeError, match=f"after_epoch returns {name}, which the loop records itself"):
+        train(tiny_net(), tiny_batches(), **USUAL, validation=tiny_batches(), after_epoch=lambda _: {"mine": 1.0, name: 1.0})
+
+
+@dataclass(frozen=True)
+class NesterovAdam:
+    """Not the library's own; it keeps a scalar beside each parameter's moments."""
+
+    lr: float = 0.01
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.NAdam(model.parameters(), lr=self.lr)
+
+
+def test_any_optimizer_settings_resume_and_are_compared(tmp_path: Path) -> None:
+    whole, resumed = tiny_net(), tiny_net(seed=9)
+    settings = {**USUAL, "optimizer": NesterovAdam()}
+    train(whole, tiny_batches(), **{**settings, "step": KilledAt([], 99)})
+    with pytest.raises(Killed):
+        train(tiny_net(), tiny_batches(), **{**settings, "step": KilledAt([], 7)}, folder=tmp_path, checkpoint_every_s=0.0)
+    other = {**settings, "step": KilledAt([], 99), "optimizer": NesterovAdam(lr=0.02)}
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr was 0\.01 and is 0\.02"):
+        train(resumed, tiny_batches(), **other, folder=tmp_path)
+    train(resumed, tiny_batches(), **{**settings, "step": KilledAt([], 99)}, folder=tmp_path)
+    assert same_state(whole, resumed)
+
+
+def test_a_failing_validation_leaves_the_epoch_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**USUAL, "validation": tiny_batches(seed=1)}
+    whole, failed, resumed = tiny_net(), tiny_net(), tiny_net(seed=9)
+    expected = train(whole, tiny_batches(), **settings)
+
+    def fails(*_args: object, **_kwargs: object) -> None:
+        raise NonFiniteError("no accuracy")
+
+    monkeypatch.setattr(loop_module, "evaluate", fails)
+    with pytest.raises(NonFiniteError, match="no accuracy"):
+        train(failed, tiny_batches(), **settings, folder=tmp_path)
+    tensors, header = load_checkpoint(tmp_path / CHECKPOINT)
+    assert (header["epoch"], header["batch"]) == (0, 5) and lines(tmp_path) == []
+    assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in failed.state_dict().items())
+    monkeypatch.undo()
+    result = train(resumed, tiny_batches(), **settings, folder=tmp_path)
+    assert same_state(whole, resumed)
+    assert without_times(result.records) == without_times(expected.records)  # the rate, too
 
 
 def test_run_json_holds_settings_and_versions(tmp_path: Path) -> None:

@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from bitscape.engine import feed, workers
+from bitscape.errors import BitscapeError
 from tests.engine import two_workers
+from tests.engine.tiny import tiny_batches
+from tests.engine.two_workers import listed
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+
+SEARCHES = ("differentiable", "held out", "seam")
 
 
 def run(folder: Path, *launcher: str) -> None:
@@ -49,9 +56,27 @@ def test_two_workers_train_as_one_does_on_the_same_batches(alone: dict[str, Any]
         assert together["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("what", ["plain", "two passes", "in one go", "continued", "differentiable", "held out", "seam", "asga"])
+@pytest.mark.parametrize("what", ["plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", *SEARCHES, "asga"])
 def test_workers_hold_the_same_bits(two: list[dict[str, Any]], what: str) -> None:
     assert two[0][what] == two[1][what]
+
+
+def test_a_gradient_counts_where_a_worker_has_one(two: list[dict[str, Any]]) -> None:
+    trained, start = two[0]["partly frozen"]["weights"], listed(two_workers.network().state_dict())
+    first, second = 8 * 3 * 9 + 8, 12 * 8 * 9 + 12
+    assert trained[:first] == start[:first]  # none anywhere
+    assert all(before != after for before, after in zip(start[first : first + second], trained[first : first + second], strict=True))
+
+
+def test_accuracy_together_is_accuracy(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["accuracy"] == pytest.approx(alone["accuracy"], rel=1e-6)
+    assert two[0]["accuracy"][3::4] == [41, 9]
+
+
+def test_every_worker_is_called_after_each_epoch(two: list[dict[str, Any]]) -> None:
+    for seen in two:
+        assert seen["plain"]["hooked"] == [1, 2]
+        assert [record["hooked"] for record in seen["plain"]["records"]] == [1.0, 2.0]
 
 
 def test_each_worker_moves_along_its_own_gradient(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
@@ -61,17 +86,65 @@ def test_each_worker_moves_along_its_own_gradient(alone: dict[str, Any], two: li
 def test_a_run_goes_on_where_it_stopped(two: list[dict[str, Any]], folder_of_two: Path) -> None:
     about = json.loads((folder_of_two / "again" / "run.json").read_text())
     assert about["workers"] == 2
-    assert two[0]["continued"] == two[0]["in one go"]
+    assert {**two[0]["continued"], "hooked": [1, 2]} == two[0]["in one go"]
     assert len((folder_of_two / "again" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("what", ["differentiable", "held out", "seam"])
+@pytest.mark.parametrize("what", SEARCHES)
 def test_two_workers_find_the_policy_that_one_finds(alone: dict[str, Any], two: list[dict[str, Any]], what: str) -> None:
     assert two[0][what]["policy"] == alone[what]["policy"]
     for together, single in zip(two[0][what]["scores"], alone[what]["scores"], strict=True):
         assert together == pytest.approx(single, abs=1e-4)
 
 
+def test_one_worker_goes_on_where_two_stopped(two: list[dict[str, Any]], folder_of_two: Path) -> None:
+    result = two_workers.trained(two_workers.OnePass(), norm=True, folder=folder_of_two / "half")
+    assert json.loads((folder_of_two / "half" / "run.json").read_text())["workers"] == 1
+    assert result["records"][0] == two[0]["continued"]["records"][0]
+    assert result["records"][1]["images"] == 41
+    assert result["hooked"] == [2]
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["Batches", "other"])
+def test_parts_together_are_the_batch(monkeypatch: pytest.MonkeyPatch, worker: int, kind: str) -> None:
+    batches: Any = two_workers.batches() if kind == "Batches" else tiny_batches()
+    whole = list(batches.epoch(1, start=1))
+    monkeypatch.setattr(feed, "world_size", lambda: 3)
+    monkeypatch.setattr(feed, "rank", lambda: worker)
+    for (images, labels), (own, own_labels) in zip(whole, feed.own_part(batches, 1, start=1), strict=True):
+        assert torch.equal(own, images[worker::3]) and torch.equal(own_labels, labels[worker::3])
+
+
+def test_a_batch_without_an_image_for_each_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "rank", lambda: 8)
+    for module in (feed, workers):
+        monkeypatch.setattr(module, "world_size", lambda: 9)
+    feed.check_shared(two_workers.batches())  # the last batch has 9 images
+    for module in (feed, workers):
+        monkeypatch.setattr(module, "world_size", lambda: 10)
+    with pytest.raises(BitscapeError, match="batch of 9 images cannot be shared by 10 workers; use a larger batch_size, drop_last"):
+        feed.check_shared(two_workers.batches())
+
+
+def test_workers_that_cannot_be_reached_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(BitscapeError, match="WORLD_SIZE is 2, and RANK, MASTER_PORT not set; start with torchrun"):
+        workers.join(torch.device("cpu"))
+
+
+def test_alone_everything_is_given_back() -> None:
+    value = torch.arange(3.0)
+    assert workers.total(value) is value and workers.mean(value) is value
+    before = torch.get_rng_state()
+    workers.seed_at(1, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loss_that_is_not_finite_on_one_stops_all(two: list[dict[str, Any]]) -> None:
     for seen in two:
         assert "loss or gradient is not finite at epoch 1 of 2, batch 0" in seen["broken"]
+        assert "of 2 (from 0), all weights and layer outputs are finite" in seen["broken"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from bitscape.data.batches import UNIT, Batches
 from bitscape.data.sources import Dataset
-from bitscape.engine import BatchLoss, NonFiniteError, Sgd, StepRecord, train
+from bitscape.engine import BatchLoss, NonFiniteError, Sgd, StepRecord, evaluate, train
 from bitscape.engine.step import count_correct
 from bitscape.engine.workers import rank
 from bitscape.search.asga import Asga
@@ -48,12 +49,23 @@ class OnePass:
         return StepRecord(loss=value.detach(), correct=count_correct(logits, labels))
 
 
-def network(*, norm: bool = False) -> nn.Module:
-    torch.manual_seed(3)
+class PartlyFrozen(OnePass):
+    """Leaves no gradient in the first layer, and none on the first worker in the second."""
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+        record = super().__call__(model, images, labels, loss)
+        model[0].zero_grad()
+        if rank() == 0:
+            model[3].zero_grad()
+        return record
+
+
+def network(*, norm: bool = False, seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
     body = [
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8) if norm else nn.Identity(),
-        nn.ReLU(),
+        nn.Dropout(0.2) if norm else nn.ReLU(),
         nn.Conv2d(8, 12, 3, stride=2),
         nn.ReLU(),
     ]
@@ -68,11 +80,34 @@ def batches() -> Batches:
 
 
 def trained(step: Any, *, norm: bool = False, folder: Path | None = None) -> dict[str, Any]:
-    model = network(norm=norm)
-    result = train(model, batches(), step=step, optimizer=Sgd(lr=0.1), epochs=2, folder=folder, checkpoint_every_s=0.0)
-    weights = torch.cat([value.double().flatten() for value in model.state_dict().values()]).tolist()
-    records = [{key: record[key] for key in ("loss", "top1", "images", "gradient_norm")} for record in result.records]
-    return {"weights": weights, "records": records}
+    model = network(norm=norm, seed=3 + rank())  # all start from the first one's
+    model.register_buffer("constant", torch.tensor([0.1, torch.inf, -torch.inf]))
+    hooked: list[int] = []
+
+    def after_epoch(epochs: int) -> dict[str, float]:
+        hooked.append(epochs)
+        return {"hooked": epochs}
+
+    result = train(
+        model,
+        batches(),
+        step=step,
+        optimizer=Sgd(lr=0.1),
+        epochs=2,
+        folder=folder,
+        checkpoint_every_s=0.0,
+        ema_decay=0.9,
+        validation=batches(),
+        after_epoch=after_epoch,
+    )
+    assert torch.equal(model.constant, torch.tensor([0.1, torch.inf, -torch.inf]))
+    assert result.ema is not None
+    records = [{name: value for name, value in record.items() if name != "train_s"} for record in result.records]
+    return {"weights": listed(model.state_dict()), "ema": listed(result.ema), "records": records, "hooked": hooked}
+
+
+def listed(state: Any) -> list[float]:
+    return [value for name, tensor in sorted(state.items()) if name != "constant" for value in tensor.double().flatten().tolist()]
 
 
 def searched(method: Any) -> dict[str, Any]:
@@ -107,7 +142,17 @@ def continued(folder: Path) -> dict[str, Any]:
         trained(StopsAt(), norm=True, folder=folder)
     checkpoint = folder / "checkpoint.safetensors"
     assert checkpoint.exists()
+    if rank() == 0:
+        shutil.copytree(folder, folder.with_name("half"))
     return trained(OnePass(), norm=True, folder=folder)
+
+
+def accuracy() -> list[float]:
+    data = batches()
+    # 9 images in batches of 4, 4 and 1: the last has none for the second worker
+    few = Batches(dataset=data.dataset.subset(slice(9)), normalization=UNIT, batch_size=4)
+    found = [evaluate(network(), each, together=True) for each in (data, few)]
+    return [value for each in found for value in (each.top1, each.top5, each.loss, each.images)]
 
 
 def broken() -> str:
@@ -122,6 +167,8 @@ def main(folder: Path) -> None:
     seen = {
         "plain": trained(OnePass()),
         "two passes": trained(TwoPasses(), norm=True),
+        "partly frozen": trained(PartlyFrozen()),
+        "accuracy": accuracy(),
         "in one go": trained(OnePass(), norm=True, folder=folder / "whole"),
         "continued": continued(folder / "again"),
         "differentiable": searched(Differentiable(epochs=2, batch_size=16, task="labels")),

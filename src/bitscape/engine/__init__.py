@@ -3,7 +3,7 @@
 from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
-from bitscape.engine.settings import AdamW, Cosine, Sgd
+from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
 from bitscape.engine.step import BatchLoss, LossFunction, Step, StepRecord
 from bitscape.engine.training import TrainResult, train
 
@@ -15,6 +15,7 @@ __all__ = [
     "Cosine",
     "LossFunction",
     "NonFiniteError",
+    "OptimizerSettings",
     "Sgd",
     "Step",
     "StepRecord",

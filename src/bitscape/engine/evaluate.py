@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.engine.feed import own_part
 from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
+from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.modes import evaluating
 from bitscape.progress import track
@@ -38,11 +40,13 @@ def evaluate(
     *,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    together: bool = False,
 ) -> Accuracy:
     """Return the accuracy of `model`, in eval mode, over epoch 0 of `batches`.
 
     device: where to run; the model is moved there. None = where the model is.
     autocast: None or torch.bfloat16.
+    together: of several workers (`engine.workers`), all of which must call this, each takes its part of every batch.
     Every module's training flag has its former value afterwards. Raises BitscapeError when there are no labels or no
     images, when a label is not below the number of the model's outputs, when the output is not (n, classes), or when the
     network fails on the images; NonFiniteError when outputs are NaN or infinite.
@@ -52,16 +56,18 @@ def evaluate(
     if device is not None:
         model.to(device)
     where = device_of(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=where)
-    images_seen = 0
+    sums = torch.zeros(5, dtype=torch.float64, device=where)
+    made = own_part(batches, 0) if together else batches.epoch(0)
     with evaluating(model):
-        for images, labels in track(batches.epoch(0), total=len(batches), label="evaluate, batch"):
-            logits = _logits(model, images.to(where, non_blocking=True), autocast, highest)
-            sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
-            images_seen += len(images)
+        for images, labels in track(made, total=len(batches), label="evaluate, batch"):
+            if len(images):  # a last batch may have none for this worker
+                logits = _logits(model, images.to(where, non_blocking=True), autocast, highest)
+                sums += _batch_sums(logits, _given(labels).to(where, non_blocking=True))
+    *sums_of_all, seen = (total(sums) if together else sums).tolist()
+    images_seen = round(seen)
     if images_seen == 0:
         raise BitscapeError("batches hold no image to evaluate on; check the dataset, batch_size and drop_last")
-    top1, top5, loss, bad = (sums / images_seen).tolist()
+    top1, top5, loss, bad = (value / images_seen for value in sums_of_all)
     if bad or not math.isfinite(loss):
         raise NonFiniteError(
             f"model: {round(bad * images_seen)} of {images_seen} images of {batches.dataset.name!r} give outputs that are not finite, "
@@ -105,4 +111,5 @@ def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     bad = ~logits.isfinite().all(dim=1)
-    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double(), bad.sum().double()])
+    count = torch.full_like(loss, len(labels))
+    return torch.stack([value.double() for value in (hits[:, 0].sum(), hits.sum(), loss, bad.sum(), count)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import Tensor
 
-from bitscape.engine.workers import part
+from bitscape.engine.workers import part, rank, world_size
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -41,9 +41,33 @@ def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
             yield cast(Item, item)
 
 
+def own_part(batches: "Batches", epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield this worker's rows of each batch of `epoch`: bit for bit what they are in the whole batch."""
+    if world_size() == 1:
+        return batches.epoch(epoch, start=start)
+    from bitscape.data.batches import Batches
+
+    rows = slice(rank(), None, world_size())
+    if isinstance(batches, Batches):
+        return batches.epoch(epoch, start=start, rows=rows)
+    whole = batches.epoch(epoch, start=start)
+    return ((images[rows], None if labels is None else labels[rows]) for images, labels in whole)
+
+
+def images_of_all(batches: "Batches", batch: int, own: int) -> int:
+    """Return how many images batch number `batch` has over all workers; `own` are this worker's."""
+    if world_size() == 1:
+        return own
+    return min(batches.batch_size, len(batches.dataset.images) - batch * batches.batch_size)
+
+
+def check_shared(batches: "Batches") -> None:
+    """Raise BitscapeError unless every batch, so also the last, has an image for every worker."""
+    part(images_of_all(batches, len(batches) - 1, own=1))
+
+
 def _labelled(batches: "Batches", epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in batches.epoch(epoch, start=start):
+    for images, labels in own_part(batches, epoch, start=start):
         if labels is None:
             raise BitscapeError("the dataset has no labels (labels=None); training needs them: load one with labels")
-        rows = part(len(images))
-        yield images[rows], labels[rows]
+        yield images, labels

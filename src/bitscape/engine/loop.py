@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from bitscape.engine import workers
 from bitscape.engine.describe import versions
 from bitscape.engine.evaluate import evaluate
-from bitscape.engine.feed import feed
+from bitscape.engine.feed import feed, images_of_all
 from bitscape.engine.forward import autocast_on
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
-from bitscape.engine.step import LossFunction
+from bitscape.engine.step import LossFunction, pooled
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("bitscape.engine")
 CHECKPOINT, METRICS, RUN = "checkpoint.safetensors", "metrics.jsonl", "run.json"
+STOP_EVERY = 16
+"""Batches between two looks of several workers on GPUs at the flag of a bad one; a look waits for the GPU."""
 
 
 @dataclass(kw_only=True)
@@ -57,21 +59,29 @@ class Loop:
     def open(self, resume: bool) -> None:
         """Prepare the folder; go on from its checkpoint."""
         if self.folder is None:
-            workers.same_start(self.state.model)
             return
         if workers.is_first():
             self._tidy(self.folder, resume)
         workers.wait()
         checkpoint = self.folder / CHECKPOINT
-        if checkpoint.exists():
+        if self._seen_by_all(checkpoint):
             self.state.restore(checkpoint)
-            _log.info("resuming %s at epoch %d, batch %d", checkpoint, self.state.epoch + 1, self.state.batch)
-        workers.same_start(self.state.model)
+            if workers.is_first():
+                _log.info("resuming %s at epoch %d, batch %d", checkpoint, self.state.epoch + 1, self.state.batch)
         about = {"format": 1, "settings": self.state.settings, "versions": versions(), "device": str(self.state.device)}
         about["workers"] = workers.world_size()
         if workers.is_first():
             write_atomic(self.folder / RUN, json.dumps(about, indent=2) + "\n")
             self._write_metrics()
+
+    def _seen_by_all(self, checkpoint: Path) -> bool:
+        there = torch.tensor(float(checkpoint.exists()), device=self.state.device)
+        seen_by = int(workers.total(there))
+        if 0 < seen_by < workers.world_size():
+            raise BitscapeError(
+                f"folder: {seen_by} of {workers.world_size()} workers see the checkpoint {checkpoint}; give a folder that all of them see"
+            )
+        return seen_by > 0
 
     def _tidy(self, folder: Path, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,12 +98,8 @@ class Loop:
             state.model.train()
             self._run_epoch(pace)
             self._stop_if_bad()
-            workers.average_buffers(state.model)
             state.train_s += pace.lap()
-            record = self._record()
-            if self.after_epoch is not None:
-                record |= self.after_epoch(state.epoch + 1)
-            state.finish_epoch(record)
+            state.finish_epoch(self._record())
             self._save()
             pace.go_on(saved=True)
 
@@ -101,16 +107,28 @@ class Loop:
         for images, labels in self._feed(self.state.batch):
             self._run_batch(images, labels)
             pace.count_step()
-            if pace.report_due():
-                self._stop_if_bad()
-                self.state.train_s += pace.lap()
-                self._report(pace.step_s())
-            if self.folder is not None and workers.decided_by_first(pace.save_due(self.checkpoint_every_s), self.state.device):
-                self._stop_if_bad()
-                workers.average_buffers(self.state.model)
-                self.state.train_s += pace.lap()
-                self._save()
-                pace.go_on(saved=True)
+            if self._may_stop():
+                self._look_up(pace)
+
+    def _may_stop(self) -> bool:
+        """Several workers on GPUs stop for a bad batch at the same ones only, whatever their clocks say: who is left waits forever."""
+        if workers.world_size() == 1 or self.state.device.type == "cpu":
+            return True
+        if self.state.batch % STOP_EVERY:
+            return False
+        self._stop_if_bad()
+        return True
+
+    def _look_up(self, pace: Pace) -> None:
+        if pace.report_due():
+            self._stop_if_bad()
+            self.state.train_s += pace.lap()
+            self._report(pace.step_s())
+        if self.folder is not None and pace.save_due(self.checkpoint_every_s):
+            self._stop_if_bad()
+            self.state.train_s += pace.lap()
+            self._save()
+            pace.go_on(saved=True)
 
     def _feed(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         state = self.state
@@ -130,42 +148,52 @@ class Loop:
     def _run_batch(self, images: Tensor, labels: Tensor) -> None:
         state = self.state
         self._set_rates()
+        workers.seed_at(state.settings["seed"], state.epoch, state.batch)
         state.optimizer.zero_grad(set_to_none=True)
         with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
             loss = self.loss.for_batch(images)
-        record = state.step(state.model, images, labels, loss)
-        workers.average_gradients(workers.trainable(state.optimizer.param_groups), len(images))
-        record, seen = workers.pooled(record, len(images))
+        whole = images_of_all(self.batches, state.batch, len(images))
+        share = len(images) / whole
+        with workers.averaged_buffers(state.model, share):
+            record = state.step(state.model, images, labels, loss)
+        workers.average_gradients(self._updated(), share)
+        record = pooled(record, share)
         norm = self._clip()
         self._flag(record.loss.isfinite() & norm.isfinite())
         state.optimizer.step()
         if state.ema is not None:
             state.ema.update(state.model, self._steps_done())
-        state.add(record, norm, seen)
+        state.add(record, norm, whole)
 
     def _set_rates(self) -> None:
-        per_epoch = len(self.batches)
-        factor = self.schedule.factor(self._steps_done(), steps=self.epochs * per_epoch, steps_per_epoch=per_epoch)
+        factor = self._factor(self._steps_done())
         for group, base in zip(self.state.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+
+    def _factor(self, step: int) -> float:
+        per_epoch = len(self.batches)
+        return self.schedule.factor(step, steps=self.epochs * per_epoch, steps_per_epoch=per_epoch)
 
     def _steps_done(self) -> int:
         return self.state.epoch * len(self.batches) + self.state.batch
 
+    def _updated(self) -> list[nn.Parameter]:
+        return [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
+
     def _clip(self) -> Tensor:
-        updated = [p for group in self.state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        updated = [parameter for parameter in self._updated() if parameter.grad is not None]
         if not updated:
             raise BitscapeError("the step left no gradient in any trainable parameter; it must call loss.backward()")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in updated])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in updated if p.grad is not None])
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(updated, self.clip_norm, norm)
         return norm
 
     def _flag(self, good: Tensor) -> None:
-        """Note a bad batch before its update: the CPU stops at once, fused CUDA kernels skip all updates from it on."""
+        """Note a bad batch before its update: fused CUDA kernels skip all updates from it on, elsewhere the run stops at once."""
         fresh = ~good & (self.first_bad < 0)
         self.first_bad = torch.where(fresh, self.state.batch, self.first_bad)
-        if self.state.device.type == "cuda":
+        if self.state.device.type == "cuda" and self.state.optimizer.defaults.get("fused"):
             self.state.optimizer.found_inf = (self.first_bad >= 0).float()  # type: ignore[attr-defined]
         else:
             self._stop_if_bad()
@@ -179,28 +207,38 @@ class Loop:
         saved = None if self.folder is None else self.folder / CHECKPOINT
         raise NonFiniteError(
             f"loss or gradient is not finite at epoch {state.epoch + 1} of {self.epochs}, batch {batch} (from 0): "
-            f"{diagnose(state.model, images)}; the update was not made{_but_statistics(state.model)}. "
+            f"{_of_worker()}{diagnose(state.model, images)}; the update was not made{_but_statistics(state.model)}. "
             f"Last good checkpoint: {saved if saved is not None and saved.exists() else 'none'}. "
             "Try a smaller lr, a warm-up, clip_norm=1.0, or autocast=None"
         )
 
     def _record(self) -> dict[str, Any]:
         state = self.state
-        rate = state.optimizer.param_groups[0]["lr"]
+        rate = self.base_lrs[0] * self._factor(self._steps_done() - 1)
         record = {"epoch": state.epoch + 1, **state.means(), "lr": rate, "images": state.images}
         record["train_s"] = round(state.train_s, 3)
         if self.validation is not None:
-            record |= self._validate("validation_")
-            if state.ema is not None:
-                with state.ema.applied(state.model):
-                    record |= self._validate("ema_validation_")
+            try:
+                record |= self._validated()
+            except Exception:
+                self._save()
+                raise
+        if self.after_epoch is not None:
+            record |= _named_otherwise(self.after_epoch(state.epoch + 1), record)
         if workers.is_first():
             _log.info("epoch %d/%d: %s", record["epoch"], self.epochs, _in_words(record))
         return record
 
+    def _validated(self) -> dict[str, float]:
+        found = self._validate("validation_")
+        if self.state.ema is not None:
+            with self.state.ema.applied(self.state.model):
+                found |= self._validate("ema_validation_")
+        return found
+
     def _validate(self, prefix: str) -> dict[str, float]:
         assert self.validation is not None
-        accuracy = evaluate(self.state.model, self.validation)
+        accuracy = evaluate(self.state.model, self.validation, together=True)
         return {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
 
     def _save(self) -> None:
@@ -213,10 +251,21 @@ class Loop:
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.state.records))
 
 
+def _of_worker() -> str:
+    return "" if workers.world_size() == 1 else f"on the images of worker {workers.rank()} of {workers.world_size()} (from 0), "
+
+
 def _but_statistics(model: nn.Module) -> str:
     if not any(True for _ in model.buffers()):
         return ""
     return ", but the model in memory is not usable: its norm statistics have taken that batch in"
+
+
+def _named_otherwise(values: Mapping[str, float], record: Mapping[str, Any]) -> dict[str, float]:
+    taken = [name for name in values if name in record]
+    if taken:
+        raise BitscapeError(f"after_epoch returns {', '.join(taken)}, which the loop records itself; return other names")
+    return {name: float(value) for name, value in values.items()}
 
 
 def _in_words(record: Mapping[str, Any]) -> str:

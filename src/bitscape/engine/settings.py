@@ -12,7 +12,10 @@ from bitscape.errors import BitscapeError
 
 
 class OptimizerSettings(Protocol):
-    """Settings that build a torch optimiser over a model's trainable parameters."""
+    """Settings that build a torch optimiser over a model's trainable parameters.
+
+    A dataclass, so that a checkpoint can tell them from others by its fields. The optimiser keeps its state as tensors per parameter.
+    """
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimiser."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine import workers
 from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, save_checkpoint
 from bitscape.engine.ema import Ema
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
@@ -89,9 +88,6 @@ class RunState:
         self.records = header["records"]
         self.epoch, self.batch, self.images = header["epoch"], header["batch"], header["images"]
         self.train_s = header["train_s"]
-        if workers.rank():  # the file holds the first worker's
-            torch.manual_seed(torch.initial_seed() + self.epoch + self.batch)
-            return
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -113,8 +109,8 @@ class RunState:
             self.optimizer.state[parameters[name]][key] = self._like(parameters[name], key, value)
 
     def _like(self, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
-        if key == "step":  # Adam's count: on the device only where the kernel is fused
-            return value.to(parameter.device if self.optimizer.defaults.get("fused") else "cpu")
+        if key == "step" or value.shape != parameter.shape:  # counts are on the device only where the kernel is fused
+            return value.to(parameter.device if value.ndim or self.optimizer.defaults.get("fused") else "cpu")
         # The parameter's memory format: fused kernels walk both in memory order.
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
 

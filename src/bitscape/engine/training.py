@@ -15,6 +15,7 @@ from bitscape.engine import workers
 from bitscape.engine.describe import describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
+from bitscape.engine.feed import check_shared
 from bitscape.engine.forward import check_autocast, device_of, loop_forward
 from bitscape.engine.loop import Loop
 from bitscape.engine.settings import Cosine, OptimizerSettings
@@ -24,10 +25,6 @@ from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Batches
-
-
-WORKER_STRIDE = 1_000_003
-"""Between the seeds of workers, so that each draws its own dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +66,19 @@ def train(
     clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated after each
     epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
-    seed: of dropout and the like; the batches carry their own. after_epoch: called with the number of finished epochs
-    before each epoch's checkpoint; what it returns joins the epoch's record.
+    seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
+    the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
+    names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none.
 
     On one machine the same arguments give the same bits, also when the run was killed and resumed. The global random
     state is the caller's again afterwards.
 
-    Started by torchrun, the workers share every batch (`batch_size` is that of all together) and average their gradients; see
-    `engine.workers`. Norms see their own worker's part, and running statistics are averaged. Records are of all workers, the
-    first one writes the folder, validation runs on each. A run may be resumed by another number of workers.
+    Started by torchrun (on GPUs with the model on cuda:LOCAL_RANK), every worker calls this alike. They share every batch, which
+    needs an image for each (`batch_size` is that of all together), start from the first one's weights and average their gradients;
+    see `engine.workers`. Norms see their own worker's part, and after every batch running statistics are averaged. Records are of
+    all workers; only the first one writes the folder, which all must see. Another number of workers may resume a run, to other bits.
+
+    A failing validation leaves a checkpoint of the epoch before it.
 
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
@@ -104,6 +105,8 @@ def train(
     }
     device = device_of(model)
     workers.join(device)
+    check_shared(batches)
+    workers.same_start(model)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     state = RunState(
@@ -143,7 +146,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + WORKER_STRIDE * workers.rank())
+        torch.manual_seed(seed)
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
