@@ -4,7 +4,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import click
@@ -47,7 +47,14 @@ def settings_of(kind: Any) -> list[list[str]]:
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """Return field -> the string literal that stands under it in the source of the class."""
+    """Return field -> the string literal that stands under it in the source of the class, or of one that it extends."""
+    notes: dict[str, str] = {}
+    for base in reversed([each for each in kind.__mro__ if is_dataclass(each)]):
+        notes |= _own_field_docstrings(base)
+    return notes
+
+
+def _own_field_docstrings(kind: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     notes = {}
