@@ -6,7 +6,7 @@ import pytest
 from bitscape.policy import LayerBits, Policy
 from bitscape.search.fisher import Fisher
 from bitscape.search.scores import ScoreTable
-from tests.cli.run import MODEL
+from tests.cli.run import MODEL, run_cli
 
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 16)
 
@@ -122,3 +122,43 @@ def test_the_search_is_the_same_every_time(cli, trained, tmp_path):
         cli(*SEARCH, *weights, "--budget", "bitops=0.3x", "--seed", 3, "--out", file)
     assert files[0].read_text() == files[1].read_text()
     assert json.loads(files[0].read_text())["provenance"]["seed"] == 3
+
+
+TRAINING = ("--method", "differentiable", "--set", "epochs=2", "--set", "batch_size=8", "--set", "task=follow", "--candidates", "2,4")
+
+
+def test_the_least_sharp_of_near_equal_policies_is_picked(cli, tmp_path):
+    cli(*SEARCH, "--budget", "bitops=w3a3", "--pick", "least-sharp", "--out", tmp_path / "p.json")
+    assert Policy.load(tmp_path / "p.json").provenance["pick"] == "least-sharp"
+
+
+def test_a_search_that_trains_keeps_its_checkpoint_and_the_policy_so_far(cli, tmp_path):
+    cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run", "--out", tmp_path / "p.json")
+    so_far, found = (Policy.load(path) for path in (tmp_path / "run" / "policy.json", tmp_path / "p.json"))
+    assert so_far.layers == found.layers
+    assert (tmp_path / "run" / "search" / "checkpoint.safetensors").is_file()
+    lines = (tmp_path / "run" / "search" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    again = cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
+    assert "resuming" in again.err
+    assert "epoch 2/2" not in again.err
+
+
+def test_a_folder_of_another_search_is_refused(cli, tmp_path):
+    cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
+    shown = run_cli(*SEARCH, *TRAINING, "--set", "lr=0.02", "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
+    assert shown.code == 2
+    assert "lr was 0.01 and is 0.02" in shown.err
+    shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w4a4", "--folder", tmp_path / "run")
+    assert shown.code == 2
+    assert "cost.tables" in shown.err
+
+
+def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitscape.search.differentiable.read_out", stop)
+    shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
+    assert shown.code == 130
+    assert f"the policy so far is {tmp_path / 'run' / 'policy.json'}; run the same command to go on" in shown.err

@@ -21,6 +21,8 @@ def describe(value: Any) -> Any:
     """Return `value` as JSON data: dataclasses as their fields, tensors and networks as shapes and hashes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, numpy.ndarray):
+        return describe(torch.from_numpy(value))
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype), "sample_sha256": _hash({"": value})}
     if isinstance(value, nn.Module):
