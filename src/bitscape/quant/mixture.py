@@ -26,7 +26,7 @@ from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
 
 PIECE = 1 << 16
-"""Elements walked at once by each thread of a CPU: input, gradient and two buffers of float32 fill half a megabyte of cache."""
+"""Elements walked at once by each thread of a CPU: input, gradient and two buffers of float32 fill a megabyte of cache."""
 
 
 class Mixture(FakeQuantizer):

@@ -27,6 +27,18 @@ from bitscape.search.sensitivity import Trace, at_least_one, finish
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedMixture:
+    """What a mixture search has at its end."""
+
+    mixed: Mixed
+    """The network with its mixtures, at the last price of bits."""
+    task: ProxyTask
+    """What it learned."""
+    records: Trace
+    """One record an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Differentiable:
     """The mixture search."""
 
@@ -57,23 +69,23 @@ class Differentiable:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
-        return finish(problem, self, lambda: self._run(problem))
+        return finish(problem, self, lambda: self._scored(problem))
 
     def score(self, problem: SearchProblem) -> ScoreTable:
-        """The scores alone: -log share, at the problem's budget; other budgets move the mixture elsewhere."""
-        return self._run(problem)[0]
+        """The scores alone, at the problem's budget; other budgets move the mixture elsewhere."""
+        return self._scored(problem)[0]
 
     def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
         """The training step; searches that extend this one bring their own."""
         return MixtureStep(mixed=mixed)
 
-    def _run(self, problem: SearchProblem) -> tuple[ScoreTable, Trace]:
+    def train_mixture(self, problem: SearchProblem) -> TrainedMixture:
+        """Mix the network and train it on the proxy."""
         folder = None if problem.folder is None else Path(problem.folder)
         stated = proxy_task(problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder)
         learned, held_out = stated.split(self.held_out)
         mixed = mixed_network(problem, learned.model)
         step = self.step(mixed, learned)
-        progress = Progress(problem, type(self).__name__.lower(), mixed, folder)
         result = train(
             mixed.model,
             learned.batches,  # type: ignore[arg-type]  # has what the loop uses of Batches
@@ -82,7 +94,15 @@ class Differentiable:
             loss=learned.loss,
             epochs=self.epochs,
             folder=None if folder is None else folder / "search",
-            after_epoch=progress.after_epoch,
+            after_epoch=Progress(problem, self._name, mixed, folder).after_epoch,
             seed=problem.seed,
         )
-        return read_out(self.readout, problem, progress.method, mixed, stated), result.records
+        return TrainedMixture(mixed=mixed, task=stated, records=result.records)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__.lower()
+
+    def _scored(self, problem: SearchProblem) -> tuple[ScoreTable, Trace]:
+        trained = self.train_mixture(problem)
+        return read_out(self.readout, problem, self._name, trained.mixed, trained.task), trained.records

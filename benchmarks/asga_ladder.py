@@ -1,0 +1,104 @@
+"""asga-ladder: what each part of ASGA adds to the mixture search. ResNet-20 on CIFAR-10, proxy of 4 %, "2.5 bits".
+
+    python -m benchmarks.asga_ladder [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
+
+Measured on the trained mixture: the surrogate gap and the curvature at one fixed probe radius, on 512 proxy images. Measured on the policy:
+accuracy after the training that transfer-policies uses. `--part i/n` does every n-th missing run.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, bits_of, record
+from benchmarks.transfer_policies import CASES, SEARCH_EPOCHS, problem, tests, trained
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.engine import evaluate
+from bitscape.report.records import missing, read_runs
+from bitscape.search.allocation import allocate
+from bitscape.search.asga import Asga
+from bitscape.search.differentiable import Differentiable
+from bitscape.search.readout import probability_scores
+from bitscape.sharpness import probe_sharpness
+from recipes.networks import WEIGHTS
+
+NAME = "asga-ladder"
+KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.images", "epochs", "seed")
+LADDER: dict[str, Differentiable] = {
+    "base": Differentiable(epochs=SEARCH_EPOCHS),
+    "+ SAM": Asga(epochs=SEARCH_EPOCHS, radius="fixed", alignment=0.0, descent="perturbed"),
+    "+ alignment, fixed radius": Asga(epochs=SEARCH_EPOCHS, radius="fixed"),
+    "+ adaptive radius": Asga(epochs=SEARCH_EPOCHS),
+}
+PROBED = 512
+RADIUS = 0.05
+
+
+def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
+    """Every run, seed by seed."""
+    for seed in range(seeds):
+        for variant, method in LADDER.items():
+            run = {"network": "resnet20", "method": type(method).__name__.lower(), "variant": variant, "proxy": "cifar10:2000"}
+            yield {**run, "settings": {"budget": "w2a3", "images": images}, "epochs": epochs, "seed": seed}
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Search, probe the mixture, train at the policy, evaluate."""
+    stated = problem(run)
+    start = time.monotonic()
+    found = LADDER[run["variant"]].train_mixture(stated)
+    scores = probability_scores(stated, run["method"], found.mixed)
+    policy = allocate(scores, stated.network, stated.parsed_budget)
+    search_s = time.monotonic() - start
+    data = found.task.batches.dataset
+    probed = probe_sharpness(found.mixed.model, data.images[:PROBED], data.labels[:PROBED], radius=RADIUS)
+    network, extra = trained(run, policy)
+    accuracy = evaluate(network, tests(run["network"]))
+    return {
+        **run,
+        "weights": WEIGHTS[run["network"]].file,
+        "target": CASES[run["network"]].target,
+        "policy": bits_of(policy),
+        "budget": dict(stated.parsed_budget.caps),
+        "cost": policy_cost(stated.network, policy),
+        "step": "plain",
+        "top1": accuracy.top1,
+        "float_top1": WEIGHTS[run["network"]].float_top1,
+        "test_images": accuracy.images,
+        "search_s": search_s,
+        "train_s": extra["train_s"],
+        "clock": "wall",
+        "dtype": "float32",
+        "extra": {
+            "proxy_loss": probed.loss,
+            "gap": probed.gap,
+            "curvature": probed.curvature,
+            "gradient_norm": probed.gradient_norm,
+            "radius": RADIUS,
+            "test_loss": accuracy.loss,
+            "trace": [dict(epoch) for epoch in found.records],
+        },
+    }
+
+
+def main() -> None:
+    """Do the runs that the results file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    part, parts = (int(text) for text in options.part.split("/"))
+    for run in list(wanted(options.seeds, options.images, options.epochs))[part::parts]:
+        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
+            record(NAME, measure(dict(run)))
+
+
+if __name__ == "__main__":
+    main()
