@@ -1,20 +1,17 @@
 """One table for each results file: what its runs say, and under which conditions they were made."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
+from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
+from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
 from bitscape.report.records import identity, read_runs, value_of
 from bitscape.report.tables import Column, Row, aggregate, render
 
-Run = Mapping[str, Any]
 NO_RUNS = "no runs yet"
-ORDER = ("float", "uniform", "fisher", "local", "kl", "hawq", "random")
-"""Methods as tables list them; others follow."""
 
 
 def tables(results: Path) -> dict[str, str]:
@@ -93,7 +90,7 @@ def peer(runs: Sequence[Run]) -> str:
     rows = rows_of(runs, ("method", "variant"), columns)
     table = render(rows, {"method": "method", "variant": "widths"}, columns)
     top1 = _top1_by_seed(rows, runs)
-    cells = [_paired(top1[key], top1.get(("fisher", key[1]), {})) if key[0] not in ("float", "uniform", "fisher") else "-" for key in top1]
+    cells = [paired(top1[key], top1.get(("fisher", key[1]), {})) if key[0] not in ("float", "uniform", "fisher") else "-" for key in top1]
     versions: dict[str, str] = next((found for run in runs if (found := value_of(run, "extra.peer_versions"))), {})
     heading = "Peer: " + (", ".join(f"{name} {version}" for name, version in versions.items()) or "no runs yet") + "."
     return heading + "\n\n" + with_column(table, "against fisher with these widths, points [95 %]", cells)
@@ -112,6 +109,10 @@ def generic(runs: Sequence[Run]) -> str:
 MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "ptq-imagenet": ptq_imagenet,
     "qat-cifar10": qat_cifar10,
+    "transfer-scores": transfer_scores,
+    "transfer-policies": transfer_policies,
+    "asga-ladder": asga_ladder,
+    "seam-margins": seam_margins,
     "packed-sizes": packed_sizes,
     "speed": generic,
     "peer": peer,
@@ -138,43 +139,8 @@ def conditions(runs: Sequence[Run]) -> str:
     return "Conditions: " + "; ".join(parts) + "."
 
 
-def groups(runs: Iterable[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
-    """Runs that agree in `keys`, in order of first appearance."""
-    found: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        found.setdefault(identity(run, keys), []).append(run)
-    return found
-
-
-def rows_of(runs: Iterable[Run], keys: Sequence[str], columns: Sequence[Column]) -> list[Row]:
-    """Rows in the order of ORDER, then of first appearance; runs of one network stay together."""
-    rows = aggregate(runs, keys, [column.value for column in columns])
-    networks = list(dict.fromkeys(row.keys.get("network") for row in rows))
-    return sorted(rows, key=lambda row: (networks.index(row.keys.get("network")), _place(row.keys["method"])))
-
-
-def with_column(table: str, heading: str, cells: Sequence[str]) -> str:
-    """A rendered table with one more column of text."""
-    added = [heading, "---", *cells]
-    return "\n".join(f"{line} {cell} |" for line, cell in zip(table.splitlines(), added, strict=True))
-
-
-def difference(values: Sequence[float]) -> str:
-    """Mean of paired differences with its 95 % interval, in words where the interval holds zero."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.2f}, one pair: no interval"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
-    verdict = ", no difference seen" if abs(mean) <= half else ""
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{verdict}"
-
-
 def _table(runs: Sequence[Run], make: Callable[[Sequence[Run]], str]) -> str:
     return f"{make(runs)}\n\n{conditions(runs)}" if runs else NO_RUNS
-
-
-def _place(method: str) -> int:
-    return ORDER.index(method) if method in ORDER else len(ORDER)
 
 
 def _lower_randoms(row: Row, randoms: Sequence[float]) -> str:
@@ -196,7 +162,7 @@ def _against_uniform(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
     if not uniform:
         return ["-" for _ in rows]
     best = max(uniform, key=lambda key: (len(top1[key]), statistics.fmean(top1[key].values())))
-    return ["the best uniform row" if key == best else _paired(top1[key], top1[best]) for key in top1]
+    return ["the best uniform row" if key == best else paired(top1[key], top1[best]) for key in top1]
 
 
 def _top1_by_seed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[tuple[Any, ...], dict[int, float]]:
@@ -205,14 +171,6 @@ def _top1_by_seed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[tuple[Any, .
     for run in runs:
         by_row[identity(run, ("method", "variant"))][run["seed"]] = run["top1"]
     return by_row
-
-
-def _paired(top1: Mapping[int, float], reference: Mapping[int, float]) -> str:
-    seeds = sorted(top1.keys() & reference.keys())
-    if not seeds:
-        return "no seed in common"
-    text = difference([top1[seed] - reference[seed] for seed in seeds])
-    return text if len(seeds) == len(top1) else f"{text} ({len(seeds)} pairs)"
 
 
 def _numbers(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: the tables in README.md and docs, and the pages of docs/methods.
+"""Write the generated parts of the documentation: the tables in README.md and docs, figures, and the pages of docs/methods.
 
     python -m benchmarks.tables [--check]
 
@@ -12,11 +12,15 @@ from pathlib import Path
 
 from benchmarks.cards import pages
 from benchmarks.summaries import tables
+from benchmarks.transfer_summaries import heat_map
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
+from bitscape.report.records import read_runs
 from bitscape.report.tables import update_tables
 
 ROOT = Path(__file__).parents[1]
+FIGURES = {"transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl"))}
+"""Name of the figure -> what draws it from the folder of results."""
 
 
 def wanted(root: Path) -> dict[Path, str | None]:
@@ -26,7 +30,8 @@ def wanted(root: Path) -> dict[Path, str | None]:
     written = [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.exists()]
     gone = {path: None for path in written if path.parent.name == "methods" and path not in methods}
     updated = {path: _updated(path, made) for path in written if path.parent.name != "methods"}
-    return {**updated, **gone, **methods}
+    figures = {root / "docs" / "figures" / f"{name}.svg": draw(root / "benchmarks" / "results") for name, draw in FIGURES.items()}
+    return {**updated, **gone, **methods, **figures}
 
 
 def stale(root: Path = ROOT) -> list[Path]:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.summaries import MAKERS, NO_RUNS, difference, generic, packed_sizes, peer, ptq_imagenet, qat_cifar10, tables, with_column
+from benchmarks.summaries import MAKERS, NO_RUNS, generic, packed_sizes, peer, ptq_imagenet, qat_cifar10, tables
+from benchmarks.summaries_common import difference, with_column
 
 CONDITIONS = {
     "device": "a CPU, 2 cores",

@@ -1,0 +1,59 @@
+"""What the tables of results share: runs in groups, rows in one order, paired differences with their intervals."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
+from typing import Any
+
+from scipy.stats import t as student
+
+from bitscape.report.records import identity
+from bitscape.report.tables import Column, Row, aggregate
+
+Run = Mapping[str, Any]
+ORDER = ("float", "uniform", "fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "random")
+"""Methods as tables list them; others follow."""
+
+
+def groups(runs: Iterable[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
+    """Runs that agree in `keys`, in order of first appearance."""
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(identity(run, keys), []).append(run)
+    return found
+
+
+def rows_of(runs: Iterable[Run], keys: Sequence[str], columns: Sequence[Column]) -> list[Row]:
+    """Rows in the order of ORDER, then of first appearance; runs of one network stay together."""
+    rows = aggregate(runs, keys, [column.value for column in columns])
+    networks = list(dict.fromkeys(row.keys.get("network") for row in rows))
+    return sorted(rows, key=lambda row: (networks.index(row.keys.get("network")), _place(row.keys["method"])))
+
+
+def with_column(table: str, heading: str, cells: Sequence[str]) -> str:
+    """A rendered table with one more column of text."""
+    added = [heading, "---", *cells]
+    return "\n".join(f"{line} {cell} |" for line, cell in zip(table.splitlines(), added, strict=True))
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean of paired differences with its 95 % interval, in words where the interval holds zero."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.2f}, one pair: no interval"
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
+    verdict = ", no difference seen" if abs(mean) <= half else ""
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{verdict}"
+
+
+def paired(top1: Mapping[int, float], reference: Mapping[int, float]) -> str:
+    """Difference of two rows over the seeds that both have."""
+    seeds = sorted(top1.keys() & reference.keys())
+    if not seeds:
+        return "no seed in common"
+    text = difference([top1[seed] - reference[seed] for seed in seeds])
+    return text if len(seeds) == len(top1) else f"{text} ({len(seeds)} pairs)"
+
+
+def _place(method: str) -> int:
+    return ORDER.index(method) if method in ORDER else len(ORDER)
