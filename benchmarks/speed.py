@@ -1,10 +1,15 @@
-"""speed: training images a second against float, seconds of a Fisher search, seconds of an allocation. On the CPU.
+"""speed: training and mixture-search images a second against float, seconds of a Fisher search, of an allocation. On the CPU.
 
     python -m benchmarks.speed [--threads 1] [--only "train resnet20"] [--rounds 9] [--keep-memory]
 
 All times are process CPU time, so that other programs on the machine disturb little; wall time and the load average are noted beside them.
-Training alternates both networks of a ratio in one process and takes the median of the rounds' ratios: same dtype, both channels_last, both
-eager or both compiled. `--only` takes the runs whose label holds the text, such as "train mobilenetv2_tfslim bfloat16 compiled".
+A ratio alternates both kinds of step in one process and takes the median of the rounds' ratios: same dtype, both channels_last, both
+eager or both compiled. `train` sets LSQ against float, `mixture` the step of a mixture search against float, `asga` its step against
+that of the plain mixture search. `--only` takes the runs whose label holds the text, such as "train mobilenetv2_tfslim bfloat16 compiled".
+
+Peak memory of a kind of step is the highest resident size during three eager steps, in a process of its own with the default allocator,
+less the size after the imports: weights, gradients, optimizer and images count. Only Linux tells it.
+
 `--keep-memory` tells glibc to keep freed memory: by default large tensors go back to the system and their pages are faulted in again
 every step, which costs the quantized network more, as it makes more tensors. How much glibc keeps depends on what a process freed
 before, so that every run has a process of its own.
@@ -13,10 +18,13 @@ before, so that every run has a process of its own.
 import argparse
 import multiprocessing
 import os
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +42,12 @@ from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import missing, read_runs
 from bitscape.search.allocation import allocate
+from bitscape.search.asga import Asga
+from bitscape.search.differentiable import Differentiable
 from bitscape.search.fisher import Fisher
+from bitscape.search.mixed_network import MixtureSgd, mixed_network
 from bitscape.search.problem import DEFAULT_CANDIDATES, DEFAULT_PIN, SearchProblem
+from bitscape.search.proxy_task import proxy_task
 from bitscape.search.scores import ScoreTable
 from recipes.networks import WEIGHTS, load
 
@@ -47,9 +59,15 @@ CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(LayerBits
 IMAGES = 256
 ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
 
+WIDTHS = (2, 3, 4, 6, 8)
+"""Candidates of a mixture, for weights and for inputs."""
+SEARCHES = {"mixture": Differentiable(), "asga": Asga()}
+SEARCH_BATCH = {"resnet20": 128, "mobilenetv2_tfslim": 16}
+
 KEPT = "glibc, freed memory kept"
 
 Clocks = dict[str, float]
+Step = Callable[[], None]
 
 
 def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
@@ -63,6 +81,10 @@ def wanted(threads: int, allocator: str) -> Iterator[dict[str, Any]]:
     for variant, network, dtype in product(("eager", "compiled"), BATCH, DTYPES):
         settings = {"bits": "w4a4", "batch_size": BATCH[network], "allocator": allocator, "process": "own"}
         yield {**shared, "method": "train", "network": network, "variant": variant, "dtype": dtype, "settings": settings}
+    for (method, variant), network in product((("mixture", "eager"), ("asga", "eager"), ("mixture", "compiled")), SEARCH_BATCH):
+        widths = " ".join(map(str, WIDTHS))
+        settings = {"widths": widths, "batch_size": SEARCH_BATCH[network], "allocator": allocator, "process": "own"}
+        yield {**shared, "method": method, "network": network, "variant": variant, "dtype": "float32", "settings": settings}
 
 
 def label(run: dict[str, Any]) -> str:
@@ -91,7 +113,7 @@ def quantized(network: str, images: Tensor) -> nn.Module:
     return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
 
 
-def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None, compiled: bool) -> Callable[[], None]:
+def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None, compiled: bool) -> Step:
     """A function that does one step: forward, backward, SGD."""
     model = model.train().to(memory_format=torch.channels_last)
     optimizer = Sgd(lr=1e-5).build(model)
@@ -108,29 +130,92 @@ def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None
     return step
 
 
-def measure_training(run: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Images a second of both networks, and the ratio."""
+def search_step(network: str, images: Tensor, *, kind: str, compiled: bool) -> Step:
+    """A function that does one step of a search in SEARCHES: price of bits, passes, SGD."""
+    candidates = tuple(LayerBits(*pair) for pair in product(WIDTHS, WIDTHS))
+    problem = SearchProblem(model=load(network, DATA), images=images, budget="bitops=w4a4", candidates=candidates)
+    learned = proxy_task(problem, "follow", batch_size=len(images), head_epochs=1, folder=None)
+    mixed = mixed_network(problem, learned.model)
+    work = SEARCHES[kind].step(mixed, learned)
+    model = mixed.model.train().to(memory_format=torch.channels_last)
+    optimizer = MixtureSgd(sgd=Sgd(lr=1e-5), logit_lr=1e-5).build(model)
+    forward = torch.compile(model) if compiled else model
+    labels = torch.arange(len(images)) % 10
+
+    def step() -> None:
+        work(forward, images, labels, nn.functional.cross_entropy)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_of(kind: str, network: str, images: Tensor, *, dtype: torch.dtype | None = None, compiled: bool = False) -> Step:
+    """One step of a kind: "float", "lsq", "mixture" or "asga"."""
+    if kind in SEARCHES:
+        return search_step(network, images, kind=kind, compiled=compiled)
+    model = load(network, DATA) if kind == "float" else quantized(network, images)
+    return training_step(model, images, dtype=dtype, compiled=compiled)
+
+
+COMPARED = {"train": ("float", "lsq"), "mixture": ("float", "mixture"), "asga": ("mixture", "asga")}
+"""Method of a run -> the two kinds of step, the one that is 1 first."""
+
+
+def measure_steps(run: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Images a second of both kinds of step, and the ratio; for searches also peak memory."""
     images = synthetic_images(run["network"], run["settings"]["batch_size"])
-    kind: dict[str, Any] = {"dtype": DTYPES[run["dtype"]], "compiled": run["variant"] == "compiled"}
-    steps = {
-        "float": training_step(load(run["network"], DATA), images, **kind),
-        "lsq": training_step(quantized(run["network"], images), images, **kind),
-    }
+    how: dict[str, Any] = {"dtype": DTYPES[run["dtype"]], "compiled": run["variant"] == "compiled"}
+    kinds = COMPARED[run["method"]]
+    # Peaks first: in this process the steps would hold memory beside them.
+    peaks = peak_memory(run, kinds) if run["method"] != "train" and not how["compiled"] else {}
+    timed = alternated({kind: step_of(kind, run["network"], images, **how) for kind in kinds}, len(images), rounds)
+    return {**timed, **peaks, "memory_format": "channels_last"}
+
+
+def alternated(steps: Mapping[str, Step], images: int, rounds: int) -> dict[str, Any]:
+    """Do the two steps in turn; the ratio is images a second of the second over those of the first."""
     start_up = {name: sum(clocked(step)["wall_s"] for _ in range(2)) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for at in range(rounds):
         for name in sorted(steps, reverse=bool(at % 2)):
             seconds[name].append(clocked(steps[name])["process_s"])
-    ratios = [f / q for f, q in zip(seconds["float"], seconds["lsq"], strict=True)]
-    speeds = {f"{name}_images_per_s": round(len(images) / statistics.median(taken), 2) for name, taken in seconds.items()}
+    ratios = [first / second for first, second in zip(*seconds.values(), strict=True)]
+    speeds = {f"{name}_images_per_s": round(images / statistics.median(taken), 2) for name, taken in seconds.items()}
     return {
         "ratio": round(statistics.median(ratios), 3),
         "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
         **speeds,
         "rounds": rounds,
         "start_up_wall_s": {name: round(taken, 1) for name, taken in start_up.items()},
-        "memory_format": "channels_last",
     }
+
+
+def peak_memory(run: dict[str, Any], kinds: tuple[str, str]) -> dict[str, Any]:
+    """Peak bytes of both kinds of step, and those of the second over those of the first."""
+    peaks = {}
+    for kind in kinds:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+            peaks[kind] = own.submit(peak_bytes, kind, run["network"], run["settings"]["batch_size"], run["threads"]).result()
+    first, second = peaks.values()
+    return {"memory_ratio": round(second / first, 3), **{f"{kind}_peak_bytes": peak for kind, peak in peaks.items()}}
+
+
+def peak_bytes(kind: str, network: str, batch_size: int, threads: int) -> int:
+    """The process's highest resident size during three steps, less its size now."""
+    torch.set_num_threads(threads)
+    before = resident("VmRSS")
+    step = step_of(kind, network, synthetic_images(network, batch_size))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: calibration is no step
+    for _ in range(3):
+        step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS, the resident size now, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def search_images(network: str) -> Tensor:
@@ -203,8 +288,9 @@ def measure_allocation() -> dict[str, Any]:
 def measured(run: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Do one run and return its fields."""
     before = os.getloadavg()[0]
-    found = measure_training(run, rounds) if run["method"] == "train" else {}
-    if not found:
+    if run["method"] in COMPARED:
+        found = measure_steps(run, rounds)
+    else:
         found = measure_search(run) if run["method"] == "fisher" else measure_allocation()
     fields = {"search_s": found.pop("process_s")} if "process_s" in found else {}
     extra = {**found, "load_average": [round(before, 2), round(os.getloadavg()[0], 2)]}
@@ -224,12 +310,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", action="append", help="text in a run's label; may be given several times")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of a training ratio")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of a ratio")
     parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory")
     options = parser.parse_args()
-    allocator = KEPT if options.keep_memory else "default"
+    allocator, compiler = KEPT if options.keep_memory else "default", os.environ.get("CXX", "g++")
     runs = [run for run in wanted(options.threads, allocator) if any(text in label(run) for text in options.only or [""])]
     for run in missing(read_runs(RESULTS / f"{NAME}.jsonl"), runs, KEYS):
+        if run.get("variant") == "compiled" and shutil.which(compiler) is None:
+            print(f"left out: {label(dict(run))}: torch.compile needs a C++ compiler, and {compiler!r} is not there")
+            continue
         process = multiprocessing.get_context("spawn").Process(target=do, args=(dict(run), options.rounds, options.keep_memory))
         process.start()
         process.join()
