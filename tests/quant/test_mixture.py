@@ -6,6 +6,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, uniform_policy
+from bitscape.quant import mixture as module
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.functional import _plain_fake_quantize, fake_quantize
 from bitscape.quant.grid import grid
@@ -46,7 +47,8 @@ def case(x, signed, per_channel):
 
 def plain(x, scale, shares, grids, factors):
     """The formula of the paper on autograd's own operators: gradients of scales are those of fake_quantize times the factor."""
-    return sum(p * _plain_fake_quantize(x, one * f + (one - one * f).detach(), g) for p, one, g, f in zip(shares, scale, grids, factors))
+    each = zip(shares, scale, grids, factors, strict=True)
+    return sum(share * _plain_fake_quantize(x, one * f + (one - one * f).detach(), levels) for share, one, levels, f in each)
 
 
 def gradients(function, upstream, *inputs):
@@ -116,15 +118,27 @@ def test_the_whole_share_is_that_candidate_bit_for_bit(at, per_channel, signed):
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_bfloat16_gradients_of_scales_and_shares_are_summed_in_float32(per_channel):
-    x, g = (normal(64, 40, 8, seed=seed).abs().bfloat16() for seed in (0, 3))  # of one sign: in bfloat16 the sums would stand still
-    scale, shares, grids, factors = case(x, True, per_channel)
+    x, g = (normal(64, 40, 8, seed=seed).bfloat16() for seed in (0, 3))
+    scale, shares, grids, factors = case(x, False, per_channel)
+    scale = torch.exp2(scale.log2().round())  # powers of 2, so that bfloat16 has the same codes
     y, (g_x, *found) = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), mixed(x.float(), scale, shares, grids, factors), rtol=0.02, atol=0.02)
-    _, (_, *expected) = gradients(lambda *leaves: mixed(*leaves, grids, factors), g.float(), x.float(), scale, shares)
-    assert g_x.dtype == torch.bfloat16 and all(each.dtype == torch.float32 for each in found)
-    for one, other in zip(found, expected, strict=True):  # levels of bfloat16 values are off by up to 1 in 256
-        torch.testing.assert_close(one, other, rtol=0.01, atol=0.005 * float(other.abs().max()))
+    exact, (exact_x, *expected) = gradients(lambda *leaves: mixed(*leaves, grids, factors), g.float(), x.float(), scale, shares)
+    assert y.dtype == g_x.dtype == torch.bfloat16 and all(each.dtype == torch.float32 for each in found)
+    torch.testing.assert_close(y.float(), exact, rtol=2**-6, atol=1e-6)  # a rounding for each candidate
+    torch.testing.assert_close(g_x.float(), exact_x, rtol=2**-6, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_form_without_plain_numbers_for_accelerators_gives_the_same(signed, monkeypatch):
+    x, g = normal(5, 3, 8, 8), normal(5, 3, 8, 8, seed=3)
+    scale, shares, grids, factors = case(x, signed, False)
+    by_numbers = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    monkeypatch.setattr(
+        module, "_candidates", lambda *each: [module._Candidate(one, share, levels) for one, share, levels in zip(*each, strict=True)]
+    )
+    by_tensors = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    torch.testing.assert_close(by_tensors, by_numbers, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("widths", [(4,), (2, 4), (1, 2, 3, 4, 5, 6, 7, 8)])
@@ -145,16 +159,15 @@ def test_the_input_alone_is_saved_whatever_the_number_of_candidates(widths, chan
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
 
 
-def test_the_compilers_form_has_the_same_values_and_gradients(monkeypatch):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_compilers_form_has_the_same_values_and_gradients(per_channel, monkeypatch):
     x, g = normal(5, 3, 8, 8), normal(5, 3, 8, 8, seed=3)
-    for per_channel in (False, True):
-        scale, shares, grids, factors = case(x, True, per_channel)
-        eager = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.compiler, "is_compiling", lambda: True)
-            traced = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
-        assert "Mixed" not in type(traced[0].grad_fn).__name__ and "Mixed" in type(eager[0].grad_fn).__name__
-        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+    scale, shares, grids, factors = case(x, True, per_channel)
+    eager = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    traced = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    assert "Mixed" not in type(traced[0].grad_fn).__name__ and "Mixed" in type(eager[0].grad_fn).__name__
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
 
 
 def ready(widths=WIDTHS, **settings):

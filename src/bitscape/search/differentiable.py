@@ -76,7 +76,7 @@ class Differentiable:
         return self._scored(problem)[0]
 
     def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
-        """The training step; searches that extend this one bring their own."""
+        """The training step, for all that is `learned`, held-out images included; searches that extend this one bring their own."""
         return MixtureStep(mixed=mixed)
 
     def train_mixture(self, problem: SearchProblem) -> TrainedMixture:
@@ -85,7 +85,7 @@ class Differentiable:
         stated = proxy_task(problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder)
         learned, held_out = stated.split(self.held_out)
         mixed = mixed_network(problem, learned.model)
-        step = self.step(mixed, learned)
+        step = self.step(mixed, stated)
         result = train(
             mixed.model,
             learned.batches,  # type: ignore[arg-type]  # has what the loop uses of Batches

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitscape.engine import BatchLoss, Sgd, Step, StepRecord
 from bitscape.engine.settings import parameter_groups
-from bitscape.engine.step import count_correct
+from bitscape.engine.step import count_correct, restore_step, step_state
 from bitscape.engine.workers import part
 from bitscape.quant.convert import calibrate
 from bitscape.quant.layers import quantized_layers
@@ -118,12 +118,13 @@ class Alternating:
         self.batch += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The held-out batch that is next."""
-        return {"batch": torch.tensor(self.batch)}
+        """The held-out batch that is next, and what the inner step keeps."""
+        return {"batch": torch.tensor(self.batch)} | {f"step.{name}": value for name, value in step_state(self.step).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state_dict`."""
         self.batch = int(state["batch"])
+        restore_step(self.step, {name.removeprefix("step."): value for name, value in state.items() if name != "batch"})
 
 
 def mixed_network(problem: SearchProblem, model: nn.Module) -> Mixed:

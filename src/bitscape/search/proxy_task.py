@@ -98,8 +98,8 @@ class ProxyTask:
 def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epochs: int, folder: Path | None) -> ProxyTask:
     """State what is learned of the problem's proxy; a new classifier is warmed up first, on the float network.
 
-    "auto" learns the labels where the float network predicts them at least twice as often as the most frequent one would be right,
-    by a new classifier where it does not, and the float network's outputs where there are no labels.
+    "auto" learns the labels where the float network predicts them at least twice as often as the most frequent one would be right, or
+    errs at most half as often; by a new classifier where it does not, and the float network's outputs where there are no labels.
     Raises BitscapeError for a task that needs labels when there are none.
     """
     name = _resolved(problem) if task == "auto" else task
@@ -123,7 +123,7 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
         return "follow"
     right = int((problem.decisions == problem.labels.to(problem.images.device)).sum())
     most_frequent = int(problem.labels.bincount().max())
-    own = right >= 2 * most_frequent
+    own = right >= min(2 * most_frequent, (len(problem.labels) + most_frequent) / 2)  # the second for few classes
     _log.info(
         "the float network predicts %d of %d proxy labels: %s",
         *(right, len(problem.labels)),
@@ -161,7 +161,8 @@ def new_head(name: str, old: nn.Module, classes: int) -> nn.Module:
     if isinstance(old, nn.Linear):
         made: nn.Module = nn.Linear(old.in_features, classes, bias)
     elif isinstance(old, nn.Conv2d) and old.groups == 1:
-        made = nn.Conv2d(old.in_channels, classes, old.kernel_size, old.stride, old.padding, bias=bias)  # type: ignore[arg-type]  # sizes are pairs
+        sizes = old.kernel_size, old.stride, old.padding, old.dilation
+        made = nn.Conv2d(old.in_channels, classes, *sizes, bias=bias)  # type: ignore[arg-type]  # sizes are pairs
     else:
         raise BitscapeError(f"layer {name}: a {type(old).__name__} at the end cannot be replaced by a new classifier; use task='follow'")
     return made.to(like)

@@ -111,8 +111,8 @@ def _without(mixture: Mixture, dropped: list[int]) -> Iterator[None]:
 
 def _loss(mixed: Mixed, task: ProxyTask) -> float:
     """Mean proxy loss of the mixed network in eval mode, as it stands."""
-    data, size = task.batches.dataset, task.batches.batch_size
-    images, labels = data.images[:READ_IMAGES].split(size), data.labels[:READ_IMAGES].split(size)
+    data, size, device = task.batches.dataset, task.batches.batch_size, next(mixed.model.parameters()).device
+    images, labels = (values[:READ_IMAGES].to(device).split(size) for values in (data.images, data.labels))
     with evaluating(mixed.model):
         losses = [float(task.loss.for_batch(x)(mixed.model(x), y)) * len(x) for x, y in zip(images, labels, strict=True)]
     return sum(losses) / min(READ_IMAGES, len(data.labels))
@@ -129,8 +129,9 @@ class Progress:
     policy: Policy | None = field(default=None, init=False)
 
     def after_epoch(self, epochs: int) -> dict[str, float]:
-        """Allocate from the shares so far; write policy.json into the folder."""
+        """Allocate from the shares so far; write policy.json into the folder; leave the mixture at the price of its last logits."""
         problem, before = self.problem, self.policy
+        self.mixed.keep_budget()
         scores = probability_scores(problem, self.method, self.mixed)
         self.policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
         if self.folder is not None and is_first():

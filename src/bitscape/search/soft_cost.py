@@ -101,9 +101,10 @@ class SoftCost:
 
 def soft_cost(problem: SearchProblem, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> SoftCost:
     """Tabulate the problem's capped costs for every pair of widths. Raises InfeasibleBudget if no policy fits."""
+    about = problem.pinned_layers, problem.tied
+    choices(problem.network, problem.parsed_budget, problem.candidates, *about).first_feasible()  # not every pair need be a candidate
     pairs = tuple(LayerBits(w, a) for w, a in product(weight_bits, activation_bits))
-    stated = choices(problem.network, problem.parsed_budget, pairs, problem.pinned_layers, problem.tied)
-    stated.first_feasible()
+    stated = choices(problem.network, problem.parsed_budget, pairs, *about)
     shape = (len(stated.freedom.groups), len(weight_bits), len(activation_bits))
     allowed = reachable(stated.everything(), stated.caps)
     assert allowed is not None, "a choice fits"

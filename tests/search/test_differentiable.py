@@ -1,0 +1,200 @@
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitscape.engine.pace import Pace
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+from bitscape.search.asga import Asga
+from bitscape.search.differentiable import Differentiable
+from bitscape.search.mixed_network import Mixed, MixtureStep, mixed_network
+from bitscape.search.problem import SearchProblem
+from bitscape.search.proxy_task import proxy_task
+from bitscape.search.seam import Seam
+from tests.search.small import square
+from tests.sharpness.small import batch, float_net, gradients
+
+IMAGES = 24
+SHORT = {"epochs": 2, "batch_size": 6}
+
+
+def problem(folder=None, **settings):
+    images, labels = batch(IMAGES)
+    usual = {"budget": ("bitops=w4a4", "weight_bytes=w5"), "candidates": square(2, 4, 8), "pinned": {}, "labels": labels}
+    return SearchProblem(model=float_net(dropout=0.2), images=images, folder=folder, **{**usual, **settings})
+
+
+class Killed(KeyboardInterrupt):
+    """The user's, not pytest's."""
+
+
+def kill_at(monkeypatch, step):
+    """Stop the search when a step begins for the n-th time (from 0)."""
+    keep_budget, calls = Mixed.keep_budget, itertools.count()
+
+    def counted(self):
+        if next(calls) == step:
+            raise Killed
+        keep_budget(self)
+
+    monkeypatch.setattr(Mixed, "keep_budget", counted)
+
+
+def comparable(trace):
+    """Records of epochs without clock times, and without how much the policy changed, which a new start cannot know."""
+    return [{name: value for name, value in record.items() if name not in ("train_s", "layers_changed")} for record in trace]
+
+
+KILLED = [
+    (Differentiable(**SHORT), False),
+    (Differentiable(**SHORT, task="follow", readout="drop-one"), True),
+    (Differentiable(**SHORT, task="new-head", head_epochs=1), True),
+    (Seam(**SHORT), True),
+    (Seam(**SHORT, held_out=0.3), True),
+    (Asga(**SHORT), False),
+    (Asga(**SHORT, held_out=0.3), True),
+]
+"""What is searched by, and whether it leaves checkpoints within the epoch too."""
+
+
+class TestResume:
+    @pytest.mark.parametrize(("method", "every_batch"), KILLED)
+    def test_a_search_killed_on_the_way_ends_where_one_that_was_not_does(self, method, every_batch, tmp_path, monkeypatch):
+        torch.manual_seed(1)
+        whole = method.search(problem())
+        if every_batch:
+            monkeypatch.setattr(Pace, "save_due", lambda *_: True)
+        with monkeypatch.context() as patched:
+            kill_at(patched, 7)  # in the second epoch, of 4 steps, or of 2 that keep the budget twice
+            with pytest.raises(Killed):
+                method.search(problem(tmp_path))
+        torch.manual_seed(2)
+        resumed = method.search(problem(tmp_path))
+        assert resumed.policy == whole.policy
+        np.testing.assert_array_equal(resumed.scores.values, whole.scores.values)
+        assert comparable(resumed.trace) == comparable(whole.trace)
+
+    def test_the_policy_so_far_is_there_after_the_first_epoch(self, tmp_path, monkeypatch):
+        given = problem(tmp_path)
+        kill_at(monkeypatch, 3)  # an epoch has 4 steps
+        with pytest.raises(Killed):
+            Differentiable(**SHORT).search(given)
+        assert not (tmp_path / "policy.json").exists()
+        kill_at(monkeypatch, 5)
+        with pytest.raises(Killed):
+            Differentiable(**SHORT).search(problem(tmp_path))
+        policy = Policy.load(tmp_path / "policy.json")
+        assert given.parsed_budget.exceeded(given.network, policy) == {}
+        assert set(policy.layers.values()) <= set(given.candidates)
+
+    def test_the_policy_in_the_folder_is_at_last_the_one_found(self, tmp_path):
+        found = Differentiable(**SHORT).search(problem(tmp_path)).policy
+        assert Policy.load(tmp_path / "policy.json").layers == found.layers
+
+
+def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():
+    method = Differentiable(epochs=1, batch_size=IMAGES, held_out=0.5, task="labels", logit_lr=0.25)
+    given = problem()
+    given.prepared[3].p = 0.0  # no dropout
+    trained = method.train_mixture(given).mixed
+    task = proxy_task(given, "labels", batch_size=IMAGES, head_epochs=1, folder=None)
+    found = []
+    for part in task.split(0.5):
+        fresh = mixed_network(given, copy.deepcopy(task.model))
+        before = {name: parameter.detach().clone() for name, parameter in fresh.model.named_parameters()}
+        MixtureStep(mixed=fresh)(fresh.model.train(), *next(part.batches.epoch(0)), part.loss.for_batch(given.images))
+        found.append(gradients(fresh.model))
+    on_weights, on_held_out = found
+    for name, parameter in trained.model.named_parameters():
+        moved = before[name] - parameter.detach()
+        # The first step with Nesterov's momentum of 0.9 is 1.9 times the gradient.
+        expected = 1.9 * 0.25 * on_held_out[name] if name.endswith(".logits") else 1.9 * 0.01 * on_weights[name]
+        if parameter.ndim > 1 and "quantizer" not in name:
+            expected = expected + 1.9 * 0.01 * 1e-4 * before[name]
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+LEVELS = 12
+
+
+class Planted(nn.Module):
+    """One half of the image tells the class by a value in fine steps, the other half is -1 or 1 and says little."""
+
+    def __init__(self, fine_first):
+        super().__init__()
+        self.fine_first = fine_first
+        for name in ("fine", "coarse") if fine_first else ("coarse", "fine"):
+            self.add_module(name, nn.Linear(8, LEVELS))
+        centres = (torch.arange(LEVELS) + 0.5) / LEVELS
+        with torch.no_grad():  # logits are 300 (2 v c - c^2): largest for the centre c next to the value v
+            self.fine.weight.copy_((300 * 2 / 8 * centres)[:, None].expand(LEVELS, 8))
+            self.fine.bias.copy_(-300 * centres.square())
+            self.coarse.weight.mul_(0.1)
+
+    def forward(self, x):
+        value, sign = x.flatten(1).split(8, dim=1)
+        outputs = [layer(value if layer is self.fine else sign) for layer in self.children()]
+        return outputs[0] + outputs[1]
+
+
+def planted(fine_first):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(LEVELS, (128,), generator=generator)
+    value = ((labels + 0.25 + 0.5 * torch.rand(128, generator=generator)) / LEVELS)[:, None].expand(128, 8)
+    sign = torch.randint(2, (128, 8), generator=generator) * 2.0 - 1
+    pairs = (LayerBits(8, 2), LayerBits(8, 8))
+    images = torch.cat([value, sign], 1).reshape(128, 1, 4, 4)
+    return SearchProblem(
+        model=Planted(fine_first), images=images, labels=labels, budget="mean_activation_bits=5", candidates=pairs, pinned={}
+    )
+
+
+QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("method", "fine_first"),
+    [
+        (Differentiable(**QUICK), True),
+        (Differentiable(**QUICK), False),
+        (Differentiable(**QUICK, task="follow"), True),
+        (Differentiable(**QUICK, held_out=0.5), False),
+        (Differentiable(**QUICK, readout="drop-one"), True),
+        (Differentiable(**QUICK, readout="keep-one"), False),
+        (Seam(**QUICK), True),
+        (Asga(**QUICK), False),
+    ],
+)
+def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine_first):
+    given = planted(fine_first)
+    assert torch.equal(given.decisions, given.labels)
+    assert method.search(given).policy.layers == {"fine": LayerBits(8, 8), "coarse": LayerBits(8, 2)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs = 0"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"head_epochs": 0}, "head_epochs = 0"),
+        ({"lr": 0.0}, "lr = 0.0"),
+        ({"logit_lr": float("inf")}, "logit_lr = inf"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"held_out": 1.0}, "held_out = 1.0"),
+        ({"held_out": -0.1}, "held_out = -0.1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(BitscapeError, match=message):
+        Differentiable(**settings)
+
+
+def test_the_records_tell_what_the_soft_choice_costs():
+    given = problem()
+    trace = Differentiable(**SHORT).search(given).trace
+    assert [record["epoch"] for record in trace] == [1, 2]
+    assert all(record["expected_bitops"] <= 1 + 1e-3 and record["expected_weight_bytes"] <= 1 + 1e-3 for record in trace)
