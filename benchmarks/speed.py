@@ -35,8 +35,9 @@ from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import LayerCost, NetworkCost, measure
-from bitscape.engine import Sgd
+from bitscape.engine import Batch, Sgd
 from bitscape.engine.forward import autocast_on
+from bitscape.engine.step import CrossEntropy
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
@@ -143,7 +144,7 @@ def search_step(network: str, images: Tensor, *, kind: str, compiled: bool) -> S
     labels = torch.arange(len(images)) % 10
 
     def step() -> None:
-        work(forward, images, labels, nn.functional.cross_entropy)
+        work(forward, Batch.of(images, labels, CrossEntropy()))
         optimizer.step()
         optimizer.zero_grad()
 

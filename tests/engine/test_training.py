@@ -19,6 +19,7 @@ from bitscape.data.batches import DIGITS, Batches
 from bitscape.data.sources import load_dataset
 from bitscape.engine import (
     AdamW,
+    Batch,
     BatchLoss,
     CheckpointError,
     Cosine,
@@ -34,11 +35,51 @@ from bitscape.engine import (
 )
 from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
+from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
 from bitscape.train import Loss, Plain
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
 USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3, "schedule": Cosine(warmup_epochs=0.5)}
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    whole, in_parts = (nn.Sequential(nn.Flatten(), nn.Linear(72, 3)) for _ in range(2))
+    in_parts.load_state_dict(whole.state_dict())
+    (one,) = train(whole, tiny_batches(), **{**USUAL, "epochs": 1}).records
+    (other,) = train(in_parts, tiny_batches(), **{**USUAL, "epochs": 1}, accumulate=3).records  # 16 images: 6, 5 and 5
+    torch.testing.assert_close(in_parts.state_dict(), whole.state_dict())
+    assert other["loss"] == pytest.approx(one["loss"]) and other["top1"] == one["top1"]
+
+
+def test_a_batch_is_cut_by_images_and_shares_of_the_loss_are_prepared_once() -> None:
+    images, labels = next(iter(tiny_batches().epoch(0)))
+    prepared: list[int] = []
+
+    class Noted:
+        def for_batch(self, x: Tensor) -> BatchLoss:
+            prepared.append(len(x))
+            return CrossEntropy().for_batch(x)
+
+    batch = Batch.of(images, labels, Noted(), 3)
+    for _ in range(2):
+        batch.backward(tiny_net())
+    assert prepared == [6, 5, 5] and len(batch) == 16
+    assert [part.share for part in batch.parts] == [6 / 16, 5 / 16, 5 / 16]
+    assert torch.equal(torch.cat([part.labels for part in batch.parts]), labels)
+    assert len(Batch.of(images[:2], labels[:2], Noted(), 5).parts) == 2
+
+
+def test_extras_are_the_mean_over_the_batches_that_have_them() -> None:
+    calls: list[int] = []
+
+    def every_second(model: nn.Module, batch: Batch) -> StepRecord:
+        record = Plain()(model, batch)
+        calls.append(len(batch))
+        return replace(record, extras={} if len(calls) % 2 else {"gap": torch.tensor(float(len(calls)))})
+
+    (record,) = train(tiny_net(), tiny_batches(), **{**USUAL, "epochs": 1, "step": every_second}).records
+    assert record["gap"] == pytest.approx((2 * 16 + 4 * 16) / 32)
 
 
 class Killed(Exception):
@@ -51,11 +92,11 @@ class KilledAt:
     def __init__(self, calls: list[int], last: int) -> None:
         self.calls, self.last = calls, last
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        self.calls.append(len(images))
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        self.calls.append(len(batch))
         if len(self.calls) > self.last:
             raise Killed
-        return Plain()(model, images, labels, loss)
+        return Plain()(model, batch)
 
 
 def without_times(records: tuple[Any, ...] | list[Any]) -> list[dict[str, Any]]:
@@ -82,10 +123,10 @@ def test_records_are_the_mean_over_images() -> None:
     batches = tiny_batches()  # the last of five batches has 6 images, the others 16
     seen: list[tuple[float, int]] = []
 
-    def watched(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        record = Plain()(model, images, labels, loss)
-        seen.append((record.loss.item(), len(images)))
-        return replace(record, extras={"sharpness": torch.tensor(float(len(images)))})
+    def watched(model: nn.Module, batch: Batch) -> StepRecord:
+        record = Plain()(model, batch)
+        seen.append((record.loss.item(), len(batch)))
+        return replace(record, extras={"sharpness": torch.tensor(float(len(batch)))})
 
     (record,) = train(tiny_net(), batches, **{**USUAL, "epochs": 1, "step": watched}).records
     assert record["loss"] == pytest.approx(sum(loss * images for loss, images in seen) / 70)
@@ -137,8 +178,8 @@ class Counting:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.count = state["count"]
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        record = Plain()(model, images, labels, loss)
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        record = Plain()(model, batch)
         self.count = self.count + 1
         if self.count % 2 == 0:
             for parameter in model.parameters():
@@ -370,15 +411,15 @@ class Log(nn.Module):
         return x.log()
 
 
-def poisoned_at(batch: int) -> Callable[[nn.Module, Tensor, Tensor, BatchLoss], StepRecord]:
+def poisoned_at(number: int) -> Callable[[nn.Module, Batch], StepRecord]:
     seen: list[int] = []
 
-    def step(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def step(model: nn.Module, batch: Batch) -> StepRecord:
         seen.append(0)
-        if len(seen) > batch:
+        if len(seen) > number:
             with torch.no_grad():
                 model[4].weight[0, 0] = float("nan")
-        return Plain()(model, images, labels, loss)
+        return Plain()(model, batch)
 
     return step
 
@@ -414,8 +455,8 @@ def test_the_message_tells_whether_the_model_in_memory_is_usable() -> None:
 
 
 def test_a_nan_gradient_with_a_finite_loss_stops_the_run() -> None:
-    def step(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        record = Plain()(model, images, labels, loss)
+    def step(model: nn.Module, batch: Batch) -> StepRecord:
+        record = Plain()(model, batch)
         model[0].weight.grad[0] = float("inf")
         return record
 
@@ -447,14 +488,14 @@ def test_clipping_shortens_the_gradient() -> None:
 
 
 def test_two_passes_in_one_step_work_under_autocast() -> None:
-    def twice(model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        Plain()(model, images, labels, loss)
+    def twice(model: nn.Module, batch: Batch) -> StepRecord:
+        Plain()(model, batch)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.5  # the second pass must see this, not a cached copy
-        loss(model(images), labels).backward()
+        batch.backward(model)
         assert not torch.is_autocast_enabled("cpu")
-        return Plain()(model, images, labels, loss)
+        return Plain()(model, batch)
 
     record = train(tiny_net(), tiny_batches(), **{**USUAL, "epochs": 1, "step": twice}, autocast=torch.bfloat16).records
     assert len(record) == 1
@@ -475,11 +516,12 @@ def test_log_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch
         ({"epochs": 0}, "epochs is 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"accumulate": 0}, "accumulate is 0"),
         ({"checkpoint_every_s": -1.0}, "checkpoint_every_s is -1.0"),
         ({"autocast": torch.float16}, "float16"),
         ({"model": tiny_net(classes=2)}, r"outputs 0\.\.1"),
         (
-            {"step": lambda model, images, labels, loss: StepRecord(loss(model(images), labels), labels[0])},
+            {"step": lambda model, batch: StepRecord(model(batch.parts[0].images).sum(), batch.parts[0].labels[0])},
             "no gradient",
         ),
     ],

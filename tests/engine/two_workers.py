@@ -4,16 +4,16 @@ import contextlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitscape.data.batches import UNIT, Batches
 from bitscape.data.sources import Dataset
-from bitscape.engine import BatchLoss, NonFiniteError, Sgd, StepRecord, evaluate, train
-from bitscape.engine.step import count_correct
+from bitscape.engine import Batch, NonFiniteError, Sgd, StepRecord, evaluate, train
 from bitscape.engine.workers import rank
 from bitscape.search.asga import Asga
 from bitscape.search.differentiable import Differentiable
@@ -25,15 +25,13 @@ from bitscape.sharpness import Ball
 class TwoPasses:
     """A sharpness-aware step: each worker moves along its own gradient."""
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         with Ball().watched(model) as ascent:
-            logits = model(images)
-            value = loss(logits, labels)
-            value.backward()
+            record = batch.backward(model)
         model.zero_grad(set_to_none=True)
         with ascent.applied(ascent.factor(0.1)):
-            loss(model(images), labels).backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels), extras={"norm": ascent.norm})
+            batch.backward(model)
+        return replace(record, extras={"norm": ascent.norm})
 
 
 class OnePass:
@@ -42,18 +40,17 @@ class OnePass:
     def __init__(self, broken: int | None = None) -> None:
         self.broken = broken
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        logits = model(images)
-        value = loss(logits, labels) * (torch.inf if rank() == self.broken else 1.0)
-        value.backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels))
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        if rank() == self.broken:
+            batch = replace(batch, parts=tuple(replace(part, share=torch.inf) for part in batch.parts))
+        return batch.backward(model)
 
 
 class PartlyFrozen(OnePass):
     """Leaves no gradient in the first layer, and none on the first worker in the second."""
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        record = super().__call__(model, images, labels, loss)
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        record = super().__call__(model, batch)
         model[0].zero_grad()
         if rank() == 0:
             model[3].zero_grad()
@@ -130,11 +127,11 @@ class StopsAt(OnePass):
         super().__init__()
         self.steps = 0
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         self.steps += 1
         if self.steps == 5:
             raise Stop
-        return super().__call__(model, images, labels, loss)
+        return super().__call__(model, batch)
 
 
 def continued(folder: Path) -> dict[str, Any]:

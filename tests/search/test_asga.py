@@ -12,7 +12,7 @@ from bitscape.search.mixed_network import MixtureStep, mixed_network
 from bitscape.search.problem import SearchProblem
 from bitscape.search.proxy_task import proxy_task
 from tests.search.small import square
-from tests.sharpness.small import batch, float_net, gradients, same
+from tests.sharpness.small import batch, float_net, gradients, same, whole
 
 TINY = {"rho": 1e-9, "rho_min": 1e-9}
 
@@ -31,7 +31,7 @@ def ready(dropout=0.0, **settings):
 
 def run(step, network, images=12):
     torch.manual_seed(3)  # of dropout
-    return step(network.model, *batch(images), cross_entropy)
+    return step(network.model, whole(*batch(images)))
 
 
 def plain(network):
@@ -218,14 +218,14 @@ class TestSteps:
             losses.append(cross_entropy(logits, labels))
             return losses[-1]
 
-        record = step(network.model, *batch(), noted)
+        record = step(network.model, whole(*batch(), noted))
         assert len(losses) == 2 and torch.equal(record.loss, losses[0].detach())
         assert torch.equal(record.extras["gap"], (losses[1] - losses[0]).detach()) and record.extras["gap"] > 0
 
     def test_a_fall_of_the_loss_counts_as_a_negative_gap(self):
         step, network = ready()
         factors = iter((1.0, 0.2))
-        record = step(network.model, *batch(), lambda logits, labels: next(factors) * cross_entropy(logits, labels))
+        record = step(network.model, whole(*batch(), lambda logits, labels: next(factors) * cross_entropy(logits, labels)))
         assert record.extras["gap"] < -0.1
         assert step.radius.gap == pytest.approx(0.9 * math.expm1(0.05) + 0.1 * float(record.extras["gap"]))
 

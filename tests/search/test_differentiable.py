@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.engine import Batch
 from bitscape.engine.pace import Pace
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
@@ -106,7 +107,7 @@ def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():
     for part in task.split(0.5):
         fresh = mixed_network(given, copy.deepcopy(task.model))
         before = {name: parameter.detach().clone() for name, parameter in fresh.model.named_parameters()}
-        MixtureStep(mixed=fresh)(fresh.model.train(), *next(part.batches.epoch(0)), part.loss.for_batch(given.images))
+        MixtureStep(mixed=fresh)(fresh.model.train(), Batch.of(*next(part.batches.epoch(0)), part.loss))
         found.append(gradients(fresh.model))
     on_weights, on_held_out = found
     for name, parameter in trained.model.named_parameters():

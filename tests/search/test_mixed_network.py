@@ -14,7 +14,7 @@ from bitscape.search.mixed_network import Alternating, MixtureSgd, MixtureStep, 
 from bitscape.search.problem import SearchProblem
 from bitscape.search.proxy_task import ProxyBatches, ProxyData, ProxyTask
 from tests.search.small import square
-from tests.sharpness.small import batch, float_net, gradients, same
+from tests.sharpness.small import batch, float_net, gradients, same, whole
 
 
 def problem(**settings):
@@ -105,7 +105,7 @@ class TestMixtureSgd:
 def test_the_step_is_the_gradient_of_the_loss_at_the_budgets_price():
     network, (images, labels) = spread_logits(mixed()), batch(12)
     twin = copy.deepcopy(network)
-    record = MixtureStep(mixed=network)(network.model.train(), images, labels, cross_entropy)
+    record = MixtureStep(mixed=network)(network.model.train(), whole(images, labels))
     twin.keep_budget()
     logits = twin.model.train()(images)
     value = cross_entropy(logits, labels)
@@ -127,11 +127,11 @@ class TestAlternating:
         network, (images, labels) = spread_logits(mixed()), batch(12)
         first, second, task = copy.deepcopy(network), copy.deepcopy(network), held_out_task(network)
         step = Alternating(step=MixtureStep(mixed=network), held_out=task, mixed=network)
-        record = step(network.model.train(), images, labels, cross_entropy)
+        record = step(network.model.train(), whole(images, labels))
 
-        expected = MixtureStep(mixed=first)(first.model.train(), images, labels, cross_entropy)
+        expected = MixtureStep(mixed=first)(first.model.train(), whole(images, labels))
         others, theirs = next(task.batches.epoch(0))
-        MixtureStep(mixed=second)(second.model.train(), others, theirs, cross_entropy)
+        MixtureStep(mixed=second)(second.model.train(), whole(others, theirs))
         by_batch, by_held_out, found = (gradients(each.model) for each in (first, second, network))
         assert torch.equal(record.loss, expected.loss)
         assert found.keys() == by_batch.keys() == by_held_out.keys()
@@ -144,17 +144,17 @@ class TestAlternating:
         network, (images, labels) = mixed(), batch(12)
         task, seen = held_out_task(network), []
 
-        def noted(model, x, y, loss):
-            seen.append((x, y))
-            return MixtureStep(mixed=network)(model, x, y, loss)
+        def noted(model, batch):
+            seen.append((batch.parts[0].images, batch.parts[0].labels))
+            return MixtureStep(mixed=network)(model, batch)
 
         step = Alternating(step=noted, held_out=task, mixed=network)
         for _ in range(2):
-            step(network.model, images, labels, cross_entropy)
+            step(network.model, whole(images, labels))
         again = Alternating(step=noted, held_out=task, mixed=network)
         again.load_state_dict(step.state_dict())
         for _ in range(3):
-            again(network.model, images, labels, cross_entropy)
+            again(network.model, whole(images, labels))
         expected = [*task.batches.epoch(0), *list(task.batches.epoch(1))[:2]]
         assert len(seen) == 10
         for (x, y), (own_x, own_y) in zip(seen[1::2], expected, strict=True):
@@ -164,9 +164,9 @@ class TestAlternating:
         class Counting:
             steps = 0
 
-            def __call__(self, model, images, labels, loss):
+            def __call__(self, model, batch):
                 self.steps += 1
-                return MixtureStep(mixed=network)(model, images, labels, loss)
+                return MixtureStep(mixed=network)(model, batch)
 
             def state_dict(self):
                 return {"steps": torch.tensor(self.steps), "batch": torch.tensor(-1)}
@@ -178,7 +178,7 @@ class TestAlternating:
         network, (images, labels) = mixed(), batch(12)
         step, again = (Alternating(step=Counting(), held_out=held_out_task(network), mixed=network) for _ in range(2))
         for _ in range(2):
-            step(network.model, images, labels, cross_entropy)
+            step(network.model, whole(images, labels))
         again.load_state_dict(step.state_dict())
         assert again.step.steps == 4 and again.batch == 2
 
@@ -193,7 +193,7 @@ class TestAlternating:
 
         task = held_out_task(network)
         task = ProxyTask(name="labels", model=task.model, batches=task.batches, loss=Noted())
-        Alternating(step=MixtureStep(mixed=network), held_out=task, mixed=network)(network.model, images, labels, cross_entropy)
+        Alternating(step=MixtureStep(mixed=network), held_out=task, mixed=network)(network.model, whole(images, labels))
         assert torch.equal(seen[0], next(task.batches.epoch(0))[0])
         assert not any(logits.grad.any() for logits in network.logits())
         assert network.model[0].weight.grad.any()

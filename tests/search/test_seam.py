@@ -24,7 +24,7 @@ from bitscape.search.seam import (
     network_margins,
 )
 from tests.search.small import square
-from tests.sharpness.small import batch, float_net, gradients, same
+from tests.sharpness.small import batch, float_net, gradients, same, whole
 
 NAN, INF, ROOT2 = float("nan"), float("inf"), math.sqrt(2)
 CENTRES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [NAN, NAN], [-1.0, 0.0]])
@@ -163,8 +163,8 @@ class TestSeamStep:
         step, network = ready()
         plain, (images, labels) = copy.deepcopy(network), batch(12)
         step.weight = 0.0
-        record = step(network.model.train(), images, labels, cross_entropy)
-        expected = MixtureStep(mixed=plain)(plain.model.train(), images, labels, cross_entropy)
+        record = step(network.model.train(), whole(images, labels))
+        expected = MixtureStep(mixed=plain)(plain.model.train(), whole(images, labels))
         assert torch.equal(record.loss, expected.loss) and torch.equal(record.correct, expected.correct)
         assert same(gradients(network.model), gradients(plain.model))
         assert record.extras["margin_term"] > 0
@@ -173,7 +173,7 @@ class TestSeamStep:
     def test_its_gradient_is_that_of_the_loss_and_the_weighted_term(self, term):
         step, network = ready(Seam(term=term, margin_weight=0.7, margin=0.9))
         twin, (images, labels) = copy.deepcopy(network), batch(12)
-        record = step(network.model.train(), images, labels, cross_entropy)
+        record = step(network.model.train(), whole(images, labels))
         twin.keep_budget()
         features, logits = features_by_hand(twin.model.train(), images)
         centres = class_centres(features.detach(), labels, 3)
@@ -200,7 +200,7 @@ class TestSeamStep:
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3))
         step, network = ready(method, model=model)
         images, labels = batch(12)
-        step(network.model, images[labels < 2], labels[labels < 2], cross_entropy)
+        step(network.model, whole(images[labels < 2], labels[labels < 2]))
         other, _ = ready(method, model=model)
         other.load_state_dict(step.state_dict())
         assert other.centres.keys() == step.centres.keys() == {0, 1}
@@ -212,8 +212,8 @@ class TestSeamStep:
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3))
         (both, network), (last, _) = (ready(Seam(features=which), model=model) for which in ("stages", "last"))
         images, labels = batch(12)
-        of_both = both(network.model, images, labels, cross_entropy).extras["margin_term"]
-        of_last = last(last.mixed.model, images, labels, cross_entropy).extras["margin_term"]
+        of_both = both(network.model, whole(images, labels)).extras["margin_term"]
+        of_last = last(last.mixed.model, whole(images, labels)).extras["margin_term"]
         with features_of([network.model[2]]) as seen:
             network.model(images)
         of_stage = hinge(seen[0], labels, class_centres(seen[0], labels, 3), 0.5).detach()
@@ -225,14 +225,14 @@ class TestSeamStep:
         features = normalize(given.prepared[:6](given.images)).detach()
         torch.testing.assert_close(step.fixed[0], class_centres(features, given.labels, 3))
         before, (images, labels) = step.fixed[0].clone(), batch(12)
-        step(network.model.train(), images, labels, cross_entropy)
+        step(network.model.train(), whole(images, labels))
         assert torch.equal(step.fixed[0], before) and step.state_dict() == {}
 
     def test_an_image_of_an_unseen_class_gets_no_term_but_a_loss(self):
         step, network = ready(Seam(centres="float"))
         step.fixed = [torch.full_like(step.fixed[0], NAN)]
         images, labels = batch(12)
-        record = step(network.model.train(), images, labels, cross_entropy)
+        record = step(network.model.train(), whole(images, labels))
         assert record.extras["margin_term"] == 0 and record.extras["margin"] == 0
         assert all(gradient.isfinite().all() for gradient in gradients(network.model).values())
 

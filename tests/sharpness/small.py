@@ -2,10 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from bitscape.engine import Batch, BatchLoss
+from bitscape.engine.step import Part
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.quantizers import Lsq, PerTensor, Quantizer
+
+
+def whole(images: Tensor, labels: Tensor, loss: BatchLoss = functional.cross_entropy) -> Batch:
+    """A batch in one part."""
+    return Batch((Part(images, labels, loss, 1.0),))
 
 
 def batch(images: int = 12, classes: int = 3) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 import torch
 from torch.nn import functional
 
+from bitscape.engine import Batch
+from bitscape.engine.step import CrossEntropy
 from bitscape.train import Plain
 from tests.engine.tiny import tiny_batches, tiny_net
 
@@ -8,7 +10,7 @@ from tests.engine.tiny import tiny_batches, tiny_net
 def test_the_gradient_is_autograds() -> None:
     images, labels = next(iter(tiny_batches().epoch(0)))
     model, twin = tiny_net().eval(), tiny_net().eval()
-    record = Plain()(model, images, labels, functional.cross_entropy)
+    record = Plain()(model, Batch.of(images, labels, CrossEntropy()))
     logits = twin(images)
     value = functional.cross_entropy(logits, labels)
     expected = torch.autograd.grad(value, list(twin.parameters()))

@@ -4,12 +4,13 @@ from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
-from bitscape.engine.step import BatchLoss, LossFunction, Step, StepRecord
+from bitscape.engine.step import Batch, BatchLoss, LossFunction, Step, StepRecord, StepSettings
 from bitscape.engine.training import TrainResult, train
 
 __all__ = [
     "Accuracy",
     "AdamW",
+    "Batch",
     "BatchLoss",
     "CheckpointError",
     "Cosine",
@@ -19,6 +20,7 @@ __all__ = [
     "Sgd",
     "Step",
     "StepRecord",
+    "StepSettings",
     "TrainResult",
     "evaluate",
     "train",

@@ -19,7 +19,7 @@ from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
-from bitscape.engine.step import LossFunction, pooled
+from bitscape.engine.step import Batch, LossFunction, pooled
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
 
@@ -44,6 +44,7 @@ class Loop:
     loss: LossFunction
     autocast: torch.dtype | None
     channels_last: bool
+    accumulate: int
     clip_norm: float | None
     folder: Path | None
     checkpoint_every_s: float
@@ -151,11 +152,11 @@ class Loop:
         workers.seed_at(state.settings["seed"], state.epoch, state.batch)
         state.optimizer.zero_grad(set_to_none=True)
         with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
-            loss = self.loss.for_batch(images)
+            batch = Batch.of(images, labels, self.loss, self.accumulate)
         whole = images_of_all(self.batches, state.batch, len(images))
         share = len(images) / whole
         with workers.averaged_buffers(state.model, share):
-            record = state.step(state.model, images, labels, loss)
+            record = state.step(state.model, batch)
         workers.average_gradients(self._updated(), share)
         record = pooled(record, share)
         norm = self._clip()

@@ -44,15 +44,22 @@ class RunState:
         self._sum("gradient_norm", gradient_norm * images)
         for name, value in record.extras.items():
             self._sum(f"extra.{name}", value.detach() * images)
+            self._sum(f"images.{name}", torch.tensor(float(images), device=value.device))
         self.batch += 1
         self.images += images
 
     def means(self) -> dict[str, float]:
         """Return the epoch's means so far: loss, top1 (%), gradient_norm, the step's extras. Waits for the GPU."""
-        names = list(self.sums)
-        means = (torch.stack([self.sums[name] for name in names]) / self.images).tolist() if names else []
-        named = {name.removeprefix("extra."): mean for name, mean in zip(names, means, strict=True)}
-        return {"loss": named.pop("loss"), "top1": 100 * named.pop("correct"), **named} if named else {}
+        if not self.sums:
+            return {}
+        sums = dict(zip(self.sums, torch.stack([value.to(self.device) for value in self.sums.values()]).tolist(), strict=True))
+        extras = {name.removeprefix("extra."): total for name, total in sums.items() if name.startswith("extra.")}
+        return {
+            "loss": sums["loss"] / self.images,
+            "top1": 100 * sums["correct"] / self.images,
+            "gradient_norm": sums["gradient_norm"] / self.images,
+            **{name: total / sums[f"images.{name}"] for name, total in extras.items()},
+        }
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
         """Close the epoch with its record."""

@@ -1,6 +1,6 @@
 """What the loop and a training step say to each other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,30 +43,89 @@ class StepRecord:
     """Further scalars, the same names on every worker; the epoch's record holds the mean of each."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Images of a batch that go through the network together."""
+
+    images: Tensor
+    """(n, c, h, w)."""
+    labels: Tensor
+    """(n,)."""
+    loss: BatchLoss
+    """Mean over these images."""
+    share: float
+    """Of the batch's images; the shares of all parts add up to 1."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from: a single part, or several whose gradients add up where memory is short."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, loss: LossFunction, parts: int = 1) -> "Batch":
+        """Cut `images` (n, c, h, w) and `labels` (n,) into `parts`, or n if that is less; what passes share of the loss is done here."""
+        pieces = min(parts, len(images))
+        cut = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
+        return cls(tuple(Part(x, y, loss.for_batch(x), len(x) / len(images)) for x, y in cut))
+
+    def __len__(self) -> int:
+        return sum(len(part.images) for part in self.parts)
+
+    def backward(self, model: nn.Module) -> StepRecord:
+        """Run forward and backward of every part: `.grad` gains the gradient of the batch's mean loss."""
+        return sum_of([self._of_part(model, part) for part in self.parts])
+
+    def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
+        logits = model(part.images)
+        value = part.loss(logits, part.labels) * part.share
+        value.backward()
+        return StepRecord(loss=value.detach(), correct=count_correct(logits, part.labels))
+
+
 class Step(Protocol):
     """Forward and backward of one batch, in one pass or several.
 
     On entry every `.grad` is None and the model is in training mode. On return `.grad` holds the gradient to descend
-    along and all weights have their entry values. Each call `model(images)` runs under the loop's autocast and its
-    compiled forward, if any, and returns float32 logits; `backward` belongs outside autocast and is so by itself.
+    along and all weights have their entry values. A step that perturbs weights does so by the gradient of all parts of the
+    batch. Each call `model(images)` runs under the loop's autocast and its compiled forward, if any, and returns float32
+    logits; `backward` belongs outside autocast and is so by itself.
 
     Of several workers each calls its step on its own part of the batch, and the loop averages `.grad` afterwards. A step that
     perturbs weights so does it along its own worker's gradient, as m-sharpness is defined (Foret et al., arXiv 2010.01412, section 4.1).
     It restores them from a copy: (w + e) - e is not w, and e is another one on each worker. What workers must agree on, such as a
     radius, goes through `engine.workers.mean` or `total`; norms see the worker's part of the batch; the first worker's state is stored.
 
-    A step that keeps something between batches has `state_dict() -> dict[str, Tensor]` and
-    `load_state_dict(dict[str, Tensor])`; the loop stores it in the checkpoint.
+    A step that keeps something between batches is given as `StepSettings`, so that every run has its own. It has
+    `state_dict() -> dict[str, Tensor]` and `load_state_dict(dict[str, Tensor])`; the loop stores the state in the checkpoint.
     """
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """Leave the gradient of the batch in `.grad` and report the loss."""
+        ...
+
+
+class StepSettings(Protocol):
+    """Settings of a step that keeps something between batches."""
+
+    def build(self) -> Step:
+        """Return a step for one run."""
         ...
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many rows of logits (n, classes) have their maximum at the label (n,), as a scalar tensor."""
     return (logits.detach().argmax(1) == labels).sum()
+
+
+def sum_of(records: Sequence[StepRecord]) -> StepRecord:
+    """Return the record of a batch from those of its parts, in which loss and extras are multiplied by the part's share."""
+    if len(records) == 1:
+        return records[0]
+    extras = {name: torch.stack([record.extras[name] for record in records]).sum() for name in records[0].extras}
+    loss, correct = (torch.stack([getattr(record, name) for record in records]).sum() for name in ("loss", "correct"))
+    return StepRecord(loss=loss, correct=correct, extras=extras)
 
 
 def pooled(record: StepRecord, share: float) -> StepRecord:

@@ -20,7 +20,7 @@ from bitscape.engine.forward import check_autocast, device_of, loop_forward
 from bitscape.engine.loop import Loop
 from bitscape.engine.settings import Cosine, OptimizerSettings
 from bitscape.engine.state import RunState
-from bitscape.engine.step import CrossEntropy, LossFunction, Step
+from bitscape.engine.step import CrossEntropy, LossFunction, Step, StepSettings
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def train(
     model: nn.Module,
     batches: "Batches",
     *,
-    step: Step,
+    step: Step | StepSettings,
     optimizer: OptimizerSettings,
     epochs: int,
     schedule: Cosine | None = None,
@@ -50,6 +50,7 @@ def train(
     autocast: torch.dtype | None = None,
     channels_last: bool = True,
     compile: bool = False,
+    accumulate: int = 1,
     ema_decay: float | None = None,
     clip_norm: float | None = None,
     validation: "Batches | None" = None,
@@ -62,9 +63,10 @@ def train(
     """Train `model` in place, on the device where it is; it is left in training mode.
 
     schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. compile: the model's
-    forward through torch.compile, where a C++ compiler is found. ema_decay: in (0, 1), average the state as well.
-    clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated after each
-    epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
+    forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose
+    gradients add up: memory for one part at a time, and norms see one part at a time. ema_decay: in (0, 1), average the
+    state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
+    after each epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
@@ -83,7 +85,7 @@ def train(
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
     """
-    _check(epochs, ema_decay, clip_norm, checkpoint_every_s, autocast)
+    _check(epochs, accumulate, ema_decay, clip_norm, checkpoint_every_s, autocast)
     if len(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
     schedule, loss = schedule or Cosine(), loss or CrossEntropy()
@@ -97,6 +99,7 @@ def train(
         "autocast": describe(autocast),
         "channels_last": channels_last,
         "compile": compile,
+        "accumulate": accumulate,
         "ema_decay": ema_decay,
         "clip_norm": clip_norm,
         "batches": describe(batches),
@@ -112,7 +115,7 @@ def train(
     state = RunState(
         model=model,
         optimizer=optimizer.build(model),
-        step=step,
+        step=step if callable(step) else step.build(),
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
         device=device,
@@ -126,6 +129,7 @@ def train(
         loss=loss,
         autocast=autocast,
         channels_last=channels_last,
+        accumulate=accumulate,
         clip_norm=clip_norm,
         folder=None if folder is None else Path(folder),
         checkpoint_every_s=checkpoint_every_s,
@@ -156,6 +160,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _check(
     epochs: int,
+    accumulate: int,
     ema_decay: float | None,
     clip_norm: float | None,
     checkpoint_every_s: float,
@@ -163,6 +168,8 @@ def _check(
 ) -> None:
     if epochs < 1:
         raise BitscapeError(f"epochs is {epochs}; it must be at least 1")
+    if accumulate < 1:
+        raise BitscapeError(f"accumulate is {accumulate}; it must be at least 1, the number of parts of a batch")
     if ema_decay is not None and not 0.0 < ema_decay < 1.0:
         raise BitscapeError(f"ema_decay is {ema_decay}; it must be in (0, 1), usually 0.999, or None for no average")
     if clip_norm is not None and not 0.0 < clip_norm < math.inf:

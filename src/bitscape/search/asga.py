@@ -15,14 +15,13 @@ Measured  docs/results: transfer-policies, asga-ladder.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine import BatchLoss, Step, StepRecord
-from bitscape.engine.step import count_correct
+from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError
 from bitscape.search.differentiable import Differentiable
@@ -68,26 +67,22 @@ class AsgaStep:
     alignment: float
     descent: Literal["mean", "perturbed"]
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """Leave the gradient in `.grad`: the mean of both passes, or that of the second."""
         self.mixed.keep_budget()
         state = random_state(model)
         with self.ball.watched(model) as ascent:
-            logits = model(images)
-            value = loss(logits, labels)
-            value.backward()
+            record = batch.backward(model)
         first = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         model.zero_grad(set_to_none=True)
         rho = self.radius.rho()
         with repeating(model, state), ascent.applied(ascent.factor(rho) - self.alignment):
-            perturbed = loss(model(images), labels)
-            perturbed.backward()
-        gap = (perturbed - value).detach()
+            gap = batch.backward(model).loss - record.loss
         self.radius.see(float(mean(gap)))
         extras = {"rho": torch.tensor(rho), "gap": gap, "ascent_norm": ascent.norm, "cosine": _cosine(first)}
         if self.descent == "mean":
             _average(first)
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels), extras=extras)
+        return replace(record, extras=extras)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running mean of the gap."""

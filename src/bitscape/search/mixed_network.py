@@ -6,9 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine import BatchLoss, Sgd, Step, StepRecord
+from bitscape.engine import Batch, Sgd, Step, StepRecord
 from bitscape.engine.settings import parameter_groups
-from bitscape.engine.step import count_correct, restore_step, step_state
+from bitscape.engine.step import restore_step, step_state
 from bitscape.engine.workers import part
 from bitscape.quant.convert import calibrate
 from bitscape.quant.layers import quantized_layers
@@ -79,13 +79,10 @@ class MixtureStep:
 
     mixed: Mixed = field(repr=False)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """One pass."""
         self.mixed.keep_budget()
-        logits = model(images)
-        value = loss(logits, labels)
-        value.backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels))
+        return batch.backward(model)
 
 
 @dataclass(kw_only=True)
@@ -97,9 +94,9 @@ class Alternating:
     mixed: Mixed = field(repr=False)
     batch: int = field(default=0, init=False)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """Two runs of the inner step; each keeps the gradient of its own parameters."""
-        record = self.step(model, images, labels, loss)
+        record = self.step(model, batch)
         logits = {id(tensor) for tensor in self.mixed.logits()}
         others = [(parameter, parameter.grad) for parameter in model.parameters() if id(parameter) not in logits]
         model.zero_grad(set_to_none=True)
@@ -114,7 +111,7 @@ class Alternating:
         images, labels = next(batches.epoch(epoch, start=batch))
         rows = part(len(images))
         images, labels = images[rows].to(device), labels[rows].to(device)
-        self.step(model, images, labels, self.held_out.loss.for_batch(images))
+        self.step(model, Batch.of(images, labels, self.held_out.loss))
         self.batch += 1
 
     def state_dict(self) -> dict[str, Tensor]:

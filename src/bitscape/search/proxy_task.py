@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.engine import AdamW, BatchLoss, LossFunction, StepRecord, train
-from bitscape.engine.step import CrossEntropy, count_correct
+from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
+from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers, replace_module
 from bitscape.models.modes import evaluating
@@ -170,8 +170,5 @@ def new_head(name: str, old: nn.Module, classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class _HeadStep:
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        logits = model(images)
-        value = loss(logits, labels)
-        value.backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels))
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        return batch.backward(model)

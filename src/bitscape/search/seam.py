@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.engine import BatchLoss, Step, StepRecord
-from bitscape.engine.step import count_correct
+from bitscape.engine import Batch, Step, StepRecord
+from bitscape.engine.step import Part, count_correct, sum_of
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
@@ -127,18 +127,23 @@ class SeamStep:
     """Centres of the float network, or None for moving ones."""
     centres: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """One pass."""
         self.mixed.keep_budget()
+        return sum_of([self._of_part(model, part) for part in batch.parts])
+
+    def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
+        labels = part.labels
         with features_of(self.layers) as features:
-            logits = model(images)
-        value = loss(logits, labels)
+            logits = model(part.images)
+        value = part.loss(logits, labels)
         centres = [self._moved(at, each.detach(), labels) for at, each in enumerate(features)] if self.fixed is None else self.fixed
         terms = [self._term(each, labels, about) for each, about in zip(features, centres, strict=True)]
         regularizer = torch.stack(terms).mean()
-        (value + self.weight * regularizer).backward()
-        extras = {"margin_term": regularizer.detach(), "margin": _finite_mean(margins(features[-1].detach(), labels, centres[-1]))}
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels), extras=extras)
+        ((value + self.weight * regularizer) * part.share).backward()
+        margin = _finite_mean(margins(features[-1].detach(), labels, centres[-1]))
+        extras = {"margin_term": regularizer.detach() * part.share, "margin": margin * part.share}
+        return StepRecord(loss=value.detach() * part.share, correct=count_correct(logits, labels), extras=extras)
 
     def _term(self, features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
         return hinge(features, labels, centres, self.margin) if self.term == "hinge" else fisher_ratio(features, labels, centres)

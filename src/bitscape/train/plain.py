@@ -10,19 +10,15 @@ Measured  docs/results: qat-cifar10.
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from bitscape.engine import BatchLoss, StepRecord
-from bitscape.engine.step import count_correct
+from bitscape.engine import Batch, StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
     """The ordinary step: one pass."""
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: BatchLoss) -> StepRecord:
-        """Leave the gradient of `loss` at the current weights in `.grad`."""
-        logits = model(images)
-        value = loss(logits, labels)
-        value.backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, labels))
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        """Leave the gradient of the loss at the current weights in `.grad`."""
+        return batch.backward(model)
