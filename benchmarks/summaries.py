@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
 from bitscape.report.records import identity, read_runs, value_of
@@ -113,6 +114,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "transfer-policies": transfer_policies,
     "asga-ladder": asga_ladder,
     "seam-margins": seam_margins,
+    "saq": saq,
     "packed-sizes": packed_sizes,
     "speed": generic,
     "peer": peer,

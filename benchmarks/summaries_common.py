@@ -11,7 +11,9 @@ from bitscape.report.records import identity
 from bitscape.report.tables import Column, Row, aggregate
 
 Run = Mapping[str, Any]
-ORDER = ("float", "uniform", "fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "random")
+STEPS = ("plain", "sam", "saq")
+SEARCHES = ("uniform", "fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "random")
+ORDER = ("float", *STEPS, *SEARCHES)
 """Methods as tables list them; others follow."""
 
 

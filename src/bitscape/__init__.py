@@ -42,7 +42,7 @@ _NAMES = {
     "search.topological": ("Topological",),
     "search.uniform": ("Uniform",),
     "sharpness": ("Ball", "probe_sharpness", "top_eigenvalue"),
-    "train": ("Loss", "Plain"),
+    "train": ("Loss", "Plain", "Sam", "Saq"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 """Public name -> module that holds it. A submodule of the same name would take its place: hence no `train` here."""
@@ -107,6 +107,8 @@ if TYPE_CHECKING:
     from bitscape.sharpness import top_eigenvalue as top_eigenvalue
     from bitscape.train import Loss as Loss
     from bitscape.train import Plain as Plain
+    from bitscape.train import Sam as Sam
+    from bitscape.train import Saq as Saq
 else:  # a type checker that saw this function would let every name pass
 
     def __getattr__(name: str) -> object:

@@ -1,20 +1,25 @@
 import pytest
 
 from bitscape.search.methods import METHODS
+from bitscape.train import STEPS
 
 
 def test_lists_every_method_with_the_first_line_of_its_card(cli):
-    lines = cli("methods").out.splitlines()[1:]
-    assert [line.split()[0] for line in lines] == list(METHODS)
-    assert all(len(line.split()) > 4 for line in lines)
+    lines = cli("methods").out.splitlines()
+    searches, steps = lines[1 : 1 + len(METHODS)], lines[3 + len(METHODS) :]
+    assert [line.split()[0] for line in searches] == list(METHODS) and [line.split()[0] for line in steps] == list(STEPS)
+    assert all(len(line.split()) > 4 for line in (*searches, *steps))
 
 
-@pytest.mark.parametrize("name", METHODS)
+KINDS = {**METHODS, **STEPS}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_shows_the_card_and_every_setting_with_its_docstring(cli, name):
     shown = cli("methods", name).out
     assert "\nMeasured " in shown
     settings = shown.partition("what it is\n")[2].splitlines()
-    fields = METHODS[name].__dataclass_fields__
+    fields = KINDS[name].__dataclass_fields__
     assert [line.split("=")[0] for line in settings] == list(fields)
     assert all(len(line.split(None, 1)[1]) > 10 for line in settings)
 

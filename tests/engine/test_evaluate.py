@@ -62,6 +62,11 @@ def empty() -> TinyBatches:
     return TinyBatches(dataset=data)
 
 
+def unlabelled_by_minus_one() -> TinyBatches:
+    batches = tiny_batches()
+    return replace(batches, dataset=replace(batches.dataset, labels=batches.dataset.labels - 1))
+
+
 class Wrapped(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": images}
@@ -72,6 +77,7 @@ class Wrapped(nn.Module):
     [
         (tiny_net(), without_labels(), "no labels"),
         (tiny_net(), empty(), "'nothing' is empty"),
+        (tiny_net(), unlabelled_by_minus_one(), "has the label -1; labels count from 0"),
         (tiny_net(classes=2), tiny_batches(), r"label 2, the model has outputs 0\.\.1"),
         (nn.Conv2d(2, 4, 3), tiny_batches(), r"shape \(16, 4, 4, 4\)"),
         (Wrapped(), tiny_batches(), "returns dict"),

@@ -1,9 +1,10 @@
-"""`bitscape methods`: what there is to search with, read from the methods' own cards and fields."""
+"""`bitscape methods`: what there is to search and to train with, read from the methods' own cards and fields."""
 
 import ast
 import inspect
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from bitscape.errors import BitscapeError, nearest
 @click.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
-    """List the search methods, or show one: its card and settings.
+    """List the search methods and training steps, or show one: its card and settings.
 
     \b
     Example:
@@ -24,15 +25,24 @@ def methods(name: str | None) -> None:
       bitscape methods fisher
     """
     from bitscape.search.methods import METHODS
+    from bitscape.train import STEPS
 
+    known: dict[str, Any] = {**METHODS, **STEPS}
     if name is None:
-        print_table(["--method", "what it goes by"], [[key, card(kind).splitlines()[0]] for key, kind in METHODS.items()], left=2)
+        _print_list("--method", "what it goes by", METHODS)
+        click.echo()
+        _print_list("--step", "how it trains", STEPS)
         return
-    if name not in METHODS:
-        raise BitscapeError(f"method {name!r} is unknown{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
-    click.echo(card(METHODS[name]))
-    click.echo("\nSettings, for --set:")
-    print_table(["field=default", "what it is"], settings_of(METHODS[name]), left=2)
+    if name not in known:
+        raise BitscapeError(f"method {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}")
+    click.echo(card(known[name]))
+    if settings := settings_of(known[name]):
+        click.echo("\nSettings, for --set:")
+        print_table(["field=default", "what it is"], settings, left=2)
+
+
+def _print_list(option: str, about: str, kinds: Mapping[str, Any]) -> None:
+    print_table([option, about], [[key, card(kind).splitlines()[0]] for key, kind in kinds.items()], left=2)
 
 
 def card(kind: type) -> str:

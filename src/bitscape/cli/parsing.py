@@ -13,6 +13,7 @@ from bitscape.policy import LayerBits
 if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
     from bitscape.search.methods import SearchMethod
+    from bitscape.train import Plain, Sam
 
 UNPINNED = "none"
 
@@ -83,23 +84,35 @@ def parse_normalization(text: str | None, source: str) -> "Normalization":
 
 def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
     """Build a search method from its name and "field=value" texts, checked against its own dataclass."""
-    from pydantic import TypeAdapter, ValidationError
-
     from bitscape.search.methods import METHODS
 
-    if name not in METHODS:
-        raise BitscapeError(f"--method {name!r} is unknown{nearest(name, METHODS)}; allowed are {', '.join(METHODS)}")
-    fields = METHODS[name].__dataclass_fields__
+    made: SearchMethod = _made("--method", name, METHODS, settings)
+    return made
+
+
+def make_step(name: str, settings: Sequence[str]) -> "Plain | Sam":
+    """Build a training step from its name and "field=value" texts, checked against its own dataclass."""
+    from bitscape.train import STEPS
+
+    made: Plain | Sam = _made("--step", name, STEPS, settings)
+    return made
+
+
+def _made(option: str, name: str, kinds: Mapping[str, Any], settings: Sequence[str]) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    if name not in kinds:
+        raise BitscapeError(f"{option} {name!r} is unknown{nearest(name, kinds)}; allowed are {', '.join(kinds)}")
+    fields = kinds[name].__dataclass_fields__
     given = dict(_setting(text, name, fields) for text in settings)
     try:
-        method: SearchMethod = TypeAdapter(METHODS[name]).validate_strings(given)
+        return TypeAdapter(kinds[name]).validate_strings(given)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         given_text = f"{field}={first['input']}: " if field else ""  # a setting's own check names its field itself
         message = first["msg"].removeprefix("Value error, ")
         raise BitscapeError(f"--set {given_text}{message}; see `bitscape methods {name}`") from None
-    return method
 
 
 def _setting(text: str, method: str, fields: Mapping[str, Any]) -> tuple[str, str]:
@@ -107,7 +120,8 @@ def _setting(text: str, method: str, fields: Mapping[str, Any]) -> tuple[str, st
     if not equals:
         raise BitscapeError(f"--set {text!r}: write field=value, e.g. images=128")
     if field not in fields:
-        raise BitscapeError(f"--set {text!r}: {method} has no field {field!r}{nearest(field, fields)}; it has {', '.join(fields)}")
+        has = f"it has {', '.join(fields)}" if fields else "it has no settings"
+        raise BitscapeError(f"--set {text!r}: {method} has no field {field!r}{nearest(field, fields)}; {has}")
     return field, value
 
 

@@ -16,7 +16,7 @@ from bitscape.cli.network import (
 )
 from bitscape.cli.options import FILE, all_of, data_options, image_options, network_options, seed_option
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import parse_normalization
+from bitscape.cli.parsing import make_step, parse_normalization
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from bitscape.data.batches import Batches
     from bitscape.engine import AdamW, Sgd, TrainResult
-    from bitscape.train import Loss
+    from bitscape.train import Loss, Plain, Sam
 
 CALIBRATION_IMAGES = 256
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -35,6 +35,9 @@ _recipe = all_of(
     click.option("--lr", type=float, help="Highest learning rate; falls along a cosine.  [default: sgd 0.01, adamw 0.001]"),
     click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images a step."),
     click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True),
+    click.option("--step", "step_name", default="plain", show_default=True, help="plain, sam or saq; see `bitscape methods`."),
+    click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the step, e.g. rho=0.003; repeatable."),
+    click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch, where memory is short."),
     click.option("--augment", type=click.Choice(["none", "flip", "crop-flip"]), default="none", show_default=True),
     click.option("--label-smoothing", default=0.0, show_default=True, help="Probability spread over all classes."),
     click.option("--distill", default=0.0, show_default=True, help="Weight of the float network as teacher, 0 to 1."),
@@ -76,9 +79,10 @@ def train(
     Example:
       bitscape train --model timm:resnet18 --weights resnet18.safetensors \\
         --data train/ --validation val/ --input-size 224 --normalize imagenet \\
-        --policy policy.json --epochs 5 --lr 0.01 --out run1
+        --policy policy.json --epochs 5 --lr 0.01 --step saq --set interval=5 --out run1
     """
     _check_folder(out, resume)
+    step = make_step(recipe["step_name"], recipe["settings"])
     settings = ImageSettings(input_size=input_size, normalize=normalize)
     batches = _training_batches(data, split or "train", settings, recipe)
     checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
@@ -88,7 +92,7 @@ def train(
     policy = None if policy_file is None else Policy.load(policy_file)
     student = _student(teacher, policy, batches, recipe["seed"])
     try:
-        result = _train(student, batches, checked, _loss(teacher, recipe), out, recipe)
+        result = _train(student, batches, checked, step, _loss(teacher, recipe), out, recipe)
     except KeyboardInterrupt:
         raise click.Abort("run the same command with --resume to go on from the last checkpoint") from None
     _save(student, result, policy, out)
@@ -148,6 +152,7 @@ def _train(
     student: "nn.Module",
     batches: "Batches",
     validation: "Batches | None",
+    step: "Plain | Sam",
     loss: "Loss",
     out: Path,
     recipe: dict[str, Any],
@@ -155,17 +160,17 @@ def _train(
     import torch
 
     from bitscape.engine import train as run
-    from bitscape.train import Plain
 
     return run(
         student,
         batches,
-        step=Plain(),
+        step=step,
         optimizer=_optimizer(recipe),
         epochs=recipe["epochs"],
         loss=loss,
         autocast=torch.bfloat16 if recipe["autocast"] else None,
         compile=recipe["compiled"],
+        accumulate=recipe["accumulate"],
         ema_decay=recipe["ema"],
         validation=validation,
         folder=out,

@@ -77,10 +77,12 @@ def evaluate(
 
 
 def highest_label(batches: "Batches") -> int:
-    """Return the largest label of the dataset; BitscapeError when it has no labels or no images."""
+    """Return the largest label of the dataset; BitscapeError when it has no labels, no images or a label below 0."""
     labels = _given(batches.dataset.labels)
     if len(labels) == 0:
         raise BitscapeError(f"dataset {batches.dataset.name!r} is empty; load at least one image")
+    if int(labels.min()) < 0:
+        raise BitscapeError(f"dataset {batches.dataset.name!r} has the label {int(labels.min())}; labels count from 0: drop its images")
     return int(labels.max())
 
 

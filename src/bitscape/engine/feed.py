@@ -23,7 +23,7 @@ def feed(batches: "Batches", epoch: int, *, start: int, device: torch.device, ch
     """Yield this worker's part of each labelled batch of `epoch`, from number `start` on, on `device`."""
     made = _labelled(batches, epoch, start)
     if device.type == "cuda":
-        made = prefetch(((images.pin_memory(), labels.pin_memory()) for images, labels in made), _AHEAD)
+        made = prefetch(((_pinned(images), _pinned(labels)) for images, labels in made), _AHEAD)
     for images, labels in made:
         moved = images.to(device, non_blocking=True)
         if channels_last and moved.ndim == 4:
@@ -64,6 +64,10 @@ def images_of_all(batches: "Batches", batch: int, own: int) -> int:
 def check_shared(batches: "Batches") -> None:
     """Raise BitscapeError unless every batch, so also the last, has an image for every worker."""
     part(images_of_all(batches, len(batches) - 1, own=1))
+
+
+def _pinned(values: Tensor) -> Tensor:
+    return values if values.is_cuda else values.pin_memory()
 
 
 def _labelled(batches: "Batches", epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -37,6 +37,10 @@ class Member(ABC):
     def freed(self) -> AbstractContextManager[Tensor]:
         """Within the block the network depends on the yielded leaf as it does on the tensor."""
 
+    @abstractmethod
+    def passed_on(self, gradient: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield what a `gradient` in the tensor is in the trained parameters behind it: straight through, where there is a quantizer."""
+
     def add(self, gradient: Tensor) -> None:
         """Take in the gradient of one backward pass."""
         # A copy: autograd may keep and change the tensor that it hands over.
@@ -68,6 +72,9 @@ class OfParameter(Member):
     def freed(self) -> Iterator[Tensor]:
         yield self.parameter
 
+    def passed_on(self, gradient: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        yield self.parameter, gradient
+
 
 @dataclass(kw_only=True)
 class OfQuantizedWeight(Member):
@@ -98,6 +105,11 @@ class OfQuantizedWeight(Member):
     def freed(self) -> AbstractContextManager[Tensor]:
         return _free_offset(self.quantizer, self.parameter)
 
+    def passed_on(self, gradient: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        behind = [p for p in (self.parameter, *self.quantizer.parameters()) if p.requires_grad]
+        found = torch.autograd.grad(self.quantizer(self.parameter), behind, gradient, allow_unused=True)
+        yield from ((parameter, each) for parameter, each in zip(behind, found, strict=True) if each is not None)
+
 
 @dataclass(kw_only=True)
 class OfBoth(Member):
@@ -116,6 +128,9 @@ class OfBoth(Member):
 
     def freed(self) -> AbstractContextManager[Tensor]:
         return _free_offset(self.quantizer, self.parameter)
+
+    def passed_on(self, gradient: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        yield self.parameter, gradient
 
 
 def _added(quantizer: nn.Module, step: Tensor) -> RemovableHandle:

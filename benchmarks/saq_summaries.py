@@ -1,0 +1,69 @@
+"""Tables of flat training: the comparison, the sweep of the radius, accuracy on corrupted images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.saq import LONGER, PLAIN, SWEEP_SEED
+from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
+from bitscape.report.records import identity
+from bitscape.report.tables import Column, aggregate, render
+
+ROW = ("method", "variant")
+GROUP = ("network", "settings.budget", "settings.images")
+NAMES = {"method": "method", "variant": "variant"}
+
+
+def saq(runs: Sequence[Run]) -> str:
+    """A table for each network and policy: every step beside plain training, at equal epochs and at equal time."""
+    columns = [
+        Column(value="top1", heading="top-1, %"),
+        Column(value="extra.gap", heading="gap at radius 0.05", digits=3),
+        Column(value="extra.eigenvalue", heading="top eigenvalue", digits=0),
+        Column(value="extra.corrupted.mean", heading="top-1 on corrupted images, %"),
+        Column(value="extra.step_process_s", heading="process s a step", digits=3),
+    ]
+    parts = []
+    for (network, budget, images), group in groups([run for run in runs if run["seed"] != SWEEP_SEED], GROUP).items():
+        rows = rows_of(group, ROW, columns)
+        table = render(rows, NAMES, columns)
+        top1: dict[tuple[Any, ...], dict[int, float]] = {identity(row.keys, ROW): {} for row in rows}
+        for run in group:
+            top1[identity(run, ROW)][run["seed"]] = run["top1"]
+        for heading, reference in (("against plain, points [95 %]", PLAIN), ("against plain with twice the epochs", LONGER)):
+            cells = ["-" if key == reference else paired(values, top1.get(reference, {})) for key, values in top1.items()]
+            table = with_column(table, heading, cells)
+        epochs, rhos = min(run["epochs"] for run in group), sorted({run["settings"]["rho"] for run in group if run["settings"]["rho"]})
+        recipe = f"{images:,} images an epoch, epochs: {epochs}, radius: {', '.join(map(str, rhos)) or '-'}"
+        parts.append(f"**{network} on {group[0]['target']}, {budget}**; {recipe}, float {group[0]['float_top1']} %\n\n{table}")
+    return "\n\n".join(part for part in (*parts, on_corrupted(runs), radius_sweep(runs)) if part)
+
+
+def radius_sweep(runs: Sequence[Run]) -> str:
+    """Top-1 for each radius of the sweep."""
+    swept = [run for run in runs if run["seed"] == SWEEP_SEED]
+    if not swept:
+        return ""
+    columns = [
+        Column(value="top1", heading="top-1, %"),
+        Column(value="extra.training_loss", heading="training loss", digits=3),
+        Column(value="extra.gap", heading="gap at radius 0.05", digits=3),
+    ]
+    rows = aggregate(swept, (*ROW, "settings.rho"), [column.value for column in columns])
+    about = f"{swept[0]['network']} on {swept[0]['target']}, {swept[0]['settings']['budget']}"
+    return f"**Sweep of the radius**, one seed that the tables above do not use: {about}\n\n" + render(
+        rows, {**NAMES, "settings.rho": "radius"}, columns
+    )
+
+
+def on_corrupted(runs: Sequence[Run]) -> str:
+    """Top-1 on each corruption."""
+    measured = [run for run in runs if run["extra"].get("corrupted")]
+    if not measured:
+        return ""
+    names = measured[0]["extra"]["corrupted"]
+    columns = [Column(value=f"extra.corrupted.{name}", heading=name.replace("_", " "), digits=1) for name in names]
+    parts = []
+    for (network, budget, _), group in groups(measured, GROUP).items():
+        parts.append(f"**{network} on {group[0]['target']}, {budget}**: top-1 in percent, mean over severities 1, 3 and 5")
+        parts.append(render(rows_of(group, ROW, columns), NAMES, columns))
+    return "\n\n".join(parts)

@@ -1,0 +1,152 @@
+"""Sam: descend along the gradient at the point of highest loss nearby.
+
+Paper     Foret, Kleiner, Mobahi, Neyshabur: "Sharpness-aware minimization for efficiently improving generalization", ICLR 2021,
+          arXiv 2010.01412; Kwon et al.: "ASAM", ICML 2021, arXiv 2102.11600; Liu et al.: "Towards efficient and scalable sharpness-aware
+          minimization" (LookSAM), CVPR 2022, arXiv 2203.02714, for `reuse`.
+Idea      Weights in a flat region keep their loss under small changes, such as those of other data or of rounding. So the loss that is
+          lowered is the highest one within a small ball around the weights.
+Computes  e = rho g / ||g||, one norm over all members of the ball (Eq. 2) -> sharpness.Ascent; gradient of L(w + e) -> SharpStep
+Departs   In a quantized network the latent weights move and are quantized again: case 2 of SAQ's paper, which names its trouble, that a
+          small e changes few codes. LookSAM's kept part is one of the members of the ball and is passed on to what is trained; several
+          workers keep the mean of theirs.
+Costs     two forward and backward passes a step; with `interval` k one more pass every k-th step.
+Measured  docs/results: saq.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.engine import Batch, Step, StepRecord
+from bitscape.engine.workers import mean
+from bitscape.errors import BitscapeError
+from bitscape.sharpness import Ascent, Ball, random_state, repeating
+
+TINY = 1e-12
+"""Keeps a share of a norm finite where the norm is zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam:
+    """Settings of the sharpness-aware step on latent weights."""
+
+    rho: float = 0.001
+    """Radius of the ball: a share of the length of all its members, or with `relative=False` a length."""
+    relative: bool = True
+    """Measure `rho` by the network: lengths are not comparable between quantizers and networks."""
+    adaptive: bool = False
+    """ASAM: count lengths in units of |u| + 0.01 for weights and gains. `rho` is then 10 to 100 times larger."""
+    norms: bool = True
+    """Gains and biases of norms are in the ball; the paper's code leaves them out for transformers."""
+    biases: bool = True
+    """Biases of convolutions and linear layers are in the ball."""
+    clips: bool = True
+    """Learned ranges of quantized activations are in the ball; the paper's code leaves them out for transformers."""
+    descent: Literal["perturbed", "sum"] = "perturbed"
+    """Descend along the gradient at the perturbed point, or along the sum of both."""
+    interval: int = 1
+    """Perturb in every so many-th step only, plain steps between; a `rho` times this is usual."""
+    reuse: Literal["none", "orthogonal"] = "none"
+    """Add to plain steps what the last perturbed gradient had across the plain one (LookSAM)."""
+    reuse_share: float = 0.7
+    """Length of what is added, as a share of the gradient's."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if not 0 <= self.rho < math.inf:
+            raise BitscapeError(f"rho = {self.rho}: a radius of at least 0; shares of 0.0005 to 0.005 are usual")
+        if self.interval < 1:
+            raise BitscapeError(f"interval = {self.interval}: at least 1, which perturbs in every step; 5 or 10 are usual")
+        if self.reuse != "none" and self.interval == 1:
+            raise BitscapeError(f"reuse = {self.reuse!r} with interval = 1: there is no plain step to add to; give an interval of 5 or 10")
+        if not 0 < self.reuse_share < math.inf:
+            raise BitscapeError(f"reuse_share = {self.reuse_share}: it must be above 0; 0.7 is usual")
+        if self.relative and self.adaptive:
+            raise BitscapeError("relative = True, adaptive = True: ASAM's lengths are relative by themselves; give relative=False")
+
+    @property
+    def ball(self) -> Ball:
+        """What is perturbed."""
+        return Ball(weights="latent", norms=self.norms, biases=self.biases, clips=self.clips, adaptive=self.adaptive)
+
+    def build(self) -> Step:
+        """Return the step of one run."""
+        return SharpStep(settings=self)
+
+
+@dataclass(kw_only=True)
+class SharpStep:
+    """Two passes over one batch: at the weights, and where the first pass says that the loss is highest."""
+
+    settings: Sam
+    steps: int = 0
+    """Steps done."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Member of the ball -> the part of its last perturbed gradient across the plain one; kept for `reuse` only."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        """Leave the gradient at the perturbed point in `.grad`, or on steps between two such the plain one."""
+        sharp = self.steps % self.settings.interval == 0
+        self.steps += 1
+        return self._perturbed(model, batch) if sharp else self._plain(model, batch)
+
+    def _perturbed(self, model: nn.Module, batch: Batch) -> StepRecord:
+        settings, state = self.settings, random_state(model)
+        with settings.ball.watched(model) as ascent:
+            record = batch.backward(model)
+        if settings.descent == "perturbed":
+            model.zero_grad(set_to_none=True)
+        rho = settings.rho * _length(ascent.values()) if settings.relative else torch.as_tensor(settings.rho)
+        again = settings.ball.watched(model) if settings.reuse == "orthogonal" else nullcontext()
+        with repeating(model, state), ascent.applied(ascent.factor(rho)), again as second:
+            gap = batch.backward(model).loss - record.loss
+        if second is not None:
+            self.kept = {name: mean(part) for name, part in across(second.gradients, ascent.gradients).items()}
+        return replace(record, extras={"rho": rho, "gap": gap, **_predicted(ascent, rho, gap)})
+
+    def _plain(self, model: nn.Module, batch: Batch) -> StepRecord:
+        record = batch.backward(model)
+        if self.kept:
+            add_share(model, self.settings.ball, self.kept, self.settings.reuse_share)
+        return record
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Steps done, and what is kept for the plain ones."""
+        return {"steps": torch.tensor(self.steps), **{f"kept.{name}": value for name, value in self.kept.items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.steps = int(state["steps"])
+        self.kept = {name.removeprefix("kept."): value for name, value in state.items() if name != "steps"}
+
+
+def across(perturbed: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `perturbed` less its projection on `plain`, both as one vector over all members (LookSAM, Eq. 5)."""
+    dot, square = (torch.stack([(each[name] * g).sum() for name, g in plain.items()]).sum() for each in (perturbed, plain))
+    along = dot / square.clamp(min=TINY)
+    return {name: perturbed[name] - along * g for name, g in plain.items()}
+
+
+def add_share(model: nn.Module, ball: Ball, kept: Mapping[str, Tensor], share: float) -> None:
+    """Add to `.grad` what `kept` gradients of the ball's members are there, made as long as `share` of the gradient they are added to."""
+    members = ball.members(model)
+    parts = [pair for name, value in kept.items() for pair in members[name].passed_on(value.to(members[name].parameter.device))]
+    parts = [(parameter, part) for parameter, part in parts if parameter.grad is not None]
+    own, added = (_length(tensors) for tensors in ([p.grad for p, _ in parts if p.grad is not None], [part for _, part in parts]))
+    for parameter, part in parts:
+        assert parameter.grad is not None
+        parameter.grad += share * own / (added + TINY) * part
+
+
+def _length(tensors: Mapping[str, Tensor] | list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(list(tensors.values()) if isinstance(tensors, Mapping) else tensors)
+
+
+def _predicted(ascent: Ascent, rho: Tensor, gap: Tensor) -> dict[str, Tensor]:
+    """The gap as a share of its first-order prediction: near 1 for a small rho, near 0 if rounding erases the perturbation."""
+    return {"ascent_norm": ascent.norm, "gap_of_predicted": gap / (rho * ascent.norm).clamp(min=TINY)}
