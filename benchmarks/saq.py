@@ -52,15 +52,16 @@ CORRUPTED_IMAGES, SEVERITIES = 1000, (1, 3, 5)
 
 
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
-    """Every run of the comparison: two bits first, the longer plain training beside the method."""
+    """Every run of the comparison, in an order in which a stopped benchmark already compares."""
     first, other = CASES
-    plan = [(first, budget, seed) for budget in BUDGETS[:2] for seed in range(seeds)]
-    plan += [(network, budget, 0) for network in (first, other) for budget in BUDGETS]
-    plan += [(network, budget, seed) for network in (first, other) for budget in BUDGETS for seed in range(seeds)]
-    for network, budget, seed in dict.fromkeys(plan):
-        for key in (PLAIN, LONGER, FULL, *(key for key in STEPS if key != FULL)):
-            times = 2 if key == LONGER else 1
-            yield _run(network, key, budget, None if key in (PLAIN, LONGER) else RHO, images, times * epochs, seed)
+    every = [*CORRUPTED, *(key for key in STEPS if key not in CORRUPTED)]
+    plan = [(first, budget, seed, key) for budget in BUDGETS[:2] for seed in range(seeds) for key in CORRUPTED]
+    plan += [(first, budget, seed, key) for seed in range(seeds) for budget in BUDGETS[:2] for key in every]
+    plan += [(network, budget, 0, key) for network in (first, other) for budget in BUDGETS for key in CORRUPTED]
+    plan += [(network, budget, seed, key) for network in (first, other) for budget in BUDGETS for seed in range(seeds) for key in every]
+    for network, budget, seed, key in dict.fromkeys(plan):
+        times = 2 if key == LONGER else 1
+        yield _run(network, key, budget, None if key in (PLAIN, LONGER) else RHO, images, times * epochs, seed)
 
 
 def swept(images: int, epochs: int) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 Paper     Hendrycks & Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR 2019
           (arXiv 1903.12261); the strengths are those of its 32x32 images, CIFAR-10-C.
-Departs   Values are rounded to whole pixels, not truncated, so an unchanged pixel stays what it was. Both blurs repeat the
-          edge pixel (the paper's defocus mirrors the image there). The random numbers are other ones, so results equal the
-          published files in distribution only. The strengths stay the same for images of other sizes.
+Departs   Values are rounded to whole pixels, where the benchmark's code cuts them off, so an unchanged pixel stays what it
+          was. Both blurs repeat the edge pixel; the benchmark's defocus mirrors the image there. The random numbers are
+          other ones, so noise equals the published files in distribution only. Other image sizes keep the same strengths.
 Random    The result for an image depends on (image, corruption, severity, seed, its row) alone, to the last bit: batches,
-          threads and other images do not matter. All severities of a noise share their random numbers, so that 5 is more
-          of what 1 has (shot noise: the same generator state, as Poisson draws depend on the rate).
+          threads and other images do not matter. The severities of a noise share their random numbers, so that 5 is more
+          of what 1 has; only shot noise does not scale that way, as its draws depend on the rate.
 """
 
 import hashlib
