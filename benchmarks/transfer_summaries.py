@@ -88,11 +88,11 @@ def heat_map(runs: Sequence[Run]) -> str:
         scores, proxies = _axes(group)
         widest = max(widest, len(proxies))
         title = f"{network}, {'trained for one short epoch' if epochs else 'not trained'}, {group[0]['policies']} policies"
-        drawn.append(_text(left, y - 34, title, "start", 13, bold=True))
-        drawn += [_text(left + (at + 0.5) * width, y - 8, name, "middle", 10) for at, name in enumerate(proxies)]
+        drawn.append(text(left, y - 34, title, "start", 13, bold=True))
+        drawn += [text(left + (at + 0.5) * width, y - 8, name, "middle", 10) for at, name in enumerate(proxies)]
         cells = {(_score(row), _proxy(row)): row["spearman_loss"] for row in group}
         for line, score in enumerate(scores):
-            drawn.append(_text(left - 8, y + line * height + 16, score, "end", 11))
+            drawn.append(text(left - 8, y + line * height + 16, score, "end", 11))
             for at, proxy in enumerate(proxies):
                 drawn += _cell(left + at * width, y + line * height, width, height, cells.get((score, proxy)))
         y += len(scores) * height + gap + 24
@@ -102,7 +102,7 @@ def heat_map(runs: Sequence[Run]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}" role="img" '
         f'aria-label="{label}" font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
-        f"{_text(16, 20, label, 'start', 12)}\n{body}\n</svg>\n"
+        f"{text(16, 20, label, 'start', 12)}\n{body}\n</svg>\n"
     )
 
 
@@ -114,13 +114,14 @@ def _cell(x: float, y: float, width: int, height: int, value: float | None) -> l
     far = (8, 81, 156) if value >= 0 else (204, 85, 0)
     color = "#" + "".join(f"{round(255 + (end - 255) * share):02x}" for end in far)
     fill = f'<rect x="{x:g}" y="{y:g}" width="{width - 1}" height="{height - 1}" fill="{color}"/>'
-    return [fill, _text(x + width / 2, y + 16, f"{value:.2f}", "middle", 11, light=share > 0.55)]
+    return [fill, text(x + width / 2, y + 16, f"{value:.2f}", "middle", 11, light=share > 0.55)]
 
 
-def _text(x: float, y: float, text: str, anchor: str, size: int, *, bold: bool = False, light: bool = False) -> str:
+def text(x: float, y: float, words: str, anchor: str, size: int, *, bold: bool = False, light: bool = False) -> str:
+    """An SVG text element; `anchor` is start, middle or end."""
     weight = ' font-weight="bold"' if bold else ""
     fill = "#ffffff" if light else "#1a1a1a"
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"{weight}>{text}</text>'
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"{weight}>{words}</text>'
 
 
 def _pivot(group: Sequence[Mapping[str, Any]], cell: Cell) -> str:

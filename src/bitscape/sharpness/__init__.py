@@ -2,7 +2,19 @@
 
 from bitscape.sharpness.ball import Ascent, Ball
 from bitscape.sharpness.curvature import Eigenvalue, top_eigenvalue
+from bitscape.sharpness.landscape import LossSlice, loss_slice
 from bitscape.sharpness.passes import random_state, repeating
 from bitscape.sharpness.probe import Sharpness, probe_sharpness
 
-__all__ = ["Ascent", "Ball", "Eigenvalue", "Sharpness", "probe_sharpness", "random_state", "repeating", "top_eigenvalue"]
+__all__ = [
+    "Ascent",
+    "Ball",
+    "Eigenvalue",
+    "LossSlice",
+    "Sharpness",
+    "loss_slice",
+    "probe_sharpness",
+    "random_state",
+    "repeating",
+    "top_eigenvalue",
+]

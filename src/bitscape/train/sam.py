@@ -106,7 +106,8 @@ class SharpStep:
         with repeating(model, state), ascent.applied(ascent.factor(rho)), again as second:
             gap = batch.backward(model).loss - record.loss
         if second is not None:
-            self.kept = {name: mean(part) for name, part in across(second.gradients, ascent.gradients).items()}
+            # In the memory order that a checkpoint gives back: sums in another order have other bits.
+            self.kept = {name: mean(part).contiguous() for name, part in across(second.gradients, ascent.gradients).items()}
         return replace(record, extras={"rho": rho, "gap": gap, **_predicted(ascent, rho, gap)})
 
     def _plain(self, model: nn.Module, batch: Batch) -> StepRecord:
