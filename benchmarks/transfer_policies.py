@@ -1,6 +1,6 @@
 """transfer-policies: bits found on a proxy, networks trained on the target at these bits. ResNet-20 on CIFAR-10, and on CIFAR-100.
 
-    python -m benchmarks.transfer_policies [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
+    python -m benchmarks.transfer_policies [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--network resnet20_kc] [--part 0/2]
 
 Every row shares quantizer (LSQ), candidates, training recipe, data order and budget. Searches that train make the same number of
 epochs over their proxy, whatever its size, so that a proxy of 4 % costs a twenty-fifth of the whole target. `--part i/n` does every
@@ -212,11 +212,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--network", choices=list(CASES), help="the runs of one network only")
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     part, parts = (int(text) for text in options.part.split("/"))
-    for run in list(wanted(options.seeds, options.images, options.epochs))[part::parts]:
+    plan = [run for run in wanted(options.seeds, options.images, options.epochs) if options.network in (None, run["network"])]
+    for run in plan[part::parts]:
         if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
             record(NAME, measure(dict(run)))
 

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from bitscape.engine import feed, workers
+from bitscape.engine import Batch, StepRecord, feed, workers
+from bitscape.engine.step import Part
 from bitscape.errors import BitscapeError
+from bitscape.train.sam import SharpStep
 from tests.engine import two_workers
 from tests.engine.tiny import tiny_batches
 from tests.engine.two_workers import listed
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
 
+RUNS = ("plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", "sharp", "sharp continued")
 SEARCHES = ("differentiable", "held out", "seam")
 
 
@@ -56,7 +60,7 @@ def test_two_workers_train_as_one_does_on_the_same_batches(alone: dict[str, Any]
         assert together["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("what", ["plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", *SEARCHES, "asga"])
+@pytest.mark.parametrize("what", [*RUNS, *SEARCHES, "asga"])
 def test_workers_hold_the_same_bits(two: list[dict[str, Any]], what: str) -> None:
     assert two[0][what] == two[1][what]
 
@@ -83,6 +87,43 @@ def test_each_worker_moves_along_its_own_gradient(alone: dict[str, Any], two: li
     assert two[0]["two passes"]["weights"] != pytest.approx(alone["two passes"]["weights"], abs=1e-5)
 
 
+class TwoInOne:
+    """What two workers do with a batch, one after the other: a step on each part, then the mean of gradients and of what is kept."""
+
+    def __init__(self) -> None:
+        self.steps = [SharpStep(settings=two_workers.SHARP) for _ in range(2)]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        (whole,) = batch.parts
+        sums, loss = {}, torch.zeros(())
+        for worker, step in enumerate(self.steps):
+            model.zero_grad()
+            images, labels = whole.images[worker::2], whole.labels[worker::2]
+            record = step(model, Batch((Part(images, labels, whole.loss, 1.0),)))
+            share = len(images) / len(whole.images)
+            loss += share * record.loss
+            for parameter in model.parameters():
+                sums[parameter] = sums.get(parameter, 0) + share * parameter.grad
+        for parameter, gradient in sums.items():
+            parameter.grad = gradient
+        one, other = self.steps
+        one.kept = other.kept = {name: (part + other.kept[name]) / 2 for name, part in one.kept.items()}
+        return StepRecord(loss=loss, correct=record.correct)
+
+
+def test_sharp_steps_of_two_workers_are_those_of_each_on_its_part(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    by_hand = two_workers.trained(TwoInOne(), bits=4)
+    found = two[0]["sharp"]
+    assert found["weights"] == by_hand["weights"]
+    assert found["weights"] != pytest.approx(alone["sharp"]["weights"], abs=1e-5)
+    assert [each["loss"] for each in found["records"]] == pytest.approx([each["loss"] for each in by_hand["records"]], rel=1e-5)
+
+
+def test_sharp_steps_go_on_with_what_they_kept(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for seen in (alone, two[0]):
+        assert {**seen["sharp continued"], "hooked": [1, 2]} == seen["sharp"]
+
+
 def test_a_run_goes_on_where_it_stopped(two: list[dict[str, Any]], folder_of_two: Path) -> None:
     about = json.loads((folder_of_two / "again" / "run.json").read_text())
     assert about["workers"] == 2
@@ -98,8 +139,8 @@ def test_two_workers_find_the_policy_that_one_finds(alone: dict[str, Any], two: 
 
 
 def test_one_worker_goes_on_where_two_stopped(two: list[dict[str, Any]], folder_of_two: Path) -> None:
-    result = two_workers.trained(two_workers.OnePass(), norm=True, folder=folder_of_two / "half")
-    assert json.loads((folder_of_two / "half" / "run.json").read_text())["workers"] == 1
+    result = two_workers.trained(two_workers.OnePass(), norm=True, folder=folder_of_two / "half of again")
+    assert json.loads((folder_of_two / "half of again" / "run.json").read_text())["workers"] == 1
     assert result["records"][0] == two[0]["continued"]["records"][0]
     assert result["records"][1]["images"] == 41
     assert result["hooked"] == [2]

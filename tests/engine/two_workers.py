@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -14,12 +15,19 @@ from torch import nn
 from bitscape.data.batches import UNIT, Batches
 from bitscape.data.sources import Dataset
 from bitscape.engine import Batch, NonFiniteError, Sgd, StepRecord, evaluate, train
+from bitscape.engine.pace import Pace
 from bitscape.engine.workers import rank
+from bitscape.models.layers import quantizable_layers
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import calibrate, quantize
 from bitscape.search.asga import Asga
 from bitscape.search.differentiable import Differentiable
 from bitscape.search.problem import SearchProblem
 from bitscape.search.seam import Seam
 from bitscape.sharpness import Ball
+from bitscape.train import Saq
+
+SHARP = Saq(rho=0.02, interval=3, reuse="orthogonal")
 
 
 class TwoPasses:
@@ -76,8 +84,11 @@ def batches() -> Batches:
     return Batches(dataset=data, normalization=UNIT, batch_size=16, shuffle=True, augment="flip")  # 16, 16 and 9 images
 
 
-def trained(step: Any, *, norm: bool = False, folder: Path | None = None) -> dict[str, Any]:
+def trained(step: Any, *, norm: bool = False, bits: int | None = None, folder: Path | None = None) -> dict[str, Any]:
     model = network(norm=norm, seed=3 + rank())  # all start from the first one's
+    if bits is not None:
+        layers = dict.fromkeys(quantizable_layers(model), LayerBits(bits, bits))
+        calibrate(quantize(model, Policy(layers)), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     model.register_buffer("constant", torch.tensor([0.1, torch.inf, -torch.inf]))
     hooked: list[int] = []
 
@@ -118,30 +129,14 @@ class Stop(Exception):
     """What ends a run in the middle."""
 
 
-class StopsAt(OnePass):
-    """The ordinary step; the fifth ends the run. It is described like its base, as a checkpoint compares steps."""
-
-    __qualname__ = "OnePass"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = 0
-
-    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
-        self.steps += 1
-        if self.steps == 5:
-            raise Stop
-        return super().__call__(model, batch)
-
-
-def continued(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(Stop):
-        trained(StopsAt(), norm=True, folder=folder)
-    checkpoint = folder / "checkpoint.safetensors"
-    assert checkpoint.exists()
+def continued(step: Any, folder: Path, **network: Any) -> dict[str, Any]:
+    """A run that stops when its fifth batch is done and the fourth is stored, and goes on from there."""
+    with contextlib.suppress(Stop), patch.object(Pace, "count_step", side_effect=[None] * 4 + [Stop]):
+        trained(step, folder=folder, **network)
+    assert (folder / "checkpoint.safetensors").exists()
     if rank() == 0:
-        shutil.copytree(folder, folder.with_name("half"))
-    return trained(OnePass(), norm=True, folder=folder)
+        shutil.copytree(folder, folder.with_name(f"half of {folder.name}"))
+    return trained(step, folder=folder, **network)
 
 
 def accuracy() -> list[float]:
@@ -167,7 +162,9 @@ def main(folder: Path) -> None:
         "partly frozen": trained(PartlyFrozen()),
         "accuracy": accuracy(),
         "in one go": trained(OnePass(), norm=True, folder=folder / "whole"),
-        "continued": continued(folder / "again"),
+        "continued": continued(OnePass(), folder / "again", norm=True),
+        "sharp": trained(SHARP, bits=4),
+        "sharp continued": continued(SHARP, folder / "sharp", bits=4),
         "differentiable": searched(Differentiable(epochs=2, batch_size=16, task="labels")),
         "held out": searched(Differentiable(epochs=2, batch_size=16, task="new-head", held_out=0.5)),
         "seam": searched(Seam(epochs=2, batch_size=16, task="labels")),

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError
 from bitscape.sharpness import Ascent, Ball, random_state, repeating
 
+Descent = Literal["perturbed", "sum"]
+Reuse = Literal["none", "orthogonal"]
 TINY = 1e-12
 """Keeps a share of a norm finite where the norm is zero."""
 
@@ -47,11 +49,11 @@ class Sam:
     """Biases of convolutions and linear layers are in the ball."""
     clips: bool = True
     """Learned ranges of quantized activations are in the ball; the paper's code leaves them out for transformers."""
-    descent: Literal["perturbed", "sum"] = "perturbed"
+    descent: Descent = "perturbed"
     """Descend along the gradient at the perturbed point, or along the sum of both."""
     interval: int = 1
     """Perturb in every so many-th step only, plain steps between; a `rho` times this is usual."""
-    reuse: Literal["none", "orthogonal"] = "none"
+    reuse: Reuse = "none"
     """Add to plain steps what the last perturbed gradient had across the plain one (LookSAM)."""
     reuse_share: float = 0.7
     """Length of what is added, as a share of the gradient's."""
@@ -60,6 +62,9 @@ class Sam:
         """Check every field."""
         if not 0 <= self.rho < math.inf:
             raise BitscapeError(f"rho = {self.rho}: a radius of at least 0; shares of 0.0005 to 0.005 are usual")
+        for name, kind in (("descent", Descent), ("reuse", Reuse)):
+            if getattr(self, name) not in get_args(kind):
+                raise BitscapeError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(map(repr, get_args(kind)))}")
         if self.interval < 1:
             raise BitscapeError(f"interval = {self.interval}: at least 1, which perturbs in every step; 5 or 10 are usual")
         if self.reuse != "none" and self.interval == 1:
@@ -106,7 +111,7 @@ class SharpStep:
         with repeating(model, state), ascent.applied(ascent.factor(rho)), again as second:
             gap = batch.backward(model).loss - record.loss
         if second is not None:
-            # In the memory order that a checkpoint gives back: sums in another order have other bits.
+            # In the memory order that a checkpoint gives back: sums in another one have other bits.
             self.kept = {name: mean(part).contiguous() for name, part in across(second.gradients, ascent.gradients).items()}
         return replace(record, extras={"rho": rho, "gap": gap, **_predicted(ascent, rho, gap)})
 
@@ -135,8 +140,9 @@ def across(perturbed: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> dict
 
 def add_share(model: nn.Module, ball: Ball, kept: Mapping[str, Tensor], share: float) -> None:
     """Add to `.grad` what `kept` gradients of the ball's members are there, made as long as `share` of the gradient they are added to."""
-    members = ball.members(model)
-    parts = [pair for name, value in kept.items() for pair in members[name].passed_on(value.to(members[name].parameter.device))]
+    # In the order of the members: a checkpoint gives `kept` back in another one, whose sums have other bits.
+    members = [(kept[name], member) for name, member in ball.members(model).items() if name in kept]
+    parts = [pair for value, member in members for pair in member.passed_on(value.to(member.parameter.device))]
     parts = [(parameter, part) for parameter, part in parts if parameter.grad is not None]
     own, added = (_length(tensors) for tensors in ([p.grad for p, _ in parts if p.grad is not None], [part for _, part in parts]))
     for parameter, part in parts:
