@@ -23,7 +23,7 @@ from bitscape.policy import Policy
 from bitscape.report.records import missing, read_runs
 from bitscape.search.fisher import Fisher
 from bitscape.search.uniform import Uniform
-from bitscape.sharpness import probe_sharpness, top_eigenvalue
+from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
 from bitscape.train.plain import Plain
 from bitscape.train.sam import Sam
 from bitscape.train.saq import Saq
@@ -47,7 +47,7 @@ PLAIN, LONGER, FULL = ("plain", ""), ("plain", "twice the epochs"), ("saq", "cas
 CORRUPTED = (PLAIN, LONGER, FULL)
 """Rows that are measured on corrupted images too."""
 BUDGETS = ("w2a2", "w3a3", "w4a4", "searched")
-PROBED, CURVED, RADIUS, ITERATIONS = 512, 128, 0.05, 10
+PROBED, CURVED, RADIUS, ADAPTIVE_RADIUS, ITERATIONS = 512, 128, 0.05, 0.2, 10
 CORRUPTED_IMAGES, SEVERITIES = 1000, (1, 3, 5)
 
 
@@ -104,8 +104,10 @@ def sharpness(network: nn.Module, run: dict[str, Any]) -> dict[str, float]:
     images, labels = WEIGHTS[run["network"]].normalization.apply(drawn.images), drawn.labels
     assert labels is not None
     probed = probe_sharpness(network, images[:PROBED], labels[:PROBED], radius=RADIUS)
+    by_size = probe_sharpness(network, images[:PROBED], labels[:PROBED], radius=ADAPTIVE_RADIUS, ball=Ball(adaptive=True))
     curved = top_eigenvalue(network, images[:CURVED], labels[:CURVED], iterations=ITERATIONS)
-    return {"training_loss": probed.loss, "gap": probed.gap, "eigenvalue": curved.value, "eigenvalue_residual": curved.residual}
+    curvature = {"eigenvalue": curved.value, "eigenvalue_residual": curved.residual}
+    return {"training_loss": probed.loss, "gap": probed.gap, "adaptive_gap": by_size.gap, **curvature}
 
 
 def on_corrupted(network: nn.Module, name: str) -> dict[str, float]:

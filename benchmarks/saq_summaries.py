@@ -18,6 +18,7 @@ def saq(runs: Sequence[Run]) -> str:
     columns = [
         Column(value="top1", heading="top-1, %"),
         Column(value="extra.gap", heading="gap at radius 0.05", digits=3),
+        Column(value="extra.adaptive_gap", heading="gap by size, 0.2", digits=3),
         Column(value="extra.eigenvalue", heading="top eigenvalue", digits=0),
         Column(value="extra.corrupted.mean", heading="top-1 on corrupted images, %"),
         Column(value="extra.step_process_s", heading="process s a step", digits=3),

@@ -17,7 +17,7 @@ def run(method: str, variant: str, seed: int, top1: float, **extra: Any) -> dict
         "seed": seed,
         "top1": top1,
         "float_top1": 91.0,
-        "extra": {"gap": 0.5, "eigenvalue": 30.0, "step_process_s": 0.25, "training_loss": 0.1, **extra},
+        "extra": {"gap": 0.5, "adaptive_gap": 0.2, "eigenvalue": 30.0, "step_process_s": 0.25, "training_loss": 0.1, **extra},
     }
 
 
