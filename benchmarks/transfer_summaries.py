@@ -17,6 +17,7 @@ def transfer_policies(runs: Sequence[Run]) -> str:
     """A table for each network and budget: each search on each proxy, against the best uniform row and against the whole target."""
     columns = [
         Column(value="top1", heading="top-1, %"),
+        Column(value="cost.bitops", heading="MBitOps", digits=1, scale=1e-6),
         Column(value="search_s", heading="search, s", digits=0),
         Column(value="extra.before_training_top1", heading="before training, %"),
     ]

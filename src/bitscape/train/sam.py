@@ -37,7 +37,7 @@ TINY = 1e-12
 class Sam:
     """Settings of the sharpness-aware step on latent weights."""
 
-    rho: float = 0.001
+    rho: float = 0.003
     """Radius of the ball: a share of the length of all its members, or with `relative=False` a length."""
     relative: bool = True
     """Measure `rho` by the network: lengths are not comparable between quantizers and networks."""
@@ -52,7 +52,7 @@ class Sam:
     descent: Descent = "perturbed"
     """Descend along the gradient at the perturbed point, or along the sum of both."""
     interval: int = 1
-    """Perturb in every so many-th step only, plain steps between; a `rho` times this is usual."""
+    """Perturb in every so many-th step only, plain steps between."""
     reuse: Reuse = "none"
     """Add to plain steps what the last perturbed gradient had across the plain one (LookSAM)."""
     reuse_share: float = 0.7
