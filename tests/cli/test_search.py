@@ -80,6 +80,8 @@ def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
         (("--budget", "bitops=0.5x", "--weights", "no-file.safetensors"), "no-file.safetensors"),
         (("--budget", "bitops=0.5x", "--out", "no/folder/p.json"), "no folder 'no/folder'"),
         (("--budget", "bitops=0.5x", "--method", "uniform", "--scores", "s.json"), "uniform has no scores"),
+        (("--budget", "bitops=0.5x", "--folder", "run"), "folder='run': fisher does not train"),
+        (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "pick='least-sharp': uniform has no scores"),
         (("--budget", "bitops=0.5x", "--images", "9999"), "allows 1 to 1437"),
         (("--budget", "bitops=0.5x", "--device", "gpu"), "--device 'gpu' cannot be used"),
     ],
@@ -148,10 +150,20 @@ def test_a_folder_of_another_search_is_refused(cli, tmp_path):
     cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     shown = run_cli(*SEARCH, *TRAINING, "--set", "lr=0.02", "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     assert shown.code == 2
-    assert "lr was 0.01 and is 0.02" in shown.err
+    assert "settings.lr was 0.01 and is 0.02; give another folder, or delete this one" in shown.err
     shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w4a4", "--folder", tmp_path / "run")
     assert shown.code == 2
-    assert "cost.tables" in shown.err
+    assert re.search(r"is of another search: budget\.bitops was \d+ and is \d+; give another folder, or delete this one", shown.err)
+
+
+def test_the_policy_so_far_can_be_shown_on_its_network(cli, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitscape.search.differentiable.read_out", stop)
+    run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
+    shown = cli("policy", "show", tmp_path / "run" / "policy.json", *MODEL)
+    assert "after epoch 2 of 2, by readout probability" in shown.out
 
 
 def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):

@@ -57,6 +57,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(cli, refused, trained,
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_a_run_with_other_settings_is_told_what_to_do(cli, refused, tmp_path):
+    cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "run")
+    line = refused(*TRAIN, "--epochs", 2, "--out", tmp_path / "run", "--resume")
+    assert line.endswith("epochs was 1 and is 2; pass those settings, or start over in another folder")
+
+
 def test_the_seed_decides_everything(cli, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         cli(*TRAIN, "--epochs", 1, "--seed", seed, "--out", tmp_path / name)

@@ -37,7 +37,7 @@ from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
 from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
-from bitscape.train import Loss, Plain
+from bitscape.train import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
 USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3, "schedule": Cosine(warmup_epochs=0.5)}
@@ -519,6 +519,10 @@ def test_log_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch
         ({"accumulate": 0}, "accumulate is 0"),
         ({"checkpoint_every_s": -1.0}, "checkpoint_every_s is -1.0"),
         ({"autocast": torch.float16}, "float16"),
+        ({"step": Plain}, r"step is the class Plain; give an instance, e\.g\. step=Plain\(\)"),
+        ({"step": Saq}, r"step is the class Saq; give an instance, e\.g\. step=Saq\(\)"),
+        ({"step": "saq"}, r"step is 'saq'; it must be a training step or the settings of one, e\.g\. step=Saq\(\)"),
+        ({"step": None}, "step is None; it must be"),
         ({"model": tiny_net(classes=2)}, r"outputs 0\.\.1"),
         (
             {"step": lambda model, batch: StepRecord(model(batch.parts[0].images).sum(), batch.parts[0].labels[0])},

@@ -72,6 +72,11 @@ def test_a_gradient_counts_where_a_worker_has_one(two: list[dict[str, Any]]) -> 
     assert all(before != after for before, after in zip(start[first : first + second], trained[first : first + second], strict=True))
 
 
+def test_all_cut_a_batch_into_as_many_parts_as_the_worker_with_the_fewest_images(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert alone["parts"] == [5, 5, 5]
+    assert [seen["parts"] for seen in two] == [[5, 5, 4]] * 2  # of the last 9 images the second worker has 4
+
+
 def test_accuracy_together_is_accuracy(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert two[0]["accuracy"] == pytest.approx(alone["accuracy"], rel=1e-6)
     assert two[0]["accuracy"][3::4] == [41, 9]

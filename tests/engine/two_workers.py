@@ -147,6 +147,18 @@ def accuracy() -> list[float]:
     return [value for each in found for value in (each.top1, each.top5, each.loss, each.images)]
 
 
+def parts() -> list[int]:
+    """Into how many parts each batch is cut where more are asked for than a worker may have images."""
+    seen: list[int] = []
+
+    def step(model: nn.Module, batch: Batch) -> StepRecord:
+        seen.append(len(batch.parts))
+        return batch.backward(model)
+
+    train(network(), batches(), step=step, optimizer=Sgd(), epochs=1, accumulate=5)
+    return seen
+
+
 def broken() -> str:
     try:
         trained(OnePass(broken=1))
@@ -169,6 +181,7 @@ def main(folder: Path) -> None:
         "held out": searched(Differentiable(epochs=2, batch_size=16, task="new-head", held_out=0.5)),
         "seam": searched(Seam(epochs=2, batch_size=16, task="labels")),
         "asga": searched(Asga(epochs=2, batch_size=16, task="labels")),
+        "parts": parts(),
         "broken": broken(),
     }
     (folder / f"worker{rank()}.json").write_text(json.dumps(seen))

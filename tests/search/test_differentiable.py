@@ -1,12 +1,13 @@
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bitscape.engine import Batch
+from bitscape.engine import Batch, TrainResult
 from bitscape.engine.pace import Pace
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
@@ -93,8 +94,71 @@ class TestResume:
         assert set(policy.layers.values()) <= set(given.candidates)
 
     def test_the_policy_in_the_folder_is_at_last_the_one_found(self, tmp_path):
-        found = Differentiable(**SHORT).search(problem(tmp_path)).policy
-        assert Policy.load(tmp_path / "policy.json").layers == found.layers
+        method = Differentiable(**SHORT, readout="keep-one")
+        found = method.search(problem(tmp_path)).policy
+        assert Policy.load(tmp_path / "policy.json") == found
+        assert "so_far" not in found.provenance and found.provenance["settings"]["readout"] == "keep-one"
+        assert method.search(problem(tmp_path)).policy == found and Policy.load(tmp_path / "policy.json") == found
+
+    def test_it_is_there_too_where_nothing_is_to_be_decided(self, tmp_path):
+        pins = dict.fromkeys(("0", "4", "6"), LayerBits(4, 4))
+        found = Differentiable(**SHORT).search(problem(tmp_path / "new", pinned=pins)).policy
+        assert Policy.load(tmp_path / "new" / "policy.json") == found
+
+
+def other_weights():
+    model = float_net(dropout=0.2)
+    model[0].weight.data[0] += 1
+    return model
+
+
+class TestFolderOfAnotherSearch:
+    @pytest.mark.parametrize(
+        ("method", "settings", "message"),
+        [
+            (Differentiable(**SHORT), {"budget": ("bitops=w2a4", "weight_bytes=w5")}, "budget.bitops was 30912 and is 15456;"),
+            (Differentiable(**SHORT), {"candidates": square(2, 4)}, "candidates was 'w=2,4,8;a=2,4,8' and is 'w=2,4;a=2,4';"),
+            (Differentiable(**SHORT), {"pinned": {"4": LayerBits(4, 2)}}, ".*pinned.4 was 'absent' and is '4/2';"),
+            (Differentiable(**SHORT), {"tied": [("0", "4")]}, r"tied was \[\] and is \['0 4'\];"),
+            (Differentiable(**SHORT), {"seed": 1}, "seed was 0 and is 1;"),
+            (Differentiable(**SHORT), {"labels": None}, "labels.shape was"),
+            (Differentiable(**SHORT), {"model": other_weights()}, "model.sample_sha256 was"),
+            (Differentiable(**SHORT, lr=0.02), {}, "settings.lr was 0.01 and is 0.02;"),
+            (Seam(**SHORT), {}, "method was 'differentiable' and is 'seam'; settings.margin_weight was 'absent' and is 1.0;"),
+        ],
+    )
+    def test_it_is_told_by_what_was_asked(self, method, settings, message, tmp_path):
+        Differentiable(epochs=1, batch_size=6).train_mixture(problem(tmp_path))
+        with pytest.raises(BitscapeError, match=rf"folder .* is of another search: {message}") as refused:
+            replace(method, epochs=1).search(replace(problem(tmp_path), **settings))
+        assert str(refused.value).endswith("; give another folder, or delete this one")
+
+    def test_one_that_has_no_checkpoint_yet_is_free(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as patched:
+            kill_at(patched, 0)
+            with pytest.raises(Killed):
+                Differentiable(**SHORT, task="follow").search(problem(tmp_path))
+        method = Differentiable(**SHORT, task="follow", lr=0.02)
+        assert method.search(problem(tmp_path)).policy == method.search(problem()).policy
+        with pytest.raises(BitscapeError, match=r"settings.lr was 0.02 and is 0.01"):
+            Differentiable(**SHORT, task="follow").search(problem(tmp_path))
+
+    def test_another_readout_needs_no_training(self, tmp_path, monkeypatch):
+        Differentiable(**SHORT).search(problem(tmp_path))
+        method = Differentiable(**SHORT, readout="keep-one")
+        whole = method.search(problem())
+        kill_at(monkeypatch, 0)
+        assert method.search(problem(tmp_path)).policy == whole.policy
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 8), (12, 48), (13, 52)])
+def test_a_search_too_short_to_learn_says_so(epochs, steps, caplog, monkeypatch):
+    monkeypatch.setattr("bitscape.search.differentiable.train", lambda *_, **__: TrainResult(records=(), ema=None))
+    with caplog.at_level("WARNING", "bitscape.search"):
+        Differentiable(epochs=epochs, batch_size=6).train_mixture(problem())
+    said = [record.getMessage().partition("; raise images")[0] for record in caplog.records]
+    warning = f"the mixture search makes {steps} steps in all, too few to learn bits from: 24 images / batch_size 6, epochs {epochs}"
+    assert [text for text in said if "too few" in text] == [warning] * (steps < 50)
 
 
 def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import quantize
+from bitscape.search.fisher import Fisher
+from bitscape.search.methods import SearchMethod
 from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
+from bitscape.search.random_policy import Random
 from bitscape.search.uniform import Uniform
 
 
@@ -172,6 +176,20 @@ def test_a_model_that_cannot_be_copied_is_told() -> None:
     model.kept = model[0].weight * 2  # type: ignore[assignment]
     with pytest.raises(BitscapeError, match="cannot be copied"):
         problem(model=model)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        (Uniform(), {"pick": "least-sharp"}, "pick='least-sharp': uniform has no scores.*use pick='best', or a method with scores"),
+        (Random(), {"pick": "least-sharp"}, "pick='least-sharp': random has no scores"),
+        (Random(), {"folder": "run"}, "folder='run': random does not train and keeps nothing there; leave folder out"),
+        (Fisher(), {"folder": Path("run")}, "folder='run': fisher does not train"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(method: SearchMethod, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitscapeError, match=message):
+        method.search(problem(budget="bitops=1x", **changes))
 
 
 def test_provenance_says_how_it_was_found() -> None:

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from bitscape.errors import BitscapeError
 from bitscape.search.differentiable import Differentiable
 from bitscape.search.problem import SearchProblem
-from bitscape.search.proxy_task import FollowFloat, ProxyBatches, ProxyData, ProxyTask, new_head, proxy_task
+from bitscape.search.proxy_task import HEAD_RATE, FollowFloat, ProxyBatches, ProxyData, ProxyTask, new_head, proxy_task
 from tests.search.small import square
 from tests.sharpness.small import batch, float_net
 
@@ -95,13 +95,44 @@ class TestNewHead:
     def test_it_learns_what_the_features_tell_and_nothing_else_moves(self):
         labels = 4 - batch(IMAGES)[1]  # other numbers for the classes that the images show: 2 to 4
         given = problem(labels)
-        stated = task(given, "new-head", head_epochs=80)
+        stated = task(given, "new-head", head_epochs=120)
         untrained = task(given, "new-head", head_epochs=1)
         losses = [cross_entropy(each.model.eval()(given.images), labels).item() for each in (stated, untrained)]
         assert losses[0] < 0.5 * math.log(3) and losses[0] < losses[1]
         assert (stated.model(given.images).argmax(1) == labels).float().mean() > 0.8
         for (name, new), (_, old) in zip(stated.model.named_parameters(), given.prepared.named_parameters(), strict=True):
             assert new.requires_grad and (name.startswith("6.") or torch.equal(new, old))
+
+    def test_the_body_stays_as_it_is(self):
+        model = float_net(dropout=0.5)
+        given = problem(torch.arange(IMAGES) % 7, model)
+        stated = task(given, "new-head", head_epochs=2)
+        body = {name: value for name, value in given.prepared.state_dict().items() if not name.startswith("6.")}
+        assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= body.keys()
+        assert all(torch.equal(stated.model.state_dict()[name], value) for name, value in body.items())
+
+    def test_it_learns_from_the_features_of_the_float_network(self):
+        """One step of AdamW moves each weight by its rate against the sign of the gradient, here at the frozen network's own features."""
+        labels = torch.arange(IMAGES) % 7
+        given = problem(labels, float_net(dropout=0.5))
+        torch.manual_seed(given.seed)
+        head = new_head("6", given.prepared[6], 7)
+        cross_entropy(head(given.prepared[:6](given.images)), labels).backward()
+        expected = head.weight - HEAD_RATE * head.weight.grad.sign()
+        stated = task(given, "new-head", batch_size=IMAGES)
+        clear = head.weight.grad.abs() > 1e-5
+        torch.testing.assert_close(stated.model[6].weight[clear], expected[clear], rtol=0, atol=1e-5)
+
+    def test_no_gpu_is_touched_to_draw_it(self, monkeypatch):
+        def touched(*_):
+            raise AssertionError("a GPU's random state is read or set")
+
+        given = problem(torch.arange(IMAGES) % 7)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name in ("get_rng_state", "set_rng_state", "manual_seed_all"):
+            monkeypatch.setattr(torch.cuda, name, touched)
+        monkeypatch.setattr("bitscape.search.proxy_task.train", lambda *_, **__: None)
+        assert task(given, "new-head").name == "new-head"
 
     def test_it_depends_on_the_seed_alone(self):
         heads = []

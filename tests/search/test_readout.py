@@ -9,10 +9,11 @@ from torch.nn.functional import cross_entropy
 
 from bitscape.policy import LayerBits, Policy
 from bitscape.search.allocation import allocate
+from bitscape.search.differentiable import Differentiable
 from bitscape.search.mixed_network import mixed_network
 from bitscape.search.problem import SearchProblem
 from bitscape.search.proxy_task import proxy_task
-from bitscape.search.readout import LEAN, Progress, _leaning, _rescored, _without, probability_scores, read_out
+from bitscape.search.readout import LEAN, Progress, _leaning, _offered, _rescored, _without, probability_scores, read_out
 from tests.search.small import square
 from tests.sharpness.small import batch, float_net
 
@@ -198,7 +199,7 @@ def test_at_most_so_many_images_count(monkeypatch):
 class TestProgress:
     def test_the_policy_so_far_is_in_the_folder_and_counts_what_changed(self, tmp_path):
         given, _, network = case(budget="bitops=w4a4")
-        progress = Progress(given, "differentiable", network, tmp_path)
+        progress = Progress(given, Differentiable(), network, tmp_path)
         records = [progress.after_epoch(1), progress.after_epoch(2)]
         first = Policy.load(tmp_path / "policy.json")
         assert not given.parsed_budget.exceeded(given.network, first)
@@ -209,8 +210,22 @@ class TestProgress:
         assert first.layers != second.layers and second == progress.policy
         assert records[2]["expected_bitops"] == network.expected_cost()["bitops"]
 
+    def test_its_provenance_is_that_of_the_search_and_says_that_it_is_not_the_last(self, tmp_path):
+        given, _, network = case(budget="bitops=w4a4")
+        method = Differentiable(epochs=3, readout="keep-one")
+        Progress(given, method, network, tmp_path).after_epoch(2)
+        provenance = Policy.load(tmp_path / "policy.json").provenance
+        assert provenance["images"] == [IMAGES, 2, 6, 6] and provenance["method"] == "differentiable"
+        assert {name: provenance[name] for name in given.provenance(method)} == given.provenance(method)
+        assert provenance["so_far"] == "after epoch 2 of 3, by readout probability and pick best"
+
     def test_no_folder_no_file(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         given, _, network = case(budget="bitops=w4a4")
-        Progress(given, "differentiable", network, None).after_epoch(1)
+        Progress(given, Differentiable(), network, None).after_epoch(1)
         assert not list(tmp_path.iterdir())
+
+
+def test_candidates_are_told_as_the_command_line_takes_them_or_pair_by_pair():
+    assert _offered((LayerBits(4, 8), LayerBits(2, 8))) == "w=2,4;a=8"
+    assert _offered((LayerBits(8, 8), LayerBits(2, 4))) == "2/4 8/8"

@@ -71,3 +71,51 @@ def test_a_second_pass_of_radius_0_ends_where_one_pass_does():
         value.backward()
     assert torch.equal(value, expected) and same(gradients(model), gradients(twin))
     assert same(buffers_of(model), buffers_of(twin))
+
+
+class Tracker(nn.Module):
+    """Keeps a mean in place and a count as a new tensor, and uses both; shares the mean with another module."""
+
+    def __init__(self, shared=None):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1) if shared is None else shared)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        self.count = self.count + 1
+        self.mean.mul_(0.5).add_(x.detach().mean())
+        return x * self.mean + self.count
+
+
+def test_every_running_statistic_is_held_back():
+    tracker = Tracker()
+    model = nn.Sequential(
+        nn.InstanceNorm2d(2, track_running_stats=True, affine=True),
+        nn.BatchNorm2d(2, momentum=None),
+        tracker,
+        Tracker(tracker.mean),
+        nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)),
+    )
+    images, _ = batch()
+    identities, before = dict(model.named_buffers()), buffers_of(model)
+    with pytest.raises(KeyError), repeating(model, random_state(model)):
+        first = model(images)
+        assert not same(buffers_of(model), before)
+        assert model[2].mean is model[3].mean
+        raise KeyError
+    assert same(buffers_of(model), before)
+    assert all(buffer is identities[name] for name, buffer in model.named_buffers())
+    assert model[3].mean is tracker.mean and model[2].nothing is None
+    assert torch.equal(model(images), first)
+
+
+def test_a_backward_pass_may_follow_later():
+    model, (images, labels) = small_net(), batch()
+    with repeating(model, random_state(model)):
+        loss = cross_entropy(model(images), labels)
+    loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    cross_entropy(model(images), labels).backward()
+    assert same(found, gradients(model))

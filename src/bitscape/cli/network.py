@@ -47,16 +47,23 @@ def load_network(model: str, weights: Path | None, device: str | None, seed: int
 
 
 def pick_device(name: str | None) -> "torch.device":
-    """Return the named device, else this worker's GPU where there is one. Raises BitscapeError if it cannot be used."""
+    """Return the named device, else a GPU where there is one; of GPUs without a number this worker's own.
+
+    Raises BitscapeError if the device cannot be used.
+    """
     import torch
 
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda":
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun: one GPU a process
     try:
-        local = os.environ.get("LOCAL_RANK", "0")  # torchrun: one GPU a process
-        device = torch.device(name or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise BitscapeError(f"--device {name!r} cannot be used ({reason}); allowed are cpu and cuda") from None
+        raise BitscapeError(
+            f"--device {wanted!r} cannot be used ({reason}); allowed are cpu and, with a GPU for each process, cuda"
+        ) from None
     return device
 
 

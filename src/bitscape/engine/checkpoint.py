@@ -17,7 +17,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.files import write_atomic
 
 FORMAT = 1
-_AGAIN = "or pass resume=False to start over, or another folder"
+_AGAIN = "or start over in another folder"
 
 
 class CheckpointError(BitscapeError):
@@ -76,14 +76,20 @@ def check_same_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str
 
 def check_same_settings(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming each field that differs, unless both are equal."""
+    if changed := changes(saved, own):
+        raise CheckpointError(f"checkpoint {path} was made with other settings: {changed}; pass those settings, {_AGAIN}")
+
+
+def changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Say which fields of two nested mappings differ, the first five of them, and how; "" if none does."""
     before, now = dict(_leaves("", saved)), dict(_leaves("", own))
-    changed = [
-        f"{name} was {before.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
-        for name in dict.fromkeys((*before, *now))
-        if before.get(name, "absent") != now.get(name, "absent")
-    ]
-    if changed:
-        raise CheckpointError(f"checkpoint {path} was made with other settings: {_first(changed)}; pass those settings, {_AGAIN}")
+    return _first(
+        [
+            f"{name} was {before.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
+            for name in dict.fromkeys((*before, *now))
+            if before.get(name, "absent") != now.get(name, "absent")
+        ]
+    )
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

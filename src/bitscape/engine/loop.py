@@ -151,9 +151,10 @@ class Loop:
         self._set_rates()
         workers.seed_at(state.settings["seed"], state.epoch, state.batch)
         state.optimizer.zero_grad(set_to_none=True)
-        with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
-            batch = Batch.of(images, labels, self.loss, self.accumulate)
         whole = images_of_all(self.batches, state.batch, len(images))
+        parts = min(self.accumulate, whole // workers.world_size())  # as the worker with the fewest images: steps may talk in each part
+        with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
+            batch = Batch.of(images, labels, self.loss, parts)
         share = len(images) / whole
         with workers.averaged_buffers(state.model, share):
             record = state.step(state.model, batch)

@@ -59,7 +59,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns from: a single part, or several whose gradients add up where memory is short."""
+    """What one step learns from: a single part, or several whose gradients add up where memory is short.
+
+    Of several workers all have the same number of parts.
+    """
 
     parts: tuple[Part, ...]
 

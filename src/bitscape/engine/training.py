@@ -64,7 +64,7 @@ def train(
 
     schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. compile: the model's
     forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose
-    gradients add up: memory for one part at a time, and norms see one part at a time. ema_decay: in (0, 1), average the
+    gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty. ema_decay: in (0, 1), average the
     state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
     after each epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
@@ -85,6 +85,7 @@ def train(
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
     """
+    _check_step(step)
     _check(epochs, accumulate, ema_decay, clip_norm, checkpoint_every_s, autocast)
     if len(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
@@ -156,6 +157,13 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = before
+
+
+def _check_step(step: object) -> None:
+    if isinstance(step, type):
+        raise BitscapeError(f"step is the class {step.__name__}; give an instance, e.g. step={step.__name__}()")
+    if not callable(step) and not callable(getattr(step, "build", None)):
+        raise BitscapeError(f"step is {step!r}; it must be a training step or the settings of one, e.g. step=Saq()")
 
 
 def _check(

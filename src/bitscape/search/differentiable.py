@@ -13,6 +13,7 @@ Costs     epochs * (3 + R_w + R_a elementwise passes over training the float net
 Measured  docs/results: transfer-policies, asga-ladder, speed.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,13 @@ from bitscape.errors import BitscapeError
 from bitscape.search.mixed_network import Alternating, Mixed, MixtureSgd, MixtureStep, mixed_network
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.search.proxy_task import ProxyTask, Task, proxy_task
-from bitscape.search.readout import Progress, Readout, read_out
+from bitscape.search.readout import Progress, Readout, claim, keep_policy, read_out
 from bitscape.search.sensitivity import Trace, at_least_one, finish
+
+_log = logging.getLogger("bitscape.search")
+
+FEWEST_STEPS = 50
+"""Below, logits have hardly moved and the policy is a guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,9 @@ class Differentiable:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
-        return finish(problem, self, lambda: self._scored(problem))
+        result = finish(problem, self, lambda: self._scored(problem))
+        keep_policy(result.policy, _folder(problem))
+        return result
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The scores alone, at the problem's budget; other budgets move the mixture elsewhere."""
@@ -80,10 +88,12 @@ class Differentiable:
         return MixtureStep(mixed=mixed)
 
     def train_mixture(self, problem: SearchProblem) -> TrainedMixture:
-        """Mix the network and train it on the proxy."""
-        folder = None if problem.folder is None else Path(problem.folder)
+        """Mix the network and train it on the proxy. Raises BitscapeError if the problem's folder is of another search."""
+        folder = _folder(problem)
+        claim(folder, problem, self)
         stated = proxy_task(problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder)
         learned, held_out = stated.split(self.held_out)
+        self._warn_if_short(learned)
         mixed = mixed_network(problem, learned.model)
         step = self.step(mixed, stated)
         result = train(
@@ -94,10 +104,19 @@ class Differentiable:
             loss=learned.loss,
             epochs=self.epochs,
             folder=None if folder is None else folder / "search",
-            after_epoch=Progress(problem, self._name, mixed, folder).after_epoch,
+            after_epoch=Progress(problem, self, mixed, folder).after_epoch,
             seed=problem.seed,
         )
         return TrainedMixture(mixed=mixed, task=stated, records=result.records)
+
+    def _warn_if_short(self, learned: ProxyTask) -> None:
+        steps = self.epochs * len(learned.batches)
+        if steps < FEWEST_STEPS:
+            _log.warning(
+                "the mixture search makes %d steps in all, too few to learn bits from: %d images / batch_size %d, epochs %d; "
+                "raise images (2,000 are usual) or epochs, or lower batch_size, to at least %d steps",
+                *(steps, len(learned.batches.dataset.labels), self.batch_size, self.epochs, FEWEST_STEPS),
+            )
 
     @property
     def _name(self) -> str:
@@ -106,3 +125,7 @@ class Differentiable:
     def _scored(self, problem: SearchProblem) -> tuple[ScoreTable, Trace]:
         trained = self.train_mixture(problem)
         return read_out(self.readout, problem, self._name, trained.mixed, trained.task), trained.records
+
+
+def _folder(problem: SearchProblem) -> Path | None:
+    return None if problem.folder is None else Path(problem.folder)

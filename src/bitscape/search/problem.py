@@ -158,9 +158,13 @@ class SearchProblem:
         return torch.cat(logits).argmax(1).to(self.images.device)
 
     def provenance(self, method: Any) -> dict[str, Any]:
-        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, version."""
+        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, version.
+
+        Raises BitscapeError if the problem asks for what the method cannot do.
+        """
+        _check_has_use(self, method)
         return {
-            "method": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower(),
+            "method": _name_of(method),
             "settings": dataclasses.asdict(method),
             "seed": self.seed,
             "budget": dict(self.parsed_budget.caps),
@@ -183,6 +187,23 @@ class SearchResult:
     """What happened on the way, one record per step."""
     seconds: float
     """Wall-clock time of the search."""
+
+
+def _name_of(method: Any) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
+
+
+def _check_has_use(problem: SearchProblem, method: Any) -> None:
+    if problem.pick != "best" and not hasattr(method, "score"):
+        raise BitscapeError(
+            f"pick={problem.pick!r}: {_name_of(method)} has no scores, so there are no near-equal policies to pick from; "
+            "use pick='best', or a method with scores"
+        )
+    if problem.folder is not None and not hasattr(method, "train_mixture"):
+        raise BitscapeError(
+            f"folder={os.fspath(problem.folder)!r}: {_name_of(method)} does not train and keeps nothing there; "
+            "leave folder out, or use a method that trains, such as differentiable"
+        )
 
 
 def _check_name(argument: str, name: str, network: NetworkCost) -> None:

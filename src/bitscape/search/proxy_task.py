@@ -96,7 +96,7 @@ class ProxyTask:
 
 
 def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epochs: int, folder: Path | None) -> ProxyTask:
-    """State what is learned of the problem's proxy; a new classifier is warmed up first, on the float network.
+    """State what is learned of the problem's proxy; a new classifier is warmed up first, on the float network as it is.
 
     "auto" learns the labels where the float network predicts them at least twice as often as the most frequent one would be right, or
     errs at most half as often; by a new classifier where it does not, and the float network's outputs where there are no labels.
@@ -135,8 +135,8 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
 def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, epochs: int, folder: Path | None) -> None:
     name = problem.network.ends[1]
     old = quantizable_layers(model)[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(problem.seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(problem.seed)  # no GPU's random state is touched
         head = new_head(name, old, int(batches.dataset.labels.max()) + 1)
     replace_module(model, old, head)
     model.requires_grad_(False)
@@ -171,4 +171,5 @@ def new_head(name: str, old: nn.Module, classes: int) -> nn.Module:
 @dataclass(frozen=True)
 class _HeadStep:
     def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        model.eval()  # else the frozen network's norms and dropout would not be those that the classifier is for
         return batch.backward(model)

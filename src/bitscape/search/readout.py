@@ -1,33 +1,40 @@
-"""From a mixture to scores of bit-widths, and to the policy that they give so far."""
+"""From a mixture to scores of bit-widths, and to the policy that they give so far; what a search keeps in its folder."""
 
+import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitscape.engine.checkpoint import changes
+from bitscape.engine.describe import describe
+from bitscape.engine.loop import CHECKPOINT
 from bitscape.engine.workers import is_first
+from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
 from bitscape.models.modes import evaluating
-from bitscape.policy import Policy
+from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
 from bitscape.quant.mixture import Mixture
 from bitscape.search.allocation import allocate
 from bitscape.search.mixed_network import Mixed
 from bitscape.search.problem import ScoreTable, SearchProblem
 from bitscape.search.proxy_task import ProxyTask
-from bitscape.search.sensitivity import score_table
+from bitscape.search.sensitivity import score_table, widths
 
 _log = logging.getLogger("bitscape.search")
 
 Readout = Literal["probability", "drop-one", "keep-one"]
 LEAN = 1e-9
 """What a further width is worth where the mixture has nothing to say of it."""
+POLICY, ASKED = "policy.json", "search.json"
 READ_IMAGES = 256
 """Proxy images on which a width is dropped or kept."""
 
@@ -118,24 +125,74 @@ def _loss(mixed: Mixed, task: ProxyTask) -> float:
     return sum(losses) / min(READ_IMAGES, len(data.labels))
 
 
+def keep_policy(policy: Policy, folder: Path | None) -> None:
+    """Write policy.json into the folder, once for all workers."""
+    if folder is not None and is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        policy.save(folder / POLICY)
+
+
+def claim(folder: Path | None, problem: SearchProblem, method: Any) -> None:
+    """Note in the folder what its checkpoints are of. Raises BitscapeError, naming the difference, if they are of another search."""
+    if folder is None:
+        return
+    asked, note = json.loads(json.dumps(_asked(problem, method))), folder / ASKED
+    if note.is_file() and any(folder.glob(f"*/{CHECKPOINT}")):
+        if changed := changes(json.loads(note.read_text()), asked):
+            raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
+    elif is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, json.dumps(asked, indent=2) + "\n")
+
+
+def _asked(problem: SearchProblem, method: Any) -> dict[str, Any]:
+    """What decides how the mixture is trained, in the user's words where there are some; readout and pick come after."""
+    about = problem.provenance(method)
+    return {
+        "method": about["method"],
+        "settings": {name: value for name, value in about["settings"].items() if name != "readout"},
+        "seed": problem.seed,
+        "pinned": {name: str(bits) for name, bits in problem.pinned_layers.items()},
+        "tied": [" ".join(group) for group in problem.freedom.groups if len(group) > 1],
+        "candidates": _offered(problem.candidates),
+        "budget": about["budget"],
+        "model": describe(problem.prepared),
+        "images": describe(problem.images),
+        "labels": describe(problem.labels),
+    }
+
+
+def _offered(candidates: Sequence[LayerBits]) -> str:
+    """Widths where all their pairs are offered, as the command line takes them, else the pairs."""
+    by_weight, by_input = widths(tuple(candidates))
+    if len(candidates) < len(by_weight) * len(by_input):
+        return " ".join(sorted(map(str, candidates)))
+    return f"w={','.join(map(str, by_weight))};a={','.join(map(str, by_input))}"
+
+
 @dataclass(kw_only=False)
 class Progress:
     """What a running search has come to: after each epoch the policy so far, in the trace and in the folder."""
 
     problem: SearchProblem
-    method: str
+    method: Any
+    """Settings of the search."""
     mixed: Mixed
     folder: Path | None
     policy: Policy | None = field(default=None, init=False)
 
     def after_epoch(self, epochs: int) -> dict[str, float]:
-        """Allocate from the shares so far; write policy.json into the folder; leave the mixture at the price of its last logits."""
-        problem, before = self.problem, self.policy
+        """Allocate from the shares so far; write policy.json into the folder; leave the mixture at the price of its last logits.
+
+        However the search reads out and picks at its end: its provenance says so.
+        """
+        problem, before, provenance = self.problem, self.policy, self.problem.provenance(self.method)
         self.mixed.keep_budget()
-        scores = probability_scores(problem, self.method, self.mixed)
-        self.policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
-        if self.folder is not None and is_first():
-            self.policy.save(self.folder / "policy.json")
+        scores = probability_scores(problem, provenance["method"], self.mixed)
+        policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
+        so_far = f"after epoch {epochs} of {self.method.epochs}, by readout probability and pick best"
+        self.policy = replace(policy, provenance={**policy.provenance, **provenance, "so_far": so_far})
+        keep_policy(self.policy, self.folder)
         record = {f"expected_{kind}": used for kind, used in self.mixed.expected_cost().items()}
         record["layers_changed"] = float(len(problem.free_layers if before is None else self.policy.difference(before)))
         return record

@@ -1,4 +1,4 @@
-"""Two passes over one batch that differ in the weights alone: same masks, same arithmetic, norm statistics updated once."""
+"""Two passes over one batch that differ in the weights alone: same masks, same arithmetic, buffers updated once."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 RandomState = dict[torch.device, Tensor]
 """Device -> state of its random generator; always the CPU, and the GPUs that hold the model."""
@@ -22,18 +21,20 @@ def random_state(model: nn.Module) -> RandomState:
 def repeating(model: nn.Module, state: RandomState) -> Iterator[None]:
     """Within the block a pass repeats the one that began at `state`: dropout draws the same masks, and nothing is counted twice.
 
-    Batch norms in training mode use the statistics of the batch, but leave the running ones and their counters alone.
+    Every buffer of the model (running statistics of norms, counters, trackers of its own) is a copy, and the untouched original
+    afterwards. Modes stay: norms in training mode use the statistics of the batch or image.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False, remove_duplicate=False)]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in kept}  # modules that share a buffer share its copy
     try:
-        for norm in norms:
-            norm.track_running_stats = False
+        for module, name, buffer in kept:
+            setattr(module, name, copies[id(buffer)])
         for device, values in state.items():
             torch.set_rng_state(values) if device.type == "cpu" else torch.cuda.set_rng_state(values, device)
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
 
 
 @contextmanager

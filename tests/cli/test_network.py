@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from bitscape.cli.network import pick_device
+from bitscape.errors import BitscapeError
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as far as can be told without one; returns where tensors were made."""
+    made = []
+
+    def empty(*_, device):
+        made.append(device)
+        if device.type == "cuda" and device.index not in (0, 1):
+            raise RuntimeError("CUDA error: invalid device ordinal\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return made
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+@pytest.mark.parametrize(("local_rank", "found"), [(None, "cuda:0"), ("0", "cuda:0"), ("1", "cuda:1")])
+def test_every_worker_has_its_own_gpu(gpus, monkeypatch, name, local_rank, found):
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert pick_device(name) == torch.device(found) and gpus == [torch.device(found)]
+
+
+@pytest.mark.parametrize(("name", "found"), [("cpu", "cpu"), ("cuda:0", "cuda:0")])
+def test_a_device_that_is_named_in_full_is_taken(gpus, monkeypatch, name, found):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(name) == torch.device(found)
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_a_gpu_that_is_not_there_is_named(gpus, monkeypatch, name):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BitscapeError, match=r"--device 'cuda:2' cannot be used \(CUDA error: invalid device ordinal\); allowed are"):
+        pick_device(name)
+
+
+def test_without_a_gpu_it_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(None) == torch.device("cpu")
