@@ -39,9 +39,9 @@ STEPS: dict[tuple[str, str], Sam] = {
     ("saq", "case 1"): Saq(case=1),
     ("saq", "case 3"): Saq(),
     ("saq", "case 3, interval 5"): Saq(interval=5),
-    ("saq", "case 3, interval 5, reuse"): Saq(interval=5, reuse="orthogonal"),
+    ("saq", "case 3, interval 5, reuse in proportion"): Saq(interval=5, reuse="orthogonal"),
     ("saq", "case 3, interval 10"): Saq(interval=10),
-    ("saq", "case 3, interval 10, reuse"): Saq(interval=10, reuse="orthogonal"),
+    ("saq", "case 3, interval 10, reuse in proportion"): Saq(interval=10, reuse="orthogonal"),
 }
 PLAIN, LONGER, FULL = ("plain", ""), ("plain", "twice the epochs"), ("saq", "case 3")
 CORRUPTED = (PLAIN, LONGER, FULL)
@@ -56,8 +56,10 @@ def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     first, other = CASES
     every = [*CORRUPTED, *(key for key in STEPS if key not in CORRUPTED)]
     plan = [(first, budget, seed, key) for budget in BUDGETS[:2] for seed in range(seeds) for key in CORRUPTED]
+    plan += [(first, budget, 0, key) for budget in BUDGETS[:2] for key in every]
+    less = ((first, "searched"), (other, "w2a2"), (other, "w3a3"), (first, "w4a4"))
+    plan += [(network, budget, 0, key) for network, budget in less for key in CORRUPTED]
     plan += [(first, budget, seed, key) for seed in range(seeds) for budget in BUDGETS[:2] for key in every]
-    plan += [(network, budget, 0, key) for network in (first, other) for budget in BUDGETS for key in CORRUPTED]
     plan += [(network, budget, seed, key) for network in (first, other) for budget in BUDGETS for seed in range(seeds) for key in every]
     for network, budget, seed, key in dict.fromkeys(plan):
         times = 2 if key == LONGER else 1
