@@ -1,15 +1,18 @@
 """Pages of docs/methods, made from the method cards: the docstrings that open the method files."""
 
 import importlib
-import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from types import ModuleType
+from typing import get_args
 
 from bitscape.cli.methods import settings_of
 from bitscape.errors import BitscapeError
+from bitscape.quant.quantizers import Quantizer
+from bitscape.search.methods import METHODS
+from bitscape.train import STEPS
 
 SECTIONS = {
     "Search": "bitscape.search",
@@ -19,7 +22,13 @@ SECTIONS = {
 }
 """Heading -> the package whose modules may carry a card."""
 FIELDS = ("Paper", "Idea", "Computes", "Departs", "Costs", "Measured")
-PAGES = {"results": "../results.md", "speed": "../results.md#speed"}
+PAGES = {
+    "results": "../results.md",
+    "speed": "../results.md#speed",
+    "transfer": "../transfer.md",
+    "how-to-choose": "../how-to-choose.md",
+    "flat-training": "../flat-training.md",
+}
 """docs/NAME in a card -> where a page of docs/methods finds it."""
 MARK = "<!-- Written by `python -m benchmarks.tables`"
 _FIELD = re.compile(rf"({'|'.join(FIELDS)}) {{2,}}(\S.*)")
@@ -99,10 +108,9 @@ def _cards_in(package: str) -> Iterator[Card]:
 
 
 def _settings(module: ModuleType) -> dict[str, list[list[str]]]:
-    """Settings of the classes that are methods: they search, build quantizers, or are called as a training step."""
-    own = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
-    methods = [kind for kind in own if is_dataclass(kind) and not {"search", "for_weight", "__call__"}.isdisjoint(vars(kind))]
-    return {kind.__name__: rows for kind in methods if (rows := settings_of(kind))}
+    """Settings, its own and inherited, of what the module adds to the lists of search methods, training steps and quantizers."""
+    listed: list[type] = [*METHODS.values(), *STEPS.values(), *get_args(Quantizer)]
+    return {kind.__name__: rows for kind in listed if kind.__module__ == module.__name__ and (rows := settings_of(kind))}
 
 
 def _index(found: dict[str, list[Card]]) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.seam_margins [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
 
-ResNet-20, "2.5 bits". The margin of an image is its distance to the nearest other class's centre minus that to its own, on unit features
-entering the classifier, centres over the same images; rows hold means over images of the target's test set, and of two proxies. Policies
+ResNet-20, "2.5 bits". The margin of an image is its distance to the nearest other class's center minus that to its own, on unit features
+entering the classifier, centers over the same images; rows hold means over images of the target's test set, and of two proxies. Policies
 come from transfer-policies where it has them for the same settings, otherwise they are searched. `--part i/n` does every n-th missing run.
 """
 

@@ -1,11 +1,19 @@
+import re
+import sys
+from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 
 from benchmarks.cards import FIELDS, Card, card_of, page, pages, sections
 from bitscape.errors import BitscapeError
+from bitscape.quant.quantizers import Quantizer
 from bitscape.search import fisher
 from bitscape.search.methods import METHODS
+from bitscape.train import STEPS
+
+ROOT = Path(__file__).parents[2]
 
 CARD = """Name: what it is.
 
@@ -49,6 +57,37 @@ def test_settings_are_shown_with_their_meaning():
     assert "| `images=256` | Proxy images scored, at least 1. |" in page(card)
     bare = Card("a", "a.py", "A", "b", {}, {"Kind": [["x=a|b", "one | two"]]})
     assert r"| `x=a\|b` | one \| two |" in page(bare)
+
+
+LISTED = [*METHODS.values(), *STEPS.values(), *get_args(Quantizer)]
+
+
+@pytest.mark.parametrize("kind", LISTED, ids=lambda kind: kind.__name__)
+def test_a_page_shows_every_field_of_the_class_that_is_listed_and_no_other_class(kind: type):
+    card = card_of(sys.modules[kind.__module__])
+    assert card is not None
+    expected = {kind.__name__: list(kind.__dataclass_fields__)} if kind.__dataclass_fields__ else {}
+    assert {name: [row[0].partition("=")[0] for row in rows] for name, rows in card.settings.items()} == expected
+    assert all(len(meaning) > 10 for rows in card.settings.values() for _, meaning in rows)
+    assert all(f"## Settings of `{name}`\n\n| field=default | meaning |" in page(card) for name in expected)
+
+
+def test_inherited_settings_are_on_the_page():
+    text = pages()
+    assert "| `centers=moving` |" in text["seam.md"] and "| `batch_size=64` |" in text["seam.md"]
+    assert "| `case=3` |" in text["saq.md"] and "| `rho=0.003` |" in text["saq.md"]
+
+
+def test_cards_name_pages_that_have_the_tables():
+    named = [
+        (card.name, document, re.findall(r"[a-z0-9-]+", names))
+        for card in (*sections()["Search"], *sections()["Training"])
+        for document, names in re.findall(r"docs/([a-z-]+): ([a-z0-9-]+(?:, [a-z0-9-]+)*)", card.fields["Measured"])
+    ]
+    assert ("topological", "transfer", ["transfer-scores"]) in named
+    for name, document, tables in named:
+        text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+        assert [table for table in tables if f"<!-- table: {table} -->" not in text] == [], name
 
 
 def test_a_module_without_a_card_has_no_page():

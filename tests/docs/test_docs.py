@@ -3,17 +3,24 @@
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch.nn import functional
 
 from benchmarks.cards import card_of
+from bitscape.engine import Batch, Sgd, train
+from bitscape.engine.step import Part
 from bitscape.models.digits import digits_net
 from bitscape.policy import Policy
+from bitscape.search.methods import METHODS
 from bitscape.search.problem import SearchProblem
 from bitscape.search.scores import ScoreTable
+from bitscape.train import STEPS
+from tests.engine.tiny import tiny_batches, tiny_net
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,17 +61,32 @@ def test_the_pipeline_of_the_index_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert policy.provenance["method"] == "fisher"
 
 
-@pytest.fixture
-def relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The method of docs/extending.md, as the file it says it is."""
-    (example,) = _blocks("extending.md", "python")
-    (tmp_path / "relative.py").write_text(example, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("relative", tmp_path / "relative.py")
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModuleType]]:
+    """The method and the step of docs/extending.md, as the files it says they are."""
+    folder, blocks = tmp_path_factory.mktemp("examples"), _blocks("extending.md", "python")
+    with pytest.MonkeyPatch.context() as patch:
+        yield [_module(folder / f"{name}.py", text, patch) for name, text in zip(("relative", "damped"), blocks, strict=True)]
+
+
+def _module(path: Path, text: str, patch: pytest.MonkeyPatch) -> ModuleType:
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "relative", module)
+    patch.setitem(sys.modules, path.stem, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def relative(examples: list[ModuleType]) -> ModuleType:
+    return examples[0]
+
+
+@pytest.fixture
+def damped(examples: list[ModuleType]) -> ModuleType:
+    return examples[1]
 
 
 def test_the_example_method_searches_within_its_budget(relative: ModuleType):
@@ -77,10 +99,44 @@ def test_the_example_method_searches_within_its_budget(relative: ModuleType):
     assert len({result.policy.layers[name] for name in problem.free_layers}) > 1
 
 
-def test_the_example_method_has_a_card(relative: ModuleType):
-    card = card_of(relative)
-    assert card is not None
-    assert list(card.settings) == ["Relative"]
+def test_the_examples_have_cards_and_in_the_lists_settings(relative: ModuleType, damped: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METHODS, "relative", relative.Relative)
+    monkeypatch.setitem(STEPS, "damped", damped.Damped)
+    of_method, of_step = card_of(relative), card_of(damped)
+    assert of_method is not None and of_step is not None
+    assert of_method.settings == {"Relative": [["images=32", "Proxy images, at least 1."]]}
+    assert of_step.settings == {"Damped": [["kept=0.9", "Share of the running mean that is kept at each step."]]}
+
+
+def test_the_example_step_shortens_the_gradient_of_a_high_loss(damped: ModuleType):
+    model, step = torch.nn.Linear(2, 3), damped.Damped(kept=0.75).build()
+    images, labels = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
+
+    def batch(factor: float) -> Batch:
+        return Batch((Part(images, labels, lambda logits, classes: factor * functional.cross_entropy(logits, classes), 1.0),))
+
+    gradients = []
+    for factor, share in ((1.0, 1.0), (3.0, 0.5), (1.0, 1.0)):  # running mean: 1, 0.75 + 0.25 * 3 = 1.5, then above the loss
+        model.zero_grad()
+        assert float(step(model, batch(factor)).extras["share"]) == pytest.approx(share)
+        gradients.append(model.weight.grad)
+    torch.testing.assert_close(gradients[1], 1.5 * gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_the_example_step_goes_on_after_a_stop(damped: ModuleType, tmp_path: Path):
+    runs = {"step": damped.Damped(), "optimizer": Sgd(lr=0.001), "epochs": 2, "checkpoint_every_s": 0.0}
+    whole, resumed = tiny_net(), tiny_net()
+    train(whole, tiny_batches(), **runs)
+
+    def stop(epoch: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, tiny_batches(), **runs, folder=tmp_path, after_epoch=stop)
+    _, last = train(resumed, tiny_batches(), **runs, folder=tmp_path).records
+    assert 0 < last["share"] < 1
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_the_files_in_the_description_of_formats_load(tmp_path: Path):

@@ -194,10 +194,10 @@ class Planted(nn.Module):
         self.fine_first = fine_first
         for name in ("fine", "coarse") if fine_first else ("coarse", "fine"):
             self.add_module(name, nn.Linear(8, LEVELS))
-        centres = (torch.arange(LEVELS) + 0.5) / LEVELS
-        with torch.no_grad():  # logits are 300 (2 v c - c^2): largest for the centre c next to the value v
-            self.fine.weight.copy_((300 * 2 / 8 * centres)[:, None].expand(LEVELS, 8))
-            self.fine.bias.copy_(-300 * centres.square())
+        centers = (torch.arange(LEVELS) + 0.5) / LEVELS
+        with torch.no_grad():  # logits are 300 (2 v c - c^2): largest for the center c next to the value v
+            self.fine.weight.copy_((300 * 2 / 8 * centers)[:, None].expand(LEVELS, 8))
+            self.fine.bias.copy_(-300 * centers.square())
             self.coarse.weight.mul_(0.1)
 
     def forward(self, x):

@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor, Quantizer
+from bitscape.sharpness import Ball
 from bitscape.train import Plain, Sam, Saq
 from tests.engine.tiny import same_state, tiny_batches
 from tests.sharpness.small import batch, gradients, half_squared_error, quantized, regression, same, small_net, whole
@@ -21,6 +23,7 @@ from tests.train.test_sam import one_step, used_by
 
 SETTINGS = [Saq(case=case, rho=0.03) for case in (1, 2, 3)]
 CASES = pytest.mark.parametrize("settings", SETTINGS, ids=["case 1", "case 2", "case 3"])
+WORDS = ((1, "independent"), (2, "latent"), (3, "quantized"))
 LAYERS = ("0", "4", "6")
 
 
@@ -35,6 +38,14 @@ def gradients_in(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 
 # What moves, and by how much.
+
+
+@pytest.mark.parametrize(("settings", "weights"), [(Sam, "latent"), *((partial(Saq, case=case), word) for case, word in WORDS)])
+def test_the_ball_is_that_of_the_settings(settings: Callable[..., Sam], weights: str) -> None:
+    assert settings().ball == Ball(weights=weights, norms=True, biases=True, clips=True, adaptive=False)
+    given = {"norms": False, "biases": False, "clips": False, "adaptive": True}
+    assert settings(**given, relative=False).ball == Ball(weights=weights, **given)
+
 
 OTHERS = ["1.weight", "1.bias", "4.bias", "6.bias", *(f"{name}.input_quantizer.scale" for name in LAYERS)]
 

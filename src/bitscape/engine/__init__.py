@@ -4,8 +4,9 @@ from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
-from bitscape.engine.step import Batch, BatchLoss, LossFunction, Step, StepRecord, StepSettings
+from bitscape.engine.step import Batch, LossFunction, Step, StepRecord, StepSettings
 from bitscape.engine.training import TrainResult, train
+from bitscape.sharpness.probe import BatchLoss
 
 __all__ = [
     "Accuracy",

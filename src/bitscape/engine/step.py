@@ -1,6 +1,6 @@
 """What the loop and a training step say to each other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.engine import workers
-
-BatchLoss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (n, classes), labels (n,)) -> scalar loss, averaged over the batch."""
+from bitscape.sharpness.probe import BatchLoss
 
 
 class LossFunction(Protocol):

@@ -9,8 +9,8 @@ Departs   Starts from the trained float network with equal logits. The papers ad
           result lands on the budget. Here the cost enters as a price on bits, set anew at every step so that the expected cost is the
           budget's: the mixture is trained where it will be used, and the logits hold what the task says alone. The policy is the exact
           allocation of S = -logit, made monotone in bits. Scales are LSQ's, one a candidate. Learning rates are ours.
-Costs     epochs * (3 + R_w + R_a elementwise passes over training the float network); no second copy of the network in memory.
-Measured  docs/results: transfer-policies, asga-ladder, speed.
+Costs     epochs * (3 + R_w + R_a elementwise passes over training the float network); no copy of the network for each candidate.
+Measured  docs/how-to-choose: transfer-policies, asga-ladder; docs/speed.
 """
 
 import logging

@@ -6,9 +6,9 @@ Idea      Quantization noise of a poor policy shrinks the margins between classe
           between classes are a property of the network, not of a data set: bits that keep them suit another data set too.
 Computes  margin_i = min over k != y of ||f_i - c_k|| - ||f_i - c_y|| -> `margins`; R = mean max(0, m - margin_i) -> `hinge`
 Departs   No code was released and the paper's formula is not available: this regularizer is ours, from standard parts. f is the pooled,
-          L2-normalised input of the classifier, c_k the moving mean of class k, normalised again; classes not yet seen are no rivals.
-Costs     those of Differentiable; the margin term itself is below 1 % of a step.
-Measured  docs/results: transfer-policies, seam-margins.
+          L2-normalized input of the classifier, c_k the moving mean of class k, normalized again; classes not yet seen are no rivals.
+Costs     those of Differentiable; a step's distances (batch x classes), at most one matrix a feature layer and one for the record.
+Measured  docs/how-to-choose: transfer-policies, seam-margins.
 """
 
 import math
@@ -34,12 +34,12 @@ from bitscape.search.proxy_task import ProxyTask
 
 Features = Literal["last", "stages"]
 KEPT = 0.9
-"""Share of a class's centre that is kept at each step in which the class occurs."""
+"""Share of a class's center that is kept at each step in which the class occurs."""
 
 
 @contextmanager
 def features_of(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block each forward pass leaves the pooled, L2-normalised inputs (n, d) of `layers`, which run in this order."""
+    """Within the block each forward pass leaves the pooled, L2-normalized inputs (n, d) of `layers`, which run in this order."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -68,54 +68,54 @@ def _stride(layer: nn.Module) -> int:
     return max(stride) if isinstance(stride, tuple) else int(stride)
 
 
-def margins(features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
-    """Distance to the nearest other class's centre minus that to the own one, (n,), for unit features (n, d) and centres (K, d).
+def margins(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """Distance to the nearest other class's center minus that to the own one, (n,), for unit features (n, d) and centers (K, d).
 
-    Rows of `centres` that are not finite stand for classes without one: no rivals. An image without rival, or without own centre,
+    Rows of `centers` that are not finite stand for classes without one: no rivals. An image without rival, or without own center,
     has an infinite margin.
     """
-    known = centres.isfinite().all(1)
-    distances = torch.cdist(features, centres.nan_to_num(0.0), compute_mode="donot_use_mm_for_euclid_dist")
-    own = functional.one_hot(labels, len(centres)).bool()
+    known = centers.isfinite().all(1)
+    distances = torch.cdist(features, centers.nan_to_num(0.0), compute_mode="donot_use_mm_for_euclid_dist")
+    own = functional.one_hot(labels, len(centers)).bool()
     rival = distances.masked_fill(own | ~known, torch.inf).amin(1)
     return torch.where(known[labels], rival - distances.gather(1, labels[:, None])[:, 0], torch.inf)
 
 
-def class_centres(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Normalised mean feature (K, d) of each class; NaN for a class without images."""
+def class_centers(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Normalized mean feature (K, d) of each class; NaN for a class without images."""
     sums, counts = _sums(features, labels, classes)
     return functional.normalize(sums, dim=1).masked_fill(counts[:, None] == 0, torch.nan)
 
 
 def network_margins(model: nn.Module, head: str, images: Tensor, labels: Tensor) -> Tensor:
-    """Margins (n,) of labelled images (n, c, h, w), to the classes' centres over these same images; `head` names the model's last layer."""
+    """Margins (n,) of labelled images (n, c, h, w), to the classes' centers over these same images; `head` names the model's last layer."""
     layers = feature_layers(model, head, "last")
     with evaluating(model), features_of(layers) as seen:
         for batch in batches_of(images, model, 128):
             model(batch)
     features, labels = torch.cat(seen), labels.to(seen[0].device)
-    return margins(features, labels, class_centres(features, labels, int(labels.max()) + 1))
+    return margins(features, labels, class_centers(features, labels, int(labels.max()) + 1))
 
 
-def hinge(features: Tensor, labels: Tensor, centres: Tensor, margin: float) -> Tensor:
-    """Mean of max(0, margin - margin_i); features (n, d), centres (K, d)."""
-    return (margin - margins(features, labels, centres)).clamp(min=0).mean()
+def hinge(features: Tensor, labels: Tensor, centers: Tensor, margin: float) -> Tensor:
+    """Mean of max(0, margin - margin_i); features (n, d), centers (K, d)."""
+    return (margin - margins(features, labels, centers)).clamp(min=0).mean()
 
 
-def fisher_ratio(features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
-    """Mean squared distance to the own centre over that of the centres to their mean."""
-    known = centres.isfinite().all(1)
+def fisher_ratio(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """Mean squared distance to the own center over that of the centers to their mean."""
+    known = centers.isfinite().all(1)
     if int(known.sum()) < 2:
         return features.sum() * 0.0
-    between = (centres[known] - centres[known].mean(0)).square().sum(1).mean()
+    between = (centers[known] - centers[known].mean(0)).square().sum(1).mean()
     counted = known[labels]
-    within = (features - centres.nan_to_num(0.0)[labels]).square().sum(1)[counted].sum() / counted.sum().clamp(min=1)
+    within = (features - centers.nan_to_num(0.0)[labels]).square().sum(1)[counted].sum() / counted.sum().clamp(min=1)
     return within / between.clamp(min=1e-6)
 
 
 @dataclass(kw_only=True)
 class SeamStep:
-    """The mixture's step with the margin term; centres of each feature layer move with the network, or stay."""
+    """The mixture's step with the margin term; centers of each feature layer move with the network, or stay."""
 
     mixed: Mixed = field(repr=False)
     layers: list[nn.Module] = field(repr=False)
@@ -124,8 +124,8 @@ class SeamStep:
     margin: float
     term: Literal["hinge", "fisher-ratio"]
     fixed: list[Tensor] | None
-    """Centres of the float network, or None for moving ones."""
-    centres: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """Centers of the float network, or None for moving ones."""
+    centers: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """One pass."""
@@ -137,35 +137,35 @@ class SeamStep:
         with features_of(self.layers) as features:
             logits = model(part.images)
         value = part.loss(logits, labels)
-        centres = [self._moved(at, each.detach(), labels) for at, each in enumerate(features)] if self.fixed is None else self.fixed
-        terms = [self._term(each, labels, about) for each, about in zip(features, centres, strict=True)]
+        centers = [self._moved(at, each.detach(), labels) for at, each in enumerate(features)] if self.fixed is None else self.fixed
+        terms = [self._term(each, labels, about) for each, about in zip(features, centers, strict=True)]
         regularizer = torch.stack(terms).mean()
         ((value + self.weight * regularizer) * part.share).backward()
-        margin = _finite_mean(margins(features[-1].detach(), labels, centres[-1]))
+        margin = _finite_mean(margins(features[-1].detach(), labels, centers[-1]))
         extras = {"margin_term": regularizer.detach() * part.share, "margin": margin * part.share}
         return StepRecord(loss=value.detach() * part.share, correct=count_correct(logits, labels), extras=extras)
 
-    def _term(self, features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
-        return hinge(features, labels, centres, self.margin) if self.term == "hinge" else fisher_ratio(features, labels, centres)
+    def _term(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        return hinge(features, labels, centers, self.margin) if self.term == "hinge" else fisher_ratio(features, labels, centers)
 
     def _moved(self, at: int, features: Tensor, labels: Tensor) -> Tensor:
-        """The centres with this batch of all workers taken in."""
+        """The centers with this batch of all workers taken in."""
         sums, counts = (total(part) for part in _sums(features, labels, self.classes))
         mean = functional.normalize(sums, dim=1)
-        before = self.centres.get(at, torch.full_like(mean, torch.nan))
+        before = self.centers.get(at, torch.full_like(mean, torch.nan))
         blended = functional.normalize(KEPT * before + (1 - KEPT) * mean, dim=1)
         fresh = torch.where(before.isfinite(), blended, mean)
-        self.centres[at] = torch.where(counts[:, None] > 0, fresh, before)
-        return self.centres[at]
+        self.centers[at] = torch.where(counts[:, None] > 0, fresh, before)
+        return self.centers[at]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moving centres."""
-        return {str(at): centres for at, centres in self.centres.items()}
+        """The moving centers."""
+        return {str(at): centers for at, centers in self.centers.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state_dict`."""
         device = next(self.mixed.model.parameters()).device
-        self.centres = {int(at): centres.to(device) for at, centres in state.items()}
+        self.centers = {int(at): centers.to(device) for at, centers in state.items()}
 
 
 def _sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -191,8 +191,8 @@ class Seam(Differentiable):
     """Hinge on each image's margin, or scatter within classes over scatter between them."""
     features: Features = "last"
     """Features at the classifier, or also at the end of every stage (before each strided layer)."""
-    centres: Literal["moving", "float"] = "moving"
-    """Class centres of the network as it changes, or those of the float network, fixed."""
+    centers: Literal["moving", "float"] = "moving"
+    """Class centers of the network as it changes, or those of the float network, fixed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,14 +211,14 @@ class Seam(Differentiable):
             weight=self.margin_weight,
             margin=self.margin,
             term=self.term,
-            fixed=_float_centres(learned, mixed.head, self.features, classes) if self.centres == "float" else None,
+            fixed=_float_centers(learned, mixed.head, self.features, classes) if self.centers == "float" else None,
         )
 
 
-def _float_centres(learned: ProxyTask, head: str, which: Features, classes: int) -> list[Tensor]:
+def _float_centers(learned: ProxyTask, head: str, which: Features, classes: int) -> list[Tensor]:
     data, layers = learned.batches.dataset, feature_layers(learned.model, head, which)
     with evaluating(learned.model), features_of(layers) as seen:
         for batch in batches_of(data.images, learned.model, 128):
             learned.model(batch)
     labels = data.labels.to(seen[0].device)
-    return [class_centres(torch.cat(seen[at :: len(layers)]), labels, classes) for at in range(len(layers))]
+    return [class_centers(torch.cat(seen[at :: len(layers)]), labels, classes) for at in range(len(layers))]

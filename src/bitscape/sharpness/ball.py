@@ -32,7 +32,9 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 ETA = 0.01
 """ASAM's floor of T = |u| + ETA."""
 TINY = 1e-12
-"""Keeps rho / norm finite where the gradient is zero."""
+"""Keeps a quotient finite where the norm it is divided by is zero."""
+MovedWeights = Literal["quantized", "latent", "independent"]
+"""What a ball holds of a layer's weight; see `Ball.weights`."""
 
 
 class Ascent:
@@ -93,7 +95,7 @@ class Ascent:
 class Ball:
     """Which tensors a perturbation moves. Scales of weights and architecture logits are never among them, nor what is frozen."""
 
-    weights: Literal["quantized", "latent", "independent"] = "quantized"
+    weights: MovedWeights = "quantized"
     """What is moved along its own gradient: Q(w) (case 3 of the paper) or w (case 2); "independent" moves Q(w) along the gradient of w
     (case 1). A layer without quantizer has w alone."""
     norms: bool = True

@@ -8,10 +8,11 @@ Idea      Weights in a flat region keep their loss under small changes, such as 
 Computes  e = rho g / ||g||, one norm over all members of the ball (Eq. 2) -> sharpness.Ascent; gradient of L(w + e) -> SharpStep
 Departs   In a quantized network the latent weights move and are quantized again: case 2 of SAQ's paper, which names its trouble, that a
           small e changes few codes. What `reuse` keeps is a part of the gradient of the ball's members, passed on to what is trained, as
-          long in proportion as it was; LookSAM makes it 0.7 of the gradient always, which wrecked 2-bit networks (10 % and 45 % top-1
-          where plain training has 80 %). Several workers keep the mean of theirs.
-Costs     two forward and backward passes a step; with `interval` k one more pass every k-th step.
-Measured  docs/results: saq.
+          long in proportion as it was; LookSAM makes it 0.7 of the gradient always. Several workers keep the mean of theirs. Either
+          form has harmed every network measured here: leave `reuse` off unless yours says otherwise.
+Costs     two forward and backward passes a step, uncompiled, convolutions and linear layers in float32 also under autocast; with
+          `interval` k one more pass every k-th step.
+Measured  docs/flat-training: saq.
 """
 
 import math
@@ -27,11 +28,10 @@ from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError
 from bitscape.sharpness import Ascent, Ball, random_state, repeating
+from bitscape.sharpness.ball import TINY, MovedWeights
 
 Descent = Literal["perturbed", "sum"]
 Reuse = Literal["none", "orthogonal"]
-TINY = 1e-12
-"""Keeps a share of a norm finite where the norm is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,14 @@ class Sam:
             raise BitscapeError("relative = True, adaptive = True: ASAM's lengths are relative by themselves; give relative=False")
 
     @property
+    def weights(self) -> MovedWeights:
+        """What the ball holds of a layer's weight."""
+        return "latent"
+
+    @property
     def ball(self) -> Ball:
         """What is perturbed."""
-        return Ball(weights="latent", norms=self.norms, biases=self.biases, clips=self.clips, adaptive=self.adaptive)
+        return Ball(weights=self.weights, norms=self.norms, biases=self.biases, clips=self.clips, adaptive=self.adaptive)
 
     def build(self) -> Step:
         """Return the step of one run."""

@@ -7,18 +7,17 @@ Computes  e = rho g_q / ||g_q||, g_q = dL/dQ(w), one norm over all layers -> sha
           -> SharpStep of sam.py
 Departs   rho is a share of the length of the ball's members: the paper's 0.3 to 0.9 belong to weights of unit variance. Its efficient form
           is not public; `interval` and `reuse` are ours, from LookSAM (see sam.py). `adaptive` is the ASAM form.
-Costs     as Sam: two forward and backward passes a step; with `interval` k one more pass every k-th step.
-Measured  docs/results: saq.
+Costs     as Sam: two forward and backward passes a step, uncompiled and in float32; with `interval` k one more pass every k-th step.
+Measured  docs/flat-training: saq.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from bitscape.errors import BitscapeError
-from bitscape.sharpness import Ball
+from bitscape.sharpness.ball import MovedWeights
 from bitscape.train.sam import Sam
 
-WEIGHTS: dict[int, Literal["independent", "latent", "quantized"]] = {1: "independent", 2: "latent", 3: "quantized"}
+WEIGHTS: dict[int, MovedWeights] = {1: "independent", 2: "latent", 3: "quantized"}
 """Case of the paper -> what the ball holds of a layer's weight."""
 
 
@@ -36,7 +35,6 @@ class Saq(Sam):
             raise BitscapeError(f"case = {self.case}: 1, 2 or 3; 3 is the method")
 
     @property
-    def ball(self) -> Ball:
-        """What is perturbed."""
-        weights = WEIGHTS[self.case]
-        return Ball(weights=weights, norms=self.norms, biases=self.biases, clips=self.clips, adaptive=self.adaptive)
+    def weights(self) -> MovedWeights:
+        """What the case says that the ball holds of a layer's weight."""
+        return WEIGHTS[self.case]
