@@ -81,7 +81,7 @@ def test_inherited_settings_are_on_the_page():
 def test_cards_name_pages_that_have_the_tables():
     named = [
         (card.name, document, re.findall(r"[a-z0-9-]+", names))
-        for card in (*sections()["Search"], *sections()["Training"])
+        for card in (*sections()["Search"], *sections()["Training steps"])
         for document, names in re.findall(r"docs/([a-z-]+): ([a-z0-9-]+(?:, [a-z0-9-]+)*)", card.fields["Measured"])
     ]
     assert ("topological", "transfer", ["transfer-scores"]) in named
