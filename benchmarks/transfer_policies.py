@@ -110,6 +110,8 @@ def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     plan += [(first, "w2a3", proxy, key, 0) for proxy, key in whole]
     plan += [(first, "w2a3", "tiny_imagenet:2000", key, seed) for seed in range(seeds) for key in compared]
     plan += [(other, "w2a3", None, key, 0) for key in controls]
+    best_known = [(None, ("uniform", "two widths")), *(("cifar100:2000", key) for key in compared)]
+    plan += [(other, "w2a3", proxy, key, seed) for seed in range(1, seeds) for proxy, key in best_known]
     for keys in (compared, [*trained, *scored]):
         plan += [(other, "w2a3", proxy, key, 0) for proxy in ("cifar10:2000", "cifar100:2000") for key in keys]
     proxies = ["cifar10:2000", "cifar10:500", "cifar10:5000", *CASES[first].foreign]
