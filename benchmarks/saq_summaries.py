@@ -3,14 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.figures import contours
 from benchmarks.saq import LONGER, PLAIN, SWEEP_SEED
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from bitscape.report.records import identity
 from bitscape.report.tables import Column, aggregate, render
+from bitscape.sharpness import LossSlice
 
 ROW = ("method", "variant")
 GROUP = ("network", "settings.budget", "settings.images")
 NAMES = {"method": "method", "variant": "variant"}
+
+
+def landscape(runs: Sequence[Run]) -> str:
+    """The loss around each network, as SVG."""
+    return contours({" ".join(filter(None, (run["method"], run["variant"]))): LossSlice(**run["extra"]["slice"]) for run in runs})
 
 
 def saq(runs: Sequence[Run]) -> str:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cards import pages
+from benchmarks.saq_summaries import landscape
 from benchmarks.summaries import tables
 from benchmarks.transfer_summaries import heat_map
 from bitscape.errors import BitscapeError
@@ -19,7 +20,10 @@ from bitscape.report.records import read_runs
 from bitscape.report.tables import update_tables
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {"transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl"))}
+FIGURES = {
+    "transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl")),
+    "landscape": lambda results: landscape(read_runs(results / "landscape.jsonl")),
+}
 """Name of the figure -> what draws it from the folder of results."""
 
 
