@@ -24,17 +24,19 @@ FIGURES = {
     "transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl")),
     "landscape": lambda results: landscape(read_runs(results / "landscape.jsonl")),
 }
-"""Name of the figure -> what draws it from the folder of results."""
+"""Name of the figure and of its results file -> what draws it from the folder of results; without the file there is none."""
 
 
 def wanted(root: Path) -> dict[Path, str | None]:
     """Every document that has generated parts -> the text it should have; None for a page whose method is gone."""
-    made = tables(root / "benchmarks" / "results")
+    results = root / "benchmarks" / "results"
+    made = tables(results)
     methods = {root / "docs" / "methods" / name: text for name, text in pages().items()}
     written = [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.exists()]
     gone = {path: None for path in written if path.parent.name == "methods" and path not in methods}
     updated = {path: _updated(path, made) for path in written if path.parent.name != "methods"}
-    figures = {root / "docs" / "figures" / f"{name}.svg": draw(root / "benchmarks" / "results") for name, draw in FIGURES.items()}
+    drawn = {name: draw(results) for name, draw in FIGURES.items() if (results / f"{name}.jsonl").exists()}
+    figures = {root / "docs" / "figures" / f"{name}.svg": text for name, text in drawn.items()}
     return {**updated, **gone, **methods, **figures}
 
 
