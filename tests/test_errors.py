@@ -1,12 +1,26 @@
+from dataclasses import dataclass
+from typing import Literal
+
 import pytest
 import torch
 
-from bitscape.errors import BitscapeError, explained_forward, nearest
+from bitscape.errors import BitscapeError, check_choices, explained_forward, nearest
 
 
 def test_near_names_are_told_and_far_ones_are_not() -> None:
     assert nearest("conv", ["conv1", "head"]) == "; nearest: conv1"
     assert nearest("conv", ["zzz"]) == ""
+
+
+def test_fields_with_choices_hold_one_of_them() -> None:
+    @dataclass
+    class Settings:
+        way: Literal["up", 2] = "up"
+        name: str = "any"
+
+    check_choices(Settings(way=2, name="other"))
+    with pytest.raises(BitscapeError, match="way = 'sideways': allowed are 'up', 2"):
+        check_choices(Settings(way="sideways"))  # type: ignore[arg-type]  # what is tested
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 
 class BitscapeError(ValueError):
@@ -14,6 +15,14 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return "; nearest: a, b" for the options that resemble `name`, or "" when none does."""
     close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def check_choices(settings: Any) -> None:
+    """Raise BitscapeError if a field of the dataclass `settings` that is declared a Literal holds anything else."""
+    for field in fields(settings):
+        value, allowed = getattr(settings, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in allowed:
+            raise BitscapeError(f"{field.name} = {value!r}: allowed are {', '.join(map(repr, allowed))}")
 
 
 @contextmanager

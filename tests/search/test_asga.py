@@ -244,6 +244,15 @@ def test_settings_are_checked(settings, message):
         Asga(**settings)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"radius": "adaptve"}, {"descent": "sum"}, {"perturb": "both"}, {"readout": "drop-two"}, {"task": "label"}], ids=str
+)
+def test_a_choice_that_is_none_is_told_with_the_allowed_ones(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(BitscapeError, match=f"{name} = '{value}': allowed are '"):
+        Asga(**wrong)
+
+
 def test_the_settings_reach_the_step():
     step, _ = ready(radius="fixed", rho=0.1, rho_min=0.02, rho_max=0.3, alignment=0.5, descent="perturbed", perturb="latent")
     assert step.radius == Radius(adaptive=False, start=0.1, low=0.02, high=0.3)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitscape.engine import Sgd, Step, train
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, check_choices
 from bitscape.search.mixed_network import Alternating, Mixed, MixtureSgd, MixtureStep, mixed_network
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.search.proxy_task import ProxyTask, Task, proxy_task
@@ -66,6 +66,7 @@ class Differentiable:
     """Passes that warm a new classifier up before bits move."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
         for name, value in (("lr", self.lr), ("logit_lr", self.logit_lr)):
             if not 0 < value < math.inf:

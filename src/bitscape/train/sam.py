@@ -19,19 +19,16 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.workers import mean
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, check_choices
 from bitscape.sharpness import Ascent, Ball, random_state, repeating
 from bitscape.sharpness.ball import TINY, MovedWeights
-
-Descent = Literal["perturbed", "sum"]
-Reuse = Literal["none", "orthogonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +47,20 @@ class Sam:
     """Biases of convolutions and linear layers are in the ball."""
     clips: bool = True
     """Learned ranges of quantized activations are in the ball; the paper's code leaves them out for transformers."""
-    descent: Descent = "perturbed"
+    descent: Literal["perturbed", "sum"] = "perturbed"
     """Descend along the gradient at the perturbed point, or along the sum of both."""
     interval: int = 1
     """Perturb in every so many-th step only, plain steps between."""
-    reuse: Reuse = "none"
+    reuse: Literal["none", "orthogonal"] = "none"
     """Add to plain steps what the last perturbed gradient had across the plain one (LookSAM)."""
     reuse_share: float = 1.0
     """How much of it is added; 1: in the proportion to the plain gradient in which it was seen."""
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_choices(self)
         if not 0 <= self.rho < math.inf:
             raise BitscapeError(f"rho = {self.rho}: a radius of at least 0; shares of 0.0005 to 0.005 are usual")
-        for name, kind in (("descent", Descent), ("reuse", Reuse)):
-            if getattr(self, name) not in get_args(kind):
-                raise BitscapeError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(map(repr, get_args(kind)))}")
         if self.interval < 1:
             raise BitscapeError(f"interval = {self.interval}: at least 1, which perturbs in every step; 5 or 10 are usual")
         if self.reuse != "none" and self.interval == 1:
