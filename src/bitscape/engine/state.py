@@ -44,7 +44,7 @@ class RunState:
         self._sum("gradient_norm", gradient_norm * images)
         for name, value in record.extras.items():
             self._sum(f"extra.{name}", value.detach() * images)
-            self._sum(f"images.{name}", torch.tensor(float(images), device=value.device))
+            self._sum(f"images.{name}", torch.full_like(value, images, dtype=torch.float64))
         self.batch += 1
         self.images += images
 
