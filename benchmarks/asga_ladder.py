@@ -6,18 +6,16 @@ Measured on the trained mixture: the surrogate gap and the curvature at one fixe
 accuracy after the training that transfer-policies uses. `--part i/n` does every n-th missing run.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, bits_of, record
+from benchmarks.common import bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CASES, SEARCH_EPOCHS, problem, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.engine import evaluate
-from bitscape.report.records import missing, read_runs
 from bitscape.search.allocation import allocate
 from bitscape.search.asga import Asga
 from bitscape.search.differentiable import Differentiable
@@ -86,18 +84,12 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    part, parts = (int(text) for text in options.part.split("/"))
-    for run in list(wanted(options.seeds, options.images, options.epochs))[part::parts]:
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(dict(run)))
+    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part)
 
 
 if __name__ == "__main__":

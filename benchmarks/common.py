@@ -1,9 +1,10 @@
 """What the benchmark scripts share: where data lies, images ready for a network, and how a run is written down."""
 
+import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from bitscape.data.batches import Batches, Normalization
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset, load_dataset
 from bitscape.policy import Policy
-from bitscape.report.records import append_run
+from bitscape.report.records import append_run, missing, read_runs
 from recipes.networks import WEIGHTS
 
 RESULTS = Path(__file__).parent / "results"
+Run = Mapping[str, Any]
 DATA = Path(os.environ.get("BITSCAPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -43,6 +45,28 @@ def test_batches(data: Dataset, normalization: Normalization, batch_size: int = 
 def bits_of(policy: Policy) -> dict[str, list[int]]:
     """Layer -> [weight bits, activation bits]: how a run record holds a policy."""
     return {name: [bits.weight, bits.activation] for name, bits in policy.layers.items()}
+
+
+def recipe_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark that trains networks by the one short recipe."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def do_missing(
+    benchmark: str, keys: Sequence[str], runs: Iterable[Run], measure: Callable[[dict[str, Any]], Mapping[str, Any]], part: str = "0/1"
+) -> None:
+    """Measure and record every n-th of `runs`, from the i-th on for part "i/n", that the results file lacks when its turn comes.
+
+    The file is read again before each run, as other processes may have added to it.
+    """
+    first, step = (int(text) for text in part.split("/"))
+    for run in list(runs)[first::step]:
+        if missing(read_runs(RESULTS / f"{benchmark}.jsonl"), [run], keys):
+            record(benchmark, measure(dict(run)))
 
 
 def record(benchmark: str, run: Mapping[str, Any]) -> None:

@@ -5,16 +5,14 @@
 ResNet-20 on CIFAR-10 at W2A2, the first runs of the benchmark saq; the loss of 128 training images on a plane of two random directions.
 """
 
-import argparse
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, bits_of, record
+from benchmarks.common import bits_of, do_missing, recipe_parser
 from benchmarks.saq import FULL, LONGER, PLAIN, RHO, policy_of, proxy_of, step_of
 from benchmarks.transfer_policies import CASES, trained
-from bitscape.report.records import missing, read_runs
 from bitscape.sharpness import loss_slice
 from recipes.networks import WEIGHTS
 
@@ -46,15 +44,9 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = recipe_parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
-    for run in wanted(options.images, options.epochs):
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(run))
+    do_missing(NAME, KEYS, wanted(options.images, options.epochs), measure)
 
 
 if __name__ == "__main__":

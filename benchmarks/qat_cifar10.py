@@ -6,7 +6,6 @@ Every row shares quantizer (LSQ), recipe, data order and budget. Searches see 51
 does every n-th missing run, so that several processes can share the work.
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
+from benchmarks.common import DATA, bits_of, dataset, do_missing, proxy_images, recipe_parser, test_batches
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
@@ -22,7 +21,6 @@ from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, evaluate, train
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.report.records import missing, read_runs
 from bitscape.search.fisher import Fisher
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
@@ -150,19 +148,12 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    part, parts = (int(text) for text in options.part.split("/"))
-    runs = list(wanted(options.seeds, options.images, options.epochs))
-    for run in runs[part::parts]:
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(dict(run)))
+    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part)
 
 
 if __name__ == "__main__":

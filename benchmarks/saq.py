@@ -7,20 +7,18 @@ passes. The radius is swept once, in runs of a seed that the comparison does not
 in the quantized weights; accuracy on corrupted images on 1,000 test images at severities 1, 3 and 5.
 """
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common import RESULTS, bits_of, record, test_batches
+from benchmarks.common import bits_of, do_missing, recipe_parser, test_batches
 from benchmarks.transfer_policies import CASES, images_of, problem, proxy_of, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.corruptions import CORRUPTIONS, corrupted
 from bitscape.engine import Step, StepSettings, evaluate
 from bitscape.policy import Policy
-from bitscape.report.records import missing, read_runs
 from bitscape.search.fisher import Fisher
 from bitscape.search.uniform import Uniform
 from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
@@ -153,21 +151,15 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="one budget: " + ", ".join(BUDGETS))
     parser.add_argument("--sweep", action="store_true", help="the runs by which the radius is chosen")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = options.images, options.epochs
-    for run in swept(*recipe) if options.sweep else wanted(options.seeds, *recipe):
-        if options.only not in (None, run["settings"]["budget"]):
-            continue
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(dict(run)))
+    runs = swept(*recipe) if options.sweep else wanted(options.seeds, *recipe)
+    do_missing(NAME, KEYS, [run for run in runs if options.only in (None, run["settings"]["budget"])], measure)
 
 
 if __name__ == "__main__":

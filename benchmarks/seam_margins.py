@@ -7,7 +7,6 @@ entering the classifier, centers over the same images; rows hold means over imag
 come from transfer-policies where it has them for the same settings, otherwise they are searched. `--part i/n` does every n-th missing run.
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import transfer_policies
-from benchmarks.common import DATA, RESULTS, bits_of, record
+from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CALIBRATION, CASES, METHODS, images_of, problem, proxy_of, trained
 from bitscape.data.proxy import draw_proxy
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.report.records import identity, missing, read_runs
+from bitscape.report.records import identity, read_runs
 from bitscape.search.seam import network_margins
 from recipes.networks import WEIGHTS, load
 
@@ -102,18 +101,12 @@ def measure(run: dict[str, Any], epochs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    part, parts = (int(text) for text in options.part.split("/"))
-    for run in list(wanted(options.seeds, options.images, options.epochs))[part::parts]:
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(dict(run), options.epochs))
+    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), lambda run: measure(run, options.epochs), options.part)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ epochs over their proxy, whatever its size, so that a proxy of 4 % costs a twent
 n-th missing run, so that several processes can share the work.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import DATA, RESULTS, bits_of, dataset, record, test_batches
+from benchmarks.common import DATA, bits_of, dataset, do_missing, recipe_parser, test_batches
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
@@ -26,7 +25,6 @@ from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.report.records import missing, read_runs
 from bitscape.search.asga import Asga
 from bitscape.search.differentiable import Differentiable
 from bitscape.search.fisher import Fisher
@@ -210,20 +208,14 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--network", choices=list(CASES), help="the runs of one network only")
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    part, parts = (int(text) for text in options.part.split("/"))
     plan = [run for run in wanted(options.seeds, options.images, options.epochs) if options.network in (None, run["network"])]
-    for run in plan[part::parts]:
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), [run], KEYS):
-            record(NAME, measure(dict(run)))
+    do_missing(NAME, KEYS, plan, measure, options.part)
 
 
 if __name__ == "__main__":

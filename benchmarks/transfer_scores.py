@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks import ptq_imagenet, qat_cifar10
-from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
+from benchmarks.common import DATA, RESULTS, bits_of, dataset, do_missing, proxy_images, test_batches
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset, load_dataset
@@ -36,7 +36,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import quantize, record_inputs
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import Mse
-from bitscape.report.records import identity, missing, read_runs
+from bitscape.report.records import identity, read_runs
 from bitscape.search.fisher import Fisher
 from bitscape.search.hawq import Hawq
 from bitscape.search.kl import Kl
@@ -369,11 +369,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    part, parts = (int(text) for text in options.part.split("/"))
-    for run in list(wanted())[part::parts]:
-        done = read_runs(FILE)
-        if missing(done, [run], KEYS):
-            record(NAME, measure(run, done))
+    do_missing(NAME, KEYS, wanted(), lambda run: measure(run, read_runs(FILE)), options.part)
 
 
 if __name__ == "__main__":
