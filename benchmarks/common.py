@@ -72,8 +72,6 @@ def do_missing(
 def record(benchmark: str, run: Mapping[str, Any]) -> None:
     """Append a run to the benchmark's results file, with the command that made it, and print its gist."""
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    append_run(
-        RESULTS / f"{benchmark}.jsonl", {"benchmark": benchmark, "threads": torch.get_num_threads(), "command": command, **run}
-    )
+    append_run(RESULTS / f"{benchmark}.jsonl", {"benchmark": benchmark, "threads": torch.get_num_threads(), "command": command, **run})
     shown = ("network", "method", "variant", "proxy", "budget", "seed", "top1", "extra")
     print({key: run[key] for key in shown if key in run}, flush=True)

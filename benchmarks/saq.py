@@ -3,8 +3,8 @@
     python -m benchmarks.saq [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--only w2a2] [--sweep]
 
 Every row shares quantizer, recipe, data order and policy. Plain training is also given twice the epochs, which is the time of a step of two
-passes. The radius is swept once, in runs of a seed that the comparison does not use (`--sweep`). Sharpness is measured on training images,
-in the quantized weights; accuracy on corrupted images on 1,000 test images at severities 1, 3 and 5.
+passes. The radius is swept once for each quantizer, in runs of a seed that the comparison does not use (`--sweep`). Sharpness is measured
+on training images, in the quantized weights; accuracy on corrupted images on 1,000 test images at severities 1, 3 and 5.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.corruptions import CORRUPTIONS, corrupted
 from bitscape.engine import Step, StepSettings, evaluate
 from bitscape.policy import Policy
+from bitscape.quant.quantizers import Dorefa, Liq, LsqPlus, Pact, Quantizer
 from bitscape.search.fisher import Fisher
 from bitscape.search.uniform import Uniform
 from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
@@ -28,7 +29,7 @@ from bitscape.train.saq import Saq
 from recipes.networks import WEIGHTS
 
 NAME = "saq"
-KEYS = ("network", "method", "variant", "settings.budget", "settings.rho", "settings.images", "epochs", "seed")
+KEYS = ("network", "method", "variant", "settings.budget", "settings.quantizer", "settings.rho", "settings.images", "epochs", "seed")
 RHO = 0.003
 """Chosen by the sweep."""
 SWEEP, SWEEP_SEED = (0.0003, 0.001, 0.003, 0.01, 0.03), 100
@@ -44,6 +45,8 @@ STEPS: dict[tuple[str, str], Sam] = {
 PLAIN, LONGER, FULL = ("plain", ""), ("plain", "twice the epochs"), ("saq", "case 3")
 CORRUPTED = (PLAIN, LONGER, FULL)
 """Rows that are measured on corrupted images too."""
+QUANTIZERS: dict[str, Quantizer] = {"lsq_plus": LsqPlus(), "pact": Pact(), "dorefa": Dorefa(), "liq": Liq()}
+"""Beside LSQ, which every other run has: their radius is swept too."""
 BUDGETS = ("w2a2", "w3a3", "w4a4", "searched")
 PROBED, CURVED, RADIUS, ADAPTIVE_RADIUS, ITERATIONS = 512, 128, 0.05, 0.2, 10
 CORRUPTED_IMAGES, SEVERITIES = 1000, (1, 3, 5)
@@ -71,10 +74,16 @@ def swept(images: int, epochs: int) -> Iterator[dict[str, Any]]:
     for key in (FULL, ("saq", "case 3, interval 5"), ("sam", "case 2")):
         for rho in SWEEP if key == FULL else SWEEP[2:4]:
             yield _run(network, key, "w2a2", rho, images, epochs, SWEEP_SEED)
+    for quantizer in QUANTIZERS:
+        yield _run(network, PLAIN, "w2a2", None, images, epochs, SWEEP_SEED, quantizer)
+        for rho in SWEEP:
+            yield _run(network, FULL, "w2a2", rho, images, epochs, SWEEP_SEED, quantizer)
 
 
-def _run(network: str, key: tuple[str, str], budget: str, rho: float | None, images: int, epochs: int, seed: int) -> dict[str, Any]:
-    settings = {"budget": budget, "rho": rho, "images": images}
+def _run(
+    network: str, key: tuple[str, str], budget: str, rho: float | None, images: int, epochs: int, seed: int, quantizer: str | None = None
+) -> dict[str, Any]:
+    settings = {"budget": budget, "rho": rho, "images": images, **({"quantizer": quantizer} if quantizer else {})}
     return {"network": network, "method": key[0], "variant": key[1], "settings": settings, "epochs": epochs, "seed": seed}
 
 
@@ -124,7 +133,7 @@ def on_corrupted(network: nn.Module, name: str) -> dict[str, float]:
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Train, evaluate, measure the sharpness."""
     policy, cost = policy_of(run)
-    network, extra = trained(run, policy, step_of(run))
+    network, extra = trained(run, policy, step_of(run), QUANTIZERS.get(run["settings"].get("quantizer", "")))
     accuracy = evaluate(network, tests(run["network"]))
     robust = run["seed"] != SWEEP_SEED and (run["method"], run["variant"]) in CORRUPTED
     return {

@@ -25,6 +25,7 @@ from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.quantizers import Lsq, Quantizer
 from bitscape.search.asga import Asga
 from bitscape.search.differentiable import Differentiable
 from bitscape.search.fisher import Fisher
@@ -159,11 +160,14 @@ def problem(run: dict[str, Any]) -> SearchProblem:
     )
 
 
-def trained(run: dict[str, Any], policy: Policy, step: Step | StepSettings | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantize, calibrate on the target, train by the one recipe, plainly if no step is given."""
+def trained(
+    run: dict[str, Any], policy: Policy, step: Step | StepSettings | None = None, quantizer: Quantizer | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Quantize, calibrate on the target, train by the one recipe; plainly and by LSQ if nothing else is given."""
     entry, seed, images = WEIGHTS[run["network"]], run["seed"], images_of(CASES[run["network"]].training)
     own = proxy_of(run["network"], None, seed)
-    network = calibrate(quantize(load(run["network"], DATA), policy), entry.normalization.apply(own.images[:CALIBRATION]))
+    quantized = quantize(load(run["network"], DATA), policy, quantizer=quantizer or Lsq())
+    network = calibrate(quantized, entry.normalization.apply(own.images[:CALIBRATION]))
     before = evaluate(network, tests(run["network"]))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = Batches(
