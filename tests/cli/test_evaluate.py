@@ -1,7 +1,11 @@
 import re
+import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
+from bitscape.data.corruptions import CORRUPTIONS
+from bitscape.data.sources import load_dataset
 from bitscape.policy import LayerBits, uniform_policy
 from tests.cli.run import MODEL
 
@@ -56,6 +60,7 @@ def test_a_trained_folder_packs(cli, refused, trained, weights, tmp_path):
 NETWORKS = """
 import torch
 from torch import nn
+from bitscape.engine import Spent
 
 class Standardized(nn.Module):
     def __init__(self):
@@ -74,6 +79,16 @@ class Broken(Standardized):
 
 def colour():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+
+class Adaptive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 10)
+
+    def forward(self, x):
+        bits = 2.0 + (x.mean((1, 2, 3)) > 0.5)  # the digits are darker; severity 5 of brightness lifts all of them by 0.3
+        self.spent = Spent(bits=bits, bitops=bits)
+        return self.head(x.flatten(1))
 """
 
 
@@ -113,6 +128,47 @@ def test_images_of_another_size_or_channels_end_in_one_clear_line(cli, refused, 
     assert "1, 16, 16)" in refused("export", "packed", *own, *repaired, *large, "--out", tmp_path / "other.safetensors")
     assert "to have 3 channels, but got 1 channels" in refused("evaluate", *networks("colour"), *data)
     assert "to have 3 channels, but got 1 channels" in refused("train", *networks("colour"), *data, "--out", run)
+
+
+@pytest.fixture
+def colored(tmp_path):
+    """30 digits in three channels."""
+    file, digits = tmp_path / "colored.npz", load_dataset("digits", split="test", limit=30)
+    np.savez(file, images=digits.images.repeat(1, 3, 1, 1).numpy(), labels=digits.labels.numpy(), class_names=list("0123456789"))
+    return ("--data", file, "--normalize", "unit")
+
+
+def test_corruptions_print_a_table_and_draw_the_heat_map(cli, networks, colored, tmp_path):
+    file = tmp_path / "map.svg"
+    plain = cli("evaluate", *networks("colour"), *colored)
+    shown = cli("evaluate", *networks("colour"), *colored, "--corruptions", file)
+    assert shown.out.startswith(plain.out)
+    rows = {words[0]: words[1:] for line in shown.out[len(plain.out) :].splitlines() if (words := line.split())}
+    assert rows["clean"] == [f"{_top1(plain):.2f}"]
+    assert set(CORRUPTIONS) < set(rows) and "bits" not in shown.out
+    for name in CORRUPTIONS:
+        *values, mean = map(float, rows[name])
+        assert len(values) == 5 and mean == pytest.approx(sum(values) / 5, abs=0.01)
+    svg = ElementTree.parse(file).getroot()
+    drawn = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert f"{float(rows['jpeg'][3]):.1f}" in drawn
+    assert f"heat map: {file}" in shown.out
+
+
+def test_a_network_that_reports_its_bits_gets_a_second_table(cli, networks, colored, tmp_path):
+    shown = cli("evaluate", *networks("Adaptive"), *colored, "--corruptions", tmp_path / "map.svg")
+    _, _, bits = shown.out.partition("mean activation bits at severity")
+    rows = {words[0]: words[1:] for line in bits.splitlines() if (words := line.split())}
+    assert rows["clean"] == ["2.00"]
+    assert rows["contrast"] == ["2.00"] * 6
+    assert (rows["brightness"][0], rows["brightness"][4]) == ("2.00", "3.00")
+
+
+def test_corruptions_that_cannot_be_drawn_are_refused_before_any_work(refused, networks, colored, tmp_path):
+    asked = ("evaluate", *networks("colour"), *colored, "--corruptions")
+    assert "--corruptions '" in (message := refused(*asked, tmp_path / "map.png")) and "suffix '.png'" in message
+    assert "no folder" in refused(*asked, tmp_path / "none" / "map.svg")
+    assert "three channels; --data 'digits' has 1" in refused(*EVALUATE, "--corruptions", tmp_path / "map.svg")
 
 
 def test_mistakes_end_in_one_clear_line(refused, trained, weights, tmp_path):

@@ -1,5 +1,9 @@
-"""`bitscape evaluate`: accuracy and cost of a float network, a policy on it, a packed file or a trained folder."""
+"""`bitscape evaluate`: accuracy and cost of a float network, a policy on it, a packed file or a trained folder.
 
+With --corruptions also its accuracy, and its bits if they depend on the image, under each corruption at each severity.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +19,9 @@ from bitscape.cli.network import (
     normalized_images,
 )
 from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_options, network_options, seed_option
-from bitscape.cli.output import amount
+from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
+from bitscape.cli.parsing import writable
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -25,12 +30,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.data.batches import Batches
+    from bitscape.engine.quality_grid import Cell, QualityGrid
 
 calibration_options = all_of(
     click.option("--calibration", metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
     click.option("--calibration-images", default=256, show_default=True, help="Images drawn for it."),
     click.option("--repair", is_flag=True, help="Fold norms; repair rounding and biases on the same images."),
 )
+
+
+def _svg(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    path = writable(context, parameter, value)
+    if path is not None and path.suffix.lower() != ".svg":
+        raise BitscapeError(f"{parameter.opts[0]} {value!r} has the suffix {path.suffix!r}; the heat map is an .svg file")
+    return path
 
 
 @click.command()
@@ -42,6 +55,7 @@ calibration_options = all_of(
 @calibration_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
 @click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train --out` left there.")
+@click.option("--corruptions", callback=_svg, metavar="FILE", help="Also measure ten corruptions at five severities; heat map, .svg.")
 @seed_option
 def evaluate(
     model: str,
@@ -58,6 +72,7 @@ def evaluate(
     repair: bool,
     packed: Path | None,
     checkpoint: Path | None,
+    corruptions: Path | None,
     seed: int,
 ) -> None:
     """Measure top-1 and top-5 accuracy, and what an image costs.
@@ -75,6 +90,8 @@ def evaluate(
     settings = ImageSettings(input_size=input_size, normalize=normalize)
     batches = load_batches(data, split or "test", settings, batch_size)
     shape = tuple(batches.dataset.images.shape[1:])
+    if corruptions is not None and shape[0] != 3:
+        raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     network = load_network(model, weights, device, seed)
     policy: Policy | None = None
     if policy_file is not None and calibration is not None:
@@ -86,6 +103,8 @@ def evaluate(
     elif checkpoint is not None:
         network, policy = load_trained(network, checkpoint)
     _report(network, policy, batches, shape)
+    if corruptions is not None:
+        _report_corruptions(network, batches, corruptions, seed)
 
 
 def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...]) -> None:
@@ -100,3 +119,26 @@ def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", sha
         return
     click.echo()
     print_within_budget(policy, cost)
+
+
+def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:
+    from bitscape.engine.quality_grid import quality_grid
+    from bitscape.files import write_atomic
+    from bitscape.report.heat_map import heat_map
+
+    grid = quality_grid(network, batches, seed=seed)
+    _print_grid("top-1, %, at severity", grid, lambda cell: cell.top1)
+    if grid.clean.bits is not None:
+        _print_grid("mean activation bits at severity", grid, lambda cell: cell.bits)
+    write_atomic(file, heat_map(grid))
+    click.echo(f"\nheat map: {file}")
+
+
+def _print_grid(title: str, grid: "QualityGrid", value: "Callable[[Cell], float | None]") -> None:
+    """Print a line for each corruption; the last column is the mean over the severities."""
+    rows = [[grid.clean.corruption, *("" for _ in grid.severities), f"{value(grid.clean):.2f}"]]
+    for name in grid.corruptions:
+        values = [number for cell in grid.cells if cell.corruption == name and (number := value(cell)) is not None]
+        rows.append([name, *(f"{number:.2f}" for number in (*values, sum(values) / len(values)))])
+    click.echo()
+    print_table([title, *map(str, grid.severities), "mean"], rows)

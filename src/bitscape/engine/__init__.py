@@ -3,6 +3,7 @@
 from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
+from bitscape.engine.quality_grid import QualityGrid, Spending, Spent, quality_grid
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
 from bitscape.engine.step import Batch, LossFunction, Step, StepRecord, StepSettings
 from bitscape.engine.training import TrainResult, train
@@ -18,11 +19,15 @@ __all__ = [
     "LossFunction",
     "NonFiniteError",
     "OptimizerSettings",
+    "QualityGrid",
     "Sgd",
+    "Spending",
+    "Spent",
     "Step",
     "StepRecord",
     "StepSettings",
     "TrainResult",
     "evaluate",
+    "quality_grid",
     "train",
 ]

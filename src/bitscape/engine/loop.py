@@ -154,7 +154,7 @@ class Loop:
         whole = images_of_all(self.batches, state.batch, len(images))
         parts = min(self.accumulate, whole // workers.world_size())  # as the worker with the fewest images: steps may talk in each part
         with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
-            batch = Batch.of(images, labels, self.loss, parts)
+            batch = Batch.of(images, labels, self.loss, parts, self._steps_done() / (self.epochs * len(self.batches)))
         share = len(images) / whole
         with workers.averaged_buffers(state.model, share):
             record = state.step(state.model, batch)

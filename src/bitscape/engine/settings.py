@@ -1,7 +1,7 @@
 """Optimisers and the learning-rate schedule, as settings that build the torch objects."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,6 +121,17 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, quantizer
         {"name": "quantizers", "params": own, "lr": lr if quantizer_lr is None else quantizer_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def sgd_with_rate(sgd: Sgd, model: nn.Module, name: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return the optimiser of `sgd` in which `parameters` are a group `name` with a rate of their own and no decay."""
+    own = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+    groups = parameter_groups(model, sgd.lr, sgd.weight_decay, sgd.quantizer_lr)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    groups.append({"name": name, "params": list(own.values()), "lr": lr, "weight_decay": 0.0})
+    kept = [group for group in groups if group["params"]]
+    return torch.optim.SGD(kept, lr=sgd.lr, momentum=sgd.momentum, nesterov=sgd.nesterov, fused=_fuse(model))
 
 
 def _quantizer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

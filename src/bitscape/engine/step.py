@@ -63,13 +63,15 @@ class Batch:
     """
 
     parts: tuple[Part, ...]
+    progress: float = 0.0
+    """Share of the run's steps that are done before this batch."""
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, loss: LossFunction, parts: int = 1) -> "Batch":
+    def of(cls, images: Tensor, labels: Tensor, loss: LossFunction, parts: int = 1, progress: float = 0.0) -> "Batch":
         """Cut `images` (n, c, h, w) and `labels` (n,) into `parts`, or n if that is less; what passes share of the loss is done here."""
         pieces = min(parts, len(images))
         cut = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
-        return cls(tuple(Part(x, y, loss.for_batch(x), len(x) / len(images)) for x, y in cut))
+        return cls(tuple(Part(x, y, loss.for_batch(x), len(x) / len(images)) for x, y in cut), progress)
 
     def __len__(self) -> int:
         return sum(len(part.images) for part in self.parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.engine import Batch, Sgd, Step, StepRecord
-from bitscape.engine.settings import parameter_groups
+from bitscape.engine.settings import sgd_with_rate
 from bitscape.engine.step import restore_step, step_state
 from bitscape.engine.workers import part
 from bitscape.quant.convert import calibrate
@@ -33,13 +33,8 @@ class MixtureSgd:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the torch optimiser over the trainable parameters of `model`."""
-        logits = {id(module.logits): module.logits for module in model.modules() if isinstance(module, Mixture)}
-        groups = parameter_groups(model, self.sgd.lr, self.sgd.weight_decay, self.sgd.quantizer_lr)
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in logits]
-        groups.append({"name": "logits", "params": list(logits.values()), "lr": self.logit_lr, "weight_decay": 0.0})
-        kept = [group for group in groups if group["params"]]
-        return torch.optim.SGD(kept, lr=self.sgd.lr, momentum=self.sgd.momentum, nesterov=self.sgd.nesterov)
+        logits = [module.logits for module in model.modules() if isinstance(module, Mixture)]
+        return sgd_with_rate(self.sgd, model, "logits", logits, self.logit_lr)
 
 
 @dataclass(kw_only=True, eq=False)
