@@ -11,7 +11,7 @@ from bitscape.report.tables import Column, aggregate, render
 from bitscape.sharpness import LossSlice
 
 ROW = ("method", "variant")
-GROUP = ("network", "settings.budget", "settings.images")
+GROUP = ("network", "settings.budget", "settings.images", "settings.schedule")
 NAMES = {"method": "method", "variant": "variant"}
 
 
@@ -31,7 +31,8 @@ def saq(runs: Sequence[Run]) -> str:
         Column(value="extra.step_process_s", heading="process s a step", digits=3),
     ]
     parts = []
-    for (network, budget, images), group in groups([run for run in runs if run["seed"] != SWEEP_SEED], GROUP).items():
+    compared = [_with_schedule(run) for run in runs if run["seed"] != SWEEP_SEED]
+    for (network, budget, images, epochs), group in groups(compared, GROUP).items():
         rows = rows_of(group, ROW, columns)
         table = render(rows, NAMES, columns)
         top1: dict[tuple[Any, ...], dict[int, float]] = {identity(row.keys, ROW): {} for row in rows}
@@ -40,10 +41,16 @@ def saq(runs: Sequence[Run]) -> str:
         for heading, reference in (("against plain, points [95 %]", PLAIN), ("against plain with twice the epochs", LONGER)):
             cells = ["-" if key == reference else paired(values, top1.get(reference, {})) for key, values in top1.items()]
             table = with_column(table, heading, cells)
-        epochs, rhos = min(run["epochs"] for run in group), sorted({run["settings"]["rho"] for run in group if run["settings"]["rho"]})
+        rhos = sorted({run["settings"]["rho"] for run in group if run["settings"]["rho"]})
         recipe = f"{images:,} images an epoch, epochs: {epochs}, radius: {', '.join(map(str, rhos)) or '-'}"
         parts.append(f"**{network} on {group[0]['target']}, {budget}**; {recipe}, float {group[0]['float_top1']} %\n\n{table}")
     return "\n\n".join(part for part in (*parts, on_corrupted(runs), radius_sweep(runs)) if part)
+
+
+def _with_schedule(run: Run) -> Run:
+    """The run, with the epochs of the rows that it is compared with among its settings."""
+    epochs = int(run["epochs"]) // 2 if (run["method"], run["variant"]) == LONGER else int(run["epochs"])
+    return {**run, "settings": {**run["settings"], "schedule": epochs}}
 
 
 def radius_sweep(runs: Sequence[Run]) -> str:
@@ -56,11 +63,15 @@ def radius_sweep(runs: Sequence[Run]) -> str:
         Column(value="extra.training_loss", heading="training loss", digits=3),
         Column(value="extra.gap", heading="gap at radius 0.05", digits=3),
     ]
-    rows = aggregate(swept, (*ROW, "settings.rho"), [column.value for column in columns])
-    about = f"{swept[0]['network']} on {swept[0]['target']}, {swept[0]['settings']['budget']}"
-    return f"**Sweep of the radius**, one seed that the tables above do not use: {about}\n\n" + render(
-        rows, {**NAMES, "settings.rho": "radius"}, columns
-    )
+    parts = []
+    for (quantizer, images, epochs), group in groups(swept, ("settings.quantizer", "settings.images", "epochs")).items():
+        rows = aggregate(group, (*ROW, "settings.rho"), [column.value for column in columns])
+        about = (
+            f"{group[0]['network']} on {group[0]['target']}, {group[0]['settings']['budget']}, {images:,} images an epoch, epochs: {epochs}"
+        )
+        table = render(rows, {**NAMES, "settings.rho": "radius"}, columns)
+        parts.append(f"**Sweep of the radius, {quantizer or 'lsq'}**, one seed that the tables above do not use: {about}\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def on_corrupted(runs: Sequence[Run]) -> str:
@@ -71,7 +82,9 @@ def on_corrupted(runs: Sequence[Run]) -> str:
     names = measured[0]["extra"]["corrupted"]
     columns = [Column(value=f"extra.corrupted.{name}", heading=name.replace("_", " "), digits=1) for name in names]
     parts = []
-    for (network, budget, _), group in groups(measured, GROUP).items():
-        parts.append(f"**{network} on {group[0]['target']}, {budget}**: top-1 in percent, mean over severities 1, 3 and 5")
+    for (network, budget, _, epochs), group in groups([_with_schedule(run) for run in measured], GROUP).items():
+        parts.append(
+            f"**{network} on {group[0]['target']}, {budget}**, epochs: {epochs}; top-1 in percent, mean over severities 1, 3 and 5"
+        )
         parts.append(render(rows_of(group, ROW, columns), NAMES, columns))
     return "\n\n".join(parts)

@@ -1,6 +1,6 @@
 from typing import Any
 
-from benchmarks.saq import BUDGETS, LONGER, PLAIN, STEPS, SWEEP, SWEEP_SEED, step_of, swept, wanted
+from benchmarks.saq import BUDGETS, LONGER, PLAIN, QUANTIZERS, STEPS, SWEEP, SWEEP_SEED, step_of, swept, wanted
 from benchmarks.saq_summaries import saq
 from bitscape.train import Plain, Sam
 from tests.benchmarks.test_transfer_summaries import line_of
@@ -34,8 +34,8 @@ def test_every_step_is_compared_at_equal_epochs_and_at_equal_time() -> None:
 def test_runs_of_the_sweep_stand_apart_and_corrupted_images_have_a_table() -> None:
     runs = [run(*PLAIN, 0, 80.0, corrupted={"contrast": 60.0, "mean": 70.0}), run("saq", "case 3", 0, 81.0)]
     runs += [run("saq", "case 3", SWEEP_SEED, 44.0)]
-    comparison, _, rest = saq(runs).partition("**n on t, w2a2**: top-1 in percent")
-    corrupted, _, sweep = rest.partition("**Sweep of the radius**")
+    comparison, _, rest = saq(runs).partition("**n on t, w2a2**, epochs: 2; top-1 in percent")
+    corrupted, _, sweep = rest.partition("**Sweep of the radius, lsq**")
     assert "44.00" not in comparison + corrupted and line_of(sweep, "| saq | case 3 | 0.01")[3] == "44.00"
     assert line_of(corrupted, "| plain")[2:] == ["60.0", "70.0", "1"] and "saq" not in corrupted
 
@@ -49,5 +49,9 @@ def test_the_plan_has_every_step_for_every_policy_and_plain_training_twice_as_lo
 
 
 def test_the_sweep_varies_the_radius_alone() -> None:
-    found = [step_of(each) for each in swept(10_000, 2) if each["variant"] == "case 3"]
-    assert [step.rho for step in found if isinstance(step, Sam)] == list(SWEEP)
+    radii: dict[str, list[float]] = {}
+    for each in swept(10_000, 2):
+        step = step_of(each)
+        if each["variant"] == "case 3" and isinstance(step, Sam):
+            radii.setdefault(each["settings"].get("quantizer", "lsq"), []).append(step.rho)
+    assert radii == {key: list(SWEEP) for key in ("lsq", *QUANTIZERS)}

@@ -1,0 +1,19 @@
+"""Bits chosen for each image: features, heads, the dynamic network, the step that trains it, and the static tiers that stand for it."""
+
+from bitscape.dynamic.decision import Decision
+from bitscape.dynamic.dqmq import Dqmq, DqmqSgd
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide, dynamic_network, keep_bitops
+from bitscape.dynamic.tiers import TieredNetwork, distill_tiers
+
+__all__ = [
+    "Decision",
+    "Dqmq",
+    "DqmqSgd",
+    "DynamicBits",
+    "DynamicNetwork",
+    "TieredNetwork",
+    "decide",
+    "distill_tiers",
+    "dynamic_network",
+    "keep_bitops",
+]

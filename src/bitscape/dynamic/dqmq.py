@@ -1,0 +1,151 @@
+"""Dqmq: bit-widths that follow the quality of the input, learned jointly with the network.
+
+Paper     Wang, Guo, Guo, Zhang: "Data quality-aware mixed-precision quantization via hybrid reinforcement learning", arXiv 2302.04453
+          (IEEE TNNLS 2024).
+Idea      Images of different quality need different bits. A policy with few parameters decides, layer by layer, from what an image looks
+          like; its discrete choice is relaxed to a continuous one, so that one backward pass trains network and policy together.
+Computes  b = m + v xi, limited to low..high -> heads; Q(u; b) = (1-f) Q_floor + f Q_ceil -> widths.at_widths;
+          L_task + lambda max(0, C(b)/C_ref - 1) + mu mean f(1-f) -> DqmqStep
+Departs   No code was released and details are not available: all but the claims of the abstract is ours. Weights have static bits unless
+          asked otherwise, which lets one batch hold images of different bits. "Hybrid" is the path-wise gradient through b, with an
+          optional score-function term on the loss at whole bits.
+Costs     two quantizations of each activation while widths are continuous: about twice a plain step on a CPU; decisions cost below 1 % of
+          BitOps.
+Measured  not yet.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitscape.dynamic.decision import Decision
+from bitscape.dynamic.network import DynamicNetwork
+from bitscape.engine import Batch, Sgd, Step, StepRecord
+from bitscape.engine.settings import sgd_with_rate
+from bitscape.engine.step import Part, count_correct, sum_of
+from bitscape.errors import BitscapeError, check_choices
+from bitscape.sharpness import random_state, repeating
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dqmq:
+    """Settings of the step that trains a DynamicNetwork."""
+
+    bitops: float
+    """What an image may cost, static layers and the decision itself included."""
+    budget_of: Literal["batch", "image"] = "batch"
+    """Whether the mean over the batch is held to the budget, so that clean images may pay for degraded ones, or every image."""
+    cost_weight: float = 2.0
+    """Weight of the cost above the budget, as a share of the budget; reached at the end of `ramp`."""
+    hardening_weight: float = 0.01
+    """Weight of f (1 - f), which draws widths to whole numbers."""
+    estimator: Literal["pathwise", "both", "score"] = "pathwise"
+    """How heads learn from the loss: through the continuous width, by the score function at whole widths (REINFORCE), or both."""
+    score_weight: float = 0.1
+    """Weight of the score-function term, where there is one."""
+    warm_up: float = 0.1
+    """Share of the run in which bits are drawn evenly, so that every width's scale is trained."""
+    ramp: float = 0.2
+    """Share of the run, after the warm-up, in which the cost's weight rises to its full value."""
+    hard_from: float = 2 / 3
+    """Share of the run after which sampled widths are rounded more and more often, always at its end."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_choices(self)
+        if not 0 < self.bitops < math.inf:
+            raise BitscapeError(f"bitops = {self.bitops}: what an image may cost, above 0; policy_cost tells that of a policy")
+        shares = {"warm_up": self.warm_up, "ramp": self.ramp, "hard_from": self.hard_from}
+        if not (all(0 <= share <= 1 for share in shares.values()) and self.warm_up + self.ramp <= self.hard_from < 1):
+            raise BitscapeError(f"{shares}: shares of the run; warm_up + ramp must not exceed hard_from, which must be below 1")
+        weights = {"cost_weight": self.cost_weight, "hardening_weight": self.hardening_weight, "score_weight": self.score_weight}
+        if not all(0 <= weight < math.inf for weight in weights.values()):
+            raise BitscapeError(f"{weights}: each must be at least 0")
+
+    def build(self) -> Step:
+        """Return the step of one run."""
+        return DqmqStep(settings=self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DqmqSgd:
+    """SGD with momentum; the heads of a DynamicNetwork have a rate of their own and no decay."""
+
+    sgd: Sgd = field(default_factory=Sgd)
+    """For weights, norms and scales."""
+    head_lr: float = 0.3
+    """For the heads: they count in bits, and one width is a small share of the cost."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the torch optimiser over the trainable parameters of `model`."""
+        return sgd_with_rate(self.sgd, model, "heads", _dynamic(model).heads.parameters(), self.head_lr)
+
+
+@dataclass(kw_only=True)
+class DqmqStep:
+    """One pass at sampled widths: the task's loss, the cost above the budget, and what draws widths to whole numbers."""
+
+    settings: Dqmq
+
+    def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
+        """Leave the gradient of the whole objective in `.grad`."""
+        network, settings = _dynamic(model), self.settings
+        network.hardness = min(1.0, max(0.0, batch.progress - settings.hard_from) / (1 - settings.hard_from))
+        network.pathwise = settings.estimator != "score"
+        return sum_of([self._of_part(network, part, batch.progress) for part in batch.parts])
+
+    def _of_part(self, network: DynamicNetwork, part: Part, done: float) -> StepRecord:
+        settings = self.settings
+        if done < settings.warm_up:
+            with network.using(network.even(len(part.images))):
+                logits = cast(Tensor, network(part.images))
+        else:
+            logits = network(part.images)
+        value, decision = part.loss(logits, part.labels), network.decision
+        excess = self._excess(network, decision)
+        objective = value
+        if done >= settings.warm_up:
+            weight = settings.cost_weight * min(1.0, (done - settings.warm_up) / max(settings.ramp, 1e-9))
+            objective = objective + weight * excess + settings.hardening_weight * _softness(decision)
+            if settings.estimator != "pathwise":
+                objective = objective + settings.score_weight * self._score_term(network, part, logits, decision)
+        (objective * part.share).backward()
+        spent = network.spent
+        extras = {"bits": spent.bits.mean(), "bitops": spent.bitops.mean(), "excess": excess.detach()}
+        return StepRecord(
+            loss=value.detach() * part.share,
+            correct=count_correct(logits, part.labels),
+            extras={name: each * part.share for name, each in extras.items()},
+        )
+
+    def _excess(self, network: DynamicNetwork, decision: Decision) -> Tensor:
+        """Cost above the budget, as a share of it."""
+        used = (decision.bitops(network.cost) + network.decision_bitops) / self.settings.bitops
+        above = used.mean() if self.settings.budget_of == "batch" else used
+        return (above - 1).clamp(min=0).mean()
+
+    def _score_term(self, network: DynamicNetwork, part: Part, logits: Tensor, decision: Decision) -> Tensor:
+        """Raise the density of sampled decisions whose loss at whole bits is below the batch's mean (REINFORCE, with that baseline)."""
+        density = network.log_density
+        with torch.no_grad():
+            if network.pathwise:
+                with repeating(network, random_state(network)), network.using(decision.detach().rounded()):
+                    logits = network(part.images)
+            losses = functional.cross_entropy(logits, part.labels, reduction="none")
+            advantage = (losses - losses.mean()) / losses.std().clamp(min=1e-6)
+        return (advantage * density).mean() / len(network.names)
+
+
+def _softness(decision: Decision) -> Tensor:
+    rest = decision.activation - decision.activation.detach().floor()
+    return (rest * (1 - rest)).mean()
+
+
+def _dynamic(model: nn.Module) -> DynamicNetwork:
+    if not isinstance(model, DynamicNetwork):
+        raise BitscapeError(f"model is a {type(model).__name__}; this step and its optimizer are for what dynamic_network returns")
+    return model

@@ -1,0 +1,65 @@
+"""The decision on one layer's bits: few parameters, a distribution over widths that can be sampled and differentiated."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LEAST_SPREAD = 0.1
+"""Least deviation of a sampled width, in bits."""
+LEAST_VARIATION = 0.05
+"""Of a feature over the calibration images: what does not vary there may do so later, and must not count without limit then."""
+START_SPREAD = -1.0
+"""Before the softplus: 0.31 bits more than the least."""
+
+
+class Head(nn.Module):
+    """A linear decision on features: for each width the middle m and the deviation v of its distribution, in bits.
+
+    Attributes:
+        center, spread: buffers (features,), by which features are standardized; from the calibration images.
+    """
+
+    def __init__(self, features: int, decisions: int, start: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, 2 * decisions)
+        nn.init.zeros_(self.linear.weight)
+        with torch.no_grad():
+            self.linear.bias.copy_(torch.tensor([start, START_SPREAD]).repeat_interleave(decisions))
+        self.center: Tensor
+        self.spread: Tensor
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return m and v, both (n, decisions), for features (n, features)."""
+        m, r = self.linear((features - self.center) / self.spread).chunk(2, dim=1)
+        return m, functional.softplus(r) + LEAST_SPREAD
+
+    def standardize(self, features: Tensor) -> None:
+        """Take center and spread from features (n, features) of calibration images."""
+        self.center.copy_(features.mean(0))
+        self.spread.copy_(features.std(0).clamp(min=LEAST_VARIATION))
+
+
+def bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """Limit `x` to low..high; the gradient is kept where descent along it leads back inside.
+
+    A sigmoid in its place has hardly a slope near its ends, where heads begin.
+    """
+    return cast(Tensor, _Bounded.apply(x, low, high))  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.limits
+        outward = ((x > high) & (g < 0)) | ((x < low) & (g > 0))
+        return g.masked_fill(outward, 0.0), None, None

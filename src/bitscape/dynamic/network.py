@@ -1,0 +1,367 @@
+"""A quantized network whose layers get as many bits as each image needs: one small head a layer decides.
+
+network = dynamic_network(model, policy, calibration_images, low=2, high=8)
+train(network, batches, step=Dqmq(bitops=...), optimizer=DqmqSgd(), ...)
+keep_bitops(network, calibration_images, bitops)
+network(images); network.decision.activation      # (n, layers), whole numbers in eval mode
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.cost.layers import NetworkCost, measure
+from bitscape.dynamic.decision import Decision, joined
+from bitscape.dynamic.heads import Head, bounded
+from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static, make_weights_dynamic
+from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURES, SIDE, image_features, layer_features
+from bitscape.dynamic.widths import Widths
+from bitscape.engine.quality_grid import Spent
+from bitscape.errors import BitscapeError
+from bitscape.models.modes import evaluating
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import batches_of, bypassed, calibrate, quantize
+from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.observers import Mse
+from bitscape.quant.quantizers import Lsq, Quantizer
+
+FEATURES = (*IMAGE_FEATURES, *LAYER_FEATURES, "share of the largest cost spent so far")
+FEATURE_BITS = 8
+"""Width at which the work of features and heads is counted."""
+LARGEST_SHIFT = 16.0
+"""Bits; heads that decide further beyond the largest width than this cannot be brought to the least one."""
+_DEFAULT_QUANTIZER = Lsq()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicBits:
+    """What images decide about."""
+
+    low: int = 2
+    """Least width."""
+    high: int = 8
+    """Largest width."""
+    weights: bool = False
+    """Whether images decide the bits of weights too; a batch then runs each layer once for each weight width among its images."""
+    static: tuple[str, ...] | None = None
+    """Layers that keep the policy's bits; None: the first and the last."""
+
+    def __post_init__(self) -> None:
+        """Check the widths."""
+        if not 1 <= self.low < self.high <= 8:
+            raise BitscapeError(f"low = {self.low}, high = {self.high}: give widths from 1 to 8, low below high")
+
+
+_DEFAULT_BITS = DynamicBits()
+
+
+@dataclass
+class _Pass:
+    """What is known of the images under way."""
+
+    seen: Tensor
+    """(n, IMAGE_FEATURES)."""
+    spent: Tensor
+    """(n,): share of the largest cost, of the layers so far; no gradient."""
+    weight: dict[str, Tensor] = field(default_factory=dict)
+    activation: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> widths (n,) decided so far."""
+    log_density: Tensor | float = 0.0
+    """(n,) of the sampled decisions."""
+
+
+class DynamicNetwork(nn.Module):
+    """The quantized network, its heads, and what they decided for the last batch.
+
+    In training mode widths are sampled and continuous; in eval mode they are whole and repeatable.
+
+    Attributes:
+        model: the quantized network.
+        cost: what its layers do for one image.
+        bits: what images decide about.
+        names: its dynamic layers, in the order of their first run.
+        heads: one for each of `names`.
+        decisions: "per_image"; "per_batch" gives all images of a batch the mean of their widths.
+        shift: buffer, bits added to every decision; `keep_bitops` sets it.
+        hardness: share of sampled widths that are rounded, straight through; raised by the step towards the end of training.
+        pathwise: whether sampled widths carry a gradient from the loss; otherwise they are whole, and only the cost and `log_density` do.
+        decision: of the last batch, with its gradient.
+        log_density: (n,), of the sampled decisions of the last batch.
+    """
+
+    def __init__(self, model: nn.Module, cost: NetworkCost, bits: DynamicBits) -> None:
+        super().__init__()
+        self.model, self.cost, self.bits = model, cost, bits
+        layers = quantized_layers(model)
+        self.names = tuple(name for name in cost.by_name if isinstance(layers[name].input_quantizer, DynamicActivation))
+        self.heads = nn.ModuleList(Head(len(FEATURES), 1 + bits.weights, start=bits.high) for _ in self.names)
+        self.decisions: Literal["per_image", "per_batch"] = "per_image"
+        self.shift: Tensor
+        self.register_buffer("shift", torch.zeros(()))
+        self.hardness, self.pathwise = 0.0, True
+        self.decision = Decision(torch.zeros(0, len(cost.layers)), torch.zeros(0, len(cost.layers)))
+        self.log_density = torch.zeros(0)
+        self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
+        self._given: Decision | None = None
+        self._pass = _Pass(torch.zeros(0), torch.zeros(0))
+        self._hooks = [layers[name].register_forward_pre_hook(partial(self._decide, at)) for at, name in enumerate(self.names)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of images (n, c, h, w); `decision` tells the bits they took."""
+        self._pass = _Pass(image_features(images), images.new_zeros(len(images)))
+        try:
+            logits: Tensor = self.model(images)
+            idle = [name for name in self.names if name not in self._pass.activation]
+            if idle:
+                raise BitscapeError(f"layers {', '.join(idle)} did not run: their bits cannot depend on the image; name them in `static`")
+            self.decision, self.log_density = self._decided(len(images)), images.new_zeros(len(images)) + self._pass.log_density
+        finally:
+            self._forget()
+        return logits
+
+    def _forget(self) -> None:
+        self._pass = _Pass(torch.zeros(0), torch.zeros(0))
+        for name in self.names:
+            layer = cast(QuantizedLayer, self.model.get_submodule(name))
+            cast(DynamicActivation, layer.input_quantizer).widths = None
+            if isinstance(layer.weight_quantizer, DynamicWeight):
+                layer.weight_quantizer.widths = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies leave the last batch's graph behind: tensors within one cannot be copied.
+        return {**self.__dict__, "decision": self.decision.detach(), "log_density": self.log_density.detach()}
+
+    @property
+    def spent(self) -> Spent:
+        """Bits and BitOps of each image of the last batch, the decision's own included."""
+        decided = self.decision.detach()
+        return Spent(bits=decided.activation_bits(self.cost), bitops=decided.bitops(self.cost) + self.decision_bitops)
+
+    @contextmanager
+    def using(self, decision: Decision) -> Iterator[None]:
+        """Within the block batches take these whole widths instead of the heads' decision."""
+        self._given = decision
+        try:
+            yield
+        finally:
+            self._given = None
+
+    @property
+    def decision_bitops(self) -> float:
+        """BitOps of features and heads for one image, at FEATURE_BITS."""
+        channels, height, width = self.cost.input_shape
+        of_image = IMAGE_PASSES * channels * height * width
+        inputs = [self.cost.by_name[name] for name in self.names]
+        of_layers = sum(2 * min(layer.input_elements, layer.weight_shape[1] * SIDE**2) for layer in inputs)
+        of_heads = sum(cast(Head, head).linear.weight.numel() for head in self.heads)
+        return float((of_image + of_layers + of_heads) * FEATURE_BITS**2)
+
+    def policy(self, decision: Decision) -> Policy:
+        """The static policy of one row, (1, layers) each, rounded."""
+        weight, activation = (values.round().int().squeeze(0).tolist() for values in (decision.weight, decision.activation))
+        bits = {layer.name: LayerBits(*each) for layer, *each in zip(self.cost.layers, weight, activation, strict=True)}
+        return Policy({**bits, **{name: bits for name, bits in self._static.items() if name not in self.cost.by_name}})
+
+    def static(self, policy: Policy) -> nn.Module:
+        """An ordinary quantized network with these bits: a copy that keeps one scale of every dynamic layer."""
+        copied = copy.deepcopy(self)
+        for hook in copied._hooks:
+            hook.remove()
+        layers = quantized_layers(copied.model)
+        for name in self.names:
+            make_static(layers[name], policy.layers[name])
+        return copied.model
+
+    def even(self, images: int) -> Decision:
+        """Widths drawn evenly from low..high, for that many images."""
+        rows = self._static_rows(images)
+        drawn = {
+            name: torch.randint(self.bits.low, self.bits.high + 1, (2, images), device=self.shift.device).float() for name in self.names
+        }
+        weight = {name: pair[0] for name, pair in drawn.items()} if self.bits.weights else {}
+        return self._joined(rows, weight, {name: pair[1] for name, pair in drawn.items()})
+
+    def level(self, bits: int, images: int) -> Decision:
+        """The same width for every dynamic tensor of that many images."""
+        same = {name: torch.full((images,), float(bits), device=self.shift.device) for name in self.names}
+        return self._joined(self._static_rows(images), same if self.bits.weights else {}, same)
+
+    def _static_rows(self, images: int) -> Decision:
+        """Widths of what is static; least ones in place of what is not."""
+        bits = [self._static.get(name) or LayerBits(self._weight_bits(name), self.bits.low) for name in self.cost.by_name]
+        rows = torch.tensor([[each.weight, each.activation] for each in bits], dtype=torch.float32, device=self.shift.device)
+        return Decision(rows[:, 0].expand(images, -1), rows[:, 1].expand(images, -1))
+
+    def _weight_bits(self, name: str) -> int:
+        quantizer = cast(QuantizedLayer, self.model.get_submodule(name)).weight_quantizer
+        return self.bits.low if isinstance(quantizer, DynamicWeight) else int(cast(int, quantizer.bits))
+
+    def _joined(self, rows: Decision, weight: dict[str, Tensor], activation: dict[str, Tensor]) -> Decision:
+        def columns(static: Tensor, dynamic: dict[str, Tensor]) -> Tensor:
+            return torch.stack([dynamic.get(name, static[:, at]) for at, name in enumerate(self.cost.by_name)], dim=1)
+
+        return Decision(columns(rows.weight, weight), columns(rows.activation, activation))
+
+    def _decided(self, images: int) -> Decision:
+        if self._given is not None:
+            return self._given
+        weight = self._pass.weight if self.bits.weights else {}
+        return self._joined(self._static_rows(images), weight, self._pass.activation)
+
+    def _decide(self, at: int, layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
+        name, under_way = self.names[at], self._pass
+        widths = self._given_at(name) if self._given is not None else self._sampled(at, inputs[0])
+        cast(DynamicActivation, layer.input_quantizer).widths = widths[0]
+        under_way.activation.setdefault(name, widths[0].value)
+        if self.bits.weights:
+            cast(DynamicWeight, layer.weight_quantizer).widths = widths[1]
+            under_way.weight.setdefault(name, widths[1].value)
+        share = self.cost.by_name[name].macs / self.cost.covered_macs
+        under_way.spent = under_way.spent + share * widths[0].value.detach() / self.bits.high
+
+    def _given_at(self, name: str) -> tuple[Widths, ...]:
+        assert self._given is not None
+        column = list(self.cost.by_name).index(name)
+        return Widths(self._given.activation[:, column]), Widths(self._given.weight[:, column])
+
+    def _sampled(self, at: int, x: Tensor) -> tuple[Widths, ...]:
+        name, under_way = self.names[at], self._pass
+        m, v = self.heads[at](torch.cat([under_way.seen, layer_features(x), under_way.spent[:, None]], dim=1))
+        m = m + self.shift
+        beta = m + v * torch.randn_like(m) if self.training else m
+        if self.training:
+            density = -(beta.detach() - m).square() / (2 * v.square()) - v.log()
+            under_way.log_density = under_way.log_density + density.sum(1)
+        soft = bounded(beta, self.bits.low, self.bits.high)
+        if self.decisions == "per_batch":
+            soft = soft.mean(0, keepdim=True).expand_as(soft)
+        if self.training and not self.pathwise:  # the cost is differentiated all the same
+            under_way.activation[name] = soft[:, 0]
+            under_way.weight[name] = soft[:, -1]
+        return tuple(self._width(column) for column in soft.unbind(1))
+
+    def _width(self, soft: Tensor) -> Widths:
+        if not (self.training and self.pathwise):
+            return Widths(soft.detach().round())
+        below = soft.detach().floor().clamp(max=self.bits.high - 1)
+        share = soft - below
+        hard = torch.rand_like(soft) < self.hardness
+        return Widths(below, torch.where(hard, share + (share.round() - share).detach(), share))
+
+
+def dynamic_network(
+    model: nn.Module,
+    policy: Policy,
+    images: Tensor,
+    bits: DynamicBits = _DEFAULT_BITS,
+    quantizer: Quantizer = _DEFAULT_QUANTIZER,
+) -> DynamicNetwork:
+    """Quantize a float network with bits that each image decides.
+
+    Args:
+        model: float network; it is copied.
+        policy: bits of every weight, and of the inputs of static layers.
+        images: normalized float32 (n, c, h, w), a few hundred of the qualities to be met; they set scales and standardize features.
+        bits: what images decide about.
+        quantizer: how weights and activations are laid on their grids, with scales of its own for every width.
+
+    Raises:
+        BitscapeError: no layer left to decide about, or a name in `static` that is not a layer.
+    """
+    network, cost = _with_dynamic_inputs(model, policy, tuple(images.shape[1:]), bits, quantizer)
+    made = _wrapped(calibrate(network, images), cost, bits, quantizer)
+    _standardize(made, images)
+    return made
+
+
+def unset_network(
+    model: nn.Module,
+    policy: Policy,
+    input_shape: tuple[int, ...],
+    bits: DynamicBits = _DEFAULT_BITS,
+    quantizer: Quantizer = _DEFAULT_QUANTIZER,
+) -> DynamicNetwork:
+    """Build what `dynamic_network` returns, its scales not set: for a state dict of one."""
+    network, cost = _with_dynamic_inputs(model, policy, input_shape, bits, quantizer)
+    return _wrapped(network, cost, bits, quantizer)
+
+
+def _with_dynamic_inputs(
+    model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
+) -> tuple[nn.Module, NetworkCost]:
+    network = quantize(model, policy, quantizer)
+    with bypassed(network):
+        cost = measure(network, input_shape)
+    static = cost.ends if bits.static is None else bits.static
+    unknown = sorted(set(static) - set(cost.by_name))
+    if unknown:
+        raise BitscapeError(f"static: {', '.join(unknown)} is no layer that runs; layers are {', '.join(cost.by_name)}")
+    if set(static) == set(cost.by_name):
+        raise BitscapeError(f"static = {static}: every layer is static; leave at least one to decide about")
+    for name, layer in quantized_layers(network).items():
+        if name in cost.by_name and name not in static:
+            layer.input_quantizer = DynamicActivation(quantizer.for_activation, bits.low, bits.high).to(layer.weight.device)
+    return network, cost
+
+
+def _wrapped(network: nn.Module, cost: NetworkCost, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
+    for layer in quantized_layers(network).values() if bits.weights else ():
+        if isinstance(layer.input_quantizer, DynamicActivation):
+            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight), bits.low, bits.high, Mse())
+    return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
+
+
+@torch.no_grad()
+def decide(network: DynamicNetwork, images: Tensor) -> Decision:
+    """Return the whole widths that the network takes for normalized images (n, c, h, w), in eval mode."""
+    with evaluating(network):
+        found = []
+        for batch in batches_of(images, network, batch_size=128):
+            network(batch)
+            found.append(network.decision.detach())
+    return joined(found)
+
+
+def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, rounds: int = 12) -> float:
+    """Set `shift` to the largest value at which images cost `bitops` or less on average; return that average.
+
+    One trained network so serves budgets near the one it was trained for. The decision's own cost counts.
+
+    Raises:
+        BitscapeError: a budget below the cost of the least widths.
+    """
+
+    def mean_cost(shift: float) -> float:
+        network.shift.fill_(shift)
+        return float(decide(network, images).bitops(network.cost).mean()) + network.decision_bitops
+
+    low, high = -LARGEST_SHIFT, LARGEST_SHIFT
+    if mean_cost(low) > bitops:
+        raise BitscapeError(f"bitops = {bitops:.4g}: images cost {mean_cost(low):.4g} at the least widths; give more, or a lower `low`")
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_cost(middle) <= bitops else (low, middle)
+    return mean_cost(low)
+
+
+@torch.no_grad()
+def _standardize(network: DynamicNetwork, images: Tensor) -> None:
+    heads = [cast(Head, head) for head in network.heads]
+    seen: list[list[Tensor]] = [[] for _ in heads]
+    hooks = [
+        head.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0]))
+        for head, found in zip(heads, seen, strict=True)
+    ]
+    try:
+        decide(network, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for head, found in zip(heads, seen, strict=True):
+        head.standardize(torch.cat(found))

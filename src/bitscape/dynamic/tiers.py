@@ -1,0 +1,176 @@
+"""A few static networks and a tiny gate in place of a dynamic one: each runs in an ordinary runtime.
+
+tiers = distill_tiers(network, images, count=3)
+tiers(images); tiers.spent.bitops                 # (n,)
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitscape.cost.layers import NetworkCost
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.dynamic.decision import Decision
+from bitscape.dynamic.network import FEATURE_BITS, DynamicNetwork, decide
+from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, image_features
+from bitscape.dynamic.widths import Widths, at_widths
+from bitscape.engine.quality_grid import Spent
+from bitscape.errors import BitscapeError
+from bitscape.policy import Policy
+from bitscape.quant.convert import recalibrate_norms
+
+_log = logging.getLogger("bitscape.dynamic")
+MOST_TIERS = 4
+LEAST_IMAGES = 64
+"""Below this many images of its own, a tier's norms are recalibrated on all of them."""
+DECAY = 1e-3
+"""Of the gate's squared weights, in the mean loss of the fit: keeps them finite where tiers part exactly."""
+
+
+class Gate(nn.Module):
+    """A linear choice among tiers by three cheap statistics of the image.
+
+    Attributes:
+        center, spread: buffers (3,), by which the statistics are standardized.
+    """
+
+    def __init__(self, tiers: int) -> None:
+        super().__init__()
+        features = len(IMAGE_FEATURES)
+        self.linear = nn.Linear(features, tiers)
+        self.center: Tensor
+        self.spread: Tensor
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the tier (n,) of normalized images (n, c, h, w), counted from 0."""
+        return self._scores(image_features(images)).argmax(1)
+
+    def fit(self, images: Tensor, tiers: Tensor) -> None:
+        """Learn to tell the `tiers` (n,) of images: multinomial logistic regression."""
+        features = image_features(images)
+        self.center.copy_(features.mean(0))
+        self.spread.copy_(features.std(0).clamp(min=1e-6))
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = functional.cross_entropy(self._scores(features), tiers) + DECAY * self.linear.weight.square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        self.requires_grad_(False)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.linear((features - self.center) / self.spread))
+
+
+class TieredNetwork(nn.Module):
+    """Sends each image of a batch to one of a few static networks.
+
+    Attributes:
+        networks: ordinary quantized networks, cheapest first.
+        policies: their bits.
+        tiers: (n,), of the last batch.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], policies: Sequence[Policy], gate: Gate, cost: NetworkCost) -> None:
+        super().__init__()
+        self.networks, self.policies, self.gate = nn.ModuleList(networks), tuple(policies), gate
+        costs = [policy_cost(cost, policy) for policy in policies]
+        work = IMAGE_PASSES * float(np.prod(cost.input_shape)) + gate.linear.weight.numel()
+        self.gate_bitops = work * FEATURE_BITS**2
+        self.tiers = torch.zeros(0, dtype=torch.long)
+        self._bits: Tensor
+        self._bitops: Tensor
+        self.register_buffer("_bits", torch.tensor([each["mean_activation_bits"] for each in costs]), persistent=False)
+        self.register_buffer("_bitops", torch.tensor([float(each["bitops"]) for each in costs]), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of images (n, c, h, w)."""
+        self.tiers = self.gate(images)
+        return at_widths(images, Widths(self.tiers), lambda tier, own: cast(Tensor, self.networks[tier](own)))
+
+    @property
+    def spent(self) -> Spent:
+        """Bits and BitOps of each image of the last batch, the gate's own included."""
+        return Spent(bits=self._bits[self.tiers], bitops=self._bitops[self.tiers] + self.gate_bitops)
+
+
+@torch.no_grad()
+def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> TieredNetwork:
+    """Return `count` static networks that stand for what the dynamic one decides, and the gate among them.
+
+    Decisions are grouped by k-means, in BitOps; each group's mean, rounded, is a tier. Widths that were rounded up furthest are lowered
+    until the tiers cost no more than the dynamic network on `images`. Norms of a tier are recalibrated on the images that it gets.
+
+    Args:
+        network: trained; its weights are copied.
+        images: normalized float32 (n, c, h, w), some thousand of the qualities to be met.
+        count: 2 to 4; fewer tiers come back, with a warning, where the decisions do not differ that much.
+
+    Raises:
+        BitscapeError: count out of range.
+    """
+    if not 2 <= count <= MOST_TIERS:
+        raise BitscapeError(f"count = {count}: give 2 to {MOST_TIERS} tiers")
+    decision, images = decide(network, images), images.to(network.shift.device)
+    groups = _grouped(network, decision, count)
+    gate = Gate(len(groups.unique())).to(images.device)
+    gate.fit(images, groups)
+    routed = torch.cat([gate(batch) for batch in images.split(512)])
+    tiers = _rounded_within(network, _means(decision, groups), routed, float(decision.bitops(network.cost).mean()))
+    policies = [network.policy(tiers[slice(at, at + 1)]) for at in range(len(tiers))]
+    networks = [network.static(policy) for policy in policies]
+    for at, made in enumerate(networks):
+        own = images[routed == at]
+        recalibrate_norms(made, own if len(own) >= LEAST_IMAGES else images)
+    return TieredNetwork(networks, policies, gate, network.cost).eval()
+
+
+def _grouped(network: DynamicNetwork, decision: Decision, count: int) -> Tensor:
+    """Group (n,) of each decision, the cheapest group first."""
+    macs = torch.tensor([float(layer.macs) for layer in network.cost.layers], device=decision.weight.device)
+    rows = ((decision.weight * decision.activation) * macs / macs.sum()).double()
+    distinct = len(rows.unique(dim=0))
+    if distinct < count:
+        _log.warning("decisions take only %d forms: so many tiers are made, not %d", distinct, count)
+        count = distinct
+    labels: Any = kmeans2(rows.cpu().numpy(), count, minit="++", rng=np.random.default_rng(0))[1]
+    groups = torch.from_numpy(labels).long().to(rows.device)
+    kept = groups.unique()
+    costs = torch.stack([rows[groups == group].sum(1).mean() for group in kept])
+    rank = torch.empty(count, dtype=torch.long, device=rows.device)
+    rank[kept[costs.argsort()]] = torch.arange(len(kept), device=rows.device)
+    return rank[groups]
+
+
+def _means(decision: Decision, groups: Tensor) -> Decision:
+    parts = [decision[groups == group] for group in groups.unique()]
+    return Decision(torch.stack([part.weight.mean(0) for part in parts]), torch.stack([part.activation.mean(0) for part in parts]))
+
+
+def _rounded_within(network: DynamicNetwork, means: Decision, routed: Tensor, limit: float) -> Decision:
+    """Whole widths near `means` (tiers, layers) whose mean BitOps, tiers counted as images are `routed`, are at most `limit`."""
+    shares = torch.bincount(routed, minlength=len(means)).double() / len(routed)
+    made = means.rounded()
+    while float(made.bitops(network.cost).double() @ shares) > limit:
+        values = (made.activation, made.weight) if network.bits.weights else (made.activation,)
+        raised = torch.stack([value - mean for value, mean in zip(values, (means.activation, means.weight), strict=False)])
+        at = int(raised.masked_fill(torch.stack(values) <= network.bits.low, -np.inf).argmax())
+        if not bool((torch.stack(values) > network.bits.low).any()):
+            break
+        which, cell = divmod(at, raised[0].numel())
+        values[which].view(-1)[cell] -= 1
+    return made
