@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.dqmq_summaries import dqmq
 from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
@@ -115,6 +116,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "asga-ladder": asga_ladder,
     "seam-margins": seam_margins,
     "saq": saq,
+    "dqmq": dqmq,
     "packed-sizes": packed_sizes,
     "speed": generic,
     "peer": peer,

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cards import pages
+from benchmarks.dqmq_summaries import figure as dqmq_figure
 from benchmarks.saq_summaries import landscape
 from benchmarks.summaries import tables
 from benchmarks.transfer_summaries import heat_map
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 FIGURES = {
     "transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl")),
     "landscape": lambda results: landscape(read_runs(results / "landscape.jsonl")),
+    "dqmq": lambda results: dqmq_figure(read_runs(results / "dqmq.jsonl")),
 }
 """Name of the figure and of its results file -> what draws it from the folder of results; without the file there is none."""
 

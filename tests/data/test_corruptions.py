@@ -257,6 +257,18 @@ def test_mixed_quality_draws_kinds_and_severities_evenly():
     assert (severities[1:] - 500).abs().max() < 80
 
 
+def test_images_kept_together_share_their_quality_and_are_what_the_corruption_makes_of_them():
+    clean = dataset(random_images(70, 4, 4))
+    mixed, quality = mixed_quality(clean, seed=2, together=32)
+    kinds = list(zip(quality.corruption.tolist(), quality.severity.tolist(), strict=True))
+    assert [len(set(kinds[start : start + 32])) for start in (0, 32, 64)] == [1, 1, 1] and len(set(kinds)) > 1
+    name, severity = quality.names[kinds[40][0]], kinds[40][1]
+    expected = clean.images if severity == 0 else corrupted(clean, name, severity, seed=2).images
+    assert torch.equal(mixed.images[32:64], expected[32:64])
+    with pytest.raises(BitscapeError, match="together is 0"):
+        mixed_quality(clean, seed=2, together=0)
+
+
 def test_mixed_quality_of_fewer_images_is_a_prefix_and_seeds_differ():
     images = random_images(40)
     mixed, quality = mixed_quality(dataset(images), seed=1)

@@ -165,18 +165,24 @@ def corrupted(dataset: Dataset, name: str, severity: int, *, seed: int) -> Datas
     return Dataset(f"{dataset.name} {name} {severity}", images, dataset.labels, dataset.class_names)
 
 
-def mixed_quality(dataset: Dataset, *, seed: int, corruptions: Sequence[str] = TRAINED) -> tuple[Dataset, Quality]:
+def mixed_quality(dataset: Dataset, *, seed: int, corruptions: Sequence[str] = TRAINED, together: int = 1) -> tuple[Dataset, Quality]:
     """Each image clean or under one of `corruptions`, all equally likely; a corruption in any of its five severities.
 
+    together: as many images in a row share corruption and severity: with the batch size, and without shuffling, batches are
+    homogeneous; with 1 each batch is a mixture.
     Labels and order stay. A corrupted image is the one that `corrupted` gives in its place with the same seed.
-    Raises BitscapeError as `corrupt` does, and for no corruptions or repeated ones.
+    Raises BitscapeError as `corrupt` does, for no corruptions or repeated ones, and for `together` below 1.
     """
+    if together < 1:
+        raise BitscapeError(f"together is {together}; allowed are 1 for images that are drawn apart, or more, such as the batch size")
     if not corruptions or len(set(corruptions)) < len(corruptions):
         raise BitscapeError(f"corruptions is {corruptions!r}; allowed are one or more of {', '.join(CORRUPTIONS)}, each once")
     for name in corruptions:
         _check_name("corruptions", name)
     _check_images(dataset.images)
-    quality = _drawn_quality(len(dataset), seed, corruptions)
+    drawn = _drawn_quality(-(-len(dataset) // together), seed, corruptions)
+    each = torch.arange(len(dataset)) // together
+    quality = Quality(drawn.names, drawn.corruption[each], drawn.severity[each])
     images = dataset.images.clone()
     for index, name in enumerate(corruptions, start=1):
         for severity in SEVERITIES:
