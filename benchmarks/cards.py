@@ -9,14 +9,15 @@ from types import ModuleType
 from typing import get_args
 
 from bitscape.cli.methods import settings_of
+from bitscape.cli.parsing import training_steps
 from bitscape.errors import BitscapeError
 from bitscape.quant.quantizers import Quantizer
 from bitscape.search.methods import METHODS
-from bitscape.train import STEPS
 
 SECTIONS = {
     "Search": "bitscape.search",
     "Training steps": "bitscape.train",
+    "Bits for each image": "bitscape.dynamic",
     "Quantizers": "bitscape.quant.quantizers",
     "Repair without training": "bitscape.quant.repair",
 }
@@ -109,7 +110,7 @@ def _cards_in(package: str) -> Iterator[Card]:
 
 def _settings(module: ModuleType) -> dict[str, list[list[str]]]:
     """Settings, its own and inherited, of what the module adds to the lists of search methods, training steps and quantizers."""
-    listed: list[type] = [*METHODS.values(), *STEPS.values(), *get_args(Quantizer)]
+    listed: list[type] = [*METHODS.values(), *training_steps().values(), *get_args(Quantizer)]
     return {kind.__name__: rows for kind in listed if kind.__module__ == module.__name__ and (rows := settings_of(kind))}
 
 

@@ -1,6 +1,6 @@
 """dqmq: do bits that follow the image's quality pay? ResNet-20 on CIFAR-10 images of mixed quality, LSQ, weights of static bits.
 
-    python -m benchmarks.dqmq [--images 10000] [--epochs 3] [--seeds 3] [--threads 1] [--variants] [--part i/n]
+    python -m benchmarks.dqmq [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--variants] [--part i/n]
 
 Every row is trained on the same images, clean or under one of five corruptions, by one recipe, and tested on the test set with every image
 clean or under one of those five or of three others. No row is allowed more BitOps than uniform widths; what decides is counted. What
@@ -10,7 +10,7 @@ measured in one run. `--variants` adds other forms of the method, one seed each.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import Any, Literal
@@ -39,7 +39,10 @@ from recipes.networks import WEIGHTS, load
 NAME = "dqmq"
 KEYS = ("network", "method", "variant", "settings.budget", "settings.images", "epochs", "seed")
 NETWORK = "resnet20"
-BUDGETS = {"w3a3": 3, "w4a4": 4}
+BUDGETS = {"w3a3": (3, 3), "w4a4": (4, 4), "w3a2": (3, 2)}
+"""Name -> bits of weights and activations of the uniform policy, whose BitOps are the limit. All but the searched policy have its weight bits."""
+LOW = {"w3a2": 1}
+"""Least width of a budget that the default of 2 leaves no room in."""
 UNIFORM, STATIC, LEARNED, RANDOM = ("uniform", ""), ("static mixed", "fisher for training"), ("dqmq", ""), ("random bits", "same marginal")
 CALIBRATION, KEPT, DISTILLED, ORACLE, SCORED = 256, 2000, 2000, 2000, 512
 TEST_SEED, BATCH, TIERS = 1, 250, (2, 3, 4)
@@ -101,10 +104,10 @@ def normalized(data: Dataset) -> Tensor:
     return WEIGHTS[NETWORK].normalization.apply(data.images)
 
 
-def uniform(bits: int) -> Policy:
-    """First and last layer at 8 bits, the rest at `bits`."""
+def uniform(budget: str) -> Policy:
+    """First and last layer at 8 bits, the rest at the budget's."""
     names = [name for name, layer in load(NETWORK, DATA).named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    return uniform_policy(names, LayerBits(bits, bits), dict.fromkeys(("conv1", "linear"), LayerBits(8, 8)))
+    return uniform_policy(names, LayerBits(*BUDGETS[budget]), dict.fromkeys(("conv1", "linear"), LayerBits(8, 8)))
 
 
 def batches_of(data: Dataset, seed: int) -> Batches:
@@ -158,7 +161,7 @@ def by_quality(hits: Tensor, bits: Tensor | None = None) -> dict[str, Any]:
 
 def limit_of(run: dict[str, Any]) -> float:
     """BitOps of uniform widths: what an image may cost."""
-    policy = uniform(BUDGETS[run["settings"]["budget"]])
+    policy = uniform(run["settings"]["budget"])
     return float(policy_cost(reference(), policy)["bitops"])
 
 
@@ -173,7 +176,7 @@ def reference() -> Any:
 def static(run: dict[str, Any]) -> dict[str, Any]:
     """Train a static policy: uniform, or searched on images of the same mixed quality."""
     data, _, _ = training(run["seed"], run["settings"]["images"])
-    policy = uniform(BUDGETS[run["settings"]["budget"]])
+    policy = uniform(run["settings"]["budget"])
     if run["method"] != UNIFORM[0]:
         problem = SearchProblem(
             model=load(NETWORK, DATA),
@@ -204,14 +207,15 @@ def trained(network: nn.Module, run: dict[str, Any], step: Any, optimizer: Any) 
 def made(run: dict[str, Any], bits: DynamicBits) -> DynamicNetwork:
     """The dynamic network, before training."""
     data, _, _ = training(run["seed"], run["settings"]["images"])
-    policy = uniform(BUDGETS[run["settings"]["budget"]])
+    policy = uniform(run["settings"]["budget"])
     return dynamic_network(load(NETWORK, DATA), policy, normalized(data.subset(torch.arange(CALIBRATION))), bits)
 
 
 def learned(run: dict[str, Any]) -> dict[str, Any]:
     """Train heads and network; then measure every deployment and the controls that need no training of their own."""
     variant, limit = VARIANTS[run["variant"]], limit_of(run)
-    network = made(run, variant.bits)
+    low = LOW.get(run["settings"]["budget"], variant.bits.low)
+    network = made(run, replace(variant.bits, low=low))
     network.decisions = variant.decisions
     seconds = trained(network, run, Dqmq(bitops=limit, **variant.step), DqmqSgd(sgd=Sgd(lr=0.01)))
     data, _, _ = training(run["seed"], run["settings"]["images"])
@@ -225,7 +229,7 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     bits = decision.activation_bits(network.cost)
     other = decision[torch.randperm(len(decision), generator=torch.Generator().manual_seed(TEST_SEED))]
     same_network: dict[str, Any] = {"decisions of other images": percent(right(network, tests()[0], other)[0])}
-    for level in (BUDGETS[run["settings"]["budget"]], variant.bits.high):
+    for level in (BUDGETS[run["settings"]["budget"]][1], variant.bits.high):
         same_network[f"every width {level}"] = percent(right(network, tests()[0], network.level(level, len(decision)))[0])
     if not run["variant"]:
         network.decisions = "per_batch"
@@ -250,7 +254,7 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
             "excess_before_shift": before / limit - 1,
             "shift": shift,
             "bits_over_images": {"least": float(bits.min()), "deviation": float(bits.std()), "largest": float(bits.max())},
-            "marginals": marginals(decision, variant.bits),
+            "marginals": marginals(decision, network.bits),
         },
     }
 
@@ -320,7 +324,7 @@ def random_bits(run: dict[str, Any]) -> dict[str, Any]:
     """Train and test at random widths whose distribution in every layer is what the learned network took."""
     key = {**run, "method": LEARNED[0], "variant": LEARNED[1]}
     (twin,) = [each for each in read_runs(RESULTS / f"{NAME}.jsonl") if all(each[name] == value for name, value in key.items())]
-    network, step = made(run, DynamicBits()), RandomBits(twin["extra"]["marginals"])
+    network, step = made(run, DynamicBits(low=LOW.get(run["settings"]["budget"], 2))), RandomBits(twin["extra"]["marginals"])
     seconds = trained(network, run, step, Sgd(lr=0.01))
     data, _, _ = training(run["seed"], run["settings"]["images"])
     torch.manual_seed(run["seed"])
@@ -346,7 +350,6 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Do the runs that the results file lacks."""
     parser = recipe_parser(__doc__)
-    parser.set_defaults(epochs=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", action="store_true", help="other forms of the method too")
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")

@@ -164,13 +164,13 @@ def _means(decision: Decision, groups: Tensor) -> Decision:
 def _rounded_within(network: DynamicNetwork, means: Decision, routed: Tensor, limit: float) -> Decision:
     """Whole widths near `means` (tiers, layers) whose mean BitOps, tiers counted as images are `routed`, are at most `limit`."""
     shares = torch.bincount(routed, minlength=len(means)).double() / len(routed)
-    made = means.rounded()
-    while float(made.bitops(network.cost).double() @ shares) > limit:
-        values = (made.activation, made.weight) if network.bits.weights else (made.activation,)
-        raised = torch.stack([value - mean for value, mean in zip(values, (means.activation, means.weight), strict=False)])
-        at = int(raised.masked_fill(torch.stack(values) <= network.bits.low, -np.inf).argmax())
-        if not bool((torch.stack(values) > network.bits.low).any()):
+    dynamic = torch.tensor([layer.name in network.names for layer in network.cost.layers], device=routed.device)
+    aims = torch.stack([means.activation, means.weight])
+    widths = aims.round()
+    free = dynamic & torch.tensor([True, network.bits.weights], device=routed.device)[:, None, None]
+    while float(Decision(widths[1], widths[0]).bitops(network.cost).double() @ shares) > limit:
+        lowered = (widths - aims).masked_fill(~free | (widths <= network.bits.low), -np.inf)
+        if bool(lowered.isneginf().all()):
             break
-        which, cell = divmod(at, raised[0].numel())
-        values[which].view(-1)[cell] -= 1
-    return made
+        widths.view(-1)[lowered.argmax()] -= 1
+    return Decision(widths[1], widths[0])
