@@ -40,7 +40,7 @@ NAME = "dqmq"
 KEYS = ("network", "method", "variant", "settings.budget", "settings.images", "epochs", "seed")
 NETWORK = "resnet20"
 BUDGETS = {"w3a3": (3, 3), "w4a4": (4, 4), "w3a2": (3, 2)}
-"""Name -> bits of weights and activations of the uniform policy, whose BitOps are the limit. All but the searched policy have its weight bits."""
+"""Name -> bits of weights and activations of the uniform policy, whose BitOps are the limit; dynamic networks have its weights."""
 LOW = {"w3a2": 1}
 """Least width of a budget that the default of 2 leaves no room in."""
 UNIFORM, STATIC, LEARNED, RANDOM = ("uniform", ""), ("static mixed", "fisher for training"), ("dqmq", ""), ("random bits", "same marginal")

@@ -7,11 +7,11 @@ from typing import get_args
 import pytest
 
 from benchmarks.cards import FIELDS, Card, card_of, page, pages, sections
+from bitscape.cli.parsing import training_steps
 from bitscape.errors import BitscapeError
 from bitscape.quant.quantizers import Quantizer
 from bitscape.search import fisher
 from bitscape.search.methods import METHODS
-from bitscape.train import STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_settings_are_shown_with_their_meaning():
     assert r"| `x=a\|b` | one \| two |" in page(bare)
 
 
-LISTED = [*METHODS.values(), *STEPS.values(), *get_args(Quantizer)]
+LISTED = [*METHODS.values(), *training_steps().values(), *get_args(Quantizer)]
 
 
 @pytest.mark.parametrize("kind", LISTED, ids=lambda kind: kind.__name__)
@@ -67,7 +67,7 @@ def test_a_page_shows_every_field_of_the_class_that_is_listed_and_no_other_class
     card = card_of(sys.modules[kind.__module__])
     assert card is not None
     expected = {kind.__name__: list(kind.__dataclass_fields__)} if kind.__dataclass_fields__ else {}
-    assert {name: [row[0].partition("=")[0] for row in rows] for name, rows in card.settings.items()} == expected
+    assert {name: [re.split("[= ]", row[0])[0] for row in rows] for name, rows in card.settings.items()} == expected
     assert all(len(meaning) > 10 for rows in card.settings.values() for _, meaning in rows)
     assert all(f"## Settings of `{name}`\n\n| field=default | meaning |" in page(card) for name in expected)
 

@@ -54,12 +54,12 @@ def test_memory_is_that_of_the_second_kind_over_the_first(monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells resident sizes")
 def test_the_peak_remembers_what_was_freed():
-    size, before = 64_000_000, resident("VmRSS")
+    size, before = 256_000_000, resident("VmRSS")  # much more than what earlier tests may have left free
     block = torch.ones(size, dtype=torch.uint8)
-    assert resident("VmRSS") > before + 0.9 * size
+    assert resident("VmRSS") > before + 0.6 * size
     del block
     # The kernel counts each thread's last pages late.
-    assert resident("VmHWM") > before + 0.9 * size
+    assert resident("VmHWM") > before + 0.6 * size
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("mixture", 1), ("asga", 2)])

@@ -1,7 +1,11 @@
+import re
+
 import pytest
 
+from bitscape.cli.parsing import training_steps
 from bitscape.search.methods import METHODS
-from bitscape.train import STEPS
+
+STEPS = training_steps()
 
 
 def test_lists_every_method_with_the_first_line_of_its_card(cli):
@@ -20,7 +24,7 @@ def test_shows_the_card_and_every_setting_with_its_docstring(cli, name):
     assert "\nMeasured " in shown
     settings = shown.partition("what it is\n")[2].splitlines()
     fields = KINDS[name].__dataclass_fields__
-    assert [line.split("=")[0] for line in settings] == list(fields)
+    assert [re.split("[= ]", line)[0] for line in settings] == list(fields)
     assert all(len(line.split(None, 1)[1]) > 10 for line in settings)
 
 

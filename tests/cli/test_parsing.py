@@ -1,6 +1,6 @@
 import pytest
 
-from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, parse_shape
+from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, parse_shape, parse_widths
 from bitscape.data.batches import CIFAR10, DIGITS, Normalization
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
@@ -37,6 +37,13 @@ def test_shapes():
     for text in ("224", "3x224", "3x0x4", "axbxc"):
         with pytest.raises(BitscapeError, match="3x224x224"):
             parse_shape(text)
+
+
+def test_widths():
+    assert parse_widths("2-8") == (2, 8)
+    for text in ("", "4", "4-4", "8-2", "0-4", "2-9", "2..8", "a-b", "-2-8"):
+        with pytest.raises(BitscapeError, match=r"--dynamic .* e\.g\. 2-8"):
+            parse_widths(text)
 
 
 def test_normalizations():

@@ -16,6 +16,7 @@ from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
 from bitscape.cli.policy import policy
 from bitscape.cli.search import search
 from bitscape.cli.solve import solve
+from bitscape.cli.tiers import tiers
 from bitscape.cli.train import train
 from bitscape.errors import BitscapeError
 from bitscape.version import __version__
@@ -65,5 +66,5 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-for command in (demo, search, solve, train, evaluate, export, policy, methods):
+for command in (demo, search, solve, train, evaluate, tiers, export, policy, methods):
     commands.add_command(command)

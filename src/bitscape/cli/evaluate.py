@@ -13,8 +13,8 @@ from bitscape.cli.network import (
     ImageSettings,
     calibrated,
     load_batches,
+    load_folder,
     load_network,
-    load_trained,
     measure_network,
     normalized_images,
 )
@@ -22,6 +22,7 @@ from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_optio
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
 from bitscape.cli.parsing import writable
+from bitscape.cli.spending import noting, print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -54,7 +55,8 @@ def _svg(context: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
 @calibration_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
-@click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train --out` left there.")
+@click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train` or `tiers` left there.")
+@click.option("--decisions", type=click.Choice(["per-image", "per-batch"]), help="Of a dynamic checkpoint.  [default: per-image]")
 @click.option("--corruptions", callback=_svg, metavar="FILE", help="Also measure ten corruptions at five severities; heat map, .svg.")
 @seed_option
 def evaluate(
@@ -72,6 +74,7 @@ def evaluate(
     repair: bool,
     packed: Path | None,
     checkpoint: Path | None,
+    decisions: str | None,
     corruptions: Path | None,
     seed: int,
 ) -> None:
@@ -101,17 +104,33 @@ def evaluate(
     elif packed is not None:
         network, policy = load_packed_network(packed, network, shape)
     elif checkpoint is not None:
-        network, policy = load_trained(network, checkpoint)
+        network, policy = load_folder(network, checkpoint, shape)
+    _set_decisions(network, decisions)
     _report(network, policy, batches, shape)
     if corruptions is not None:
         _report_corruptions(network, batches, corruptions, seed)
 
 
+def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
+    from bitscape.dynamic import DynamicNetwork
+
+    if decisions is None:
+        return
+    if not isinstance(network, DynamicNetwork):
+        raise BitscapeError(
+            f"--decisions {decisions}: the network does not decide on bits; give a --checkpoint of `bitscape train --dynamic`"
+        )
+    network.decisions = "per_image" if decisions == "per-image" else "per_batch"
+
+
 def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...]) -> None:
     from bitscape.engine import evaluate as accuracy_of
 
-    accuracy = accuracy_of(network, batches)
+    with noting(network) as noted:
+        accuracy = accuracy_of(network, batches)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
+    if print_spent(network, noted, shape):
+        return
     cost = measure_network(network, shape)
     if policy is None:
         parameters = sum(parameter.numel() for parameter in network.parameters())

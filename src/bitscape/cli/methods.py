@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bitscape.cli.output import print_table
+from bitscape.cli.parsing import training_steps
 from bitscape.errors import BitscapeError, nearest
 
 
@@ -25,13 +26,13 @@ def methods(name: str | None) -> None:
       bitscape methods fisher
     """
     from bitscape.search.methods import METHODS
-    from bitscape.train import STEPS
 
-    known: dict[str, Any] = {**METHODS, **STEPS}
+    steps = training_steps()
+    known: dict[str, Any] = {**METHODS, **steps}
     if name is None:
         _print_list("--method", "what it goes by", METHODS)
         click.echo()
-        _print_list("--step", "how it trains", STEPS)
+        _print_list("--step", "how it trains", steps)
         return
     if name not in known:
         raise BitscapeError(f"method {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}")

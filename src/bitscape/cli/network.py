@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bitscape.data.sources import Dataset
 
 DECODED_PER_PROXY_IMAGE = 4  # images decoded for one that is drawn: enough to balance classes
+CALIBRATION_IMAGES = 256
 POLICY_FILE, WEIGHTS_FILE = "policy.json", "model.safetensors"
 
 
@@ -99,6 +100,24 @@ def normalized_images(source: str, images: int, settings: ImageSettings, seed: i
     return normalization.apply(drawn.images).to(device_of(network))
 
 
+def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_IMAGES) -> "Tensor":
+    """Draw up to so many training images, not augmented, normalized."""
+    from bitscape.data.proxy import draw_proxy
+
+    drawn = draw_proxy(batches.dataset, images=min(images, len(batches.dataset)), seed=seed)
+    return batches.normalization.apply(drawn.images)
+
+
+def with_mixed_quality(dataset: "Dataset", source: str, seed: int) -> "Dataset":
+    """Each image clean or corrupted; `source` is what --data said."""
+    from bitscape.data.corruptions import mixed_quality
+
+    channels = dataset.images.shape[1]
+    if channels != 3:
+        raise BitscapeError(f"--mixed-quality needs images of three channels; --data {source!r} has {channels}")
+    return mixed_quality(dataset, seed=seed)[0]
+
+
 def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkCost":
     """Count what each layer of the network does, attention split as the search does it."""
     import copy
@@ -154,9 +173,14 @@ def save_weights(state: "Mapping[str, Tensor]", path: Path) -> None:
 
 def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
     """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
+    from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE
     from bitscape.models.find import load_weights
     from bitscape.quant.convert import quantize
 
+    if (folder / DYNAMIC_FILE).is_file():
+        raise BitscapeError(f"{folder}: bits depend on the image; make static networks of it: bitscape tiers --checkpoint {folder} ...")
+    if (folder / TIERS_FILE).is_file():
+        raise BitscapeError(f"{folder}: it holds several networks; name one of them, e.g. {folder / 'tier1'}")
     weights, saved = folder / WEIGHTS_FILE, folder / POLICY_FILE
     if not weights.is_file():
         raise BitscapeError(f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} --resume ...")
@@ -164,6 +188,28 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
     trained = model if policy is None else quantize(model, policy)
     load_weights(trained, weights)
     return trained.eval(), policy
+
+
+def load_folder(model: "nn.Module", folder: Path, shape: tuple[int, ...]) -> tuple["nn.Module", Policy | None]:
+    """Return the network of a folder: static as `load_trained` does, dynamic, or tiers; only static ones have a policy.
+
+    The costs of the others are those of images of one shape: BitscapeError for another `shape`.
+    """
+    from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE, load_dynamic, load_tiers, read_dynamic, read_tiers
+
+    if (folder / DYNAMIC_FILE).is_file():
+        _check_shape(folder, read_dynamic(folder).input_shape, shape)
+        return load_dynamic(model, folder), None
+    if (folder / TIERS_FILE).is_file():
+        _check_shape(folder, read_tiers(folder).input_shape, shape)
+        return load_tiers(model, folder), None
+    return load_trained(model, folder)
+
+
+def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if made_for != shape:
+        own, given = ("x".join(map(str, sizes)) for sizes in (made_for, shape))
+        raise BitscapeError(f"{folder} was made for images of {own}, --data has {given}; choose the data or --input-size to match")
 
 
 def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":

@@ -57,6 +57,9 @@ image_options = all_of(
     ),
 )
 shape_option = click.option("--input-shape", metavar="CxHxW", help="Shape of one image, e.g. 3x224x224, for counting costs.")
+mixed_option = click.option(
+    "--mixed-quality", is_flag=True, help="Of the images five in six are corrupted: noise, blur, JPEG, brightness or contrast."
+)
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 budget_option = click.option(
     "--budget",

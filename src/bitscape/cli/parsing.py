@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.policy import LayerBits
+from bitscape.policy import MAX_BITS, LayerBits
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
+    from bitscape.dynamic import Dqmq
     from bitscape.search.methods import SearchMethod
     from bitscape.train import Plain, Sam
 
@@ -90,12 +91,26 @@ def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
     return made
 
 
-def make_step(name: str, settings: Sequence[str]) -> "Plain | Sam":
+def make_step(name: str, settings: Sequence[str]) -> "Plain | Sam | Dqmq":
     """Build a training step from its name and "field=value" texts, checked against its own dataclass."""
+    made: Plain | Sam | Dqmq = _made("--step", name, training_steps(), settings)
+    return made
+
+
+def training_steps() -> "dict[str, type[Plain] | type[Sam] | type[Dqmq]]":
+    """Name -> settings of every training step, at static bits and at those that images decide."""
+    from bitscape.dynamic import Dqmq
     from bitscape.train import STEPS
 
-    made: Plain | Sam = _made("--step", name, STEPS, settings)
-    return made
+    return {**STEPS, "dqmq": Dqmq}
+
+
+def parse_widths(text: str) -> tuple[int, int]:
+    """Read "2-8" as the least and the largest width."""
+    low, _, high = text.partition("-")
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) < int(high) <= MAX_BITS):
+        raise BitscapeError(f"--dynamic {text!r}: write the least and the largest width, from 1 to {MAX_BITS} bits, e.g. 2-8")
+    return int(low), int(high)
 
 
 def _made(option: str, name: str, kinds: Mapping[str, Any], settings: Sequence[str]) -> Any:

@@ -1,7 +1,8 @@
 """`bitscape train`: float or quantized training, by the one engine."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -9,14 +10,17 @@ from bitscape.cli.network import (
     POLICY_FILE,
     WEIGHTS_FILE,
     ImageSettings,
+    calibration_images,
     load_batches,
     load_images,
     load_network,
     save_weights,
+    with_mixed_quality,
 )
-from bitscape.cli.options import FILE, all_of, data_options, image_options, network_options, seed_option
+from bitscape.cli.options import FILE, all_of, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_step, parse_normalization
+from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
@@ -24,10 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.data.batches import Batches
-    from bitscape.engine import AdamW, Sgd, TrainResult
-    from bitscape.train import Loss, Plain, Sam
+    from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, TrainResult
+    from bitscape.train import Loss
 
-CALIBRATION_IMAGES = 256
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
 _recipe = all_of(
@@ -35,7 +38,7 @@ _recipe = all_of(
     click.option("--lr", type=float, help="Highest learning rate; falls along a cosine.  [default: sgd 0.01, adamw 0.001]"),
     click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images a step."),
     click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True),
-    click.option("--step", "step_name", default="plain", show_default=True, help="plain, sam or saq; see `bitscape methods`."),
+    click.option("--step", "step_name", help="plain, sam or saq; see `bitscape methods`.  [default: plain; dqmq with --dynamic]"),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the step, e.g. rho=0.003; repeatable."),
     click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch, where memory is short."),
     click.option("--augment", type=click.Choice(["none", "flip", "crop-flip"]), default="none", show_default=True),
@@ -54,6 +57,8 @@ _recipe = all_of(
 @click.option("--validation", metavar="SOURCE", help="Evaluate on this after each epoch; split `test` where there is one.")
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Train at these bits (LSQ).  [default: float]")
 @_recipe
+@mixed_option
+@dynamic_options
 @seed_option
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
@@ -71,7 +76,7 @@ def train(
     resume: bool,
     **recipe: Any,
 ) -> None:
-    """Train a network, in float or at the bits of a policy.
+    """Train a network: in float, at a policy's bits, or at bits that each image decides.
 
     The folder gets a checkpoint at least every minute, metrics.jsonl, run.json, and at the end model.safetensors.
 
@@ -80,24 +85,86 @@ def train(
       bitscape train --model timm:resnet18 --weights resnet18.safetensors \\
         --data train/ --validation val/ --input-size 224 --normalize imagenet \\
         --policy policy.json --epochs 5 --lr 0.01 --step saq --set interval=5 --out run1
+      bitscape train ... --policy w4.json --mixed-quality \\
+        --dynamic 2-8 --budget bitops=w4a4 --out run2
     """
     _check_folder(out, resume)
-    step = make_step(recipe["step_name"], recipe["settings"])
+    training: Training = dynamic_training(policy_file, recipe) or _static_training(policy_file, recipe)
     settings = ImageSettings(input_size=input_size, normalize=normalize)
     batches = _training_batches(data, split or "train", settings, recipe)
     checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
     teacher = load_network(model, weights, device, recipe["seed"])
     if recipe["distill"] and weights is None:
         raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
-    policy = None if policy_file is None else Policy.load(policy_file)
-    student = _student(teacher, policy, batches, recipe["seed"])
+    student = training.network(teacher, batches, recipe["seed"])
     try:
-        result = _train(student, batches, checked, step, _loss(teacher, recipe), out, recipe)
+        result = _train(student, batches, checked, training, _loss(teacher, recipe), out, recipe)
+        written = training.save(student, result, batches, out, recipe["seed"])
     except KeyboardInterrupt:
         raise click.Abort("run the same command with --resume to go on from the last checkpoint") from None
-    _save(student, result, policy, out)
     _print_epochs(result)
-    click.echo(f"\n{out / WEIGHTS_FILE}; next: bitscape evaluate --checkpoint {out} ...")
+    click.echo(f"\n{written}; next: bitscape evaluate --checkpoint {out} ...")
+
+
+class Training(Protocol):
+    """What differs between training at static bits and at bits that images decide."""
+
+    @property
+    def optimizer(self) -> "OptimizerSettings":
+        """Of all that is trained."""
+
+    def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
+        """A copy of the float network as it is trained."""
+
+    def step(self, network: "nn.Module") -> "Step | StepSettings":
+        """How it is trained."""
+
+    def save(self, network: "nn.Module", result: "TrainResult", batches: "Batches", out: Path, seed: int) -> str:
+        """Write the trained network; say what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticTraining:
+    """Training in float, or at the bits of a policy."""
+
+    policy: Policy | None
+    """None = float."""
+    settings: "Step | StepSettings"
+    """Of the step."""
+    optimizer: "Sgd | AdamW"
+    """Of all parameters."""
+
+    def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
+        """A copy of the float network, or the network at the policy's bits with scales from training images."""
+        import copy
+
+        from bitscape.quant.convert import calibrate, quantize
+
+        if self.policy is None:
+            return copy.deepcopy(float_model)
+        return calibrate(quantize(float_model, self.policy), calibration_images(batches, seed))
+
+    def step(self, network: "nn.Module") -> "Step | StepSettings":
+        """The step, the same for every network."""
+        return self.settings
+
+    def save(self, network: "nn.Module", result: "TrainResult", batches: "Batches", out: Path, seed: int) -> str:
+        """Write the weights, averaged if that was asked for, and the policy; return the name of their file."""
+        save_weights(network.state_dict() if result.ema is None else result.ema, out / WEIGHTS_FILE)
+        if self.policy is not None:
+            self.policy.save(out / POLICY_FILE)
+        return str(out / WEIGHTS_FILE)
+
+
+def _static_training(policy_file: Path | None, recipe: dict[str, Any]) -> StaticTraining:
+    from bitscape.engine import AdamW, Sgd
+
+    kind = Sgd if recipe["optimizer"] == "sgd" else AdamW
+    return StaticTraining(
+        policy=None if policy_file is None else Policy.load(policy_file),
+        settings=make_step(recipe["step_name"] or "plain", recipe["settings"]),
+        optimizer=kind() if recipe["lr"] is None else kind(lr=recipe["lr"]),
+    )
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -111,27 +178,15 @@ def _check_folder(out: Path, resume: bool) -> None:
 def _training_batches(data: str, split: str, settings: ImageSettings, recipe: dict[str, Any]) -> "Batches":
     from bitscape.data.batches import Batches
 
+    dataset = load_images(data, split, settings)
     return Batches(
-        dataset=load_images(data, split, settings),
+        dataset=with_mixed_quality(dataset, data, recipe["seed"]) if recipe["mixed_quality"] else dataset,
         normalization=parse_normalization(settings.normalize, data),
         batch_size=recipe["batch_size"],
         shuffle=True,
         augment=recipe["augment"],
         seed=recipe["seed"],
     )
-
-
-def _student(float_model: "nn.Module", policy: Policy | None, batches: "Batches", seed: int) -> "nn.Module":
-    """A copy of the float network, or the network at the policy's bits with scales from training images."""
-    import copy
-
-    from bitscape.data.proxy import draw_proxy
-    from bitscape.quant.convert import calibrate, quantize
-
-    if policy is None:
-        return copy.deepcopy(float_model)
-    images = draw_proxy(batches.dataset, images=min(CALIBRATION_IMAGES, len(batches.dataset)), seed=seed).images
-    return calibrate(quantize(float_model, policy), batches.normalization.apply(images))
 
 
 def _loss(teacher: "nn.Module", recipe: dict[str, Any]) -> "Loss":
@@ -141,18 +196,11 @@ def _loss(teacher: "nn.Module", recipe: dict[str, Any]) -> "Loss":
     return Loss(label_smoothing=recipe["label_smoothing"], teacher=teacher if share else None, distillation=share)
 
 
-def _optimizer(recipe: dict[str, Any]) -> "Sgd | AdamW":
-    from bitscape.engine import AdamW, Sgd
-
-    kind = Sgd if recipe["optimizer"] == "sgd" else AdamW
-    return kind() if recipe["lr"] is None else kind(lr=recipe["lr"])
-
-
 def _train(
     student: "nn.Module",
     batches: "Batches",
     validation: "Batches | None",
-    step: "Plain | Sam",
+    training: Training,
     loss: "Loss",
     out: Path,
     recipe: dict[str, Any],
@@ -164,8 +212,8 @@ def _train(
     return run(
         student,
         batches,
-        step=step,
-        optimizer=_optimizer(recipe),
+        step=training.step(student),
+        optimizer=training.optimizer,
         epochs=recipe["epochs"],
         loss=loss,
         autocast=torch.bfloat16 if recipe["autocast"] else None,
@@ -178,15 +226,10 @@ def _train(
     )
 
 
-def _save(student: "nn.Module", result: "TrainResult", policy: Policy | None, out: Path) -> None:
-    save_weights(student.state_dict() if result.ema is None else result.ema, out / WEIGHTS_FILE)
-    if policy is not None:
-        policy.save(out / POLICY_FILE)
-
-
 def _print_epochs(result: "TrainResult") -> None:
     names = {"loss": "loss", "top1": "top-1 %", "validation_top1": "validation top-1 %"}
     names |= {"validation_top5": "validation top-5 %", "ema_validation_top1": "averaged, top-1 %"}
+    names |= {"bits": "activation bits", "bitops": "BitOps"}
     shown = [name for name in names if name in result.records[0]]
     rows, before_s = [], 0.0
     for record in result.records:

@@ -82,12 +82,13 @@ class TieredNetwork(nn.Module):
     Attributes:
         networks: ordinary quantized networks, cheapest first.
         policies: their bits.
+        cost: what the layers do for one image.
         tiers: (n,), of the last batch.
     """
 
     def __init__(self, networks: Sequence[nn.Module], policies: Sequence[Policy], gate: Gate, cost: NetworkCost) -> None:
         super().__init__()
-        self.networks, self.policies, self.gate = nn.ModuleList(networks), tuple(policies), gate
+        self.networks, self.policies, self.gate, self.cost = nn.ModuleList(networks), tuple(policies), gate, cost
         costs = [policy_cost(cost, policy) for policy in policies]
         work = IMAGE_PASSES * float(np.prod(cost.input_shape)) + gate.linear.weight.numel()
         self.gate_bitops = work * FEATURE_BITS**2

@@ -1,0 +1,207 @@
+"""Networks whose bits depend on the image as folders: JSON and safetensors, nothing pickled.
+
+A dynamic network is `dynamic.json`, `policy.json` and `model.safetensors`. Tiers are `tiers.json`, `gate.safetensors`, and for each tier a
+folder `tier1`, `tier2`, ... as `bitscape train` leaves it for a static network. Folders hold no float network: that comes from its code.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from safetensors.torch import save
+from torch import nn
+
+from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork, unset_network
+from bitscape.dynamic.tiers import Gate, TieredNetwork
+from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
+from bitscape.models.attention import split_attention
+from bitscape.models.find import load_weights
+from bitscape.policy import Policy
+from bitscape.quant.convert import quantize
+
+FORMAT: Final = 1
+DYNAMIC_FILE, TIERS_FILE = "dynamic.json", "tiers.json"
+POLICY_FILE, WEIGHTS_FILE, GATE_FILE = "policy.json", "model.safetensors", "gate.safetensors"
+_STRICT = ConfigDict(extra="forbid", strict=True)
+Document = TypeVar("Document")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class DynamicDocument:
+    """`dynamic.json`."""
+
+    format: Literal[1]
+    """Of this file."""
+    low: int
+    """Least width."""
+    high: int
+    """Largest width."""
+    weights: bool
+    """Whether images decide the bits of weights too."""
+    static: tuple[str, ...] | None
+    """Layers that keep the bits of `policy.json`; null: the first and the last."""
+    input_shape: tuple[int, ...]
+    """Of one image."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class TierSummary:
+    """What one tier costs; the gate is not in it."""
+
+    bitops: int
+    """BitOps of an image."""
+    mean_weight_bits: float
+    """Weighted by weights."""
+    mean_activation_bits: float
+    """Weighted by input elements."""
+    share: float
+    """Of the images that the tiers were made from, 0 to 1."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class TiersDocument:
+    """`tiers.json`."""
+
+    format: Literal[1]
+    """Of this file."""
+    input_shape: tuple[int, ...]
+    """Of one image."""
+    gate_bitops: float
+    """BitOps of choosing among the tiers, for one image."""
+    tiers: tuple[TierSummary, ...]
+    """The cheapest first: `tier1`."""
+
+
+def save_dynamic(network: DynamicNetwork, folder: Path) -> None:
+    """Write a dynamic network into `folder`, which is made; of layers that images decide about, `policy.json` has the largest width."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bits = network.bits
+    document = DynamicDocument(
+        format=FORMAT,
+        low=bits.low,
+        high=bits.high,
+        weights=bits.weights,
+        static=bits.static,
+        input_shape=tuple(network.cost.input_shape),
+    )
+    _write(document, folder / DYNAMIC_FILE)
+    _save_static(network, network.policy(network.level(bits.high, 1)), folder)
+
+
+def load_dynamic(model: nn.Module, folder: Path) -> DynamicNetwork:
+    """Return the dynamic network of a folder in eval mode, on the device of the float network `model`, whose code it needs.
+
+    Raises:
+        BitscapeError: a missing or damaged file, another format, or another network.
+    """
+    about = read_dynamic(folder)
+    bits = DynamicBits(low=about.low, high=about.high, weights=about.weights, static=about.static)
+    _check_there(folder)
+    network = unset_network(model, Policy.load(folder / POLICY_FILE), about.input_shape, bits)
+    load_weights(network, folder / WEIGHTS_FILE)
+    return network.eval()
+
+
+def save_tiers(tiers: TieredNetwork, folder: Path, *, shares: Sequence[float]) -> None:
+    """Write tiers into `folder`, which is made.
+
+    Args:
+        tiers: what `distill_tiers` returned.
+        folder: where they go.
+        shares: of the images that go to each tier, 0 to 1.
+    """
+    cost = tiers.cost
+    document = TiersDocument(
+        format=FORMAT,
+        input_shape=tuple(cost.input_shape),
+        gate_bitops=tiers.gate_bitops,
+        tiers=tuple(_summary(cost, policy, share) for policy, share in zip(tiers.policies, shares, strict=True)),
+    )
+    source = {"images": [1, *cost.input_shape]}
+    for at, (network, policy) in enumerate(zip(tiers.networks, tiers.policies, strict=True)):
+        own = tier_folder(folder, at)
+        own.mkdir(parents=True, exist_ok=True)
+        _save_static(network, replace(policy, cost=policy_cost(cost, policy), provenance={**policy.provenance, **source}), own)
+    _save_weights(tiers.gate, folder / GATE_FILE)
+    _write(document, folder / TIERS_FILE)
+
+
+def load_tiers(model: nn.Module, folder: Path) -> TieredNetwork:
+    """Return the tiers of a folder in eval mode, on the device of the float network `model`, whose code they need.
+
+    Raises:
+        BitscapeError: a missing or damaged file, another format, or another network.
+    """
+    about = read_tiers(folder)
+    folders = [tier_folder(folder, at) for at in range(len(about.tiers))]
+    for own in folders:
+        _check_there(own)
+    policies = [Policy.load(own / POLICY_FILE) for own in folders]
+    networks = [quantize(model, policy) for policy in policies]
+    gate = Gate(len(folders))
+    for made, file in [*zip(networks, [own / WEIGHTS_FILE for own in folders], strict=True), (gate, folder / GATE_FILE)]:
+        load_weights(made, file)
+    cost = measure(split_attention(copy.deepcopy(model)), about.input_shape)
+    return TieredNetwork(networks, policies, gate, cost).to(next(model.parameters()).device).eval()
+
+
+def read_dynamic(folder: Path) -> DynamicDocument:
+    """Read `dynamic.json` of a folder. Raises BitscapeError for a missing or damaged file and another format."""
+    return _read(DynamicDocument, folder / DYNAMIC_FILE)
+
+
+def read_tiers(folder: Path) -> TiersDocument:
+    """Read `tiers.json` of a folder. Raises BitscapeError for a missing or damaged file and another format."""
+    return _read(TiersDocument, folder / TIERS_FILE)
+
+
+def tier_folder(folder: Path, at: int) -> Path:
+    """Where the tier `at`, from 0, is kept: `tier1` is the first."""
+    return folder / f"tier{at + 1}"
+
+
+def _summary(cost: NetworkCost, policy: Policy, share: float) -> TierSummary:
+    costs = policy_cost(cost, policy)
+    means = {kind: costs[kind] for kind in ("mean_weight_bits", "mean_activation_bits")}
+    return TierSummary(bitops=int(costs["bitops"]), share=share, **means)
+
+
+def _save_static(network: nn.Module, policy: Policy, folder: Path) -> None:
+    policy.save(folder / POLICY_FILE)
+    _save_weights(network, folder / WEIGHTS_FILE)  # last: without it a folder counts as unfinished
+
+
+def _save_weights(network: nn.Module, path: Path) -> None:
+    # Clones: safetensors refuses tensors that share memory, and tied weights do.
+    write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}))
+
+
+def _check_there(folder: Path) -> None:
+    for name in (POLICY_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise BitscapeError(f"{folder}: no {name}; the folder is not complete, write it again")
+
+
+def _write(document: DynamicDocument | TiersDocument, path: Path) -> None:
+    write_atomic(path, json.dumps(asdict(document), indent=2) + "\n")
+
+
+def _read(kind: type[Document], path: Path) -> Document:
+    if not path.is_file():
+        raise BitscapeError(f"{path.parent}: no {path.name}; give a folder that holds one")
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BitscapeError(f"{path}: {where}{': ' if where else ''}{first['msg']}; this version reads format {FORMAT}") from None
