@@ -10,6 +10,7 @@ import benchmarks
 from bitscape.report.records import missing
 
 ARGUMENTS = {
+    "variants": True,
     "networks": ["mobilenetv2_tfslim", "squeezenet1_1"],
     "widths": [8, 6],
     "seeds": 3,
