@@ -39,7 +39,7 @@ def test_standardized_features_have_mean_zero_and_deviation_one() -> None:
     head.standardize(features)
     head(features)
     torch.testing.assert_close(seen[0].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen[0].std(0), torch.ones(3))
+    torch.testing.assert_close(seen[0].std(0, correction=0), torch.ones(3))
 
 
 def test_a_feature_that_did_not_vary_stays_small_when_it_does() -> None:

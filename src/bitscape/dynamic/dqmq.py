@@ -110,7 +110,7 @@ class DqmqStep:
         objective = value
         if done >= settings.warm_up:
             weight = settings.cost_weight * min(1.0, (done - settings.warm_up) / max(settings.ramp, 1e-9))
-            objective = objective + weight * excess + settings.hardening_weight * _softness(decision)
+            objective = objective + weight * excess + settings.hardening_weight * network.softness
             if settings.estimator != "pathwise":
                 objective = objective + settings.score_weight * self._score_term(network, part, logits, decision)
         (objective * part.share).backward()
@@ -136,13 +136,8 @@ class DqmqStep:
                 with repeating(network, random_state(network)), network.using(decision.detach().rounded()):
                     logits = network(part.images)
             losses = functional.cross_entropy(logits, part.labels, reduction="none")
-            advantage = (losses - losses.mean()) / losses.std().clamp(min=1e-6)
+            advantage = (losses - losses.mean()) / losses.std(correction=0).clamp(min=1e-6)
         return (advantage * density).mean() / len(network.names)
-
-
-def _softness(decision: Decision) -> Tensor:
-    rest = decision.activation - decision.activation.detach().floor()
-    return (rest * (1 - rest)).mean()
 
 
 def _dynamic(model: nn.Module) -> DynamicNetwork:

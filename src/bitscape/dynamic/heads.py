@@ -34,13 +34,14 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return m and v, both (n, decisions), for features (n, features)."""
-        m, r = self.linear((features - self.center) / self.spread).chunk(2, dim=1)
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 tells widths apart by 1/32 only
+            m, r = self.linear((features.float() - self.center) / self.spread).chunk(2, dim=1)
         return m, functional.softplus(r) + LEAST_SPREAD
 
     def standardize(self, features: Tensor) -> None:
         """Take center and spread from features (n, features) of calibration images."""
         self.center.copy_(features.mean(0))
-        self.spread.copy_(features.std(0).clamp(min=LEAST_VARIATION))
+        self.spread.copy_(features.std(0, correction=0).clamp(min=LEAST_VARIATION))
 
 
 def bounded(x: Tensor, low: float, high: float) -> Tensor:

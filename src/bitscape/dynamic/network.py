@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import LayerCost, NetworkCost, measure
 from bitscape.dynamic.decision import Decision, joined
 from bitscape.dynamic.heads import Head, bounded
 from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static, make_weights_dynamic
@@ -72,6 +72,8 @@ class _Pass:
     weight: dict[str, Tensor] = field(default_factory=dict)
     activation: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> widths (n,) decided so far."""
+    softness: list[Tensor] = field(default_factory=list)
+    """Mean f (1 - f) of each layer's widths before they are rounded."""
     log_density: Tensor | float = 0.0
     """(n,) of the sampled decisions."""
 
@@ -93,6 +95,7 @@ class DynamicNetwork(nn.Module):
         pathwise: whether sampled widths carry a gradient from the loss; otherwise they are whole, and only the cost and `log_density` do.
         decision: of the last batch, with its gradient.
         log_density: (n,), of the sampled decisions of the last batch.
+        softness: mean of f (1 - f) over the sampled widths of the last batch, f the part between two whole numbers.
     """
 
     def __init__(self, model: nn.Module, cost: NetworkCost, bits: DynamicBits) -> None:
@@ -106,7 +109,7 @@ class DynamicNetwork(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
         self.hardness, self.pathwise = 0.0, True
         self.decision = Decision(torch.zeros(0, len(cost.layers)), torch.zeros(0, len(cost.layers)))
-        self.log_density = torch.zeros(0)
+        self.log_density, self.softness = torch.zeros(0), torch.zeros(())
         self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
         self._given: Decision | None = None
         self._pass = _Pass(torch.zeros(0), torch.zeros(0))
@@ -114,6 +117,8 @@ class DynamicNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images (n, c, h, w); `decision` tells the bits they took."""
+        if self._given is not None and len(self._given) != len(images):
+            raise BitscapeError(f"decision: widths of {len(self._given)} images for a batch of {len(images)}; give one row for each image")
         self._pass = _Pass(image_features(images), images.new_zeros(len(images)))
         try:
             logits: Tensor = self.model(images)
@@ -121,6 +126,7 @@ class DynamicNetwork(nn.Module):
             if idle:
                 raise BitscapeError(f"layers {', '.join(idle)} did not run: their bits cannot depend on the image; name them in `static`")
             self.decision, self.log_density = self._decided(len(images)), images.new_zeros(len(images)) + self._pass.log_density
+            self.softness = torch.stack(self._pass.softness).mean() if self._pass.softness else images.new_zeros(())
         finally:
             self._forget()
         return logits
@@ -135,7 +141,8 @@ class DynamicNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies leave the last batch's graph behind: tensors within one cannot be copied.
-        return {**self.__dict__, "decision": self.decision.detach(), "log_density": self.log_density.detach()}
+        graphs = {"decision": self.decision.detach(), "log_density": self.log_density.detach(), "softness": self.softness.detach()}
+        return {**self.__dict__, **graphs}
 
     @property
     def spent(self) -> Spent:
@@ -158,9 +165,13 @@ class DynamicNetwork(nn.Module):
         channels, height, width = self.cost.input_shape
         of_image = IMAGE_PASSES * channels * height * width
         inputs = [self.cost.by_name[name] for name in self.names]
-        of_layers = sum(2 * min(layer.input_elements, layer.weight_shape[1] * SIDE**2) for layer in inputs)
+        of_layers = sum(2 * min(layer.input_elements, self._channels(layer) * SIDE**2) for layer in inputs)
         of_heads = sum(cast(Head, head).linear.weight.numel() for head in self.heads)
         return float((of_image + of_layers + of_heads) * FEATURE_BITS**2)
+
+    def _channels(self, layer: LayerCost) -> int:
+        """Of the layer's input; a grouped convolution's weight tells those of one group."""
+        return layer.weight_shape[1] * cast(int, getattr(self.model.get_submodule(layer.name), "groups", 1))
 
     def policy(self, decision: Decision) -> Policy:
         """The static policy of one row, (1, layers) each, rounded."""
@@ -216,6 +227,8 @@ class DynamicNetwork(nn.Module):
 
     def _decide(self, at: int, layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
         name, under_way = self.names[at], self._pass
+        if name in under_way.activation or not len(under_way.spent):  # its second run in this pass; or the model runs without the network
+            return
         widths = self._given_at(name) if self._given is not None else self._sampled(at, inputs[0])
         cast(DynamicActivation, layer.input_quantizer).widths = widths[0]
         under_way.activation.setdefault(name, widths[0].value)
@@ -241,6 +254,9 @@ class DynamicNetwork(nn.Module):
         soft = bounded(beta, self.bits.low, self.bits.high)
         if self.decisions == "per_batch":
             soft = soft.mean(0, keepdim=True).expand_as(soft)
+        if self.training:
+            rest = soft - soft.detach().floor()
+            under_way.softness.append((rest * (1 - rest)).mean())
         if self.training and not self.pathwise:  # the cost is differentiated all the same
             under_way.activation[name] = soft[:, 0]
             under_way.weight[name] = soft[:, -1]
@@ -341,9 +357,11 @@ def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, round
         network.shift.fill_(shift)
         return float(decide(network, images).bitops(network.cost).mean()) + network.decision_bitops
 
-    low, high = -LARGEST_SHIFT, LARGEST_SHIFT
-    if mean_cost(low) > bitops:
-        raise BitscapeError(f"bitops = {bitops:.4g}: images cost {mean_cost(low):.4g} at the least widths; give more, or a lower `low`")
+    low, high, before = -LARGEST_SHIFT, LARGEST_SHIFT, float(network.shift)
+    least = mean_cost(low)
+    if least > bitops:
+        network.shift.fill_(before)
+        raise BitscapeError(f"bitops = {bitops:.4g}: images cost {least:.4g} at the least widths; give more, or a lower `low`")
     for _ in range(rounds):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_cost(middle) <= bitops else (low, middle)

@@ -26,6 +26,6 @@ def layer_features(x: Tensor) -> Tensor:
     """Return (n, 2) of a layer's input (n, c, ...): LAYER_FEATURES, over all channels and some positions; detached."""
     seen = x.detach()
     for axis in range(2, x.ndim):
-        seen = seen[(slice(None),) * axis + (slice(None, None, max(1, x.shape[axis] // SIDE)),)]
+        seen = seen[(slice(None),) * axis + (slice(None, None, -(-x.shape[axis] // SIDE)),)]
     flat = seen.flatten(1).float()
     return torch.stack([flat.mean(1), flat.std(1)], dim=1)

@@ -29,6 +29,10 @@ _log = logging.getLogger("bitscape.dynamic")
 MOST_TIERS = 4
 LEAST_IMAGES = 64
 """Below this many images of its own, a tier's norms are recalibrated on all of them."""
+STARTS = 10
+"""Of k-means; the best is taken."""
+ROUNDING = 1e-9
+"""Relative; sums of BitOps in another order differ by less."""
 DECAY = 1e-3
 """Of the gate's squared weights, in the mean loss of the fit: keeps them finite where tiers part exactly."""
 
@@ -131,7 +135,9 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
     gate = Gate(len(groups.unique())).to(images.device)
     gate.fit(images, groups)
     routed = torch.cat([gate(batch) for batch in images.split(512)])
-    tiers = _rounded_within(network, _means(decision, groups), routed, float(decision.bitops(network.cost).mean()))
+    tiers = _rounded_within(
+        network, _means(decision, groups), routed, float(decision.bitops(network.cost).double().mean()) * (1 + ROUNDING)
+    )
     policies = [network.policy(tiers[slice(at, at + 1)]) for at in range(len(tiers))]
     networks = [network.static(policy) for policy in policies]
     for at, made in enumerate(networks):
@@ -148,13 +154,18 @@ def _grouped(network: DynamicNetwork, decision: Decision, count: int) -> Tensor:
     if distinct < count:
         _log.warning("decisions take only %d forms: so many tiers are made, not %d", distinct, count)
         count = distinct
-    labels: Any = kmeans2(rows.cpu().numpy(), count, minit="++", rng=np.random.default_rng(0))[1]
-    groups = torch.from_numpy(labels).long().to(rows.device)
+    groups = torch.from_numpy(_best_kmeans(rows.cpu().numpy(), count)).long().to(rows.device)
     kept = groups.unique()
     costs = torch.stack([rows[groups == group].sum(1).mean() for group in kept])
     rank = torch.empty(count, dtype=torch.long, device=rows.device)
     rank[kept[costs.argsort()]] = torch.arange(len(kept), device=rows.device)
     return rank[groups]
+
+
+def _best_kmeans(rows: Any, count: int) -> Any:
+    """Labels of the rows; one start may end in a bad optimum."""
+    runs = [kmeans2(rows, count, minit="++", seed=start) for start in range(STARTS)]
+    return min(runs, key=lambda run: float(((rows - run[0][run[1]]) ** 2).sum()))[1]
 
 
 def _means(decision: Decision, groups: Tensor) -> Decision:

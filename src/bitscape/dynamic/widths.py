@@ -42,16 +42,20 @@ def at_widths(x: Tensor, widths: Widths, apply: Apply) -> Tensor:
         if share is not None:
             y = y * _broadcast(torch.where(at, 1 - share, share)[rows], y)
         if found is None:
-            found = _zeros_like(y, len(x))
+            found = y.new_zeros((len(x), *y.shape[1:]))
         found.index_add_(0, rows, y)
     assert found is not None
-    return found
+    return _laid_out_like(x, found)
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
 
 
-def _zeros_like(piece: Tensor, images: int) -> Tensor:
-    layout = torch.channels_last if piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return torch.empty((images, *piece.shape[1:]), dtype=piece.dtype, device=piece.device, memory_format=layout).zero_()
+def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+    # Groups are gathered and added up in plain layout, which is the faster way.
+    return (
+        y.contiguous(memory_format=torch.channels_last)
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and y.ndim == 4
+        else y
+    )
