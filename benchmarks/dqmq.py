@@ -29,7 +29,7 @@ from bitscape.dynamic.decision import Decision, joined
 from bitscape.engine import Batch, Sgd, StepRecord, train
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize, recalibrate_norms
+from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import read_runs
 from bitscape.search.fisher import Fisher
 from bitscape.search.problem import SearchProblem
@@ -190,7 +190,6 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
         policy = Fisher(images=SCORED).search(problem).policy
     network = calibrate(quantize(load(NETWORK, DATA), policy), normalized(data.subset(torch.arange(CALIBRATION))))
     seconds = trained(network, run, Plain(), Sgd(lr=0.01))
-    recalibrate_norms(network, normalized(data.subset(torch.arange(KEPT))))
     hits, _, _ = right(network, tests()[0])
     cost = policy_cost(reference(), policy)
     return {"top1": percent(hits), "policy": bits_of(policy), "cost": cost, "train_s": seconds, "extra": by_quality(hits)}
@@ -222,7 +221,6 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     kept = normalized(data.subset(torch.arange(KEPT)))
     before = float(decide(network, kept).bitops(network.cost).mean()) + network.decision_bitops
     keep_bitops(network, kept, limit)
-    recalibrate_norms(network, kept)
     shift = float(network.shift)
     hits, decision, bitops = right(network, tests()[0])
     assert decision is not None and bitops is not None
@@ -326,11 +324,7 @@ def random_bits(run: dict[str, Any]) -> dict[str, Any]:
     (twin,) = [each for each in read_runs(RESULTS / f"{NAME}.jsonl") if all(each[name] == value for name, value in key.items())]
     network, step = made(run, DynamicBits(low=LOW.get(run["settings"]["budget"], 2))), RandomBits(twin["extra"]["marginals"])
     seconds = trained(network, run, step, Sgd(lr=0.01))
-    data, _, _ = training(run["seed"], run["settings"]["images"])
     torch.manual_seed(run["seed"])
-    kept = data.subset(torch.arange(KEPT))
-    with network.using(step.drawn(network, 128)):
-        recalibrate_norms(network, normalized(kept)[: KEPT // 128 * 128])
     drawn = step.drawn(network, len(tests()[0]))
     hits, _, bitops = right(network, tests()[0], drawn)
     bits = drawn.activation_bits(network.cost)

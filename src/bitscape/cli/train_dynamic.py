@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitscape.engine import TrainResult
 
 KEPT_IMAGES = 1024
-"""Training images on which the budget is met, and norms are recalibrated, after training."""
+"""Training images on which the budget is met after training."""
 
 dynamic_options = all_of(
     click.option("--dynamic", metavar="LOW-HIGH", help="Each image decides the bits of activations, e.g. 2-8; needs --policy, --budget."),
@@ -61,14 +61,11 @@ class DynamicTraining:
         """Meet the budget on training images, write the network, and say what images cost."""
         from bitscape.dynamic import keep_bitops
         from bitscape.dynamic.storage import save_dynamic
-        from bitscape.quant.convert import recalibrate_norms
 
         trained = _dynamic(network)
         bitops = self.step(trained).bitops
         images = calibration_images(batches, seed, KEPT_IMAGES)
-        keep_bitops(trained, images, bitops)
-        recalibrate_norms(trained, images)
-        spent = keep_bitops(trained, images, bitops)  # again: other norms, other decisions
+        spent = keep_bitops(trained, images, bitops)
         save_dynamic(trained, out)
         cost = f"{len(images):,} training images cost {amount(spent)} BitOps on average, the budget is {amount(bitops)}"
         return f"{cost}\n{out}; as a few static networks: bitscape tiers --checkpoint {out} ..."

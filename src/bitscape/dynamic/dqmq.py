@@ -8,7 +8,8 @@ Computes  b = m + v xi, limited to low..high -> heads; Q(u; b) = (1-f) Q_floor +
           L_task + lambda max(0, C(b)/C_ref - 1) + mu mean f(1-f) -> DqmqStep
 Departs   No code was released and details are not available: all but the claims of the abstract is ours. Weights have static bits unless
           asked otherwise, which lets one batch hold images of different bits. "Hybrid" is the path-wise gradient through b, with an
-          optional score-function term on the loss at whole bits.
+          optional score-function term on the loss at whole bits. Norms are left as training ends with them: new statistics cost a
+          network that was trained on padded crops one to two points.
 Costs     two quantizations of each activation while widths are continuous: about twice a plain step on a CPU; decisions cost 0.8 % of
           the BitOps of ResNet-20 at W3A3, more of a smaller network's.
 Measured  not yet.

@@ -23,12 +23,9 @@ from bitscape.dynamic.widths import Widths, at_widths
 from bitscape.engine.quality_grid import Spent
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
-from bitscape.quant.convert import recalibrate_norms
 
 _log = logging.getLogger("bitscape.dynamic")
 MOST_TIERS = 4
-LEAST_IMAGES = 64
-"""Below this many images of its own, a tier's norms are recalibrated on all of them."""
 STARTS = 10
 """Of k-means; the best is taken."""
 ROUNDING = 1e-9
@@ -118,7 +115,7 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
     """Return `count` static networks that stand for what the dynamic one decides, and the gate among them.
 
     Decisions are grouped by k-means, in BitOps; each group's mean, rounded, is a tier. Widths that were rounded up furthest are lowered
-    until the tiers cost no more than the dynamic network on `images`. Norms of a tier are recalibrated on the images that it gets.
+    until the tiers cost no more than the dynamic network on `images`.
 
     Args:
         network: trained; its weights are copied.
@@ -139,11 +136,7 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
         network, _means(decision, groups), routed, float(decision.bitops(network.cost).double().mean()) * (1 + ROUNDING)
     )
     policies = [network.policy(tiers[slice(at, at + 1)]) for at in range(len(tiers))]
-    networks = [network.static(policy) for policy in policies]
-    for at, made in enumerate(networks):
-        own = images[routed == at]
-        recalibrate_norms(made, own if len(own) >= LEAST_IMAGES else images)
-    return TieredNetwork(networks, policies, gate, network.cost).eval()
+    return TieredNetwork([network.static(policy) for policy in policies], policies, gate, network.cost).eval()
 
 
 def _grouped(network: DynamicNetwork, decision: Decision, count: int) -> Tensor:
