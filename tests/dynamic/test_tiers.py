@@ -8,10 +8,9 @@ from torch import Tensor
 
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
-from bitscape.dynamic.tiers import LEAST_IMAGES, Gate, TieredNetwork, distill_tiers
+from bitscape.dynamic.tiers import Gate, TieredNetwork, distill_tiers
 from bitscape.engine.quality_grid import Spending
 from bitscape.errors import BitscapeError
-from bitscape.quant.convert import recalibrate_norms
 from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers
 from tests.dynamic.small import NAMES, dynamic, mixed_images, policy_of, set_heads
 
@@ -137,20 +136,11 @@ def test_an_image_gets_the_logits_of_its_own_network() -> None:
         assert not torch.allclose(logits[~own], made(images[~own]))
 
 
-def test_norms_of_a_tier_are_those_of_its_images() -> None:
-    network, images = by_noise(), mixed_images(3 * LEAST_IMAGES)
-    tiers = distill_tiers(network, images, 2)
-    for tier, (made, policy) in enumerate(zip(tiers.networks, tiers.policies, strict=True)):
-        expected = recalibrate_norms(network.static(policy), images[tier::2]).state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in made.state_dict().items())
-    assert not torch.equal(tiers.networks[0][1].running_var, tiers.networks[1][1].running_var)
-
-
-def test_norms_of_a_tier_with_few_images_are_those_of_all() -> None:
-    network, images = by_noise(), mixed_images(2 * LEAST_IMAGES - 2)
+def test_a_tier_is_the_dynamic_network_at_its_policy_norms_too() -> None:
+    network, images = by_noise(), mixed_images(40)
     tiers = distill_tiers(network, images, 2)
     for made, policy in zip(tiers.networks, tiers.policies, strict=True):
-        expected = recalibrate_norms(network.static(policy), images).state_dict()
+        expected = network.static(policy).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in made.state_dict().items())
 
 
