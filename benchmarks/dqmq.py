@@ -69,6 +69,7 @@ VARIANTS = {
     "after the first stage": Variant(bits=DynamicBits(static=FIRST_STAGE)),
     "score function only": Variant(step={"estimator": "score"}),
     "path-wise and score function": Variant(step={"estimator": "both"}),
+    "gumbel-softmax": Variant(step={"estimator": "gumbel"}),
     "one decision a batch": Variant(decisions="per_batch"),
 }
 

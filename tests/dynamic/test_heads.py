@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bitscape.dynamic.heads import Head, bounded
+from bitscape.dynamic.heads import Head, bounded, gumbel
 
 
 @pytest.mark.parametrize("start", [3.5, 8.0])
@@ -89,3 +89,13 @@ def test_descent_brings_back_what_is_far_outside() -> None:
         (gradient,) = torch.autograd.grad((bounded(x, 2, 8) - 4).square().sum(), x)
         x = (x - 0.1 * gradient).detach().requires_grad_()
     torch.testing.assert_close(x.detach(), torch.full((2,), 4.0), atol=1e-3, rtol=0)
+
+
+def test_gumbel_samples_lie_above_a_half_as_often_as_their_share_says_and_rise_with_it() -> None:
+    torch.manual_seed(0)
+    share = torch.full((20_000,), 0.3, requires_grad=True)
+    drawn = gumbel(share)
+    assert float((drawn > 0.5).float().mean()) == pytest.approx(0.3, abs=0.01)  # three standard deviations of a count
+    (slope,) = torch.autograd.grad(drawn.sum(), share)
+    torch.testing.assert_close(slope, drawn * (1 - drawn) / (0.3 * 0.7))
+    assert bool(gumbel(torch.tensor([0.0, 1.0], requires_grad=True)).isfinite().all())

@@ -16,6 +16,7 @@ from bitscape.dynamic.network import (
     FEATURES,
     DynamicBits,
     DynamicNetwork,
+    Sampling,
     decide,
     dynamic_network,
     keep_bitops,
@@ -183,12 +184,12 @@ def test_samples_are_drawn_from_what_the_head_says() -> None:
 
 
 @pytest.mark.parametrize("bits", [DynamicBits(), WEIGHTS], ids=["inputs", "weights too"])
-@pytest.mark.parametrize("pathwise", [True, False])
-def test_log_density_is_that_of_the_normal_distribution(bits: DynamicBits, pathwise: bool) -> None:
+@pytest.mark.parametrize("sampling", ["continuous", "whole"])
+def test_log_density_is_that_of_the_normal_distribution(bits: DynamicBits, sampling: Sampling) -> None:
     network, images = fresh(bits).train(), mixed_images()
     vary_heads(network, slope=0.1)
     set_spread(network, -1.0)
-    network.pathwise = pathwise
+    network.sampling = sampling
     torch.manual_seed(1)
     with noted(network) as seen:
         network(images)
@@ -238,7 +239,7 @@ def test_the_loss_has_a_slope_in_every_decision(bits: DynamicBits) -> None:
 def test_without_the_path_widths_are_whole_and_only_the_cost_has_a_slope() -> None:
     network, images = fresh(WEIGHTS).train(), mixed_images()
     set_heads(network, middle=4.0, spread=0.0)
-    network.pathwise = False
+    network.sampling = "whole"
     torch.manual_seed(0)
     with used_widths(network) as used:
         logits = network(images)

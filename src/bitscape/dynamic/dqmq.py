@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.dynamic.decision import Decision
-from bitscape.dynamic.network import DynamicNetwork
+from bitscape.dynamic.network import DynamicNetwork, Sampling
 from bitscape.engine import Batch, Sgd, Step, StepRecord
 from bitscape.engine.settings import sgd_with_rate
 from bitscape.engine.step import Part, count_correct, sum_of
 from bitscape.errors import BitscapeError, check_choices
 from bitscape.sharpness import random_state, repeating
+
+SAMPLING: dict[str, Sampling] = {"pathwise": "continuous", "both": "continuous", "score": "whole", "gumbel": "gumbel"}
+"""Estimator -> how widths are sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,9 @@ class Dqmq:
     """Weight of the cost above the budget, as a share of the budget; reached at the end of `ramp`."""
     hardening_weight: float = 0.01
     """Weight of f (1 - f), which draws widths to whole numbers."""
-    estimator: Literal["pathwise", "both", "score"] = "pathwise"
-    """How heads learn from the loss: through the continuous width, by the score function at whole widths (REINFORCE), or both."""
+    estimator: Literal["pathwise", "both", "score", "gumbel"] = "pathwise"
+    """How heads learn from the loss: through the continuous width, by the score function at whole widths (REINFORCE), both, or through a
+    whole width that is drawn by Gumbel-softmax."""
     score_weight: float = 0.1
     """Weight of the score-function term, where there is one."""
     warm_up: float = 0.1
@@ -96,7 +100,7 @@ class DqmqStep:
         """Leave the gradient of the whole objective in `.grad`."""
         network, settings = _dynamic(model), self.settings
         network.hardness = min(1.0, max(0.0, batch.progress - settings.hard_from) / (1 - settings.hard_from))
-        network.pathwise = settings.estimator != "score"
+        network.sampling = SAMPLING[settings.estimator]
         return sum_of([self._of_part(network, part, batch.progress) for part in batch.parts])
 
     def _of_part(self, network: DynamicNetwork, part: Part, done: float) -> StepRecord:
@@ -112,7 +116,7 @@ class DqmqStep:
         if done >= settings.warm_up:
             weight = settings.cost_weight * min(1.0, (done - settings.warm_up) / max(settings.ramp, 1e-9))
             objective = objective + weight * excess + settings.hardening_weight * network.softness
-            if settings.estimator != "pathwise":
+            if settings.estimator in ("both", "score"):
                 objective = objective + settings.score_weight * self._score_term(network, part, logits, decision)
         (objective * part.share).backward()
         spent = network.spent
@@ -133,7 +137,7 @@ class DqmqStep:
         """Raise the density of sampled decisions whose loss at whole bits is below the batch's mean (REINFORCE, with that baseline)."""
         density = network.log_density
         with torch.no_grad():
-            if network.pathwise:
+            if network.sampling != "whole":
                 with repeating(network, random_state(network)), network.using(decision.detach().rounded()):
                     logits = network(part.images)
             losses = functional.cross_entropy(logits, part.labels, reduction="none")

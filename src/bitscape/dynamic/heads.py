@@ -10,6 +10,8 @@ LEAST_SPREAD = 0.1
 """Least deviation of a sampled width, in bits."""
 LEAST_VARIATION = 0.05
 """Of a feature over the calibration images: what does not vary there may do so later, and must not count without limit then."""
+EDGE = 1e-3
+"""Probabilities nearer to 0 and 1 than this are moved there, so that logits stay finite."""
 START_SPREAD = -1.0
 """Before the softplus: 0.31 bits more than the least."""
 
@@ -50,6 +52,16 @@ def bounded(x: Tensor, low: float, high: float) -> Tensor:
     A sigmoid in its place has hardly a slope near its ends, where heads begin.
     """
     return cast(Tensor, _Bounded.apply(x, low, high))  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
+
+
+def gumbel(share: Tensor) -> Tensor:
+    """Sample 0 or 1, the latter with probability `share`, relaxed to a number between them at temperature 1.
+
+    The binary case of Jang, Gu, Poole: "Categorical reparameterization with Gumbel-softmax", ICLR 2017, arXiv 1611.01144, Eq. 2.
+    """
+    inside = share + (share.clamp(EDGE, 1 - EDGE) - share).detach()
+    noise = torch.rand_like(share).clamp(EDGE, 1 - EDGE).logit()  # the difference of two Gumbel variables is logistic
+    return (inside.logit() + noise).sigmoid()
 
 
 class _Bounded(torch.autograd.Function):

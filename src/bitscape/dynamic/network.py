@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitscape.cost.layers import LayerCost, NetworkCost, measure
 from bitscape.dynamic.decision import Decision, joined
-from bitscape.dynamic.heads import Head, bounded
+from bitscape.dynamic.heads import Head, bounded, gumbel
 from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static, make_weights_dynamic
 from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURES, SIDE, image_features, layer_features
 from bitscape.dynamic.widths import Widths
@@ -31,6 +31,7 @@ from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers import Lsq, Quantizer
 
+Sampling = Literal["continuous", "gumbel", "whole"]
 FEATURES = (*IMAGE_FEATURES, *LAYER_FEATURES, "share of the largest cost spent so far")
 FEATURE_BITS = 8
 """Width at which the work of features and heads is counted."""
@@ -92,7 +93,8 @@ class DynamicNetwork(nn.Module):
         decisions: "per_image"; "per_batch" gives all images of a batch the mean of their widths.
         shift: buffer, bits added to every decision; `keep_bitops` sets it.
         hardness: share of sampled widths that are rounded, straight through; raised by the step towards the end of training.
-        pathwise: whether sampled widths carry a gradient from the loss; otherwise they are whole, and only the cost and `log_density` do.
+        sampling: in training. "continuous": a width between whole numbers mixes both. "gumbel": it falls to one of them by chance, relaxed,
+            with a gradient too. "whole": it is rounded; only the cost and `log_density` have a gradient.
         decision: of the last batch, with its gradient.
         log_density: (n,), of the sampled decisions of the last batch.
         softness: mean of f (1 - f) over the sampled widths of the last batch, f the part between two whole numbers.
@@ -107,7 +109,8 @@ class DynamicNetwork(nn.Module):
         self.decisions: Literal["per_image", "per_batch"] = "per_image"
         self.shift: Tensor
         self.register_buffer("shift", torch.zeros(()))
-        self.hardness, self.pathwise = 0.0, True
+        self.hardness = 0.0
+        self.sampling: Sampling = "continuous"
         self.decision = Decision(torch.zeros(0, len(cost.layers)), torch.zeros(0, len(cost.layers)))
         self.log_density, self.softness = torch.zeros(0), torch.zeros(())
         self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
@@ -257,16 +260,18 @@ class DynamicNetwork(nn.Module):
         if self.training:
             rest = soft - soft.detach().floor()
             under_way.softness.append((rest * (1 - rest)).mean())
-        if self.training and not self.pathwise:  # the cost is differentiated all the same
+        if self.training and self.sampling == "whole":  # the cost is differentiated all the same
             under_way.activation[name] = soft[:, 0]
             under_way.weight[name] = soft[:, -1]
         return tuple(self._width(column) for column in soft.unbind(1))
 
     def _width(self, soft: Tensor) -> Widths:
-        if not (self.training and self.pathwise):
+        if not self.training or self.sampling == "whole":
             return Widths(soft.detach().round())
         below = soft.detach().floor().clamp(max=self.bits.high - 1)
         share = soft - below
+        if self.sampling == "gumbel":
+            share = gumbel(share)
         hard = torch.rand_like(soft) < self.hardness
         return Widths(below, torch.where(hard, share + (share.round() - share).detach(), share))
 
