@@ -5,7 +5,7 @@
 Every row is trained on the same images, clean or under one of five corruptions, by one recipe, and tested on the test set with every image
 clean or under one of those five or of three others. No row is allowed more BitOps than uniform widths; what decides is counted. What
 shares the learned network (its decisions handed to other images, one decision a batch, static tiers, an oracle that knows the severity) is
-measured in one run. `--variants` adds other forms of the method, one seed each.
+measured in one run. `--variants` does other forms of the method instead, one seed each.
 """
 
 import time
@@ -58,19 +58,22 @@ class Variant:
     step: dict[str, Any] = field(default_factory=dict)
     decisions: Literal["per_image", "per_batch"] = "per_image"
     """In training and in the test."""
+    head_lr: float = DqmqSgd().head_lr
 
 
 FIRST_STAGE = ("conv1", *(f"layer1.{block}.conv{at}" for block in range(3) for at in (1, 2)), "linear")
 VARIANTS = {
     "": Variant(),
+    "begins at 3 bits": Variant(bits=DynamicBits(start=3), step={"warm_up": 0.0}),
+    "slower heads, dearer bits": Variant(step={"cost_weight": 6.0}, head_lr=0.1),
     "budget of every image": Variant(step={"budget_of": "image"}),
-    "1 to 8 bits": Variant(bits=DynamicBits(low=1)),
     "weights and activations": Variant(bits=DynamicBits(weights=True)),
-    "after the first stage": Variant(bits=DynamicBits(static=FIRST_STAGE)),
     "score function only": Variant(step={"estimator": "score"}),
-    "path-wise and score function": Variant(step={"estimator": "both"}),
     "gumbel-softmax": Variant(step={"estimator": "gumbel"}),
+    "1 to 8 bits": Variant(bits=DynamicBits(low=1)),
+    "after the first stage": Variant(bits=DynamicBits(static=FIRST_STAGE)),
     "one decision a batch": Variant(decisions="per_batch"),
+    "path-wise and score function": Variant(step={"estimator": "both"}),
 }
 
 
@@ -78,7 +81,8 @@ def wanted(seeds: int, images: int, epochs: int, variants: bool) -> Iterator[dic
     """Every run, in an order in which a stopped benchmark already compares; random bits after the network whose bits they draw."""
     main = (LEARNED, UNIFORM, STATIC, RANDOM)
     plan = [(budget, seed, key) for seed in range(seeds) for budget in BUDGETS for key in main]
-    plan += [("w3a3", 0, (LEARNED[0], name)) for name in VARIANTS if name] if variants else []
+    if variants:
+        plan = [("w3a3", 0, (LEARNED[0], name)) for name in VARIANTS if name]
     for budget, seed, (method, variant) in plan:
         settings = {"budget": budget, "images": images}
         yield {"network": NETWORK, "method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
@@ -217,7 +221,7 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     low = LOW.get(run["settings"]["budget"], variant.bits.low)
     network = made(run, replace(variant.bits, low=low))
     network.decisions = variant.decisions
-    seconds = trained(network, run, Dqmq(bitops=limit, **variant.step), DqmqSgd(sgd=Sgd(lr=0.01)))
+    seconds = trained(network, run, Dqmq(bitops=limit, **variant.step), DqmqSgd(sgd=Sgd(lr=0.01), head_lr=variant.head_lr))
     data, _, _ = training(run["seed"], run["settings"]["images"])
     kept = normalized(data.subset(torch.arange(KEPT)))
     before = float(decide(network, kept).bitops(network.cost).mean()) + network.decision_bitops
@@ -346,7 +350,7 @@ def main() -> None:
     """Do the runs that the results file lacks."""
     parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", action="store_true", help="other forms of the method too")
+    parser.add_argument("--variants", action="store_true", help="other forms of the method instead")
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

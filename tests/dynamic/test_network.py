@@ -568,3 +568,10 @@ def test_other_limits_than_the_state_has_are_refused() -> None:
     other = unset_network(float_net(), policy_of(float_net()), (3, 8, 8), DynamicBits(low=3))
     with pytest.raises(RuntimeError, match="of_width"):
         other.load_state_dict(fresh().state_dict())
+
+
+def test_decisions_begin_where_they_are_told_to() -> None:
+    network = dynamic(DynamicBits(low=2, high=6, start=3.0))
+    assert bool((decide(network, mixed_images(4)).activation[:, 1:-1] == 3).all())
+    with pytest.raises(BitscapeError, match=r"start = 7.*2 to 6"):
+        DynamicBits(low=2, high=6, start=7)

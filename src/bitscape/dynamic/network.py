@@ -52,11 +52,15 @@ class DynamicBits:
     """Whether images decide the bits of weights too; a batch then runs each layer once for each weight width among its images."""
     static: tuple[str, ...] | None = None
     """Layers that keep the policy's bits; None: the first and the last."""
+    start: float | None = None
+    """Width that decisions begin at, whatever the image; None: `high`."""
 
     def __post_init__(self) -> None:
         """Check the widths."""
         if not 1 <= self.low < self.high <= 8:
             raise BitscapeError(f"low = {self.low}, high = {self.high}: give widths from 1 to 8, low below high")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise BitscapeError(f"start = {self.start}: decisions begin within low..high, {self.low} to {self.high}; None begins at high")
 
 
 _DEFAULT_BITS = DynamicBits()
@@ -105,7 +109,9 @@ class DynamicNetwork(nn.Module):
         self.model, self.cost, self.bits = model, cost, bits
         layers = quantized_layers(model)
         self.names = tuple(name for name in cost.by_name if isinstance(layers[name].input_quantizer, DynamicActivation))
-        self.heads = nn.ModuleList(Head(len(FEATURES), 1 + bits.weights, start=bits.high) for _ in self.names)
+        self.heads = nn.ModuleList(
+            Head(len(FEATURES), 1 + bits.weights, bits.high if bits.start is None else bits.start) for _ in self.names
+        )
         self.decisions: Literal["per_image", "per_batch"] = "per_image"
         self.shift: Tensor
         self.register_buffer("shift", torch.zeros(()))
