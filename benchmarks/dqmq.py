@@ -1,11 +1,12 @@
 """dqmq: do bits that follow the image's quality pay? ResNet-20 on CIFAR-10 images of mixed quality, LSQ, weights of static bits.
 
-    python -m benchmarks.dqmq [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--variants] [--part i/n]
+    python -m benchmarks.dqmq [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--only w3a3] [--variants]
 
 Every row is trained on the same images, clean or under one of five corruptions, by one recipe, and tested on the test set with every image
-clean or under one of those five or of three others. No row is allowed more BitOps than uniform widths; what decides is counted. What
-shares the learned network (its decisions handed to other images, one decision a batch, static tiers, an oracle that knows the severity) is
-measured in one run. `--variants` does other forms of the method instead, one seed each.
+clean or under one of those five or of three others. Every row is held to the BitOps of uniform widths, on training images, and what decides
+is counted. What shares the learned network (its decisions handed to other images, one decision a batch, static tiers, an oracle that knows the
+severity) is measured in one run. `--variants` does other forms of the method instead, one seed each. Settings were chosen on runs of seed 0,
+which is not among those here.
 """
 
 import time
@@ -19,12 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
-from benchmarks.transfer_policies import CANDIDATES, CASES, images_of
+from benchmarks.transfer_policies import CASES, WIDTHS, images_of
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, mixed_quality
 from bitscape.data.sources import Dataset
-from bitscape.dynamic import Dqmq, DqmqSgd, DynamicBits, DynamicNetwork, TieredNetwork, decide, distill_tiers, dynamic_network, keep_bitops
+from bitscape.dynamic import (
+    Dqmq,
+    DqmqSgd,
+    DynamicBits,
+    DynamicNetwork,
+    TieredNetwork,
+    begin_at,
+    decide,
+    distill_tiers,
+    dynamic_network,
+    keep_bitops,
+)
 from bitscape.dynamic.decision import Decision, joined
 from bitscape.engine import Batch, Sgd, StepRecord, train
 from bitscape.models.modes import evaluating
@@ -43,10 +55,13 @@ BUDGETS = {"w3a3": (3, 3), "w4a4": (4, 4), "w3a2": (3, 2)}
 """Name -> bits of weights and activations of the uniform policy, whose BitOps are the limit; dynamic networks have its weights."""
 LOW = {"w3a2": 1}
 """Least width of a budget that the default of 2 leaves no room in."""
-UNIFORM, STATIC, LEARNED, RANDOM = ("uniform", ""), ("static mixed", "fisher for training"), ("dqmq", ""), ("random bits", "same marginal")
-CALIBRATION, KEPT, DISTILLED, ORACLE, SCORED = 256, 2000, 2000, 2000, 512
+UNIFORM, LEARNED, RANDOM = ("uniform", ""), ("dqmq", ""), ("random bits", "same marginal")
+STATIC, ACTIVATIONS = ("static mixed", "fisher for training"), ("static mixed", "fisher for training, activations only")
+MOST = 8
+"""Largest width."""
+CALIBRATION, KEPT, DISTILLED, ORACLE, SCORED = 256, 2000, 2000, 4000, 512
 TEST_SEED, BATCH, TIERS = 1, 250, (2, 3, 4)
-SHIFTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Bits that the oracle may add to every decision about images of one severity."""
 
 
@@ -59,16 +74,18 @@ class Variant:
     decisions: Literal["per_image", "per_batch"] = "per_image"
     """In training and in the test."""
     head_lr: float = DqmqSgd().head_lr
+    begins_at_budget: bool = True
 
 
 FIRST_STAGE = ("conv1", *(f"layer1.{block}.conv{at}" for block in range(3) for at in (1, 2)), "linear")
 VARIANTS = {
     "": Variant(),
-    "begins at 3 bits": Variant(bits=DynamicBits(start=3), step={"warm_up": 0.0}),
-    "slower heads, dearer bits": Variant(step={"cost_weight": 6.0}, head_lr=0.1),
+    "faster heads": Variant(head_lr=0.3),
+    "begins at 8 bits": Variant(step={"warm_up": 0.1}, head_lr=0.3, begins_at_budget=False),
+    "continuous until the last third": Variant(step={"hard_from": 2 / 3, "hard_until": 1.0}),
     "budget of every image": Variant(step={"budget_of": "image"}),
     "weights and activations": Variant(bits=DynamicBits(weights=True)),
-    "score function only": Variant(step={"estimator": "score"}),
+    "score function only": Variant(step={"estimator": "score", "score_weight": 1.0}),
     "gumbel-softmax": Variant(step={"estimator": "gumbel"}),
     "1 to 8 bits": Variant(bits=DynamicBits(low=1)),
     "after the first stage": Variant(bits=DynamicBits(static=FIRST_STAGE)),
@@ -79,10 +96,10 @@ VARIANTS = {
 
 def wanted(seeds: int, images: int, epochs: int, variants: bool) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares; random bits after the network whose bits they draw."""
-    main = (LEARNED, UNIFORM, STATIC, RANDOM)
-    plan = [(budget, seed, key) for seed in range(seeds) for budget in BUDGETS for key in main]
+    main = (LEARNED, UNIFORM, STATIC, RANDOM, ACTIVATIONS)
+    plan = [(budget, seed, key) for seed in range(1, 1 + seeds) for budget in BUDGETS for key in main]
     if variants:
-        plan = [("w3a3", 0, (LEARNED[0], name)) for name in VARIANTS if name]
+        plan = [("w3a3", 1, (LEARNED[0], name)) for name in VARIANTS if name]
     for budget, seed, (method, variant) in plan:
         settings = {"budget": budget, "images": images}
         yield {"network": NETWORK, "method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
@@ -95,11 +112,17 @@ def tests() -> tuple[Dataset, Quality]:
 
 
 @cache
+def homogeneous() -> Dataset:
+    """The test set, all images of a batch in one quality."""
+    return mixed_quality(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT), together=BATCH)[0]
+
+
+@cache
 def training(seed: int, images: int) -> tuple[Dataset, Dataset, Quality]:
     """Training images of mixed quality, and others, held out of training, on which the oracle chooses."""
     source = images_of(CASES[NETWORK].training)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    mixed, quality = mixed_quality(source.subset(order[: images + ORACLE]), seed=seed)
+    mixed, quality = mixed_quality(source.subset(order[: images + ORACLE]), seed=100 * seed)
     others = Quality(quality.names, quality.corruption[images:], quality.severity[images:])
     return mixed.subset(torch.arange(images)), mixed.subset(torch.arange(images, images + ORACLE)), others
 
@@ -178,6 +201,14 @@ def reference() -> Any:
     return measure(load(NETWORK, DATA), (3, 32, 32))
 
 
+def candidates(run: dict[str, Any]) -> tuple[LayerBits, ...]:
+    """Bits that a static policy may choose from: those of the searches, or the weights' fixed and the activations' those of DQMQ."""
+    low = LOW.get(run["settings"]["budget"], 2)
+    if (run["method"], run["variant"]) == ACTIVATIONS:
+        return tuple(LayerBits(BUDGETS[run["settings"]["budget"]][0], bits) for bits in range(low, MOST + 1))
+    return tuple(LayerBits(weight, activation) for weight in WIDTHS for activation in sorted({low, *WIDTHS}))
+
+
 def static(run: dict[str, Any]) -> dict[str, Any]:
     """Train a static policy: uniform, or searched on images of the same mixed quality."""
     data, _, _ = training(run["seed"], run["settings"]["images"])
@@ -188,7 +219,7 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
             images=normalized(data.subset(torch.arange(KEPT))),
             labels=None if data.labels is None else data.labels[:KEPT],
             budget=f"bitops={run['settings']['budget']}",
-            candidates=CANDIDATES,
+            candidates=candidates(run),
             for_training=True,
             seed=run["seed"],
         )
@@ -221,11 +252,14 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     low = LOW.get(run["settings"]["budget"], variant.bits.low)
     network = made(run, replace(variant.bits, low=low))
     network.decisions = variant.decisions
-    seconds = trained(network, run, Dqmq(bitops=limit, **variant.step), DqmqSgd(sgd=Sgd(lr=0.01), head_lr=variant.head_lr))
+    if variant.begins_at_budget:
+        begin_at(network, limit)
+    step = Dqmq(bitops=limit, **variant.step)
+    seconds = trained(network, run, step, DqmqSgd(sgd=Sgd(lr=0.01), head_lr=variant.head_lr))
     data, _, _ = training(run["seed"], run["settings"]["images"])
     kept = normalized(data.subset(torch.arange(KEPT)))
     before = float(decide(network, kept).bitops(network.cost).mean()) + network.decision_bitops
-    keep_bitops(network, kept, limit)
+    keep_bitops(network, kept, limit, budget_of=step.budget_of)
     shift = float(network.shift)
     hits, decision, bitops = right(network, tests()[0])
     assert decision is not None and bitops is not None
@@ -235,10 +269,12 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     for level in (BUDGETS[run["settings"]["budget"]][1], variant.bits.high):
         same_network[f"every width {level}"] = percent(right(network, tests()[0], network.level(level, len(decision)))[0])
     if not run["variant"]:
+        same_network["each image, in batches of one quality"] = percent(right(network, homogeneous())[0])
         network.decisions = "per_batch"
-        batch_hits, _, batch_bitops = right(network, tests()[0])
-        same_network["one decision a batch"] = percent(batch_hits)
-        same_network["one decision a batch, bitops"] = float(batch_bitops.mean()) if batch_bitops is not None else None
+        for name, data_of_test in (("one decision a batch", tests()[0]), ("one decision a batch of one quality", homogeneous())):
+            batch_hits, _, batch_bitops = right(network, data_of_test)
+            same_network[name] = percent(batch_hits)
+            same_network[f"{name}, bitops"] = float(batch_bitops.mean()) if batch_bitops is not None else None
         network.decisions = "per_image"
         for count in TIERS:
             tiers = distill_tiers(network, normalized(data.subset(torch.arange(DISTILLED))), count)
@@ -283,7 +319,7 @@ def oracle(network: DynamicNetwork, run: dict[str, Any], limit: float) -> float:
         cost.append([float(bitops[row].sum()) for row in rows])
     hits_of_all = []
     tested, its_quality = tests()
-    for severity, at in enumerate(chosen(accuracy, cost, limit * len(data))):
+    for severity, at in enumerate(chosen(accuracy, cost, max(limit * len(data), sum(cost[SHIFTS.index(0.0)])))):
         network.shift.fill_(learned_shift + SHIFTS[at])
         hits_of_all.append(right(network, tested.subset((its_quality.severity == severity).nonzero().squeeze(1)))[0])
     network.shift.fill_(learned_shift)
@@ -351,10 +387,11 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", action="store_true", help="other forms of the method instead")
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
+    parser.add_argument("--only", choices=list(BUDGETS), help="the runs at one budget")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    do_missing(NAME, KEYS, list(wanted(options.seeds, options.images, options.epochs, options.variants)), measure, options.part)
+    runs = wanted(options.seeds, options.images, options.epochs, options.variants)
+    do_missing(NAME, KEYS, [run for run in runs if options.only in (None, run["settings"]["budget"])], measure)
 
 
 if __name__ == "__main__":

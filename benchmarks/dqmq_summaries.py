@@ -38,11 +38,9 @@ def dqmq(runs: Sequence[Run]) -> str:
 
 
 def figure(runs: Sequence[Run]) -> str:
-    """Top-1 and mean bits in every quality, of the learned networks at the first budget, as SVG."""
-    learned = [
-        run for run in runs if (run["method"], run["variant"]) == LEARNED and run["settings"]["budget"] == runs[0]["settings"]["budget"]
-    ]
-    return heat_map(QualityGrid(tuple(_cells(learned))))
+    """Top-1 and mean bits in every quality, of the learned networks of the first group, as SVG."""
+    learned = groups([run for run in runs if (run["method"], run["variant"]) == LEARNED], GROUP)
+    return heat_map(QualityGrid(tuple(_cells(next(iter(learned.values()))))))
 
 
 def _with_share(run: Run) -> Run:
@@ -86,7 +84,7 @@ def _same_network(group: Sequence[Run]) -> str:
 def _bits(runs: Sequence[Run]) -> str:
     lines = ["| budget | quality | 0 | 1 | 2 | 3 | 4 | 5 |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     learned = [run for run in runs if (run["method"], run["variant"]) == LEARNED]
-    for (budget,), group in groups(learned, ("settings.budget",)).items():
+    for (budget, *_), group in groups(learned, GROUP).items():
         cells = {(cell.corruption, cell.severity): cell.bits for cell in _cells(group)}
         for name in dict.fromkeys(corruption for corruption, _ in cells):
             shown = [cells.get((name, severity)) for severity in range(6)]

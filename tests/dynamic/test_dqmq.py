@@ -293,8 +293,8 @@ def test_a_single_image_gives_a_finite_gradient(estimator: str) -> None:
         ({"score_weight": -0.1}, "'score_weight': -0.1"),
         ({"warm_up": -0.1}, "'warm_up': -0.1"),
         ({"ramp": 1.5}, "'ramp': 1.5"),
-        ({"warm_up": 0.4, "ramp": 0.4, "hard_from": 0.7}, "warm_up \\+ ramp must not exceed hard_from"),
-        ({"hard_from": 1.0}, "'hard_from': 1.0.* below 1"),
+        ({"warm_up": 0.6, "ramp": 0.5}, "warm_up \\+ ramp must not exceed 1"),
+        ({"hard_from": 0.9, "hard_until": 0.8}, "nor hard_from hard_until"),
     ],
 )
 def test_wrong_settings_are_explained(wrong: Mapping[str, object], text: str) -> None:
@@ -362,3 +362,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed = small_dynamic()
     assert trained(resumed, folder=tmp_path) == expected
     assert same_state(resumed, whole)
+
+
+@pytest.mark.parametrize(("hard_until", "expected"), [(0.5, [0.0, 1.0, 1.0]), (0.9, [0.0, 0.5, 1.0])])
+def test_hardness_rises_from_its_start_to_its_end(hard_until: float, expected: list[float]) -> None:
+    network = dynamic()
+    step = Dqmq(bitops=AMPLE, warm_up=0.0, hard_from=0.5, hard_until=hard_until).build()
+    for progress, hardness in zip((0.4, 0.7, 0.95), expected, strict=True):
+        step(network, Batch.of(IMAGES, LABELS, CrossEntropy(), 1, progress))
+        assert network.hardness == pytest.approx(hardness)

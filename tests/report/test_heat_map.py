@@ -98,9 +98,9 @@ def test_bits_get_a_panel_of_their_own() -> None:
     assert {fill(square) for square, _ in cells(first)}.isdisjoint(fill(square) for square, _ in cells(second))
 
 
-def test_the_heading_tells_images_clean_and_mean() -> None:
+def test_the_heading_tells_clean_and_mean() -> None:
     root = ElementTree.fromstring(heat_map(made(("gaussian_noise",), (1, 2))))
-    assert root.get("aria-label") == "1,234 images: top-1 90.00 % clean, 75.00 % in the mean of all corruptions"
+    assert root.get("aria-label") == "Top-1 90.00 % clean, 75.00 % in the mean of all corruptions"
 
 
 @pytest.mark.parametrize("grid", [made(), made(bits=True), made(("jpeg",), (3,))])

@@ -28,7 +28,7 @@ dynamic_options = all_of(
     click.option("--dynamic", metavar="LOW-HIGH", help="Each image decides the bits of activations, e.g. 2-8; needs --policy, --budget."),
     click.option("--budget", metavar="CAP", help="What an image may cost: bitops=w4a4, bitops=0.25x (of 8 bit), bitops=3.9e8."),
     click.option("--dynamic-weights", is_flag=True, help="Images decide the bits of weights too."),
-    click.option("--head-lr", type=click.FloatRange(min=0), help="Learning rate of what decides.  [default: 0.3]"),
+    click.option("--head-lr", type=click.FloatRange(min=0), help="Learning rate of what decides.  [default: 0.1]"),
 )
 
 
@@ -49,9 +49,11 @@ class DynamicTraining:
 
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "DynamicNetwork":
         """The dynamic network, its scales from training images."""
-        from bitscape.dynamic import dynamic_network
+        from bitscape.dynamic import begin_at, dynamic_network
 
-        return dynamic_network(float_model, self.policy, calibration_images(batches, seed), self.bits)
+        made = dynamic_network(float_model, self.policy, calibration_images(batches, seed), self.bits)
+        begin_at(made, self.step(made).bitops)
+        return made
 
     def step(self, network: "nn.Module") -> "Dqmq":
         """The step at the budget, which must leave something to decide."""
@@ -65,7 +67,7 @@ class DynamicTraining:
         trained = _dynamic(network)
         bitops = self.step(trained).bitops
         images = calibration_images(batches, seed, KEPT_IMAGES)
-        spent = keep_bitops(trained, images, bitops)
+        spent = keep_bitops(trained, images, bitops, budget_of=self.settings.budget_of)
         save_dynamic(trained, out)
         cost = f"{len(images):,} training images cost {amount(spent)} BitOps on average, the budget is {amount(bitops)}"
         return f"{cost}\n{out}; as a few static networks: bitscape tiers --checkpoint {out} ..."

@@ -2,7 +2,7 @@
 
 from bitscape.dynamic.decision import Decision
 from bitscape.dynamic.dqmq import Dqmq, DqmqSgd
-from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide, dynamic_network, keep_bitops
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork, begin_at, decide, dynamic_network, keep_bitops
 from bitscape.dynamic.tiers import TieredNetwork, distill_tiers
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DynamicBits",
     "DynamicNetwork",
     "TieredNetwork",
+    "begin_at",
     "decide",
     "distill_tiers",
     "dynamic_network",

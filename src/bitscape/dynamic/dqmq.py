@@ -42,7 +42,8 @@ class Dqmq:
     bitops: float
     """What an image may cost, static layers and the decision itself included; on the command line --budget."""
     budget_of: Literal["batch", "image"] = "batch"
-    """Whether the mean over the batch is held to the budget, so that clean images may pay for degraded ones, or every image."""
+    """Whether the mean over the batch is held to the budget, so that clean images may pay for degraded ones, or every image. Of a batch
+    that is trained in parts, or by several workers, each part's mean is."""
     cost_weight: float = 2.0
     """Weight of the cost above the budget, as a share of the budget; reached at the end of `ramp`."""
     hardening_weight: float = 0.01
@@ -52,21 +53,23 @@ class Dqmq:
     whole width that is drawn by Gumbel-softmax."""
     score_weight: float = 0.1
     """Weight of the score-function term, where there is one."""
-    warm_up: float = 0.1
+    warm_up: float = 0.0
     """Share of the run in which bits are drawn evenly, so that every width's scale is trained."""
     ramp: float = 0.2
     """Share of the run, after the warm-up, in which the cost's weight rises to its full value."""
-    hard_from: float = 2 / 3
-    """Share of the run after which sampled widths are rounded more and more often, always at its end."""
+    hard_from: float = 0.0
+    """Share of the run after which sampled widths are rounded, straight through; more and more often until `hard_until`."""
+    hard_until: float = 0.0
+    """Share of the run after which all are rounded."""
 
     def __post_init__(self) -> None:
         """Check every field."""
         check_choices(self)
         if not 0 < self.bitops < math.inf:
             raise BitscapeError(f"bitops = {self.bitops}: what an image may cost, above 0; policy_cost tells that of a policy")
-        shares = {"warm_up": self.warm_up, "ramp": self.ramp, "hard_from": self.hard_from}
-        if not (all(0 <= share <= 1 for share in shares.values()) and self.warm_up + self.ramp <= self.hard_from < 1):
-            raise BitscapeError(f"{shares}: shares of the run; warm_up + ramp must not exceed hard_from, which must be below 1")
+        shares = {"warm_up": self.warm_up, "ramp": self.ramp, "hard_from": self.hard_from, "hard_until": self.hard_until}
+        if not (all(0 <= share <= 1 for share in shares.values()) and self.warm_up + self.ramp <= 1 and self.hard_from <= self.hard_until):
+            raise BitscapeError(f"{shares}: shares of the run; warm_up + ramp must not exceed 1, nor hard_from hard_until")
         weights = {"cost_weight": self.cost_weight, "hardening_weight": self.hardening_weight, "score_weight": self.score_weight}
         if not all(0 <= weight < math.inf for weight in weights.values()):
             raise BitscapeError(f"{weights}: each must be at least 0")
@@ -82,7 +85,7 @@ class DqmqSgd:
 
     sgd: Sgd = field(default_factory=Sgd)
     """For weights, norms and scales."""
-    head_lr: float = 0.3
+    head_lr: float = 0.1
     """For the heads: they count in bits, and one width is a small share of the cost."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -99,7 +102,7 @@ class DqmqStep:
     def __call__(self, model: nn.Module, batch: Batch) -> StepRecord:
         """Leave the gradient of the whole objective in `.grad`."""
         network, settings = _dynamic(model), self.settings
-        network.hardness = min(1.0, max(0.0, batch.progress - settings.hard_from) / (1 - settings.hard_from))
+        network.hardness = _risen(batch.progress, settings.hard_from, settings.hard_until)
         network.sampling = SAMPLING[settings.estimator]
         return sum_of([self._of_part(network, part, batch.progress) for part in batch.parts])
 
@@ -110,16 +113,15 @@ class DqmqStep:
                 logits = cast(Tensor, network(part.images))
         else:
             logits = network(part.images)
-        value, decision = part.loss(logits, part.labels), network.decision
+        value, decision, spent = part.loss(logits, part.labels), network.decision, network.spent
         excess = self._excess(network, decision)
         objective = value
         if done >= settings.warm_up:
-            weight = settings.cost_weight * min(1.0, (done - settings.warm_up) / max(settings.ramp, 1e-9))
+            weight = settings.cost_weight * _risen(done, settings.warm_up, settings.warm_up + settings.ramp)
             objective = objective + weight * excess + settings.hardening_weight * network.softness
             if settings.estimator in ("both", "score"):
                 objective = objective + settings.score_weight * self._score_term(network, part, logits, decision)
         (objective * part.share).backward()
-        spent = network.spent
         extras = {"bits": spent.bits.mean(), "bitops": spent.bitops.mean(), "excess": excess.detach()}
         return StepRecord(
             loss=value.detach() * part.share,
@@ -143,6 +145,11 @@ class DqmqStep:
             losses = functional.cross_entropy(logits, part.labels, reduction="none")
             advantage = (losses - losses.mean()) / losses.std(correction=0).clamp(min=1e-6)
         return (advantage * density).mean() / len(network.names)
+
+
+def _risen(done: float, start: float, end: float) -> float:
+    """From 0 at `start` to 1 at `end`."""
+    return float(done >= end) if start == end else min(1.0, max(0.0, done - start) / (end - start))
 
 
 def _dynamic(model: nn.Module) -> DynamicNetwork:

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 LEAST_SPREAD = 0.1
 """Least deviation of a sampled width, in bits."""
-LEAST_VARIATION = 0.05
-"""Of a feature over the calibration images: what does not vary there may do so later, and must not count without limit then."""
+LEAST_VARIATION = 1e-3
+"""Of a feature over the calibration images: what varies less keeps its own scale, as it may vary later."""
 EDGE = 1e-3
 """Probabilities nearer to 0 and 1 than this are moved there, so that logits stay finite."""
 START_SPREAD = -1.0
@@ -27,12 +27,17 @@ class Head(nn.Module):
         super().__init__()
         self.linear = nn.Linear(features, 2 * decisions)
         nn.init.zeros_(self.linear.weight)
-        with torch.no_grad():
-            self.linear.bias.copy_(torch.tensor([start, START_SPREAD]).repeat_interleave(decisions))
+        nn.init.constant_(self.linear.bias, START_SPREAD)
+        self.begin_at(start)
         self.center: Tensor
         self.spread: Tensor
         self.register_buffer("center", torch.zeros(features))
         self.register_buffer("spread", torch.ones(features))
+
+    @torch.no_grad()
+    def begin_at(self, width: float) -> None:
+        """Let every decision be `width` where features are those of the mean image."""
+        self.linear.bias[: self.linear.out_features // 2] = width
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return m and v, both (n, decisions), for features (n, features)."""
@@ -43,7 +48,8 @@ class Head(nn.Module):
     def standardize(self, features: Tensor) -> None:
         """Take center and spread from features (n, features) of calibration images."""
         self.center.copy_(features.mean(0))
-        self.spread.copy_(features.std(0, correction=0).clamp(min=LEAST_VARIATION))
+        deviation = features.std(0, correction=0)
+        self.spread.copy_(deviation.where(deviation > LEAST_VARIATION, 1.0))
 
 
 def bounded(x: Tensor, low: float, high: float) -> Tensor:

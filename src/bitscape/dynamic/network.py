@@ -1,13 +1,14 @@
 """A quantized network whose layers get as many bits as each image needs: one small head a layer decides.
 
-network = dynamic_network(model, policy, calibration_images, low=2, high=8)
+network = dynamic_network(model, policy, calibration_images, DynamicBits(low=2, high=8))
+    begin_at(network, bitops)
 train(network, batches, step=Dqmq(bitops=...), optimizer=DqmqSgd(), ...)
 keep_bitops(network, calibration_images, bitops)
 network(images); network.decision.activation      # (n, layers), whole numbers in eval mode
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +38,8 @@ FEATURE_BITS = 8
 """Width at which the work of features and heads is counted."""
 LARGEST_SHIFT = 16.0
 """Bits; heads that decide further beyond the largest width than this cannot be brought to the least one."""
+HALVINGS = 12
+"""Of the range in which a width or a shift is sought."""
 _DEFAULT_QUANTIZER = Lsq()
 
 
@@ -52,15 +55,11 @@ class DynamicBits:
     """Whether images decide the bits of weights too; a batch then runs each layer once for each weight width among its images."""
     static: tuple[str, ...] | None = None
     """Layers that keep the policy's bits; None: the first and the last."""
-    start: float | None = None
-    """Width that decisions begin at, whatever the image; None: `high`."""
 
     def __post_init__(self) -> None:
         """Check the widths."""
         if not 1 <= self.low < self.high <= 8:
             raise BitscapeError(f"low = {self.low}, high = {self.high}: give widths from 1 to 8, low below high")
-        if self.start is not None and not self.low <= self.start <= self.high:
-            raise BitscapeError(f"start = {self.start}: decisions begin within low..high, {self.low} to {self.high}; None begins at high")
 
 
 _DEFAULT_BITS = DynamicBits()
@@ -109,9 +108,7 @@ class DynamicNetwork(nn.Module):
         self.model, self.cost, self.bits = model, cost, bits
         layers = quantized_layers(model)
         self.names = tuple(name for name in cost.by_name if isinstance(layers[name].input_quantizer, DynamicActivation))
-        self.heads = nn.ModuleList(
-            Head(len(FEATURES), 1 + bits.weights, bits.high if bits.start is None else bits.start) for _ in self.names
-        )
+        self.heads = nn.ModuleList(Head(len(FEATURES), 1 + bits.weights, start=bits.high) for _ in self.names)
         self.decisions: Literal["per_image", "per_batch"] = "per_image"
         self.shift: Tensor
         self.register_buffer("shift", torch.zeros(()))
@@ -122,7 +119,9 @@ class DynamicNetwork(nn.Module):
         self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
         self._given: Decision | None = None
         self._pass = _Pass(torch.zeros(0), torch.zeros(0))
-        self._hooks = [layers[name].register_forward_pre_hook(partial(self._decide, at)) for at, name in enumerate(self.names)]
+        self._hooks = [
+            layers[name].register_forward_pre_hook(partial(self._decide, at), with_kwargs=True) for at, name in enumerate(self.names)
+        ]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images (n, c, h, w); `decision` tells the bits they took."""
@@ -207,9 +206,9 @@ class DynamicNetwork(nn.Module):
         weight = {name: pair[0] for name, pair in drawn.items()} if self.bits.weights else {}
         return self._joined(rows, weight, {name: pair[1] for name, pair in drawn.items()})
 
-    def level(self, bits: int, images: int) -> Decision:
+    def level(self, bits: float, images: int) -> Decision:
         """The same width for every dynamic tensor of that many images."""
-        same = {name: torch.full((images,), float(bits), device=self.shift.device) for name in self.names}
+        same = {name: torch.full((images,), bits, dtype=torch.float32, device=self.shift.device) for name in self.names}
         return self._joined(self._static_rows(images), same if self.bits.weights else {}, same)
 
     def _static_rows(self, images: int) -> Decision:
@@ -234,11 +233,14 @@ class DynamicNetwork(nn.Module):
         weight = self._pass.weight if self.bits.weights else {}
         return self._joined(self._static_rows(images), weight, self._pass.activation)
 
-    def _decide(self, at: int, layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
+    def _decide(self, at: int, layer: QuantizedLayer, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
         name, under_way = self.names[at], self._pass
         if name in under_way.activation or not len(under_way.spent):  # its second run in this pass; or the model runs without the network
             return
-        widths = self._given_at(name) if self._given is not None else self._sampled(at, inputs[0])
+        x = inputs[0] if inputs else named["input"]
+        if len(x) != len(under_way.spent):
+            raise BitscapeError(f"layer {name}: its input has {len(x)} rows for {len(under_way.spent)} images; name it in `static`")
+        widths = self._given_at(name) if self._given is not None else self._sampled(at, layer_features(x, _channel_axis(layer)))
         cast(DynamicActivation, layer.input_quantizer).widths = widths[0]
         under_way.activation.setdefault(name, widths[0].value)
         if self.bits.weights:
@@ -252,15 +254,15 @@ class DynamicNetwork(nn.Module):
         column = list(self.cost.by_name).index(name)
         return Widths(self._given.activation[:, column]), Widths(self._given.weight[:, column])
 
-    def _sampled(self, at: int, x: Tensor) -> tuple[Widths, ...]:
+    def _sampled(self, at: int, features: Tensor) -> tuple[Widths, ...]:
         name, under_way = self.names[at], self._pass
-        m, v = self.heads[at](torch.cat([under_way.seen, layer_features(x), under_way.spent[:, None]], dim=1))
+        m, v = self.heads[at](torch.cat([under_way.seen, features, under_way.spent[:, None]], dim=1))
         m = m + self.shift
         beta = m + v * torch.randn_like(m) if self.training else m
         if self.training:
             density = -(beta.detach() - m).square() / (2 * v.square()) - v.log()
             under_way.log_density = under_way.log_density + density.sum(1)
-        soft = bounded(beta, self.bits.low, self.bits.high)
+        soft = bounded(beta.nan_to_num(), self.bits.low, self.bits.high)  # NaN reaches the loss, whose check explains it
         if self.decisions == "per_batch":
             soft = soft.mean(0, keepdim=True).expand_as(soft)
         if self.training:
@@ -278,7 +280,7 @@ class DynamicNetwork(nn.Module):
         share = soft - below
         if self.sampling == "gumbel":
             share = gumbel(share)
-        hard = torch.rand_like(soft) < self.hardness
+        hard = torch.rand_like(soft[:1] if self.decisions == "per_batch" else soft) < self.hardness
         return Widths(below, torch.where(hard, share + (share.round() - share).detach(), share))
 
 
@@ -344,6 +346,10 @@ def _wrapped(network: nn.Module, cost: NetworkCost, bits: DynamicBits, quantizer
     return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
 
 
+def _channel_axis(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
 @torch.no_grad()
 def decide(network: DynamicNetwork, images: Tensor) -> Decision:
     """Return the whole widths that the network takes for normalized images (n, c, h, w), in eval mode."""
@@ -355,8 +361,21 @@ def decide(network: DynamicNetwork, images: Tensor) -> Decision:
     return joined(found)
 
 
-def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, rounds: int = 12) -> float:
-    """Set `shift` to the largest value at which images cost `bitops` or less on average; return that average.
+@torch.no_grad()
+def begin_at(network: DynamicNetwork, bitops: float) -> float:
+    """Let the decisions of a new network begin at the width that costs `bitops` if every layer has it; return that width."""
+    low, high = float(network.bits.low), float(network.bits.high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        cost = float(network.level(middle, 1).bitops(network.cost)) + network.decision_bitops
+        low, high = (middle, high) if cost <= bitops else (low, middle)
+    for head in network.heads:
+        cast(Head, head).begin_at(low)
+    return low
+
+
+def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, budget_of: Literal["batch", "image"] = "batch") -> float:
+    """Set `shift` to the largest value at which images cost `bitops` or less, on average or each; return that average or the largest cost.
 
     One trained network so serves budgets near the one it was trained for. The decision's own cost counts.
 
@@ -364,19 +383,20 @@ def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, round
         BitscapeError: a budget below the cost of the least widths.
     """
 
-    def mean_cost(shift: float) -> float:
+    def cost(shift: float) -> float:
         network.shift.fill_(shift)
-        return float(decide(network, images).bitops(network.cost).mean()) + network.decision_bitops
+        each = decide(network, images).bitops(network.cost)
+        return float(each.mean() if budget_of == "batch" else each.max()) + network.decision_bitops
 
     low, high, before = -LARGEST_SHIFT, LARGEST_SHIFT, float(network.shift)
-    least = mean_cost(low)
+    least = cost(low)
     if least > bitops:
         network.shift.fill_(before)
         raise BitscapeError(f"bitops = {bitops:.4g}: images cost {least:.4g} at the least widths; give more, or a lower `low`")
-    for _ in range(rounds):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_cost(middle) <= bitops else (low, middle)
-    return mean_cost(low)
+        low, high = (middle, high) if cost(middle) <= bitops else (low, middle)
+    return cost(low)
 
 
 @torch.no_grad()

@@ -19,13 +19,19 @@ def image_features(images: Tensor) -> Tensor:
     """
     across, down = images.diff(dim=3).abs().mean((1, 2, 3)), images.diff(dim=2).abs().mean((1, 2, 3))
     smooth = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return torch.stack([(across + down) / 2, (images - smooth).flatten(1).std(1), images.flatten(1).std(1)], dim=1)
+    return torch.stack(
+        [(across + down) / 2, (images - smooth).flatten(1).std(1, correction=0), images.flatten(1).std(1, correction=0)], dim=1
+    )
 
 
-def layer_features(x: Tensor) -> Tensor:
-    """Return (n, 2) of a layer's input (n, c, ...): LAYER_FEATURES, over all channels and some positions; detached."""
+def layer_features(x: Tensor, channels: int = 1) -> Tensor:
+    """Return (n, 2) of a layer's input: LAYER_FEATURES, over all channels and up to SIDE positions of every other axis; detached.
+
+    x: (n, c, ...) for a convolution; (n, ..., c) for a linear layer, with `channels` -1: the axis of the channels.
+    """
     seen = x.detach()
-    for axis in range(2, x.ndim):
-        seen = seen[(slice(None),) * axis + (slice(None, None, -(-x.shape[axis] // SIDE)),)]
+    for axis in range(1, x.ndim):
+        if axis != channels % x.ndim:
+            seen = seen[(slice(None),) * axis + (slice(None, None, -(-x.shape[axis] // SIDE)),)]
     flat = seen.flatten(1).float()
-    return torch.stack([flat.mean(1), flat.std(1)], dim=1)
+    return torch.stack([flat.mean(1), flat.std(1, correction=0)], dim=1)

@@ -136,7 +136,7 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
         network, _means(decision, groups), routed, float(decision.bitops(network.cost).double().mean()) * (1 + ROUNDING)
     )
     policies = [network.policy(tiers[slice(at, at + 1)]) for at in range(len(tiers))]
-    return TieredNetwork([network.static(policy) for policy in policies], policies, gate, network.cost).eval()
+    return TieredNetwork([network.static(policy) for policy in policies], policies, gate, network.cost).to(images.device).eval()
 
 
 def _grouped(network: DynamicNetwork, decision: Decision, count: int) -> Tensor:

@@ -38,7 +38,7 @@ def heat_map(grid: QualityGrid) -> str:
         for at, (title, ramp, digits, values) in enumerate(panels)
     ]
     height = HEADING + (1 + len(grid.corruptions)) * HIGH + len(groups) * GAP + 46
-    label = f"{grid.clean.images:,} images: top-1 {grid.clean.top1:.2f} % clean, {grid.mean():.2f} % in the mean of all corruptions"
+    label = f"Top-1 {grid.clean.top1:.2f} % clean, {grid.mean():.2f} % in the mean of all corruptions"
     return _page(label, max(16 + len(panels) * across - 24, 520), 48 + height + 12, body)
 
 
