@@ -4,9 +4,9 @@
 
 Every row is trained on the same images, clean or under one of five corruptions, by one recipe, and tested on the test set with every image
 clean or under one of those five or of three others. Every row is held to the BitOps of uniform widths, on training images, and what decides
-is counted. What shares the learned network (its decisions handed to other images, one decision a batch, static tiers, an oracle that knows the
-severity) is measured in one run. `--variants` does other forms of the method instead, one seed each. Settings were chosen on runs of seed 0,
-which is not among those here.
+is counted. What shares the learned network (its decisions handed to other images, one decision a batch, static tiers, an oracle that knows
+the severity) is measured in one run. `--variants` does other forms of the method instead, one seed each. Settings were chosen on runs of
+seed 0, which is not among those here.
 """
 
 import time

@@ -18,7 +18,7 @@ from tests.dynamic.small import dynamic, float_net, mixed_images, policy_of, set
 from tests.engine.tiny import same_state, tiny_batches
 
 IMAGES, LABELS = mixed_images(16), torch.arange(16) % 4
-SCHEDULE = {"warm_up": 0.1, "ramp": 0.2, "hard_from": 0.6}
+SCHEDULE = {"warm_up": 0.1, "ramp": 0.2, "hard_from": 0.6, "hard_until": 1.0}
 AMPLE = 1e12
 """BitOps that nothing reaches."""
 

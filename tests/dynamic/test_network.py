@@ -17,6 +17,7 @@ from bitscape.dynamic.network import (
     DynamicBits,
     DynamicNetwork,
     Sampling,
+    begin_at,
     decide,
     dynamic_network,
     keep_bitops,
@@ -570,8 +571,20 @@ def test_other_limits_than_the_state_has_are_refused() -> None:
         other.load_state_dict(fresh().state_dict())
 
 
-def test_decisions_begin_where_they_are_told_to() -> None:
-    network = dynamic(DynamicBits(low=2, high=6, start=3.0))
-    assert bool((decide(network, mixed_images(4)).activation[:, 1:-1] == 3).all())
-    with pytest.raises(BitscapeError, match=r"start = 7.*2 to 6"):
-        DynamicBits(low=2, high=6, start=7)
+@pytest.mark.parametrize("weights", [False, True])
+def test_decisions_begin_at_the_width_that_costs_the_budget(weights: bool) -> None:
+    network = dynamic(DynamicBits(low=2, high=6, weights=weights))
+    bitops = float(network.level(4, 1).bitops(network.cost)) + network.decision_bitops
+    assert begin_at(network, bitops) == pytest.approx(4, abs=0.01)
+    middles = [head.linear.bias[: 1 + weights].tolist() for head in network.heads]
+    assert all(width == pytest.approx(4, abs=0.01) for each in middles for width in each)
+    assert begin_at(network, 1.0) == 2 and begin_at(network, 1e12) == pytest.approx(6, abs=0.01)
+
+
+def test_the_budget_of_every_image_holds_for_the_dearest() -> None:
+    network, images = vary_heads(fresh()), mixed_images(24)
+    costs = decide(network, images).bitops(network.cost) + network.decision_bitops
+    middle = float((costs.min() + costs.max()) / 2)
+    largest = keep_bitops(network, images, middle, budget_of="image")
+    assert largest == pytest.approx(float((decide(network, images).bitops(network.cost) + network.decision_bitops).max()))
+    assert largest <= middle

@@ -12,7 +12,7 @@ GRADIENT, RESIDUAL, CONTRAST = range(3)
 
 def deviation(values: list[float]) -> float:
     middle = sum(values) / len(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / len(values))
 
 
 def drawn_images(count: int = 6, size: int = 32) -> Tensor:
@@ -99,14 +99,14 @@ def test_each_corruption_moves_its_feature_the_further_the_more_severe(corruptio
 def test_layer_features_are_mean_and_deviation_where_they_look() -> None:
     torch.manual_seed(0)
     flat = torch.randn(4, 10)
-    torch.testing.assert_close(layer_features(flat), torch.stack([flat.mean(1), flat.std(1)], 1))
+    torch.testing.assert_close(layer_features(flat), torch.stack([flat.mean(1), flat.std(1, correction=0)], 1))
     assert layer_features(flat).shape == (4, len(LAYER_FEATURES))
     signal = torch.randn(4, 3, 16)
     seen = signal[:, :, ::4].flatten(1)
-    torch.testing.assert_close(layer_features(signal), torch.stack([seen.mean(1), seen.std(1)], 1))
+    torch.testing.assert_close(layer_features(signal), torch.stack([seen.mean(1), seen.std(1, correction=0)], 1))
     maps = torch.randn(4, 3, 8, 16)
     seen = maps[:, :, ::2, ::4].flatten(1)
-    torch.testing.assert_close(layer_features(maps), torch.stack([seen.mean(1), seen.std(1)], 1))
+    torch.testing.assert_close(layer_features(maps), torch.stack([seen.mean(1), seen.std(1, correction=0)], 1))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 5, 3, 2)])
@@ -114,7 +114,7 @@ def test_small_inputs_are_seen_whole(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)
     flat = x.flatten(1)
-    torch.testing.assert_close(layer_features(x), torch.stack([flat.mean(1), flat.std(1)], 1))
+    torch.testing.assert_close(layer_features(x), torch.stack([flat.mean(1), flat.std(1, correction=0)], 1))
 
 
 @pytest.mark.parametrize("side", [4, 5, 7, 8, 11, 14, 28, 32])
