@@ -87,6 +87,8 @@ def tiers(given, run):
     state = load_file(parted / "model.safetensors")
     for head in (0, 1):  # a short training leaves images almost alike: let contrast, the third feature, part them
         state[f"heads.{head}.linear.weight"][0] = torch.tensor([0.0, 0, 2, 0, 0, 0])
+        state[f"heads.{head}.linear.bias"][0] = 5
+    state["shift"].zero_()
     save_file(state, parted / "model.safetensors")
     data = ("--data", given.folder / "train.npz", "--checkpoint", parted)
     return folder, succeed("tiers", *given.model, *data, "--count", 2, "--out", folder).out
