@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from bitscape.dynamic.build import dynamic_network
 from bitscape.dynamic.decision import Decision
-from bitscape.dynamic.network import DynamicBits, DynamicNetwork, dynamic_network
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.quantizers import Lsq, Quantizer
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bitscape.dynamic.build import dynamic_network
 from bitscape.dynamic.dqmq import Dqmq, DqmqSgd
-from bitscape.dynamic.network import DynamicBits, DynamicNetwork, dynamic_network
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.engine import Batch, Sgd, train
 from bitscape.engine.step import CrossEntropy, StepRecord
 from bitscape.errors import BitscapeError

@@ -10,19 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from bitscape.cost.policy_cost import policy_cost
+from bitscape.dynamic.budget import begin_at, keep_bitops
+from bitscape.dynamic.build import dynamic_network, unset_network
 from bitscape.dynamic.decision import Decision
 from bitscape.dynamic.layers import DynamicActivation
-from bitscape.dynamic.network import (
-    FEATURES,
-    DynamicBits,
-    DynamicNetwork,
-    Sampling,
-    begin_at,
-    decide,
-    dynamic_network,
-    keep_bitops,
-    unset_network,
-)
+from bitscape.dynamic.network import FEATURES, DynamicBits, DynamicNetwork, Sampling, decide
 from bitscape.dynamic.quality import image_features, layer_features
 from bitscape.dynamic.widths import Widths
 from bitscape.engine.quality_grid import Spending

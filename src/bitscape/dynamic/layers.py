@@ -29,7 +29,9 @@ class DynamicQuantizer(nn.Module):
         self.widths: Widths | None = None
 
     def at(self, bits: int) -> FakeQuantizer:
-        """The fake-quantizer of one width."""
+        """The fake-quantizer of one width; BitscapeError for a width that there is none for."""
+        if not self.low <= bits <= self.high:
+            raise BitscapeError(f"{bits} bits: this layer has scales for {self.low} to {self.high} bits")
         return cast(FakeQuantizer, self.of_width[bits - self.low])
 
     def initialize(self, values: Tensor, observer: Observer) -> None:

@@ -17,30 +17,23 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.cost.layers import LayerCost, NetworkCost, measure
+from bitscape.cost.layers import LayerCost, NetworkCost
 from bitscape.dynamic.decision import Decision, joined
 from bitscape.dynamic.heads import Head, bounded, gumbel
-from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static, make_weights_dynamic
+from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static
 from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURES, SIDE, image_features, layer_features
 from bitscape.dynamic.widths import Widths
 from bitscape.engine.quality_grid import Spent
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import batches_of, bypassed, calibrate, quantize
+from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
-from bitscape.quant.observers import Mse
-from bitscape.quant.quantizers import Lsq, Quantizer
 
 Sampling = Literal["continuous", "gumbel", "whole"]
 FEATURES = (*IMAGE_FEATURES, *LAYER_FEATURES, "share of the largest cost spent so far")
 FEATURE_BITS = 8
 """Width at which the work of features and heads is counted."""
-LARGEST_SHIFT = 16.0
-"""Bits; heads that decide further beyond the largest width than this cannot be brought to the least one."""
-HALVINGS = 12
-"""Of the range in which a width or a shift is sought."""
-_DEFAULT_QUANTIZER = Lsq()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +53,6 @@ class DynamicBits:
         """Check the widths."""
         if not 1 <= self.low < self.high <= 8:
             raise BitscapeError(f"low = {self.low}, high = {self.high}: give widths from 1 to 8, low below high")
-
-
-_DEFAULT_BITS = DynamicBits()
 
 
 @dataclass
@@ -160,12 +150,31 @@ class DynamicNetwork(nn.Module):
 
     @contextmanager
     def using(self, decision: Decision) -> Iterator[None]:
-        """Within the block batches take these whole widths instead of the heads' decision."""
-        self._given = decision
+        """Within the block batches take these widths instead of the heads' decision.
+
+        Raises BitscapeError for widths that are not whole or out of range, and for other bits than those of what is static.
+        """
+        given = Decision(decision.weight.to(self.shift.device), decision.activation.to(self.shift.device))
+        self._check(given)
+        self._given = given
         try:
             yield
         finally:
             self._given = None
+
+    def _check(self, decision: Decision) -> None:
+        own, dynamic = self._static_rows(len(decision)), [layer.name in self.names for layer in self.cost.layers]
+        free = {"weight": [each and self.bits.weights for each in dynamic], "activation": dynamic}
+        for which, columns in free.items():
+            widths, chosen = getattr(decision, which), torch.tensor(columns, device=self.shift.device)
+            wrong = (widths != widths.round()) | (widths < self.bits.low) | (widths > self.bits.high)
+            wrong = torch.where(chosen, wrong, widths != getattr(own, which))
+            if bool(wrong.any()):
+                row, column = wrong.nonzero()[0].tolist()
+                allowed = f"a whole width in {self.bits.low}..{self.bits.high}" if columns[column] else "it is static"
+                raise BitscapeError(
+                    f"decision.{which}: {float(widths[row, column])} bits for layer {self.cost.layers[column].name}, image {row}; {allowed}"
+                )
 
     @property
     def decision_bitops(self) -> float:
@@ -194,7 +203,10 @@ class DynamicNetwork(nn.Module):
             hook.remove()
         layers = quantized_layers(copied.model)
         for name in self.names:
-            make_static(layers[name], policy.layers[name])
+            given, own = policy.layers[name], self._weight_bits(name)
+            if not self.bits.weights and given.weight != own:
+                raise BitscapeError(f"policy: {given.weight} bits for the weight of {name}, which is static at {own}")
+            make_static(layers[name], given)
         return copied.model
 
     def even(self, images: int) -> Decision:
@@ -284,68 +296,6 @@ class DynamicNetwork(nn.Module):
         return Widths(below, torch.where(hard, share + (share.round() - share).detach(), share))
 
 
-def dynamic_network(
-    model: nn.Module,
-    policy: Policy,
-    images: Tensor,
-    bits: DynamicBits = _DEFAULT_BITS,
-    quantizer: Quantizer = _DEFAULT_QUANTIZER,
-) -> DynamicNetwork:
-    """Quantize a float network with bits that each image decides.
-
-    Args:
-        model: float network; it is copied.
-        policy: bits of every weight, and of the inputs of static layers.
-        images: normalized float32 (n, c, h, w), a few hundred of the qualities to be met; they set scales and standardize features.
-        bits: what images decide about.
-        quantizer: how weights and activations are laid on their grids, with scales of its own for every width.
-
-    Raises:
-        BitscapeError: no layer left to decide about, or a name in `static` that is not a layer.
-    """
-    network, cost = _with_dynamic_inputs(model, policy, tuple(images.shape[1:]), bits, quantizer)
-    made = _wrapped(calibrate(network, images), cost, bits, quantizer)
-    _standardize(made, images)
-    return made
-
-
-def unset_network(
-    model: nn.Module,
-    policy: Policy,
-    input_shape: tuple[int, ...],
-    bits: DynamicBits = _DEFAULT_BITS,
-    quantizer: Quantizer = _DEFAULT_QUANTIZER,
-) -> DynamicNetwork:
-    """Build what `dynamic_network` returns, its scales not set: for a state dict of one."""
-    network, cost = _with_dynamic_inputs(model, policy, input_shape, bits, quantizer)
-    return _wrapped(network, cost, bits, quantizer)
-
-
-def _with_dynamic_inputs(
-    model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
-) -> tuple[nn.Module, NetworkCost]:
-    network = quantize(model, policy, quantizer)
-    with bypassed(network):
-        cost = measure(network, input_shape)
-    static = cost.ends if bits.static is None else bits.static
-    unknown = sorted(set(static) - set(cost.by_name))
-    if unknown:
-        raise BitscapeError(f"static: {', '.join(unknown)} is no layer that runs; layers are {', '.join(cost.by_name)}")
-    if set(static) == set(cost.by_name):
-        raise BitscapeError(f"static = {static}: every layer is static; leave at least one to decide about")
-    for name, layer in quantized_layers(network).items():
-        if name in cost.by_name and name not in static:
-            layer.input_quantizer = DynamicActivation(quantizer.for_activation, bits.low, bits.high).to(layer.weight.device)
-    return network, cost
-
-
-def _wrapped(network: nn.Module, cost: NetworkCost, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
-    for layer in quantized_layers(network).values() if bits.weights else ():
-        if isinstance(layer.input_quantizer, DynamicActivation):
-            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight), bits.low, bits.high, Mse())
-    return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
-
-
 def _channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
@@ -359,58 +309,3 @@ def decide(network: DynamicNetwork, images: Tensor) -> Decision:
             network(batch)
             found.append(network.decision.detach())
     return joined(found)
-
-
-@torch.no_grad()
-def begin_at(network: DynamicNetwork, bitops: float) -> float:
-    """Let the decisions of a new network begin at the width that costs `bitops` if every layer has it; return that width."""
-    low, high = float(network.bits.low), float(network.bits.high)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        cost = float(network.level(middle, 1).bitops(network.cost)) + network.decision_bitops
-        low, high = (middle, high) if cost <= bitops else (low, middle)
-    for head in network.heads:
-        cast(Head, head).begin_at(low)
-    return low
-
-
-def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, budget_of: Literal["batch", "image"] = "batch") -> float:
-    """Set `shift` to the largest value at which images cost `bitops` or less, on average or each; return that average or the largest cost.
-
-    One trained network so serves budgets near the one it was trained for. The decision's own cost counts.
-
-    Raises:
-        BitscapeError: a budget below the cost of the least widths.
-    """
-
-    def cost(shift: float) -> float:
-        network.shift.fill_(shift)
-        each = decide(network, images).bitops(network.cost)
-        return float(each.mean() if budget_of == "batch" else each.max()) + network.decision_bitops
-
-    low, high, before = -LARGEST_SHIFT, LARGEST_SHIFT, float(network.shift)
-    least = cost(low)
-    if least > bitops:
-        network.shift.fill_(before)
-        raise BitscapeError(f"bitops = {bitops:.4g}: images cost {least:.4g} at the least widths; give more, or a lower `low`")
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= bitops else (low, middle)
-    return cost(low)
-
-
-@torch.no_grad()
-def _standardize(network: DynamicNetwork, images: Tensor) -> None:
-    heads = [cast(Head, head) for head in network.heads]
-    seen: list[list[Tensor]] = [[] for _ in heads]
-    hooks = [
-        head.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0]))
-        for head, found in zip(heads, seen, strict=True)
-    ]
-    try:
-        decide(network, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for head, found in zip(heads, seen, strict=True):
-        head.standardize(torch.cat(found))

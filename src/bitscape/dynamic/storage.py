@@ -17,7 +17,8 @@ from torch import nn
 
 from bitscape.cost.layers import NetworkCost, measure
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.dynamic.network import DynamicBits, DynamicNetwork, unset_network
+from bitscape.dynamic.build import unset_network
+from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.dynamic.tiers import Gate, TieredNetwork
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
