@@ -580,3 +580,32 @@ def test_the_budget_of_every_image_holds_for_the_dearest() -> None:
     largest = keep_bitops(network, images, middle, budget_of="image")
     assert largest == pytest.approx(float((decide(network, images).bitops(network.cost) + network.decision_bitops).max()))
     assert largest <= middle
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda made: made.activation[1].fill_(3.4), r"decision.activation: .* bits for layer .*, image 1"),
+        (lambda made: made.activation[:, 1].fill_(9), r"decision.activation: 9.0 bits .*a whole width in 2\.\."),
+        (lambda made: made.weight[0, 1].add_(1), r"decision.weight: .*it is static"),
+    ],
+)
+def test_widths_that_cannot_be_taken_are_explained(change: Callable[[Decision], object], text: str) -> None:
+    network = fresh()
+    level = network.level(3, 2)
+    made = Decision(level.weight.clone(), level.activation.clone())
+    change(made)
+    with pytest.raises(BitscapeError, match=text), network.using(made):
+        pass
+
+
+def test_a_static_network_of_other_weight_bits_or_unknown_widths_is_refused() -> None:
+    network = fresh()
+    policy = network.policy(network.level(3, 1))
+    name, bits = network.names[0], policy.layers[network.names[0]]
+    for wrong, text in (
+        (LayerBits(bits.weight + 1, 3), f"policy: {bits.weight + 1} bits for the weight of {name}, which is static at {bits.weight}"),
+        (LayerBits(bits.weight, 1), "1 bits: this layer has scales for 2 to"),
+    ):
+        with pytest.raises(BitscapeError, match=text):
+            network.static(Policy({**policy.layers, name: wrong}))

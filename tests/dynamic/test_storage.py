@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitscape.cost.policy_cost import policy_cost
+from bitscape.dynamic.build import dynamic_network
 from bitscape.dynamic.network import DynamicBits, decide
 from bitscape.dynamic.storage import load_dynamic, load_tiers, save_dynamic, save_tiers
 from bitscape.dynamic.tiers import distill_tiers
@@ -11,7 +12,8 @@ from bitscape.errors import BitscapeError
 from bitscape.models.find import load_weights
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import quantize
-from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images
+from bitscape.quant.quantizers import Pact
+from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of
 
 IMAGES = mixed_images(64, seed=1)
 BITS = [DynamicBits(), DynamicBits(low=3, high=5), DynamicBits(weights=True), DynamicBits(static=("0", "6"))]
@@ -146,3 +148,11 @@ def test_tiers_that_are_not_complete_are_refused(tiered):
     (folder / "tiers.json").unlink()
     with pytest.raises(BitscapeError, match=r"no tiers\.json"):
         load_tiers(float_net(), folder)
+
+
+def test_a_folder_holds_lsq_networks_only(tmp_path) -> None:
+    images = mixed_images(16)
+    network = dynamic_network(float_net(), policy_of(float_net()), images, quantizer=Pact())
+    with pytest.raises(BitscapeError, match=r"quantized by \w+; folders hold LSQ only"):
+        save_dynamic(network, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import POLICY_FILE, WEIGHTS_FILE, calibrated, save_weights
+from bitscape.cli.network import POLICY_FILE, WEIGHTS_FILE, calibrated
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import check_same_outputs
 from bitscape.policy import Policy
@@ -56,6 +56,7 @@ def demo(out: Path) -> None:
 
 
 def _run(out: Path) -> None:
+    from bitscape.models.find import save_weights
     from bitscape.search.fisher import Fisher
     from bitscape.search.random_policy import Random
     from bitscape.search.uniform import Uniform

@@ -162,15 +162,6 @@ def uniform_cost(network: "NetworkCost", bits: int) -> dict[str, float]:
     return policy_cost(network, uniform_policy(network.by_name, LayerBits(bits, bits)))
 
 
-def save_weights(state: "Mapping[str, Tensor]", path: Path) -> None:
-    """Write a state dict as a safetensors file, as `load_weights` reads it; what shares memory is written twice."""
-    from safetensors.torch import save
-
-    from bitscape.files import write_atomic
-
-    write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}))
-
-
 def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
     """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
     from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE

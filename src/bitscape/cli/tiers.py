@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import ImageSettings, load_folder, load_images, load_network, with_mixed_quality
+from bitscape.cli.network import DECODED_PER_PROXY_IMAGE, ImageSettings, load_folder, load_images, load_network, with_mixed_quality
 from bitscape.cli.options import FOLDER, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
@@ -78,7 +78,8 @@ def _drawn(source: str, split: str, images: int, settings: ImageSettings, seed: 
     """So many images, or all there are."""
     from bitscape.data.proxy import draw_proxy
 
-    dataset = load_images(source, split, settings)
+    limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * images
+    dataset = load_images(source, split, settings, limit=limit, seed=seed)
     return draw_proxy(dataset, images=min(images, len(dataset)), seed=seed)
 
 

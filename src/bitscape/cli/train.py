@@ -14,7 +14,6 @@ from bitscape.cli.network import (
     load_batches,
     load_images,
     load_network,
-    save_weights,
     with_mixed_quality,
 )
 from bitscape.cli.options import FILE, all_of, data_options, image_options, mixed_option, network_options, seed_option
@@ -150,6 +149,8 @@ class StaticTraining:
 
     def save(self, network: "nn.Module", result: "TrainResult", batches: "Batches", out: Path, seed: int) -> str:
         """Write the weights, averaged if that was asked for, and the policy; return the name of their file."""
+        from bitscape.models.find import save_weights
+
         save_weights(network.state_dict() if result.ema is None else result.ema, out / WEIGHTS_FILE)
         if self.policy is not None:
             self.policy.save(out / POLICY_FILE)

@@ -89,7 +89,7 @@ class DqmqSgd:
     """For the heads: they count in bits, and one width is a small share of the cost."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the torch optimiser over the trainable parameters of `model`."""
+        """Return the torch optimizer over the trainable parameters of `model`."""
         return sgd_with_rate(self.sgd, model, "heads", _dynamic(model).heads.parameters(), self.head_lr)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from safetensors.torch import save
 from torch import nn
 
 from bitscape.cost.layers import NetworkCost, measure
@@ -23,9 +22,11 @@ from bitscape.dynamic.tiers import Gate, TieredNetwork
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
 from bitscape.models.attention import split_attention
-from bitscape.models.find import load_weights
+from bitscape.models.find import load_weights, save_weights
 from bitscape.policy import Policy
 from bitscape.quant.convert import quantize
+from bitscape.quant.quantizers import FakeQuantizer
+from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
 
 FORMAT: Final = 1
 DYNAMIC_FILE, TIERS_FILE = "dynamic.json", "tiers.json"
@@ -84,7 +85,11 @@ class TiersDocument:
 
 
 def save_dynamic(network: DynamicNetwork, folder: Path) -> None:
-    """Write a dynamic network into `folder`, which is made; of layers that images decide about, `policy.json` has the largest width."""
+    """Write a dynamic network into `folder`, which is made; of layers that images decide about, `policy.json` has the largest width.
+
+    Raises BitscapeError for other quantizers than LSQ, which the folder does not name.
+    """
+    _check_quantizers(network)
     folder.mkdir(parents=True, exist_ok=True)
     bits = network.bits
     document = DynamicDocument(
@@ -97,6 +102,14 @@ def save_dynamic(network: DynamicNetwork, folder: Path) -> None:
     )
     _write(document, folder / DYNAMIC_FILE)
     _save_static(network, network.policy(network.level(bits.high, 1)), folder)
+
+
+def _check_quantizers(network: DynamicNetwork) -> None:
+    for module in network.modules():
+        if isinstance(module, FakeQuantizer) and not isinstance(module, LsqWeight | LsqActivation):
+            raise BitscapeError(
+                f"network: quantized by {type(module).__name__}; folders hold LSQ only: keep its state dict, for unset_network"
+            )
 
 
 def load_dynamic(model: nn.Module, folder: Path) -> DynamicNetwork:
@@ -133,7 +146,7 @@ def save_tiers(tiers: TieredNetwork, folder: Path, *, shares: Sequence[float]) -
         own = tier_folder(folder, at)
         own.mkdir(parents=True, exist_ok=True)
         _save_static(network, replace(policy, cost=policy_cost(cost, policy), provenance={**policy.provenance, **source}), own)
-    _save_weights(tiers.gate, folder / GATE_FILE)
+    save_weights(tiers.gate.state_dict(), folder / GATE_FILE)
     _write(document, folder / TIERS_FILE)
 
 
@@ -179,12 +192,7 @@ def _summary(cost: NetworkCost, policy: Policy, share: float) -> TierSummary:
 
 def _save_static(network: nn.Module, policy: Policy, folder: Path) -> None:
     policy.save(folder / POLICY_FILE)
-    _save_weights(network, folder / WEIGHTS_FILE)  # last: without it a folder counts as unfinished
-
-
-def _save_weights(network: nn.Module, path: Path) -> None:
-    # Clones: safetensors refuses tensors that share memory, and tied weights do.
-    write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}))
+    save_weights(network.state_dict(), folder / WEIGHTS_FILE)  # last: without it a folder counts as unfinished
 
 
 def _check_there(folder: Path) -> None:

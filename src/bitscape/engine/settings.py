@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule, as settings that build the torch objects."""
+"""Optimizers and the learning-rate schedule, as settings that build the torch objects."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ from bitscape.errors import BitscapeError
 
 
 class OptimizerSettings(Protocol):
-    """Settings that build a torch optimiser over a model's trainable parameters.
+    """Settings that build a torch optimizer over a model's trainable parameters.
 
-    A dataclass, so that a checkpoint can tell them from others by its fields. The optimiser keeps its state as tensors per parameter.
+    A dataclass, so that a checkpoint can tell them from others by its fields. The optimizer keeps its state as tensors per parameter.
     """
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimiser."""
+        """Return the optimizer."""
         ...
 
 
@@ -45,7 +45,7 @@ class Sgd:
             raise BitscapeError("nesterov=True needs momentum > 0, and momentum is 0; pass nesterov=False")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the torch optimiser over the trainable parameters of `model`."""
+        """Return the torch optimizer over the trainable parameters of `model`."""
         groups = parameter_groups(model, self.lr, self.weight_decay, self.quantizer_lr)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=_fuse(model))
 
@@ -75,7 +75,7 @@ class AdamW:
         _check("eps", self.eps, self.eps > 0.0, "> 0")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the torch optimiser over the trainable parameters of `model`."""
+        """Return the torch optimizer over the trainable parameters of `model`."""
         groups = parameter_groups(model, self.lr, self.weight_decay, self.quantizer_lr)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=_fuse(model))
 
@@ -124,7 +124,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, quantizer
 
 
 def sgd_with_rate(sgd: Sgd, model: nn.Module, name: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Return the optimiser of `sgd` in which `parameters` are a group `name` with a rate of their own and no decay."""
+    """Return the optimizer of `sgd` in which `parameters` are a group `name` with a rate of their own and no decay."""
     own = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
     groups = parameter_groups(model, sgd.lr, sgd.weight_decay, sgd.quantizer_lr)
     for group in groups:

@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
+from bitscape.files import write_atomic
 
 _FORMS = '"package.module:function", "path/to/file.py:function", "timm:name" or "torchvision:name"'
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -62,6 +63,11 @@ def import_torchvision() -> ModuleType:
         library.define(operator + _NMS_SCHEMA)
     _declared.append(library)
     return _optional("torchvision")
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as a safetensors file, as `load_weights` reads it; what shares memory is written twice."""
+    write_atomic(path, save({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}))
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:

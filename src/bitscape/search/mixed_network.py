@@ -32,7 +32,7 @@ class MixtureSgd:
     """For the logits."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the torch optimiser over the trainable parameters of `model`."""
+        """Return the torch optimizer over the trainable parameters of `model`."""
         logits = [module.logits for module in model.modules() if isinstance(module, Mixture)]
         return sgd_with_rate(self.sgd, model, "logits", logits, self.logit_lr)
 
