@@ -55,7 +55,7 @@ BUDGETS = {"w3a3": (3, 3), "w4a4": (4, 4), "w3a2": (3, 2)}
 """Name -> bits of weights and activations of the uniform policy, whose BitOps are the limit; dynamic networks have its weights."""
 LOW = {"w3a2": 1}
 """Least width of a budget that the default of 2 leaves no room in."""
-UNIFORM, LEARNED, RANDOM = ("uniform", ""), ("dqmq", ""), ("random bits", "same marginal")
+UNIFORM, LONGER, LEARNED, RANDOM = ("uniform", ""), ("uniform", "twice the epochs"), ("dqmq", ""), ("random bits", "same marginal")
 STATIC, ACTIVATIONS = ("static mixed", "fisher for training"), ("static mixed", "fisher for training, activations only")
 MOST = 8
 """Largest width."""
@@ -96,13 +96,14 @@ VARIANTS = {
 
 def wanted(seeds: int, images: int, epochs: int, variants: bool) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares; random bits after the network whose bits they draw."""
-    main = (LEARNED, UNIFORM, STATIC, RANDOM, ACTIVATIONS)
+    main = (LEARNED, UNIFORM, STATIC, RANDOM, ACTIVATIONS, LONGER)
     plan = [(budget, seed, key) for seed in range(1, 1 + seeds) for budget in BUDGETS for key in main]
     if variants:
         plan = [("w3a3", 1, (LEARNED[0], name)) for name in VARIANTS if name]
     for budget, seed, (method, variant) in plan:
         settings = {"budget": budget, "images": images}
-        yield {"network": NETWORK, "method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
+        own = 2 * epochs if (method, variant) == LONGER else epochs
+        yield {"network": NETWORK, "method": method, "variant": variant, "settings": settings, "epochs": own, "seed": seed}
 
 
 @cache

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.dqmq import LEARNED, NETWORK, RANDOM, STATIC
-from benchmarks.summaries_common import Run, difference, groups, paired, rows_of, with_column
+from benchmarks.dqmq import LEARNED, LONGER, NETWORK, RANDOM, STATIC
+from benchmarks.summaries_common import Run, difference, groups, paired, rows_of, with_column, with_schedule
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.engine.quality_grid import Cell, QualityGrid
 from bitscape.report.heat_map import heat_map
@@ -13,7 +13,7 @@ from bitscape.report.records import identity
 from bitscape.report.tables import Column, render
 
 ROW = ("method", "variant")
-GROUP = ("settings.budget", "settings.images", "epochs")
+GROUP = ("settings.budget", "settings.images", "settings.schedule")
 NAMES = {"method": "method", "variant": "variant"}
 COLUMNS = (
     Column(value="top1", heading="top-1, %"),
@@ -29,7 +29,7 @@ COLUMNS = (
 def dqmq(runs: Sequence[Run]) -> str:
     """For each budget the methods side by side, then what one learned network gives in every form of use."""
     parts = []
-    for (budget, images, epochs), group in groups([_with_share(run) for run in runs], GROUP).items():
+    for (budget, images, epochs), group in groups([with_schedule(_with_share(run), LONGER) for run in runs], GROUP).items():
         recipe = f"{images:,} images of mixed quality, epochs: {epochs}, float on clean images {group[0]['float_top1']} %"
         parts.append(f"**{NETWORK} on {group[0]['target']}, mean BitOps of {budget}**; {recipe}\n\n{_compared(group)}")
         parts.append(f"**The learned networks at {budget}, used otherwise**\n\n{_same_network(group)}")
@@ -39,7 +39,7 @@ def dqmq(runs: Sequence[Run]) -> str:
 
 def figure(runs: Sequence[Run]) -> str:
     """Top-1 and mean bits in every quality, of the learned networks of the first group, as SVG."""
-    learned = groups([run for run in runs if (run["method"], run["variant"]) == LEARNED], GROUP)
+    learned = groups([with_schedule(run, LONGER) for run in runs if (run["method"], run["variant"]) == LEARNED], GROUP)
     return heat_map(QualityGrid(tuple(_cells(next(iter(learned.values()))))))
 
 
@@ -83,7 +83,7 @@ def _same_network(group: Sequence[Run]) -> str:
 
 def _bits(runs: Sequence[Run]) -> str:
     lines = ["| budget | quality | 0 | 1 | 2 | 3 | 4 | 5 |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    learned = [run for run in runs if (run["method"], run["variant"]) == LEARNED]
+    learned = [with_schedule(run, LONGER) for run in runs if (run["method"], run["variant"]) == LEARNED]
     for (budget, *_), group in groups(learned, GROUP).items():
         cells = {(cell.corruption, cell.severity): cell.bits for cell in _cells(group)}
         for name in dict.fromkeys(corruption for corruption, _ in cells):

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.figures import contours
 from benchmarks.saq import LONGER, PLAIN, SWEEP_SEED
-from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
+from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column, with_schedule
 from bitscape.report.records import identity
 from bitscape.report.tables import Column, aggregate, render
 from bitscape.sharpness import LossSlice
@@ -31,7 +31,7 @@ def saq(runs: Sequence[Run]) -> str:
         Column(value="extra.step_process_s", heading="process s a step", digits=3),
     ]
     parts = []
-    compared = [_with_schedule(run) for run in runs if run["seed"] != SWEEP_SEED]
+    compared = [with_schedule(run, LONGER) for run in runs if run["seed"] != SWEEP_SEED]
     for (network, budget, images, epochs), group in groups(compared, GROUP).items():
         rows = rows_of(group, ROW, columns)
         table = render(rows, NAMES, columns)
@@ -45,12 +45,6 @@ def saq(runs: Sequence[Run]) -> str:
         recipe = f"{images:,} images an epoch, epochs: {epochs}, radius: {', '.join(map(str, rhos)) or '-'}"
         parts.append(f"**{network} on {group[0]['target']}, {budget}**; {recipe}, float {group[0]['float_top1']} %\n\n{table}")
     return "\n\n".join(part for part in (*parts, on_corrupted(runs), radius_sweep(runs)) if part)
-
-
-def _with_schedule(run: Run) -> Run:
-    """The run, with the epochs of the rows that it is compared with among its settings."""
-    epochs = int(run["epochs"]) // 2 if (run["method"], run["variant"]) == LONGER else int(run["epochs"])
-    return {**run, "settings": {**run["settings"], "schedule": epochs}}
 
 
 def radius_sweep(runs: Sequence[Run]) -> str:
@@ -82,7 +76,7 @@ def on_corrupted(runs: Sequence[Run]) -> str:
     names = measured[0]["extra"]["corrupted"]
     columns = [Column(value=f"extra.corrupted.{name}", heading=name.replace("_", " "), digits=1) for name in names]
     parts = []
-    for (network, budget, _, epochs), group in groups([_with_schedule(run) for run in measured], GROUP).items():
+    for (network, budget, _, epochs), group in groups([with_schedule(run, LONGER) for run in measured], GROUP).items():
         parts.append(
             f"**{network} on {group[0]['target']}, {budget}**, epochs: {epochs}; top-1 in percent, mean over severities 1, 3 and 5"
         )

@@ -32,6 +32,12 @@ def rows_of(runs: Iterable[Run], keys: Sequence[str], columns: Sequence[Column])
     return sorted(rows, key=lambda row: (networks.index(row.keys.get("network")), _place(row.keys["method"])))
 
 
+def with_schedule(run: Run, longer: tuple[str, str]) -> Run:
+    """The run, with the epochs of the rows that it is compared with among its settings; `longer` names the row of twice as many."""
+    epochs = int(run["epochs"]) // 2 if (run["method"], run["variant"]) == longer else int(run["epochs"])
+    return {**run, "settings": {**run["settings"], "schedule": epochs}}
+
+
 def with_column(table: str, heading: str, cells: Sequence[str]) -> str:
     """A rendered table with one more column of text."""
     added = [heading, "---", *cells]

@@ -1,5 +1,4 @@
 import json
-import math
 import xml.etree.ElementTree as ElementTree
 from itertools import product
 from pathlib import Path
@@ -17,10 +16,13 @@ from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality
 from bitscape.data.sources import Dataset
 from bitscape.dynamic import DynamicBits, DynamicNetwork
 from bitscape.dynamic.decision import Decision
+from bitscape.engine import Batch
+from bitscape.engine.step import CrossEntropy
 from bitscape.policy import LayerBits
 from bitscape.report.records import FIELDS
+from recipes.networks import WEIGHTS
 from tests.benchmarks.test_transfer_summaries import line_of
-from tests.dynamic.small import NAMES, dynamic
+from tests.dynamic.small import dynamic, mixed_images
 
 RIGHT = [[1.0, 5.0], [3.0, 6.0], [4.0, 10.0]]
 SPENT = [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]
@@ -74,8 +76,6 @@ def test_variants_are_done_with_the_flag_alone() -> None:
 
 
 def test_layers_of_the_first_stage_are_the_network_s() -> None:
-    from recipes.networks import WEIGHTS
-
     names = [name for name, layer in WEIGHTS["resnet20"].build().named_modules() if hasattr(layer, "weight")]
     assert set(dqmq.FIRST_STAGE) <= set(names) and len(set(dqmq.FIRST_STAGE)) == 8
 
@@ -110,6 +110,16 @@ def test_random_bits_that_have_no_choice_are_these_bits(network: DynamicNetwork)
     drawn = RandomBits([share_of(2), share_of(5), share_of(3), share_of(2)]).drawn(network, 7)
     assert drawn.activation.tolist() == [[8.0, 5.0, 3.0, 8.0]] * 7
     assert drawn.weight.tolist() == [[8.0, 4.0, 4.0, 8.0]] * 7
+
+
+def test_random_bits_are_what_training_runs_at() -> None:
+    network = dynamic().train()
+    step = RandomBits([STATIC_SHARE, share_of(5), share_of(3), STATIC_SHARE])
+    step(network, Batch.of(mixed_images(4), torch.tensor([0, 1, 2, 3]), CrossEntropy()))
+    assert network.decision.activation.tolist() == [[8.0, 5.0, 3.0, 8.0]] * 4
+    weights = {name: value.grad for name, value in network.model.named_parameters() if name.endswith("weight")}
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in weights.values())
+    assert all(value.grad is None for value in network.heads.parameters())
 
 
 def test_random_bits_fall_as_often_as_the_marginals_say_and_apart_from_each_other(network: DynamicNetwork) -> None:
@@ -226,10 +236,10 @@ def runs() -> list[dict[str, Any]]:
     found = []
     for seed in (1, 2):
         tiers = {"2 static tiers": 77.0 + seed, "2 static tiers, bitops": (0.4 + 0.1 * seed) * LIMIT}
-        others = {"decisions of other images": 80.0 + seed, **tiers, "2 static tiers of none, bitops": 0.0}
+        others = {"decisions of other images": 80.0 + seed, **tiers}
         found.append(learned(seed, 80.0 + seed, share=0.98 + 0.01 * seed, bits=2.0 + seed, same_network=others))
         found += [record(UNIFORM, seed, 78.0 + seed), record(STATIC, seed, 82.0 + seed), record(RANDOM, seed, 79.5 + seed, share=0.9)]
-    return [*found, record(LEARNED[:1] + ("gumbel-softmax",), 1, 84.0)]
+    return [*found, record(("dqmq", "gumbel-softmax"), 1, 84.0)]
 
 
 def section(table: str, heading: str) -> str:
@@ -291,4 +301,4 @@ def test_the_figure_shows_the_learned_networks_of_the_first_group(runs: list[dic
     texts = [element.text for element in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert {"clean", "shot noise", "jpeg", "86.5", "61.5", "51.5", "3.50", "4.50", "5.50"} <= set(texts)
     assert not {"55.0", "7.00"} & set(texts)
-    assert not math.isnan(float(str(texts[0]).split()[1]))
+    assert texts[0] == "Top-1 86.50 % clean, 56.50 % in the mean of all corruptions"

@@ -10,7 +10,7 @@ Departs   No code was released and details are not available: all but the claims
           asked otherwise, which lets one batch hold images of different bits. "Hybrid" is the path-wise gradient through b, with an
           optional score-function term on the loss at whole bits. Norms are left as training ends with them: new statistics cost a
           network that was trained on padded crops one to two points.
-Costs     two quantizations of each activation while widths are continuous: about twice a plain step on a CPU; decisions cost 0.8 % of
+Costs     two quantizations of each activation wherever a width has a slope: 2.2 plain steps on a CPU; decisions cost 0.8 % of
           the BitOps of ResNet-20 at W3A3, more of a smaller network's.
 Measured  not yet.
 """

@@ -120,7 +120,7 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
     Args:
         network: trained; its weights are copied.
         images: normalized float32 (n, c, h, w), some thousand of the qualities to be met.
-        count: 2 to 4; fewer tiers come back, with a warning, where the decisions do not differ that much.
+        count: 2 to 4; fewer tiers come back, with a warning, where decisions or images do not differ that much.
 
     Raises:
         BitscapeError: count out of range.
@@ -129,14 +129,25 @@ def distill_tiers(network: DynamicNetwork, images: Tensor, count: int = 3) -> Ti
         raise BitscapeError(f"count = {count}: give 2 to {MOST_TIERS} tiers")
     decision, images = decide(network, images), images.to(network.shift.device)
     groups = _grouped(network, decision, count)
-    gate = Gate(len(groups.unique())).to(images.device)
-    gate.fit(images, groups)
-    routed = torch.cat([gate(batch) for batch in images.split(512)])
+    gate, routed = _routed(images, groups)
+    while len(routed.unique()) < len(groups.unique()):
+        _log.warning(
+            "the gate sends no image to %d of %d tiers: left out", len(groups.unique()) - len(routed.unique()), len(groups.unique())
+        )
+        groups = torch.searchsorted(routed.unique(), routed)
+        gate, routed = _routed(images, groups)
     tiers = _rounded_within(
         network, _means(decision, groups), routed, float(decision.bitops(network.cost).double().mean()) * (1 + ROUNDING)
     )
     policies = [network.policy(tiers[slice(at, at + 1)]) for at in range(len(tiers))]
     return TieredNetwork([network.static(policy) for policy in policies], policies, gate, network.cost).to(images.device).eval()
+
+
+def _routed(images: Tensor, groups: Tensor) -> tuple[Gate, Tensor]:
+    """A gate that was fitted to the groups, and where it sends each image."""
+    gate = Gate(len(groups.unique())).to(images.device)
+    gate.fit(images, groups)
+    return gate, torch.cat([gate(batch) for batch in images.split(512)])
 
 
 def _grouped(network: DynamicNetwork, decision: Decision, count: int) -> Tensor:
