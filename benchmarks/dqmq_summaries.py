@@ -8,6 +8,7 @@ from benchmarks.dqmq import LEARNED, LONGER, NETWORK, RANDOM, STATIC
 from benchmarks.summaries_common import Run, difference, groups, paired, rows_of, with_column, with_schedule
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.errors import BitscapeError
 from bitscape.report.heat_map import heat_map
 from bitscape.report.records import identity
 from bitscape.report.tables import Column, render
@@ -40,6 +41,8 @@ def dqmq(runs: Sequence[Run]) -> str:
 def figure(runs: Sequence[Run]) -> str:
     """Top-1 and mean bits in every quality, of the learned networks of the first group, as SVG."""
     learned = groups([with_schedule(run, LONGER) for run in runs if (run["method"], run["variant"]) == LEARNED], GROUP)
+    if not learned:
+        raise BitscapeError("dqmq.jsonl holds no run of the plain method; python -m benchmarks.dqmq makes one")
     return heat_map(QualityGrid(tuple(_cells(next(iter(learned.values()))))))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import dqmq
-from benchmarks.dqmq import ACTIVATIONS, BUDGETS, LEARNED, RANDOM, STATIC, UNIFORM, VARIANTS, RandomBits
+from benchmarks.dqmq import ACTIVATIONS, BUDGETS, LEARNED, LONGER, RANDOM, STATIC, UNIFORM, VARIANTS, RandomBits
 from benchmarks.dqmq_summaries import dqmq as tables
 from benchmarks.dqmq_summaries import figure
 from bitscape.cost.policy_cost import policy_cost
@@ -52,7 +52,7 @@ def test_every_wanted_run_is_done_by_its_own_part_of_the_script(variants: bool, 
         monkeypatch.setattr(dqmq, name, lambda run, name=name: {"extra": name})
     monkeypatch.setattr(dqmq, "limit_of", lambda run: 1.0)
     monkeypatch.setattr(dqmq, "tests", lambda: ([0], None))
-    parts = {UNIFORM: "static", STATIC: "static", ACTIVATIONS: "static", LEARNED: "learned", RANDOM: "random_bits"}
+    parts = {UNIFORM: "static", LONGER: "static", STATIC: "static", ACTIVATIONS: "static", LEARNED: "learned", RANDOM: "random_bits"}
     for run in dqmq.wanted(2, 10_000, 2, variants):
         done = dqmq.measure(run)
         assert done["extra"] == ("learned" if variants else parts[key_of(run)])
@@ -61,8 +61,9 @@ def test_every_wanted_run_is_done_by_its_own_part_of_the_script(variants: bool, 
 
 def test_random_bits_come_after_the_network_whose_bits_they_draw() -> None:
     plan = list(dqmq.wanted(3, 10_000, 2, variants=False))
-    assert {key_of(run) for run in plan} == {LEARNED, UNIFORM, STATIC, RANDOM, ACTIVATIONS}
-    assert len(plan) == 3 * len(BUDGETS) * 5
+    assert {key_of(run) for run in plan} == {LEARNED, UNIFORM, LONGER, STATIC, RANDOM, ACTIVATIONS}
+    assert len(plan) == 3 * len(BUDGETS) * 6
+    assert {run["epochs"] for run in plan if key_of(run) == LONGER} == {4}
     for at, run in enumerate(plan):
         if key_of(run) == RANDOM:
             assert plan.index({**run, "method": LEARNED[0], "variant": LEARNED[1]}) < at
