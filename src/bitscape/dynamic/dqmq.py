@@ -8,13 +8,13 @@ Computes  b = m + v xi, limited to low..high -> heads; Q(u; b) = (1-f) Q_floor +
           L_task + lambda max(0, C(b)/C_ref - 1) + mu mean f(1-f) -> DqmqStep
 Departs   No code was released and details are not available: all but the claims of the abstract is ours. Weights have static bits unless
           asked otherwise, which lets one batch hold images of different bits. "Hybrid" is the path-wise gradient through b, with an
-          optional score-function term on the loss at whole bits. Widths are rounded, straight through, from the first step: a mixture of two
-          is finer than either. Norms are left as training ends with them: new statistics cost a
-          network that was trained on padded crops one to two points.
-Costs     two quantizations of each activation wherever a width has a slope: 2.2 plain steps on a CPU; decisions cost 0.8 % of
-          the BitOps of ResNet-20 at W3A3, more of a smaller network's.
-Measured  docs/dynamic: dqmq. ResNet-20 on corrupted CIFAR-10, short schedules: ahead of static mixed precision and of random bits after equal
-          epochs, behind uniform bits after equal time; what helps is training at varying widths, not deciding by the image.
+          optional score-function term on the loss at whole bits. Widths are rounded, straight through, from the first step: a mixture of
+          two is finer than either. Norms are left as training ends with them: new statistics cost a network that was trained on padded
+          crops one to two points.
+Costs     two quantizations of each activation wherever a width has a slope: 2.2 plain steps on a CPU; decisions cost 0.8 % of the BitOps of
+          ResNet-20 at W3A3, more of a smaller network's.
+Measured  docs/dynamic: dqmq. ResNet-20 on corrupted CIFAR-10, short schedules: ahead of static mixed precision and of random bits after
+          equal epochs, behind uniform bits after equal time; training at varying widths is what helps, not deciding by the image.
 """
 
 import math
