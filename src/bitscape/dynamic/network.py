@@ -85,7 +85,7 @@ class DynamicNetwork(nn.Module):
         heads: one for each of `names`.
         decisions: "per_image"; "per_batch" gives all images of a batch the mean of their widths.
         shift: buffer, bits added to every decision; `keep_bitops` sets it.
-        hardness: share of sampled widths that are rounded, straight through; raised by the step towards the end of training.
+        hardness: share of sampled widths that are rounded, straight through; set by the step.
         sampling: in training. "continuous": a width between whole numbers mixes both. "gumbel": it falls to one of them by chance, relaxed,
             with a gradient too. "whole": it is rounded; only the cost and `log_density` have a gradient.
         decision: of the last batch, with its gradient.

@@ -58,7 +58,7 @@ class Gate(nn.Module):
         """Learn to tell the `tiers` (n,) of images: multinomial logistic regression."""
         features = image_features(images)
         self.center.copy_(features.mean(0))
-        self.spread.copy_(features.std(0).clamp(min=1e-6))
+        self.spread.copy_(features.std(0, correction=0).clamp(min=1e-6))
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
