@@ -2,20 +2,18 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from benchmarks.dqmq import LEARNED, LONGER, NETWORK, RANDOM, STATIC
-from benchmarks.summaries_common import Run, difference, groups, paired, rows_of, with_column, with_schedule
+from benchmarks.summaries_common import Run, compared, difference, groups, with_schedule
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.engine.quality_grid import Cell, QualityGrid
 from bitscape.errors import BitscapeError
 from bitscape.report.heat_map import heat_map
-from bitscape.report.records import identity
-from bitscape.report.tables import Column, render
+from bitscape.report.tables import Column
 
-ROW = ("method", "variant")
 GROUP = ("settings.budget", "settings.images", "settings.schedule")
 NAMES = {"method": "method", "variant": "variant"}
+REFERENCES = {"against static mixed, points [95 %]": STATIC, "against random bits": RANDOM}
 COLUMNS = (
     Column(value="top1", heading="top-1, %"),
     Column(value="extra.clean", heading="clean"),
@@ -32,7 +30,8 @@ def dqmq(runs: Sequence[Run]) -> str:
     parts = []
     for (budget, images, epochs), group in groups([with_schedule(_with_share(run), LONGER) for run in runs], GROUP).items():
         recipe = f"{images:,} images of mixed quality, epochs: {epochs}, float on clean images {group[0]['float_top1']} %"
-        parts.append(f"**{NETWORK} on {group[0]['target']}, mean BitOps of {budget}**; {recipe}\n\n{_compared(group)}")
+        table = compared(group, NAMES, COLUMNS, REFERENCES)
+        parts.append(f"**{NETWORK} on {group[0]['target']}, mean BitOps of {budget}**; {recipe}\n\n{table}")
         parts.append(f"**The learned networks at {budget}, used otherwise**\n\n{_same_network(group)}")
     parts.append(f"**Mean activation bits that images get**, by severity\n\n{_bits(runs)}")
     return "\n\n".join(parts)
@@ -48,18 +47,6 @@ def figure(runs: Sequence[Run]) -> str:
 
 def _with_share(run: Run) -> Run:
     return {**run, "extra": {**run["extra"], "of_budget": 100 * run["cost"]["bitops"] / run["budget"]["bitops"]}}
-
-
-def _compared(group: Sequence[Run]) -> str:
-    rows = rows_of(group, ROW, COLUMNS)
-    table = render(rows, NAMES, COLUMNS)
-    top1: dict[tuple[Any, ...], dict[int, float]] = {identity(row.keys, ROW): {} for row in rows}
-    for run in group:
-        top1[identity(run, ROW)][run["seed"]] = run["top1"]
-    for heading, reference in (("against static mixed, points [95 %]", STATIC), ("against random bits", RANDOM)):
-        cells = ["-" if key == reference else paired(values, top1.get(reference, {})) for key, values in top1.items()]
-        table = with_column(table, heading, cells)
-    return table
 
 
 def _same_network(group: Sequence[Run]) -> str:

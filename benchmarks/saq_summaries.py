@@ -1,18 +1,17 @@
 """Tables of flat training: the comparison, the sweep of the radius, accuracy on corrupted images."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.figures import contours
 from benchmarks.saq import LONGER, PLAIN, SWEEP_SEED
-from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column, with_schedule
-from bitscape.report.records import identity
+from benchmarks.summaries_common import Run, compared, groups, rows_of, with_schedule
 from bitscape.report.tables import Column, aggregate, render
 from bitscape.sharpness import LossSlice
 
 ROW = ("method", "variant")
 GROUP = ("network", "settings.budget", "settings.images", "settings.schedule")
 NAMES = {"method": "method", "variant": "variant"}
+REFERENCES = {"against plain, points [95 %]": PLAIN, "against plain with twice the epochs": LONGER}
 
 
 def landscape(runs: Sequence[Run]) -> str:
@@ -31,16 +30,9 @@ def saq(runs: Sequence[Run]) -> str:
         Column(value="extra.step_process_s", heading="process s a step", digits=3),
     ]
     parts = []
-    compared = [with_schedule(run, LONGER) for run in runs if run["seed"] != SWEEP_SEED]
-    for (network, budget, images, epochs), group in groups(compared, GROUP).items():
-        rows = rows_of(group, ROW, columns)
-        table = render(rows, NAMES, columns)
-        top1: dict[tuple[Any, ...], dict[int, float]] = {identity(row.keys, ROW): {} for row in rows}
-        for run in group:
-            top1[identity(run, ROW)][run["seed"]] = run["top1"]
-        for heading, reference in (("against plain, points [95 %]", PLAIN), ("against plain with twice the epochs", LONGER)):
-            cells = ["-" if key == reference else paired(values, top1.get(reference, {})) for key, values in top1.items()]
-            table = with_column(table, heading, cells)
+    trained = [with_schedule(run, LONGER) for run in runs if run["seed"] != SWEEP_SEED]
+    for (network, budget, images, epochs), group in groups(trained, GROUP).items():
+        table = compared(group, NAMES, columns, REFERENCES)
         rhos = sorted({run["settings"]["rho"] for run in group if run["settings"]["rho"]})
         recipe = f"{images:,} images an epoch, epochs: {epochs}, radius: {', '.join(map(str, rhos)) or '-'}"
         parts.append(f"**{network} on {group[0]['target']}, {budget}**; {recipe}, float {group[0]['float_top1']} %\n\n{table}")

@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from bitscape.report.records import identity
-from bitscape.report.tables import Column, Row, aggregate
+from bitscape.report.tables import Column, Row, aggregate, render
 
 Run = Mapping[str, Any]
 STEPS = ("plain", "sam", "saq")
@@ -42,6 +42,21 @@ def with_column(table: str, heading: str, cells: Sequence[str]) -> str:
     """A rendered table with one more column of text."""
     added = [heading, "---", *cells]
     return "\n".join(f"{line} {cell} |" for line, cell in zip(table.splitlines(), added, strict=True))
+
+
+def compared(runs: Sequence[Run], names: Mapping[str, str], columns: Sequence[Column], references: Mapping[str, tuple[Any, ...]]) -> str:
+    """A table with a row for each value of the keys of `names`; its last columns are paired differences in top-1 to a row each.
+
+    names: key -> heading. references: heading -> the row, by its keys, that the others are compared with.
+    """
+    rows = rows_of(runs, tuple(names), columns)
+    table = render(rows, names, columns)
+    top1 = {key: {run["seed"]: run["top1"] for run in group} for key, group in groups(runs, tuple(names)).items()}
+    for heading, reference in references.items():
+        keys = [identity(row.keys, tuple(names)) for row in rows]
+        cells = ["-" if key == reference else paired(top1[key], top1.get(reference, {})) for key in keys]
+        table = with_column(table, heading, cells)
+    return table
 
 
 def difference(values: Sequence[float]) -> str:

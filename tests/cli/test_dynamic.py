@@ -193,6 +193,17 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(given, run, refused, t
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (run[0] / "model.safetensors").read_bytes()
 
 
+def test_a_run_of_other_widths_is_told_which(given, run, refused, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    again = (*given.dynamic, "--out", tmp_path / "run", "--resume")
+    line = refused(*again, "--dynamic", "1-7")  # as many scales
+    for name in ("model.3", "model.6"):
+        assert f"bits.{name}.activation was [2, 3, 4, 5, 6, 7, 8] and is [1, 2, 3, 4, 5, 6, 7]" in line
+    assert line.endswith("pass those settings, or start over in another folder")
+    Policy({**POLICY.layers, "3": LayerBits(3, 8)}).save(tmp_path / "w3.json")
+    assert "bits.model.3.weight was 4 and is 3" in refused(*again, "--policy", tmp_path / "w3.json")
+
+
 def _datasets(folder: Path) -> list[dict[str, object]]:
     settings = json.loads((folder / "run.json").read_text())["settings"]
     return [settings[part]["dataset"]["images"] for part in ("batches", "validation")]

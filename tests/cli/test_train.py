@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from bitscape.policy import LayerBits, Policy
 from bitscape.train.plain import Plain
 from tests.cli.run import MODEL, run_cli
 
@@ -61,6 +62,16 @@ def test_a_run_with_other_settings_is_told_what_to_do(cli, refused, tmp_path):
     cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "run")
     line = refused(*TRAIN, "--epochs", 2, "--out", tmp_path / "run", "--resume")
     assert line.endswith("epochs was 1 and is 2; pass those settings, or start over in another folder")
+
+
+def test_a_run_at_other_bits_is_told_which(cli, refused, trained, tmp_path):
+    policy, options = Policy.load(trained / "found.json"), ("--epochs", 1, "--out", tmp_path / "run")
+    cli(*_quantized(trained, *options))
+    name, bits = next((name, bits) for name, bits in policy.layers.items() if bits.weight > 1)
+    Policy({**policy.layers, name: LayerBits(bits.weight - 1, bits.activation)}).save(tmp_path / "other.json")
+    line = refused(*_quantized(trained, *options, "--policy", tmp_path / "other.json", "--resume"))
+    expected = f"bits.{name}.weight was {bits.weight} and is {bits.weight - 1}; pass those settings, or start over in another folder"
+    assert line.endswith(expected)
 
 
 def test_the_seed_decides_everything(cli, tmp_path):

@@ -17,7 +17,7 @@ from bitscape.dynamic.layers import DynamicActivation
 from bitscape.dynamic.network import FEATURES, DynamicBits, DynamicNetwork, Sampling, decide
 from bitscape.dynamic.quality import image_features, layer_features
 from bitscape.dynamic.widths import Widths
-from bitscape.engine.quality_grid import Spending
+from bitscape.engine.spending import Spending
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
@@ -144,6 +144,14 @@ def test_features_are_standardized_on_the_calibration_images() -> None:
     for head, (features, _, _) in zip(network.heads, seen, strict=True):
         torch.testing.assert_close(head.center, features.mean(0))
         torch.testing.assert_close(head.spread[:3], features[:, :3].std(0, correction=0))
+
+
+@every_kind
+def test_what_is_static_is_not_in_the_state_and_moves_with_the_network(bits: DynamicBits) -> None:
+    network = fresh(bits)
+    assert not any("_rows" in name for name in network.state_dict())
+    moved = network.to("meta").level(bits.high, 2)
+    assert moved.weight.device.type == moved.activation.device.type == "meta"
 
 
 # In training mode
@@ -554,6 +562,23 @@ def test_wrong_static_layers_are_explained(static: tuple[str, ...], text: str) -
     ]
     for make in makers:
         with pytest.raises(BitscapeError, match=text):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "text"),
+    [
+        (nn.Sequential(*(nn.Conv1d(4, 4, 3) for _ in range(3)), nn.Flatten()), (4, 16), r"\(4, 16\), to the Conv1d layer 0;"),
+        (nn.Sequential(*(nn.Linear(5, 5) for _ in range(3))), (5,), r"\(5,\), to the Linear layer 0;"),
+    ],
+)
+def test_inputs_that_are_no_images_are_explained(net: nn.Module, shape: tuple[int, ...], text: str) -> None:
+    layers = {name: LayerBits(8, 8) for name, layer in net.named_modules() if isinstance(layer, nn.Conv1d | nn.Linear)}
+    for make in (
+        lambda: dynamic_network(net, Policy(layers), torch.randn(4, *shape)),
+        lambda: unset_network(net, Policy(layers), shape),
+    ):
+        with pytest.raises(BitscapeError, match=text + r".*images \(n, c, h, w\): give a network that takes those, or quantize"):
             make()
 
 

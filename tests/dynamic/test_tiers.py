@@ -9,7 +9,7 @@ from torch import Tensor
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
 from bitscape.dynamic.tiers import Gate, TieredNetwork, distill_tiers
-from bitscape.engine.quality_grid import Spending
+from bitscape.engine.spending import Spending, noting_spent
 from bitscape.errors import BitscapeError
 from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers
 from tests.dynamic.small import NAMES, dynamic, mixed_images, policy_of, set_heads
@@ -157,6 +157,14 @@ def test_spent_is_the_cost_of_the_policy_and_the_gate() -> None:
     assert len(tiers.spent.bits) == len(tiers.spent.bitops) == 9
 
 
+def test_what_is_noted_tells_the_tier_of_each_image() -> None:
+    tiers = distill_tiers(by_noise(), mixed_images(40), 2)
+    with noting_spent(tiers) as noted:
+        for batch in mixed_images(9).split(4):
+            tiers(batch)
+    assert [spent.tiers.tolist() for spent in noted] == [[0, 1, 0, 1], [0, 1, 0, 1], [0]]
+
+
 def test_the_dynamic_network_is_left_alone_and_the_result_repeats() -> None:
     network, images = by_noise().train(), mixed_images(40)
     before = copy.deepcopy(network.state_dict())
@@ -241,7 +249,18 @@ def test_where_features_say_nothing_the_gate_takes_the_larger_group() -> None:
     assert bool((gate(images) == 1).all())
 
 
+def test_a_statistic_that_varies_little_in_calibration_does_not_decide_alone_when_it_does_later() -> None:
+    # All contrasts are alike to 7e-5: by their own deviation an image of twice the contrast would be 40,000 away.
+    images = mixed_images(1).repeat(8, 1, 1, 1) * (1 + 1e-5 * torch.arange(8)).view(-1, 1, 1, 1)
+    gate, seen = Gate(2), []
+    gate.fit(images, torch.arange(8) % 2)
+    gate.linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    gate(2 * images[:1])
+    assert 0 < float(seen[0].abs().max()) < 10
+
+
 def test_the_gate_is_a_plain_linear_choice() -> None:
     gate = Gate(4)
+    assert set(gate.state_dict()) == {"center", "spread", "linear.weight", "linear.bias"}
     assert {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()} == {"linear.weight": (4, 3), "linear.bias": (4,)}
     assert gate(mixed_images(5)).shape == (5,)

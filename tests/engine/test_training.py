@@ -37,6 +37,8 @@ from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
 from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import calibrate, quantize
 from bitscape.train import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
@@ -404,6 +406,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, changed: dict[st
     with pytest.raises(CheckpointError, match=message):
         train(**{**usual, **changed})
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_bits_of_another_policy_are_refused(tmp_path: Path) -> None:
+    # The state dicts have the same names and shapes.
+    def quantized(weight: int) -> nn.Module:
+        bits = {"0": LayerBits(8, 8), "4": LayerBits(weight, 4), "7": LayerBits(8, 8)}
+        return calibrate(quantize(tiny_net(), Policy(bits)), tiny_batches().dataset.images)
+
+    train(quantized(4), tiny_batches(), **USUAL, folder=tmp_path)
+    refused = r"other settings: bits\.4\.weight was 4 and is 2; pass those settings, or start over in another folder"
+    with pytest.raises(CheckpointError, match=refused):
+        train(quantized(2), tiny_batches(), **USUAL, folder=tmp_path)
+    assert json.loads((tmp_path / RUN).read_text())["settings"]["bits"]["4"] == {"weight": 4, "activation": 4}
+    train(quantized(4), tiny_batches(), **USUAL, folder=tmp_path)
 
 
 class Log(nn.Module):

@@ -22,7 +22,7 @@ from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_optio
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
 from bitscape.cli.parsing import writable
-from bitscape.cli.spending import noting, print_spent
+from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -125,11 +125,12 @@ def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
 
 def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...]) -> None:
     from bitscape.engine import evaluate as accuracy_of
+    from bitscape.engine.spending import noting_spent
 
-    with noting(network) as noted:
+    with noting_spent(network) as noted:
         accuracy = accuracy_of(network, batches)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
-    if print_spent(network, noted, shape):
+    if print_spent(network, noted):
         return
     cost = measure_network(network, shape)
     if policy is None:

@@ -1,78 +1,41 @@
-"""What images cost on a network whose bits depend on them: noted while it runs, and printed."""
+"""What images cost on a network whose bits depend on them, as the commands print it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import measure_network, uniform_cost
+from bitscape.cli.network import uniform_cost
 from bitscape.cli.output import amount, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitscape.cost.layers import NetworkCost
+    from bitscape.engine.spending import Spent
     from bitscape.policy import Policy
 
 
-@dataclass
-class Noted:
-    """Of every image that ran, batch by batch; nothing of a network whose bits are static."""
-
-    bits: "list[Tensor]" = field(default_factory=list)
-    """Mean activation bits."""
-    bitops: "list[Tensor]" = field(default_factory=list)
-    """BitOps, those of deciding included."""
-    tiers: "list[Tensor]" = field(default_factory=list)
-    """The tier, from 0, if there are any."""
-
-
-@contextmanager
-def noting(network: "nn.Module") -> Iterator[Noted]:
-    """Within the block, note what images cost on a dynamic network or on tiers."""
-    from bitscape.dynamic import DynamicNetwork
-    from bitscape.dynamic.tiers import TieredNetwork
-
-    noted = Noted()
-
-    def note(module: "nn.Module", *_: object) -> None:
-        if isinstance(module, DynamicNetwork | TieredNetwork):
-            spent = module.spent
-            noted.bits.append(spent.bits)
-            noted.bitops.append(spent.bitops)
-        if isinstance(module, TieredNetwork):
-            noted.tiers.append(module.tiers)
-
-    handle = network.register_forward_hook(note)
-    try:
-        yield noted
-    finally:
-        handle.remove()
-
-
-def print_spent(network: "nn.Module", noted: Noted, shape: tuple[int, ...]) -> bool:
-    """Print what images of `shape` cost on a dynamic network or on tiers; False, and nothing printed, for any other network."""
-    from bitscape.dynamic import DynamicNetwork
-    from bitscape.dynamic.tiers import TieredNetwork
+def print_spent(network: "nn.Module", noted: "Sequence[Spent]") -> bool:
+    """Print what images cost on a dynamic network or on tiers, as `noting_spent` noted it; False, and nothing printed, for any other."""
+    from bitscape.dynamic import DynamicNetwork, TieredNetwork
 
     if isinstance(network, DynamicNetwork):
         _print_costs(noted, network.decision_bitops, network.cost)
     elif isinstance(network, TieredNetwork):
-        cost = measure_network(network.networks[0], shape)
-        _print_costs(noted, network.gate_bitops, cost)
+        _print_costs(noted, network.gate_bitops, network.cost)
         click.echo()
-        print_tiers(network.policies, cost, shares_of(noted.tiers, len(network.policies)))
+        tiers = [spent.tiers for spent in noted if spent.tiers is not None]
+        print_tiers(network.policies, network.cost, shares_of(tiers, len(network.policies)))
     else:
         return False
     return True
 
 
-def _print_costs(noted: Noted, deciding: float, cost: "NetworkCost") -> None:
+def _print_costs(noted: "Sequence[Spent]", deciding: float, cost: "NetworkCost") -> None:
     import torch
 
-    bits, bitops = torch.cat(noted.bits).double(), torch.cat(noted.bitops).double()
+    bits, bitops = (torch.cat(values).double() for values in ([each.bits for each in noted], [each.bitops for each in noted]))
     eight = uniform_cost(cost, 8)["bitops"]
     rows = [
         ["mean_activation_bits", *(f"{value:.4g}" for value in _spread(bits)), "8", f"{100 * float(bits.mean()) / 8:.1f} %"],

@@ -38,7 +38,7 @@ def dynamic_network(
         quantizer: how weights and activations are laid on their grids, with scales of its own for every width.
 
     Raises:
-        BitscapeError: no layer left to decide about, or a name in `static` that is not a layer.
+        BitscapeError: images that are not (n, c, h, w), no layer left to decide about, or a name in `static` that is not a layer.
     """
     network, cost = _with_dynamic_inputs(model, policy, tuple(images.shape[1:]), bits, quantizer)
     made = _wrapped(calibrate(network, images), cost, bits, quantizer)
@@ -64,6 +64,7 @@ def _with_dynamic_inputs(
     network = quantize(model, policy, quantizer)
     with bypassed(network):
         cost = measure(network, input_shape)
+    _check_images(cost)
     static = cost.ends if bits.static is None else bits.static
     unknown = sorted(set(static) - set(cost.by_name))
     if unknown:
@@ -74,6 +75,15 @@ def _with_dynamic_inputs(
         if name in cost.by_name and name not in static:
             layer.input_quantizer = DynamicActivation(quantizer.for_activation, bits.low, bits.high).to(layer.weight.device)
     return network, cost
+
+
+def _check_images(cost: NetworkCost) -> None:
+    if len(cost.input_shape) != 3:
+        first = cost.layers[0]
+        raise BitscapeError(
+            f"images: an input of shape {cost.input_shape}, to the {first.kind} layer {first.name}; bits follow the quality of images "
+            "(n, c, h, w): give a network that takes those, or quantize this one with static bits (bitscape.quantize)"
+        )
 
 
 def _wrapped(network: nn.Module, cost: NetworkCost, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:

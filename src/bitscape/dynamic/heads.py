@@ -16,23 +16,40 @@ START_SPREAD = -1.0
 """Before the softplus: 0.31 bits more than the least."""
 
 
-class Head(nn.Module):
-    """A linear decision on features: for each width the middle m and the deviation v of its distribution, in bits.
+class Standardizing(nn.Module):
+    """What sees features by how they vary over the calibration images.
 
     Attributes:
-        center, spread: buffers (features,), by which features are standardized; from the calibration images.
+        center, spread: buffers (features,); their mean, and their deviation or 1.
     """
 
-    def __init__(self, features: int, decisions: int, start: float) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, 2 * decisions)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, START_SPREAD)
-        self.begin_at(start)
         self.center: Tensor
         self.spread: Tensor
         self.register_buffer("center", torch.zeros(features))
         self.register_buffer("spread", torch.ones(features))
+
+    def standardize(self, features: Tensor) -> None:
+        """Take center and spread from features (n, features) of calibration images."""
+        self.center.copy_(features.mean(0))
+        deviation = features.std(0, correction=0)
+        self.spread.copy_(deviation.where(deviation > LEAST_VARIATION, 1.0))
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Return features (n, features) as distances from the center, in spreads."""
+        return (features - self.center) / self.spread
+
+
+class Head(Standardizing):
+    """A linear decision on features: for each width the middle m and the deviation v of its distribution, in bits."""
+
+    def __init__(self, features: int, decisions: int, start: float) -> None:
+        super().__init__(features)
+        self.linear = nn.Linear(features, 2 * decisions)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, START_SPREAD)
+        self.begin_at(start)
 
     @torch.no_grad()
     def begin_at(self, width: float) -> None:
@@ -42,14 +59,8 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return m and v, both (n, decisions), for features (n, features)."""
         with torch.autocast(features.device.type, enabled=False):  # bfloat16 tells widths apart by 1/32 only
-            m, r = self.linear((features.float() - self.center) / self.spread).chunk(2, dim=1)
+            m, r = self.linear(self.standardized(features.float())).chunk(2, dim=1)
         return m, functional.softplus(r) + LEAST_SPREAD
-
-    def standardize(self, features: Tensor) -> None:
-        """Take center and spread from features (n, features) of calibration images."""
-        self.center.copy_(features.mean(0))
-        deviation = features.std(0, correction=0)
-        self.spread.copy_(deviation.where(deviation > LEAST_VARIATION, 1.0))
 
 
 def bounded(x: Tensor, low: float, high: float) -> Tensor:

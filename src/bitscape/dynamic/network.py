@@ -23,7 +23,7 @@ from bitscape.dynamic.heads import Head, bounded, gumbel
 from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static
 from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURES, SIDE, image_features, layer_features
 from bitscape.dynamic.widths import Widths
-from bitscape.engine.quality_grid import Spent
+from bitscape.engine.spending import Spent
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
@@ -107,6 +107,8 @@ class DynamicNetwork(nn.Module):
         self.decision = Decision(torch.zeros(0, len(cost.layers)), torch.zeros(0, len(cost.layers)))
         self.log_density, self.softness = torch.zeros(0), torch.zeros(())
         self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
+        self._rows: Tensor
+        self.register_buffer("_rows", self._static_widths(), persistent=False)
         self._given: Decision | None = None
         self._pass = _Pass(torch.zeros(0), torch.zeros(0))
         self._hooks = [
@@ -225,9 +227,12 @@ class DynamicNetwork(nn.Module):
 
     def _static_rows(self, images: int) -> Decision:
         """Widths of what is static; least ones in place of what is not."""
+        return Decision(self._rows[0].expand(images, -1), self._rows[1].expand(images, -1))
+
+    def _static_widths(self) -> Tensor:
+        """(2, layers), of weights and of activations."""
         bits = [self._static.get(name) or LayerBits(self._weight_bits(name), self.bits.low) for name in self.cost.by_name]
-        rows = torch.tensor([[each.weight, each.activation] for each in bits], dtype=torch.float32, device=self.shift.device)
-        return Decision(rows[:, 0].expand(images, -1), rows[:, 1].expand(images, -1))
+        return torch.tensor([[each.weight for each in bits], [each.activation for each in bits]], dtype=torch.float32)
 
     def _weight_bits(self, name: str) -> int:
         quantizer = cast(QuantizedLayer, self.model.get_submodule(name)).weight_quantizer

@@ -17,10 +17,11 @@ from torch.nn import functional
 from bitscape.cost.layers import NetworkCost
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.decision import Decision
+from bitscape.dynamic.heads import Standardizing
 from bitscape.dynamic.network import FEATURE_BITS, DynamicNetwork, decide
 from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, image_features
 from bitscape.dynamic.widths import Widths, at_widths
-from bitscape.engine.quality_grid import Spent
+from bitscape.engine.spending import Spent
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
@@ -34,21 +35,12 @@ DECAY = 1e-3
 """Of the gate's squared weights, in the mean loss of the fit: keeps them finite where tiers part exactly."""
 
 
-class Gate(nn.Module):
-    """A linear choice among tiers by three cheap statistics of the image.
-
-    Attributes:
-        center, spread: buffers (3,), by which the statistics are standardized.
-    """
+class Gate(Standardizing):
+    """A linear choice among tiers by three cheap statistics of the image."""
 
     def __init__(self, tiers: int) -> None:
-        super().__init__()
-        features = len(IMAGE_FEATURES)
-        self.linear = nn.Linear(features, tiers)
-        self.center: Tensor
-        self.spread: Tensor
-        self.register_buffer("center", torch.zeros(features))
-        self.register_buffer("spread", torch.ones(features))
+        super().__init__(len(IMAGE_FEATURES))
+        self.linear = nn.Linear(len(IMAGE_FEATURES), tiers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the tier (n,) of normalized images (n, c, h, w), counted from 0."""
@@ -57,8 +49,7 @@ class Gate(nn.Module):
     def fit(self, images: Tensor, tiers: Tensor) -> None:
         """Learn to tell the `tiers` (n,) of images: multinomial logistic regression."""
         features = image_features(images)
-        self.center.copy_(features.mean(0))
-        self.spread.copy_(features.std(0, correction=0).clamp(min=1e-6))
+        self.standardize(features)
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -74,7 +65,7 @@ class Gate(nn.Module):
         self.requires_grad_(False)
 
     def _scores(self, features: Tensor) -> Tensor:
-        return cast(Tensor, self.linear((features - self.center) / self.spread))
+        return cast(Tensor, self.linear(self.standardized(features)))
 
 
 class TieredNetwork(nn.Module):
@@ -107,7 +98,7 @@ class TieredNetwork(nn.Module):
     @property
     def spent(self) -> Spent:
         """Bits and BitOps of each image of the last batch, the gate's own included."""
-        return Spent(bits=self._bits[self.tiers], bitops=self._bitops[self.tiers] + self.gate_bitops)
+        return Spent(bits=self._bits[self.tiers], bitops=self._bitops[self.tiers] + self.gate_bitops, tiers=self.tiers)
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
-from bitscape.engine.quality_grid import QualityGrid, Spending, Spent, quality_grid
+from bitscape.engine.quality_grid import QualityGrid, quality_grid
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
+from bitscape.engine.spending import Spending, Spent
 from bitscape.engine.step import Batch, LossFunction, Step, StepRecord, StepSettings
 from bitscape.engine.training import TrainResult, train
 from bitscape.sharpness.probe import BatchLoss

@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from bitscape.quant.layers import quantized_layers
+from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.version import __version__
 
 _SAMPLED = 256
@@ -37,6 +39,22 @@ def describe(value: Any) -> Any:
     if isinstance(value, torch.dtype | enum.Enum):
         return str(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def bits_of(model: nn.Module) -> dict[str, Any]:
+    """Return layer -> the bits of its weight and of its input, several where its quantizer has scales for several; {} for a float network.
+
+    A state dict does not tell them: the scales of two and of four bits have the same names and shapes.
+    """
+    return {
+        name: {"weight": _bits(layer.weight_quantizer), "activation": _bits(layer.input_quantizer)}
+        for name, layer in quantized_layers(model).items()
+    }
+
+
+def _bits(quantizer: nn.Module) -> Any:
+    found = [describe(module.bits) for module in quantizer.modules() if isinstance(module, FakeQuantizer)]
+    return found[0] if len(found) == 1 else found
 
 
 def versions() -> dict[str, str]:

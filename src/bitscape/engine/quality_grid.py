@@ -1,37 +1,18 @@
 """A network under every corruption of images at every severity: its accuracy, and the bits it spends if they depend on the image."""
 
 import statistics
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitscape.data.batches import Batches
 from bitscape.data.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, corrupt, corrupted
 from bitscape.engine.evaluate import evaluate
+from bitscape.engine.spending import Spent, noting_spent
 from bitscape.errors import BitscapeError, nearest
 from bitscape.progress import track
-
-
-@dataclass(frozen=True, eq=False)
-class Spent:
-    """What each of n images of a batch cost."""
-
-    bits: Tensor
-    """(n,), mean activation bit-width of each image, weighted as the network defines it."""
-    bitops: Tensor
-    """(n,), BitOps of each image, its share of the decision on its bits among them."""
-
-
-@runtime_checkable
-class Spending(Protocol):
-    """A network whose bits depend on the image."""
-
-    spent: Spent
-    """Of the last batch; set by each forward in eval mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,35 +94,20 @@ def quality_grid(
 
 def _cell(model: nn.Module, batches: Batches, name: str, severity: int, seed: int) -> Cell:
     dataset = batches.dataset if name == CLEAN else corrupted(batches.dataset, name, severity, seed=seed)
-    with _collecting(model) as sums:
+    with noting_spent(model) as noted:
         accuracy = evaluate(model, replace(batches, dataset=dataset))
-    bits, bitops = (torch.stack(sums).sum(0) / accuracy.images).tolist() if sums else (None, None)
+    bits, bitops = _means(noted)
     return Cell(
         corruption=name, severity=severity, top1=accuracy.top1, loss=accuracy.loss, images=accuracy.images, bits=bits, bitops=bitops
     )
 
 
-@contextmanager
-def _collecting(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, each forward of a spending network adds (2,) to the list: bits and BitOps, summed over the batch."""
-    sums: list[Tensor] = []
-
-    def collect(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-        if isinstance(module, Spending):
-            sums.append(_batch_sums(module.spent, len(inputs[0])))
-
-    handle = model.register_forward_hook(collect)
-    try:
-        yield sums
-    finally:
-        handle.remove()
-
-
-def _batch_sums(spent: Spent, images: int) -> Tensor:
-    for name, values in (("bits", spent.bits), ("bitops", spent.bitops)):
-        if values.shape != (images,):
-            raise BitscapeError(f"spent.{name} has shape {tuple(values.shape)} after {images} images; the network must set ({images},)")
-    return torch.stack([spent.bits.double().sum(), spent.bitops.double().sum()])
+def _means(noted: Sequence[Spent]) -> tuple[float | None, float | None]:
+    """Mean bits and BitOps over all images; None where none were noted."""
+    if not noted:
+        return None, None
+    bits, bitops = (torch.cat(values).double().mean() for values in ([each.bits for each in noted], [each.bitops for each in noted]))
+    return float(bits), float(bitops)
 
 
 def _check_names(argument: str, names: Collection[str], allowed: Sequence[str]) -> None:

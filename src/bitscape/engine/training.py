@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.engine import workers
-from bitscape.engine.describe import describe
+from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
 from bitscape.engine.feed import check_shared
@@ -93,6 +93,7 @@ def train(
     settings: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,
+        "bits": bits_of(model),
         "step": describe(step),
         "optimizer": describe(optimizer),
         "schedule": describe(schedule),
