@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from bitscape.version import __version__ as __version__
 
 _NAMES = {
+    "cost.latency": ("LatencyTable",),
     "cost.layers": ("NetworkCost", "measure"),
     "cost.policy_cost": ("policy_cost",),
+    "cost.profiles": ("PROFILES", "Profile"),
     "data.batches": ("Batches", "Normalization"),
     "data.proxy": ("draw_proxy",),
     "data.sources": ("Dataset", "load_dataset"),
@@ -48,9 +50,12 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 """Public name -> module that holds it. A submodule of the same name would take its place: hence no `train` here."""
 
 if TYPE_CHECKING:
+    from bitscape.cost.latency import LatencyTable as LatencyTable
     from bitscape.cost.layers import NetworkCost as NetworkCost
     from bitscape.cost.layers import measure as measure
     from bitscape.cost.policy_cost import policy_cost as policy_cost
+    from bitscape.cost.profiles import PROFILES as PROFILES
+    from bitscape.cost.profiles import Profile as Profile
     from bitscape.data.batches import Batches as Batches
     from bitscape.data.batches import Normalization as Normalization
     from bitscape.data.proxy import draw_proxy as draw_proxy

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import write_atomic
+from bitscape.files import json_text, parse_json, write_atomic
 from bitscape.version import __version__
 
 FORMAT = 1
@@ -157,46 +157,16 @@ def _plain(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(policy: Policy) -> str:
-    entries = {
-        "format": json.dumps(FORMAT),
-        "tool": json.dumps(f"bitscape {__version__}"),
-        "fingerprint": json.dumps(policy.fingerprint),
-        "cost": _block(policy.cost),
-        "provenance": _block(policy.provenance),
-        "layers": _block({name: {"weight": b.weight, "activation": b.activation} for name, b in policy.layers.items()}),
-    }
-    return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in entries.items()) + "\n}\n"
-
-
-def _block(mapping: Mapping[str, Any]) -> str:
-    if not mapping:
-        return "{}"
-    lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in mapping.items()]
-    return "{\n" + ",\n".join(lines) + "\n  }"
+    layers = {name: {"weight": bits.weight, "activation": bits.activation} for name, bits in policy.layers.items()}
+    head = {"format": FORMAT, "tool": f"bitscape {__version__}", "fingerprint": policy.fingerprint}
+    return json_text({**head, "cost": policy.cost, "provenance": policy.provenance, "layers": layers})
 
 
 def _parse(content: bytes) -> Any:
     try:
-        # utf-8-sig: some editors put a byte-order mark in front
-        text = content.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    except PolicyError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(f"not readable as JSON ({error}); is the file complete?") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise PolicyError(f"{twice!r} stands twice; keep one of the entries")
-    return found
-
-
-def _refuse_constant(constant: str) -> None:
-    raise PolicyError(f"{constant} is no allowed number; allowed are finite numbers")
+        return parse_json(content)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
 
 
 def _from_document(document: Any) -> Policy:

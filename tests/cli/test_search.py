@@ -3,7 +3,11 @@ import re
 
 import pytest
 
-from bitscape.policy import LayerBits, Policy
+from bitscape.cost.latency import LatencyTable
+from bitscape.cost.profiles import PROFILES
+from bitscape.models.digits import digits_net
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.search.fisher import Fisher
 from bitscape.search.scores import ScoreTable
 from tests.cli.run import MODEL, run_cli
@@ -174,3 +178,77 @@ def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):
     shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     assert shown.code == 130
     assert f"the policy so far is {tmp_path / 'run' / 'policy.json'}; run the same command to go on" in shown.err
+
+
+def _latency(path, fast: float):
+    """A table in which every layer takes 1 ms alone, and `fast` at 4 weight bits."""
+    shapes = layer_shapes(digits_net())
+    LatencyTable(
+        runtime="runtime 1",
+        machine="some cpu",
+        threads=1,
+        batch_size=1,
+        input_shape=(1, 8, 8),
+        fingerprint=fingerprint(shapes),
+        network_ms=2.0,
+        float_ms=9.0,
+        layers={name: {"8/8": 1.0, "4/8": fast} for name in shapes},
+    ).save(path)
+    return path
+
+
+FOUR_OR_EIGHT = ("--candidates", "w=4,8;a=8", "--set", "images=8")
+
+
+def test_a_cap_in_milliseconds_is_met_by_search_and_by_solve(cli, tmp_path):
+    table, found, solved, scores = (tmp_path / f"{name}.json" for name in ("table", "found", "solved", "scores"))
+    budget = ("--latency", _latency(table, 0.5), "--budget", "latency_ms=1.8ms")
+    shown = cli(*SEARCH, *FOUR_OR_EIGHT, *budget, "--out", found, "--scores", scores)
+    policy = Policy.load(found)
+    assert 0 < policy.cost["latency_ms"] <= 1.8
+    assert policy.provenance["latency"]["runtime"] == "runtime 1"
+    assert "latency_ms: runtime 1, some cpu, threads: 1, batch: 1" in shown.out
+    assert "flat" not in shown.err
+    cli("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *budget, "--out", solved)
+    assert Policy.load(solved).layers == policy.layers
+    assert Policy.load(solved).provenance["latency"]["machine"] == "some cpu"
+    front = cli("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *budget[:2], "--front", 3, "--along", "latency_ms")
+    assert "latency_ms=" in front.out.splitlines()[0]
+
+
+def test_a_flat_table_is_told_before_the_search(cli, tmp_path):
+    table = _latency(tmp_path / "table.json", 1.01)
+    assert "flat below 8 bits" in cli(*SEARCH, *FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x").err
+    shown = run_cli(*SEARCH, *FOUR_OR_EIGHT, "--latency", table, "--budget", "latency_ms=0.9x")
+    assert shown.code == 2
+    assert "flat below 8 bits" in shown.err and "feasible from 2.0" in shown.err
+
+
+def test_a_budget_in_milliseconds_says_how_to_get_a_table(refused, trained):
+    assert "bitscape latency build" in refused(*SEARCH, "--budget", "latency_ms=2")
+    solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8")
+    assert "bitscape latency build" in refused(*solve, "--budget", "latency_ms=2")
+    assert "bitscape latency build" in refused(*solve, "--front", 3, "--along", "latency_ms")
+
+
+def test_a_profile_restricts_the_bits_and_says_what_they_do(cli, tmp_path):
+    shown = cli(*SEARCH, "--profile", "openvino", "--budget", "weight_bytes=0.5x", "--pin", "down.0=6/8", "--out", tmp_path / "p.json")
+    policy = Policy.load(tmp_path / "p.json")
+    assert all(PROFILES["openvino"].allows(bits) for bits in policy.layers.values())
+    assert policy.provenance["profile"] == "openvino"
+    assert PROFILES["openvino"].note(policy) in shown.out
+    assert "warning" not in shown.err
+    shown = cli(*SEARCH, "--profile", "openvino", "--budget", "bitops=0.6x", "--pin", "down.0=6/8")
+    assert shown.err.count("says nothing about time on openvino") == 1
+
+
+def test_what_a_profile_does_not_have_is_refused(refused):
+    common = (*SEARCH, "--budget", "weight_bytes=0.5x", "--profile")
+    assert "candidates: 2/8, 5/8 weight" in refused(*common, "cortex-m", "--candidates", "w=2,4,5;a=8")
+    assert "pinned: layer 'down.0': 4/4" in refused(*common, "openvino", "--pin", "down.0=4/4")
+    assert "cpu-int8" in refused(*common, "cpu")
+
+
+def test_the_help_names_the_profiles(cli):
+    shown = " ".join(cli("search", "--help").out.split())
+    assert all(name in shown for name in PROFILES)

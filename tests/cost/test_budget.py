@@ -11,6 +11,7 @@ from bitscape.cost.policy_cost import CAPS, bitops, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, uniform_policy
 
+COUNTED = [kind for kind, row in CAPS.items() if not row.measured]
 NETWORK = measure(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 10)), (3, 6, 6))
 PINNED = dict.fromkeys(NETWORK.ends, LayerBits(8, 8))
 
@@ -41,7 +42,7 @@ def test_absolute_forms(text, kind, value):
     assert parse_budget(text, NETWORK).caps == {kind: pytest.approx(value, rel=1e-15)}
 
 
-@given(st.floats(0.01, 2).map(lambda fraction: round(fraction, 6)), st.sampled_from(list(CAPS)))
+@given(st.floats(0.01, 2).map(lambda fraction: round(fraction, 6)), st.sampled_from(COUNTED))
 def test_fractions_are_of_the_eight_bit_cost(fraction, kind):
     eight_bits = policy_cost(NETWORK, uniform(8, 8))[kind]
     assert parse_budget(f"{kind}={fraction}x", NETWORK, PINNED).caps[kind] == pytest.approx(fraction * eight_bits)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.cards import card_of
+from bitscape.cost.latency import LatencyTable
 from bitscape.engine import Batch, Sgd, train
 from bitscape.engine.step import Part
 from bitscape.models.digits import digits_net
@@ -140,9 +141,11 @@ def test_the_example_step_goes_on_after_a_stop(damped: ModuleType, tmp_path: Pat
 
 
 def test_the_files_in_the_description_of_formats_load(tmp_path: Path):
-    policy, scores = _blocks("formats.md", "json")
+    policy, scores, latency = _blocks("formats.md", "json")
     path = tmp_path / "file.json"
     path.write_text(policy, encoding="utf-8")
     assert Policy.load(path).layers["conv1"].weight == 8
     path.write_text(scores, encoding="utf-8")
     assert ScoreTable.load(path).repairs == 3
+    path.write_text(latency, encoding="utf-8")
+    assert LatencyTable.load(path).layers["conv1"] == {"8/8": 0.31, "4/8": 0.31}

@@ -19,10 +19,18 @@ from tests.search.small import every_policy, fits, layer, network, noise_scores,
 KINDS = sorted(CAPS)
 
 
+def timed(measured: NetworkCost, seed: int) -> NetworkCost:
+    """With times of every pair, which need not fall with bits."""
+    rng = np.random.default_rng(seed)
+    widths = range(1, 9)
+    times = [{LayerBits(w, a): int(rng.integers(1, 10**8)) for w in widths for a in widths} for _ in measured.layers]
+    return replace(measured, layers=tuple(replace(each, latency_ns=ns) for each, ns in zip(measured.layers, times, strict=True)))
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[NetworkCost, ScoreTable, Budget]:
     """Up to 4 layers and 5 candidates; each cap is the exact cost of some policy, or a little more or less."""
-    measured = random_network(draw(st.integers(1, 4)), draw(st.integers(0, 10**6)))
+    measured = timed(random_network(draw(st.integers(1, 4)), draw(st.integers(0, 10**6))), draw(st.integers(0, 10**6)))
     candidates = tuple(draw(st.lists(st.sampled_from(square(1, 2, 3, 4, 8)), min_size=1, max_size=5, unique=True)))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     values = rng.exponential(size=(len(measured.layers), len(candidates)))
@@ -99,7 +107,7 @@ def test_the_smallest_feasible_values_are_feasible_and_smallest(
 
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4]), st.sets(st.sampled_from(KINDS), min_size=1))
 def test_budgets_equal_to_the_cost_of_a_uniform_policy_are_feasible(seed: int, bits: int, kinds: set[str]) -> None:
-    measured = random_network(8, seed)
+    measured = timed(random_network(8, seed), seed)
     pinned = dict.fromkeys(measured.ends, LayerBits(8, 8))
     reference = Policy({**uniform(measured, bits, bits).layers, **pinned})
     budget = Budget({kind: cost(kind, measured, reference) for kind in kinds})
@@ -275,7 +283,7 @@ def test_tied_layers_without_a_common_pair_are_named() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_front_runs_from_the_cheapest_to_the_best_and_is_optimal(kind: str) -> None:
-    measured = random_network(4, 7)
+    measured = timed(random_network(4, 7), 7)
     scores = noise_scores(measured, square(2, 4, 8), 7)
     front = pareto_front(scores, measured, {}, kind, points=8)
     costs, totals = [p.cost[kind] for p in front], [total(scores, p) for p in front]

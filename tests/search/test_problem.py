@@ -1,4 +1,6 @@
 import copy
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.cost.latency import LatencyTable
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.cost.profiles import PROFILES
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
-from bitscape.policy import LayerBits, uniform_policy
+from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.quant.convert import quantize
 from bitscape.search.fisher import Fisher
 from bitscape.search.methods import SearchMethod
@@ -196,3 +201,100 @@ def test_provenance_says_how_it_was_found() -> None:
     told = problem(seed=7).provenance(Uniform(mix=True))
     assert told["method"] == "uniform" and told["settings"] == {"mix": True} and told["seed"] == 7
     assert set(told["budget"]) == {"bitops"} and told["version"]
+
+
+WEIGHTS_ONLY = (LayerBits(2, 8), LayerBits(4, 8), LayerBits(8, 8))
+
+
+def latency(**changes: Any) -> LatencyTable:
+    """Layer "3" is twice as fast at 4 bits, and as slow as at 8 at 2; the others take a millisecond whatever their bits."""
+    times = {"2/8": 1.0, "4/8": 1.0, "8/8": 1.0}
+    values: dict[str, Any] = {
+        "runtime": "runtime 1",
+        "machine": "cpu",
+        "threads": 1,
+        "batch_size": 1,
+        "input_shape": (3, 8, 8),
+        "fingerprint": fingerprint(layer_shapes(net())),
+        "network_ms": 8.0,
+        "float_ms": 9.0,
+        "layers": {"0": times, "3": {**times, "4/8": 0.5}, "4": times, "6": times},
+    }
+    return LatencyTable(**{**values, **changes})
+
+
+def test_a_cap_in_milliseconds_is_kept_and_the_policy_says_where_it_was_measured() -> None:
+    stated = problem(budget="latency_ms=0.9x", candidates=WEIGHTS_ONLY, latency=latency())
+    assert stated.parsed_budget.caps == {"latency_ms": 7.2}
+    policy = Fisher(images=2).search(stated).policy
+    assert policy.layers["3"] == LayerBits(4, 8)
+    assert policy.cost["latency_ms"] == 7.0
+    assert policy.provenance["latency"] == {"runtime": "runtime 1", "machine": "cpu", "threads": 1, "batch_size": 1}
+
+
+def test_without_a_table_there_is_no_latency() -> None:
+    stated = problem(budget="bitops=1x")
+    assert "latency_ms" not in policy_cost(stated.network, uniform_policy(stated.network.by_name, LayerBits(8, 8)))
+    assert not {"latency", "profile"} & stated.provenance(Uniform()).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "latency_ms=2"}, "no latency table was given; measure one .*bitscape latency build"),
+        ({"latency": latency()}, "layer '3' was not measured at 2/2 .*only at 2/8, 4/8, 8/8; .*candidates"),
+        (
+            {"latency": latency(), "candidates": WEIGHTS_ONLY, "pinned": {"4": LayerBits(3, 8)}},
+            "layer '4' was not measured at 3/8",
+        ),
+        ({"latency": latency(input_shape=(3, 9, 9)), "candidates": WEIGHTS_ONLY}, "images of 3x9x9, and these have 3x8x8"),
+        ({"latency": "table.json"}, r"latency: 'table.json' is no LatencyTable; read the file: LatencyTable.load"),
+        ({"profile": "openvino"}, "profile: 'openvino' is no Profile; take one of PROFILES"),
+        ({"profile": PROFILES["openvino"], "candidates": [LayerBits(4, 4)]}, "candidates: 4/4 .*profile openvino"),
+        ({"profile": PROFILES["openvino"], "candidates": list(DEFAULT_CANDIDATES)}, "candidates: 2/2, .*profile openvino"),
+        ({"profile": PROFILES["openvino"], "pinned": {"3": LayerBits(5, 8)}}, "pinned: layer '3': 5/8 .*profile openvino"),
+        ({"profile": PROFILES["htp"], "pinned": {"3": LayerBits(4, 8)}}, "pinned: layer '3' at 4/8: profile htp"),
+        ({"profile": PROFILES["htp"], "pinned": {"33": LayerBits(4, 8)}}, "pinned: the network has no layer '33'"),
+    ],
+)
+def test_bits_that_were_not_measured_or_are_not_the_targets_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitscapeError, match=message):
+        problem(**changes)
+
+
+def test_a_profile_offers_what_its_target_stores_and_computes() -> None:
+    stated = problem(budget="weight_bytes=0.9x", profile=PROFILES["openvino"])
+    assert [str(bits) for bits in stated.candidates] == ["2/8", "3/8", "4/8", "6/8", "8/8"]
+    assert problem(profile=PROFILES["fpga-bitops"]).candidates == DEFAULT_CANDIDATES
+    assert problem(budget="weight_bytes=1x", profile=PROFILES["openvino"], candidates=WEIGHTS_ONLY).candidates == WEIGHTS_ONLY
+    policy = Fisher(images=2).search(stated).policy
+    assert all(PROFILES["openvino"].allows(bits) for bits in policy.layers.values())
+    assert policy.provenance["profile"] == "openvino"
+
+
+def test_a_profile_pins_the_layers_that_keep_8_bits() -> None:
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 40))
+    stated = problem(model=wide, budget="weight_bytes=0.9x", profile=PROFILES["htp"], pinned={})
+    assert stated.pinned == stated.pinned_layers == {"0": LayerBits(8, 8), "2": LayerBits(8, 8)}
+    assert stated.free_layers == ("1", "4")
+    assert replace(stated, seed=1).free_layers == ("1", "4")
+    assert problem(model=wide, budget="weight_bytes=1x", profile=PROFILES["htp"]).free_layers == ("1",)
+    policy = Fisher(images=2).search(stated).policy
+    assert policy.layers["0"] == policy.layers["2"] == LayerBits(8, 8) != policy.layers["4"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "profile", "warned"),
+    [
+        ("bitops=1x", "openvino", "a cap on bitops says nothing"),
+        (("weight_bytes=1x", "mean_activation_bits=8"), "cortex-m", "a cap on mean_activation_bits says nothing"),
+        ("weight_bytes=1x", "openvino", None),
+        ("bitops=1x", "fpga-bitops", None),
+    ],
+)
+def test_bitops_say_nothing_about_time_where_int8_is_what_runs(
+    budget: Any, profile: str, warned: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="bitscape"):
+        problem(budget=budget, profile=PROFILES[profile])
+    assert [warned in line for line in caplog.messages] == [True] if warned else not caplog.messages

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from bitscape.cli.parsing import parse_normalization
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.policy import LayerBits, Policy
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from bitscape.cost.latency import LatencyTable
     from bitscape.cost.layers import NetworkCost
     from bitscape.data.batches import Batches
     from bitscape.data.sources import Dataset
@@ -126,6 +129,16 @@ def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkCost"
     from bitscape.models.attention import split_attention
 
     return measure(split_attention(copy.deepcopy(model)), shape)
+
+
+def load_latency(path: Path | None) -> "LatencyTable | None":
+    """Read a latency table; one that fewer bits make no faster is told on stderr, before any time is spent on a search."""
+    from bitscape.cost.latency import LatencyTable
+
+    table = None if path is None else LatencyTable.load(path)
+    if table is not None and (note := table.note()):
+        click.echo(note, err=True)
+    return table
 
 
 def network_shapes(model: "nn.Module") -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
+from bitscape.cost.profiles import PROFILES
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -67,7 +69,19 @@ budget_option = click.option(
     multiple=True,
     metavar="CAP",
     help="Cap, repeatable: bitops=0.25x (of 8 bit), bitops=w4a4, bitops=3.9e8, weight_bytes=1.2MB, "
-    "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB.",
+    "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB, latency_ms=2.5 (with --latency).",
+)
+latency_option = click.option(
+    "--latency",
+    type=FILE,
+    metavar="FILE",
+    help="Times measured on the target machine by `bitscape latency build`; makes latency_ms a cost and a budget.",
+)
+profile_option = click.option(
+    "--profile",
+    type=click.Choice(list(PROFILES)),
+    help="; ".join(["Offer only bits that the target stores and computes", *(f"{each.name}: {each.what}" for each in PROFILES.values())])
+    + ".",
 )
 pin_option = click.option(
     "--pin",

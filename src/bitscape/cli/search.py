@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitscape.cli.network import ImageSettings, draw_images, load_network, with_pins
+from bitscape.cli.network import ImageSettings, draw_images, load_latency, load_network, measure_network, with_pins
 from bitscape.cli.options import (
     all_of,
     budget_option,
     data_options,
     image_options,
+    latency_option,
     network_options,
     pin_option,
+    profile_option,
     seed_option,
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, writable
 from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.cost.profiles import PROFILES
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -34,10 +37,9 @@ _method_options = all_of(
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable."),
     click.option(
         "--candidates",
-        default="2,3,4,5,6,8",
-        show_default=True,
         metavar="BITS",
-        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.",
+        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.  "
+        "[default: 2,3,4,5,6,8, of these what --profile has]",
     ),
     click.option(
         "--for-training/--no-training",
@@ -70,6 +72,8 @@ _outputs = all_of(
 @image_options
 @budget_option
 @_method_options
+@latency_option
+@profile_option
 @pin_option
 @seed_option
 @_outputs
@@ -85,9 +89,11 @@ def search(
     images: int,
     method_name: str,
     settings: tuple[str, ...],
-    candidates: str,
+    candidates: str | None,
     for_training: bool,
     pick: str,
+    latency: Path | None,
+    profile: str | None,
     pins: tuple[str, ...],
     seed: int,
     folder: Path | None,
@@ -106,13 +112,15 @@ def search(
     """
     if not budgets:
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
-    method, pairs, pinned = make_method(method_name, settings), parse_candidates(candidates), parse_pins(pins)
+    method, pinned = make_method(method_name, settings), parse_pins(pins)
+    offered = {} if candidates is None else {"candidates": parse_candidates(candidates)}
     if scores is not None and not hasattr(method, "score"):
         raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
+    target = {"latency": load_latency(latency), "profile": None if profile is None else PROFILES[profile]}
     network = load_network(model, weights, device, seed)
     proxy = draw_images(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
-    common: dict[str, Any] = {"budget": budgets, "candidates": pairs, "for_training": for_training, "pick": pick}
-    common |= {"seed": seed, "folder": folder}
+    common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
+    common |= {**offered, **target}
     problem = make_problem(network, proxy, data, normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": normalize}
     try:
@@ -142,8 +150,8 @@ def make_problem(
     from bitscape.search.problem import SearchProblem
 
     images = parse_normalization(normalize, source).apply(proxy.images).to(device_of(network))
-    problem = SearchProblem(model=network, images=images, labels=proxy.labels, **settings)
-    return replace(problem, pinned=with_pins(problem.network, *pinned)) if any(pinned) else problem
+    pins = with_pins(measure_network(network, tuple(images.shape[1:])), *pinned) if any(pinned) else None
+    return SearchProblem(model=network, images=images, labels=proxy.labels, pinned=pins, **settings)
 
 
 def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[str, Any], out: Path | None, scores: Path | None) -> None:
@@ -157,6 +165,10 @@ def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[st
     print_layers(policy, problem.network)
     click.echo()
     print_within_budget(policy, problem.network, problem.parsed_budget)
+    if problem.latency is not None:
+        click.echo(f"latency_ms: {problem.latency.where}")
+    if problem.profile is not None:
+        click.echo(f"\n{problem.profile.note(policy)}")
     click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
     if scores is not None and result.scores is not None:
         result.scores.save(scores)

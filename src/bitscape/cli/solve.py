@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import load_network, measure_network, with_pins
-from bitscape.cli.options import FILE, budget_option, model_option, pin_option, shape_option
+from bitscape.cli.network import load_latency, load_network, measure_network, with_pins
+from bitscape.cli.options import FILE, budget_option, latency_option, model_option, pin_option, shape_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape, writable
 from bitscape.cli.tables import print_layers, print_within_budget
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @budget_option
 @click.option("--front", type=click.IntRange(min=2), metavar="N", help="Instead of --budget: up to N best policies by cost.")
 @click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
+@latency_option
 @pin_option
 @click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json.")
 def solve(
@@ -35,6 +36,7 @@ def solve(
     budgets: tuple[str, ...],
     front: int | None,
     along: str,
+    latency: Path | None,
     pins: tuple[str, ...],
     out: Path | None,
 ) -> None:
@@ -49,6 +51,7 @@ def solve(
       bitscape solve --scores scores.json --model timm:resnet18 \\
         --input-shape 3x224x224 --front 10
     """
+    from bitscape.cost.latency import with_latency
     from bitscape.search.scores import ScoreTable
 
     shape = parse_shape(input_shape)
@@ -58,13 +61,16 @@ def solve(
         raise BitscapeError("give --budget for one policy, or --front N for many; exactly one of the two")
     if front is not None and out is not None:
         raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
-    table = ScoreTable.load(scores)
+    table, times = ScoreTable.load(scores), load_latency(latency)
     network = measure_network(load_network(model, None, "cpu"), shape)
+    source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
+    if times is not None:
+        network, source = with_latency(network, times), {**source, "latency": times.source()}
     pinned = with_pins(network, *parse_pins(pins))
     if front is not None:
         _print_front(table, network, pinned, along, front)
     else:
-        _solve(table, network, pinned, budgets, {"model": model, "images": [1, *shape], "scores": str(scores)}, out)
+        _solve(table, network, pinned, budgets, source, out)
 
 
 def _solve(

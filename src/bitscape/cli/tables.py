@@ -17,7 +17,7 @@ def print_bits(policy: Policy) -> None:
 
 
 def print_layers(policy: Policy, network: "NetworkCost") -> None:
-    """Print bits, work and storage of each layer, in call order; the two last columns are at the policy's bits."""
+    """Print bits, work, storage and, if it was measured, time of each layer, in call order; the last columns are at the policy's bits."""
     from bitscape.cost.policy_cost import layer_cost
 
     rows = []
@@ -26,8 +26,10 @@ def print_layers(policy: Policy, network: "NetworkCost") -> None:
         work = amount(layer_cost("bitops", layer, bits))
         stored = amount(layer_cost("weight_bytes", layer, bits), "B")
         counts = [amount(layer.weights), amount(layer.macs), str(bits.weight), str(bits.activation)]
-        rows.append([layer.name, layer.kind, *counts, work, stored])
+        time = [f"{layer_cost('latency_ms', layer, bits) / 1e6:.4g}"] if network.has_latency else []
+        rows.append([layer.name, layer.kind, *counts, work, stored, *time])
     columns = ["layer", "kind", "weights", "MACs", "weight bits", "activation bits", "BitOps", "bytes"]
+    columns += ["ms"] if network.has_latency else []
     print_table(columns, rows, left=2)
 
 

@@ -5,6 +5,7 @@
 "bitops=0.25x"                        a fraction of the cost with every layer at 8 bits
 "bitops=w4a4"  "weight_bytes=w4"      the cost of that uniform policy, with the pinned layers at their own bits
 "mean_weight_bits=4"                  a mean, in bits
+"latency_ms=2.5"  "latency_ms=0.9x"   milliseconds; the network must have a latency table (`latency.with_latency`)
 """
 
 import math
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 from bitscape.cost.layers import NetworkCost
-from bitscape.cost.policy_cost import CAPS, cap, cost
+from bitscape.cost.policy_cost import CAPS, NO_TABLE, cap, cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, uniform_policy
 
 _EXAMPLES = '"bitops=0.25x", "bitops=w4a4", "bitops=3.9e8", "weight_bytes=1.2MB", "mean_weight_bits=4"'
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}}
+_SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}, "ms": {"": 1, "ms": 1}}
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+\.)\s*([a-z]*)")
 _UNIFORM = re.compile(r"(?:w([0-9]+))?(?:a([0-9]+))?")
 
@@ -52,13 +53,15 @@ def parse_budget(
 
     `texts` is one text ("bitops=0.25x", several separated by commas), several of them, or a mapping from kind to a
     number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are.
-    Raises BitscapeError naming the kind, the value and examples.
+    Raises BitscapeError naming the kind, the value and examples; for `latency_ms` also if the network has no latency table.
     """
     caps: dict[str, float] = {}
     for kind, value in _entries(texts):
         if kind not in CAPS:
             kinds = f"kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}"
             raise BitscapeError(f"budget kind {kind!r} is unknown; {kinds}; examples: {_EXAMPLES}")
+        if CAPS[kind].measured and not network.has_latency:
+            raise BitscapeError(f"budget {kind}={value!r}: {NO_TABLE}")
         if kind in caps:
             raise BitscapeError(f"budget gives {kind} twice, the second time as {value!r}; give each kind once")
         caps[kind] = _absolute(kind, value, network, pinned or {})
@@ -119,6 +122,6 @@ def _uniform_bits(kind: str, text: str, weight: str | None, activation: str | No
 
 def _forms(kind: str) -> str:
     """Name the ways to write a cap of this kind."""
-    number = {"": "3.9e8 or 34.7G", "bytes": "65536, 64kB or 1.2MB", "bits": "4 or 3.5"}[CAPS[kind].unit]
+    number = {"": "3.9e8 or 34.7G", "bytes": "65536, 64kB or 1.2MB", "bits": "4 or 3.5", "ms": "2.5 or 2.5ms"}[CAPS[kind].unit]
     uniform = "".join(f"{width[0]}4" for width in ("weight", "activation") if width in CAPS[kind].depends_on)
     return f"write {kind}= a number ({number}), a fraction of the 8-bit cost (0.25x) or a uniform policy ({uniform})"

@@ -16,6 +16,7 @@ from torch import nn
 from bitscape.cost.dry_pass import ModuleRun, dry_pass
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE, layer_shapes, quantizable_layers
+from bitscape.policy import LayerBits
 
 _log = logging.getLogger("bitscape.cost")
 
@@ -47,6 +48,8 @@ class LayerCost:
     """Times the layer runs in one forward pass."""
     tied_to: str | None = None
     """The earlier layer that holds the same weight parameter, and counts it."""
+    latency_ns: Mapping[LayerBits, int] = field(default_factory=dict, hash=False)
+    """Predicted nanoseconds of a batch at each measured pair of bits; empty without a latency table (`latency.with_latency`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,11 @@ class NetworkCost:
         """Groups of layers that share one weight parameter, and so must share their weight bits."""
         owners = dict.fromkeys(layer.tied_to for layer in self.layers if layer.tied_to is not None)
         return tuple((owner, *(layer.name for layer in self.layers if layer.tied_to == owner)) for owner in owners)
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether a latency table was joined."""
+        return all(layer.latency_ns for layer in self.layers)
 
     @property
     def covered_macs(self) -> int:

@@ -11,6 +11,8 @@ stored of them:
     peak_activation_bytes  maximum over layers of ceil(input_elements * activation_bits / 8) + output_elements: a layer
                            holds its input at its own bits and hands its output on at 8 bits; tensors kept for skip
                            connections are not counted
+    latency_ms             sum of the layers' measured milliseconds, scaled to those of the whole network; of a batch of the size
+                           that was measured. Known only with a latency table of the target machine: `latency.with_latency`
 
 Each cost is a row of `CAPS`: an integer per layer, combined by sum or maximum, over a denominator that only the network
 decides. So a cap on any of them is one integer limit on the combined per-layer integers, and the integer programme and
@@ -43,6 +45,27 @@ def layer_activation_bytes(layer: LayerCost, bits: LayerBits) -> int:
     return -(-layer.input_elements * bits.activation // 8) + layer.output_elements
 
 
+def layer_latency_ns(layer: LayerCost, bits: LayerBits) -> int:
+    """Measured nanoseconds, scaled to the network. Raises BitscapeError without a table, or if it lacks this pair."""
+    if not layer.calls:
+        return 0
+    if bits not in layer.latency_ns:
+        if not layer.latency_ns:
+            raise BitscapeError(f"latency_ms: {NO_TABLE}")
+        raise BitscapeError(
+            f"latency_ms: layer {layer.name!r} was not measured at {bits} weight/activation bits, "
+            f"only at {', '.join(map(str, layer.latency_ns))}; offer and pin these only (--candidates, --profile, --pin), "
+            "or measure the others too: bitscape latency build"
+        )
+    return layer.latency_ns[bits]
+
+
+NO_TABLE = (
+    "no latency table was given; measure one on the target machine with `bitscape latency build` and give it as "
+    "--latency FILE, or SearchProblem(latency=LatencyTable.load(FILE))"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cap:
     """How one kind of cost is made of integers per layer, and so how a cap on it becomes a limit."""
@@ -55,8 +78,10 @@ class Cap:
     """Which of a layer's two widths matter."""
     denominator: Callable[[NetworkCost], int] = lambda network: 1
     """What the combined integer is divided by: a constant of the network, 1 unless the cost is a mean."""
-    unit: Literal["", "bytes", "bits"] = ""
+    unit: Literal["", "bytes", "bits", "ms"] = ""
     """Unit of the cost."""
+    measured: bool = False
+    """Whether it is known only with a latency table."""
 
     def combined(self, costs: Iterable[int]) -> int:
         """Combine the integers of the layers."""
@@ -96,6 +121,14 @@ CAPS: dict[str, Cap] = {
         combine="max",
         depends_on=frozenset({"activation"}),
         unit="bytes",
+    ),
+    "latency_ms": Cap(
+        layer_cost=layer_latency_ns,
+        combine="sum",
+        depends_on=frozenset({"weight", "activation"}),
+        denominator=lambda network: 10**6,
+        unit="ms",
+        measured=True,
     ),
 }
 """Every kind of cost, and of cap."""
@@ -149,8 +182,8 @@ def cost(kind: str, network: NetworkCost, policy: Policy) -> float:
 
 
 def policy_cost(network: NetworkCost, policy: Policy) -> dict[str, float]:
-    """Return every kind of cost of `policy`: the keys are those of `CAPS`."""
-    return {kind: cost(kind, network, policy) for kind in CAPS}
+    """Return every kind of cost of `policy` that is known: the keys are those of `CAPS`, without `latency_ms` if no table was joined."""
+    return {kind: cost(kind, network, policy) for kind, row in CAPS.items() if network.has_latency or not row.measured}
 
 
 def _combined(kind: str, network: NetworkCost, policy: Policy) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.cost.budget import Budget, parse_budget
+from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.policy_cost import layer_latency_ns
+from bitscape.cost.profiles import Profile
 from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.attention import split_attention
@@ -26,6 +30,8 @@ from bitscape.search.scores import ScoreTable, check_candidates
 from bitscape.version import __version__
 
 __all__ = ["DEFAULT_CANDIDATES", "FreeLayers", "ScoreTable", "SearchProblem", "SearchResult", "free_layers"]
+
+_log = logging.getLogger("bitscape.search")
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 DEFAULT_CANDIDATES = tuple(LayerBits(w, a) for w, a in product(DEFAULT_WIDTHS, DEFAULT_WIDTHS))
@@ -65,7 +71,8 @@ class SearchProblem:
     """A float network, proxy images and a budget.
 
     The model is never changed: methods work on `prepared`. Raises BitscapeError for images that the network does not
-    take or that are not finite, unknown layer names, contradicting pins and budgets that cannot be read.
+    take or that are not finite, unknown layer names, contradicting pins, budgets that cannot be read, and pairs of bits that the
+    latency table or the profile does not have.
     """
 
     model: nn.Module
@@ -75,7 +82,7 @@ class SearchProblem:
     budget: str | Sequence[str] | Mapping[str, float | str]
     """One or several caps, e.g. "bitops=0.25x" or ["bitops=w4a4", "weight_bytes=1.2MB"]; all must hold."""
     candidates: tuple[LayerBits, ...] = DEFAULT_CANDIDATES
-    """Pairs of bit-widths a layer may get; default: all pairs of 2, 3, 4, 5, 6 and 8 bits."""
+    """Pairs of bit-widths a layer may get; default: all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what the profile has."""
     pinned: Mapping[str, LayerBits] | None = None
     """Layers with fixed bits; None pins the first and the last at 8/8, {} pins none."""
     tied: Sequence[Sequence[str]] = ()
@@ -90,6 +97,10 @@ class SearchProblem:
     """Which of the policies with near-equal scores to take: the best-scored, or the one whose quantized network is least sharp."""
     folder: str | os.PathLike[str] | None = None
     """Where a method that trains keeps its checkpoint and the policy so far; the same search goes on from there. None: nowhere."""
+    latency: LatencyTable | None = None
+    """Measured times of this network: makes `latency_ms` a cost and a cap. Every pair offered or pinned must have been measured."""
+    profile: Profile | None = None
+    """Target that the network ends on, e.g. PROFILES["openvino"]: only bits that it stores and computes are offered. None: any."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(self.candidates))
@@ -104,8 +115,27 @@ class SearchProblem:
         _check_labels(self.labels, len(self.images))
         if self.pick not in get_args(Pick):
             raise BitscapeError(f"pick={self.pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
+        if self.latency is not None and not isinstance(self.latency, LatencyTable):
+            raise BitscapeError(f"latency: {self.latency!r} is no LatencyTable; read the file: LatencyTable.load(path)")
+        if self.profile is not None:
+            self._keep_to(self.profile)
         # Evaluated now, so that a wrong name, shape or budget fails before any search time is spent.
-        _ = self.parsed_budget
+        budget = self.parsed_budget
+        if self.latency is not None:
+            _check_measured(self.network, self.candidates, self.freedom)
+        if self.profile is not None:
+            self.profile.check_pinned(self.pinned_layers, self.network)
+            _warn_of_bitops(budget, self.profile)
+
+    def _keep_to(self, profile: Profile) -> None:
+        """Offer what the profile has, and pin the layers to which it gives 8 bits."""
+        if not isinstance(profile, Profile):
+            raise BitscapeError(f'profile: {profile!r} is no Profile; take one of PROFILES, e.g. PROFILES["openvino"]')
+        if self.candidates is DEFAULT_CANDIDATES:  # by identity: the same pairs given by the user are checked
+            object.__setattr__(self, "candidates", tuple(filter(profile.allows, self.candidates)))
+        profile.check("candidates", self.candidates)
+        given = dict.fromkeys(self.network.ends, DEFAULT_PIN) if self.pinned is None else self.pinned
+        object.__setattr__(self, "pinned", {**profile.pins(self.network), **given})
 
     @cached_property
     def prepared(self) -> nn.Module:
@@ -128,7 +158,8 @@ class SearchProblem:
     @cached_property
     def network(self) -> NetworkCost:
         """What each layer of `prepared` does for one of the images."""
-        return measure(self.prepared, tuple(self.images.shape[1:]))
+        measured = measure(self.prepared, tuple(self.images.shape[1:]))
+        return measured if self.latency is None else with_latency(measured, self.latency)
 
     @cached_property
     def freedom(self) -> FreeLayers:
@@ -171,6 +202,8 @@ class SearchProblem:
             "images": list(self.images.shape),
             "for_training": self.for_training,
             "pick": self.pick,
+            **({} if self.latency is None else {"latency": self.latency.source()}),
+            **({} if self.profile is None else {"profile": self.profile.name}),
             "version": __version__,
         }
 
@@ -242,6 +275,22 @@ def _check_budget(budget: object) -> None:
     for text in texts:
         if not isinstance(text, (str, Mapping)):
             raise BitscapeError(f'budget: {text!r} is no text; give caps such as "bitops=0.25x", or a mapping from kind to value')
+
+
+def _check_measured(network: NetworkCost, candidates: Sequence[LayerBits], freedom: FreeLayers) -> None:
+    for layer in network.layers:
+        for bits in [freedom.pinned[layer.name]] if layer.name in freedom.pinned else candidates:
+            layer_latency_ns(layer, bits)  # names the pair that was not measured
+
+
+def _warn_of_bitops(budget: Budget, profile: Profile) -> None:
+    if profile.computes_int8 and (kinds := sorted(budget.caps.keys() & {"bitops", "mean_activation_bits"})):
+        _log.warning(
+            "budget: a cap on %s says nothing about time on %s, which computes every layer in int8; "
+            "cap weight_bytes, or latency_ms with a latency table",
+            " and ".join(kinds),
+            profile.name,
+        )
 
 
 def _check_finite(model: nn.Module) -> None:
