@@ -38,3 +38,12 @@ def explained_forward(images: Any) -> Iterator[None]:
             f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first}; "
             "check channels, size and normalization against what it was trained with"
         ) from error
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Within the block, a missing package raises a BitscapeError that names the extra of bitscape that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        raise BitscapeError(f"a package is missing ({error}): pip install 'bitscape[{extra}]'") from error

@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
 from bitscape.export.bits import pack_bits, unpack_bits, words_of
+from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import write_atomic
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.quant.functional import quantize
-from bitscape.quant.grid import MID_RISE, grid
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers
-from bitscape.quant.quantizers.base import Codes, WeightFakeQuantizer
+from bitscape.quant.quantizers.base import Codes
 
 _METADATA = "bitscape"  # one entry: safetensors writes several in random order
 _WEIGHT_PARTS = ("weight_packed", "weight_scale", "weight_shape")
@@ -51,27 +50,6 @@ class PackedInfo:
     """Packed codes and their scales: what `bitscape.cost` calls weight_bytes."""
     other_bytes: int
     """Biases, norms, activation scales, buffers, and the shapes of the weights."""
-
-
-class StoredWeight(nn.Module):
-    """The weight quantizer of a loaded network: the weight lies on its grid already and passes through."""
-
-    scale: Tensor
-
-    def __init__(self, bits: int, scale: Tensor, zero_point: float) -> None:
-        super().__init__()
-        self.bits = bits
-        self.zero_point = zero_point
-        self.register_buffer("scale", scale)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight
-
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> Codes:
-        """The integers, scales and zero point that the weight was stored as."""
-        q = quantize(weight, self.scale, grid(self.bits, signed=True, mid_rise=self.zero_point == MID_RISE))
-        return Codes(q.to(torch.int8), self.scale, self.zero_point)
 
 
 @torch.no_grad()
@@ -96,7 +74,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     stored, codes = {}, {}
     for name, layer in layers.items():
         with _prefixed(f"layer {name}"):
-            codes[name] = _codes(layer)
+            codes[name] = weight_codes(layer)
             stored[name] = _stored_layer(layer, codes[name], _tied_to(layer, codes, layers))
     header = Header(policy=_checked_policy(model, policy), layers=stored)
     weights: dict[str, Tensor] = {}
@@ -155,23 +133,6 @@ def _prefixed(place: str) -> Iterator[None]:
         yield
     except BitscapeError as error:
         raise type(error)(f"{place}: {error}") from error
-
-
-def _codes(layer: QuantizedLayer) -> Codes:
-    quantizer = layer.weight_quantizer
-    if not isinstance(quantizer, WeightFakeQuantizer | StoredWeight) or isinstance(quantizer.bits, Tensor):
-        raise BitscapeError("its weight quantizer has no codes of one bit-width; quantize with a static policy")
-    codes, expected = quantizer.codes(layer.weight), quantizer(layer.weight)
-    if expected.dtype != torch.float32 or not torch.equal(codes.dequantize(), expected):
-        lost = int((~torch.isfinite(expected)).sum())
-        raise BitscapeError(
-            f"its weight cannot be stored as codes ({expected.dtype}, {lost} values NaN or infinite); allowed are "
-            "finite float32 weights: look into the training, or call model.float()"
-        )
-    if codes.scale.ndim and codes.scale.numel() != len(layer.weight):
-        shape = tuple(codes.scale.shape)
-        raise BitscapeError(f"weight scales of shape {shape}; a packed file holds one per output channel or per tensor")
-    return codes
 
 
 def _stored_layer(layer: QuantizedLayer, codes: Codes, tied_to: str | None) -> StoredLayer:

@@ -133,7 +133,7 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
 
     def hook_for(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            samples.setdefault(name, []).append(_sample(inputs[0] if inputs else named["input"], generator))
+            samples.setdefault(name, []).append(sample_values(inputs[0] if inputs else named["input"], generator))
 
         return record
 
@@ -148,7 +148,8 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     return {name: torch.cat(parts) for name, parts in samples.items()}
 
 
-def _sample(values: Tensor, generator: torch.Generator) -> Tensor:
+def sample_values(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw up to SAMPLES_PER_BATCH of the values, float32 (n,), both extremes among them."""
     flat = values.detach().flatten()
     extremes = torch.stack(flat.aminmax())
     if flat.numel() > SAMPLES_PER_BATCH:

@@ -1,0 +1,206 @@
+"""A quantized network as a graph of torch operators, each of its input quantizers one node: what the exporters start from.
+
+Only exporting traces a network, with `torch.export`; searching and training do not.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from bitscape.errors import BitscapeError
+from bitscape.export.codes import weight_codes
+from bitscape.policy import LayerBits
+from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.observers import MINIMUM_SCALE
+from bitscape.quant.quantizers.base import Codes, FakeQuantizer
+from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
+
+_log = logging.getLogger("bitscape.export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationGrid:
+    """Grid of one activation tensor: real = scale * (q - zero_point), q from qmin to qmax."""
+
+    scale: float
+    zero_point: float
+    qmin: int
+    qmax: int
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of `x` as float32, rounded as ONNX's QuantizeLinear does: half to even, before a whole zero point is added."""
+        scaled = x / x.new_tensor(self.scale)  # a tensor: by a number, a GPU multiplies with the reciprocal
+        whole = float(self.zero_point).is_integer()
+        codes = scaled.round_().add_(self.zero_point) if whole else scaled.add_(self.zero_point).round_()
+        return codes.clamp_(self.qmin, self.qmax)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Real values of float32 `codes`."""
+        return (codes - self.zero_point) * codes.new_tensor(self.scale)
+
+
+@torch.library.custom_op("bitscape::fake_quantize", mutates_args=())
+def _fake_quantize(x: Tensor, scale: float, zero_point: float, qmin: int, qmax: int) -> Tensor:
+    grid = ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)
+    return grid.dequantize(grid.quantize(x))
+
+
+@_fake_quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: float, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+FAKE_QUANTIZE = torch.ops.bitscape.fake_quantize.default
+
+
+def grid_of(node: fx.Node) -> ActivationGrid:
+    """The grid of a fake-quantize node."""
+    _, scale, zero_point, qmin, qmax = node.args
+    return ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)  # type: ignore[arg-type]  # numbers, see the op
+
+
+def set_grid(node: fx.Node, grid: ActivationGrid) -> None:
+    """Give a fake-quantize node another grid."""
+    node.args = (node.args[0], grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+
+
+def insert_quantizer(graph: fx.Graph, after: fx.Node, grid: ActivationGrid) -> fx.Node:
+    """Add a fake-quantize node behind `after`; who takes its value is for the caller to say."""
+    with graph.inserting_after(after):
+        return graph.call_function(FAKE_QUANTIZE, (after, grid.scale, grid.zero_point, grid.qmin, grid.qmax))
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """What `trace` makes of a network."""
+
+    module: fx.GraphModule
+    """Runs like the network; weights are attributes under their names in the network, dequantized."""
+    codes: dict[str, Codes]
+    """Name of a quantized weight, such as "conv1.weight" -> its integers."""
+    bits: dict[str, LayerBits]
+    """The same names -> bits of weight and input."""
+
+    def weight_name(self, node: fx.Node) -> str | None:
+        """Name of the quantized weight of a convolution or linear node; None for any other node."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        named = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes
+        return str(weight.target) if named and isinstance(weight, fx.Node) else None
+
+
+def trace(network: nn.Module, example: Tensor) -> Traced:
+    """Trace a calibrated network of static bits; the batch size stays free.
+
+    Args:
+        network: what `quantize` and `calibrate` returned, a trained one or `load_packed`'s; it stays as it is.
+        example: normalized float32 images (n, c, h, w), two at least.
+
+    Raises:
+        BitscapeError: no quantized layer, scales that are not set, or a forward that torch.export cannot follow.
+    """
+    model = copy.deepcopy(network).eval()
+    layers = quantized_layers(model)
+    if not layers:
+        raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
+    codes, bits = {}, {}
+    for name, layer in layers.items():
+        key = f"{name}.weight" if name else "weight"
+        bits[key], codes[key] = layer.bits, _made_traceable(name, layer)
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(model, (example[:2],), dynamic_shapes=(_dynamic(example),))
+        except Exception as error:
+            raise BitscapeError(
+                f"network: torch.export cannot follow its forward ({type(error).__name__}: {str(error).splitlines()[0]}); write it without "
+                "branches on values, or use `bitscape export packed`, which needs no tracing"
+            ) from error
+        # Functional form: without in-place operators, one value has one name.
+        module = program.run_decompositions({}).module()
+    _without_guards(module)
+    _warn_of_lost(codes, module)
+    return Traced(module, codes, bits)
+
+
+def _dynamic(example: Tensor) -> dict[int, object]:
+    if len(example) < 2:
+        raise BitscapeError(f"example: {len(example)} image; give two at least, so that the batch size stays free")
+    return {0: torch.export.Dim("batch")}
+
+
+@torch.no_grad()
+def _made_traceable(name: str, layer: QuantizedLayer) -> Codes:
+    """Put the dequantized weight and a one-node input quantizer into `layer`; return the weight's codes."""
+    try:
+        codes, grid = weight_codes(layer), activation_grid(layer.input_quantizer)
+    except BitscapeError as error:
+        raise BitscapeError(f"layer {name}: {error}") from error
+    layer.weight = nn.Parameter(codes.dequantize(), requires_grad=False)
+    layer.weight_quantizer = nn.Identity()
+    layer.input_quantizer = _OneNode(grid)
+    return codes
+
+
+class _OneNode(nn.Module):
+    def __init__(self, grid: ActivationGrid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.grid
+        return torch.ops.bitscape.fake_quantize(x, g.scale, g.zero_point, g.qmin, g.qmax)  # type: ignore[no-any-return]  # untyped
+
+
+def activation_grid(quantizer: nn.Module) -> ActivationGrid:
+    """Scale, zero point and limits of a calibrated input quantizer.
+
+    Raises:
+        BitscapeError: not calibrated, not one of bitscape's, or bits per image.
+    """
+    if not isinstance(quantizer, FakeQuantizer) or isinstance(quantizer.bits, Tensor):
+        raise BitscapeError(f"its input quantizer ({type(quantizer).__name__}) has no one bit-width; quantize with a static policy")
+    if not quantizer.initialized:
+        raise BitscapeError("its input scale is not set: call bitscape.calibrate(network, images) first")
+    zero_point = quantizer.grid.zero_point
+    scale = float(torch.as_tensor(quantizer.scale).detach().clamp(min=MINIMUM_SCALE))
+    if isinstance(quantizer, LsqPlusActivation):
+        zero_point = -float(quantizer.offset.detach()) / scale
+    return ActivationGrid(scale=scale, zero_point=float(zero_point), qmin=int(quantizer.grid.qmin), qmax=int(quantizer.grid.qmax))
+
+
+def _without_guards(module: fx.GraphModule) -> None:
+    """Take out torch.export's check of the input's shape: the graph will be changed and exported again."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.users:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _warn_of_lost(codes: dict[str, Codes], module: fx.GraphModule) -> None:
+    """Forget weights that the graph does not use under their own name, and say so."""
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for key in [key for key in codes if key not in used]:
+        del codes[key]
+        _log.warning("layer %s: not part of the traced graph, or its weight is computed there; it is not exported as codes", key)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's and onnxscript's own warnings and progress while a network is traced."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

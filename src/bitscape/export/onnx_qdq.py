@@ -1,0 +1,280 @@
+"""ONNX files for integer runtimes: QuantizeLinear and DequantizeLinear around every operator, weights in as few bits as ONNX has.
+
+The form that ONNX Runtime fuses into integer kernels, and OpenVINO too:
+
+    weights      INT2, INT4 or INT8 codes -> Cast to INT8 -> DequantizeLinear, one scale per output channel. The cast is folded when the
+                 file is loaded; without it, runtimes compute a layer of INT4 weights in float, or refuse INT2.
+    biases       INT32, of input scale times weight scale -> DequantizeLinear
+    activations  QuantizeLinear to UINT8, below 8 bits a Clip of the codes -> DequantizeLinear
+
+No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.graph import FAKE_QUANTIZE, quiet
+from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, bias_name, input_scale, integer_network
+from bitscape.files import write_atomic
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_log = logging.getLogger("bitscape.export")
+CONTAINERS = (2, 4, 8)
+"""Widths in which ONNX stores integers."""
+PORTABLE = (4, 8)
+"""Those that other runtimes than ONNX Runtime read."""
+LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
+"""What layers become; these nodes carry the layer's name."""
+OPSETS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}
+"""Smallest container in a file -> operator set and IR version that know it; newer ones are refused by ONNX Runtime 1.31."""
+
+
+@dataclass(frozen=True)
+class OnnxInfo:
+    """What an ONNX file holds."""
+
+    path: Path
+    """The file."""
+    file_bytes: int
+    """Its size."""
+    container_bytes: int
+    """Weights in their containers, weight scales, and biases."""
+    containers: dict[str, int]
+    """Layer -> bits of the container of its weights."""
+    added: int
+    """Quantizers of 8 bits that the network's own do not include."""
+
+
+def save_onnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> OnnxInfo:
+    """Write a quantized network as an ONNX file with a free batch size; a crash leaves the old file or the new one.
+
+    Args:
+        network: calibrated or trained, of static bits.
+        path: the file, usually `.onnx`.
+        images: normalized float32 (n, c, h, w), a few hundred; they calibrate the 8-bit quantizers that are added (`placement`).
+        containers: widths that weights may be stored in; PORTABLE for other runtimes than ONNX Runtime.
+
+    Raises:
+        BitscapeError: the packages of the extra "onnx" are missing; or as `integer_network`.
+    """
+    return write_onnx(integer_network(network, images), path, images, containers=containers)
+
+
+def write_onnx(
+    network: IntegerNetwork, path: str | os.PathLike[str], images: Tensor, *, containers: Sequence[int] = CONTAINERS
+) -> OnnxInfo:
+    """As `save_onnx`, for a network in integer form; two of `images` are traced."""
+    model = onnx_model(network, images, containers=containers)
+    chosen = {key: container(weight, containers) for key, weight in network.weights.items()}
+    content = _checked_bytes(model)
+    write_atomic(path, content)
+    sizes = [-(-w.q.numel() * chosen[key] // 8) + 4 * len(w.scale) for key, w in network.weights.items()]
+    stored = sum(sizes) + sum(4 * len(bias) for bias in network.biases.values())
+    names = {key.removesuffix(".weight"): bits for key, bits in chosen.items()}
+    return OnnxInfo(Path(path), len(content), stored, names, len(network.added))
+
+
+def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
+    """Bits of the smallest of `containers` that holds the codes."""
+    return min(width for width in containers if width >= weight.bits)
+
+
+def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
+    """The network as an onnx_ir model. Raises BitscapeError when the packages of the extra "onnx" are missing."""
+    with needs_extra("onnx"):
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401 # torch.onnx needs it
+
+    model: ir.Model = _traced_model(network, images)
+    writer = _Writer(model.graph, network, containers)
+    for node in list(model.graph):
+        if node.op_type in LAYER_OPERATORS:
+            writer.rewrite(node)
+        elif node.op_type == "ReduceMean":
+            _pool_globally(node)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    ir.passes.common.DeduplicateInitializersPass()(model)
+    smallest = min((container(w, containers) for w in network.weights.values()), default=8)
+    model.opset_imports[""], model.ir_version = OPSETS[smallest]
+    model.producer_name, model.graph.name = "bitscape", "quantized network"
+    return model
+
+
+def _traced_model(network: IntegerNetwork, images: Tensor) -> Any:
+    with quiet():
+        program = torch.onnx.export(
+            network.module,
+            (images[:2],),
+            dynamo=True,
+            opset_version=OPSETS[4][0],
+            input_names=["images"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table={FAKE_QUANTIZE: _quantize_dequantize},
+            verbose=False,
+            optimize=True,
+        )
+    assert program is not None
+    return program.model
+
+
+def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qmax: int) -> Any:
+    """What a fake-quantize node becomes. Called by torch.onnx with onnxscript's values."""
+    import onnxscript
+
+    op: Any = onnxscript.opset21  # its types know no ONNX tensors
+    spacing, zero = op.Constant(value_float=scale), op.Constant(value=_uint8(int(zero_point)))
+    codes = op.QuantizeLinear(x, spacing, zero)
+    if (qmin, qmax) != (0, 255):
+        # On the integers: a Clip of floats in front keeps runtimes from fusing.
+        codes = op.Clip(codes, op.Constant(value=_uint8(qmin)), op.Constant(value=_uint8(qmax)))
+    return op.DequantizeLinear(codes, spacing, zero)
+
+
+def _uint8(value: int) -> Any:
+    import onnx
+
+    return onnx.numpy_helper.from_array(np.array(value, np.uint8))
+
+
+class _Writer:
+    """Puts integers in the place of float weights and biases."""
+
+    def __init__(self, graph: "ir.Graph", network: IntegerNetwork, containers: Sequence[int]) -> None:
+        self.graph = graph
+        self.network = network
+        self.containers = containers
+        self.made: dict[str, ir.Value] = {}
+
+    def rewrite(self, node: "ir.Node") -> None:
+        weight = node.inputs[1]
+        key, transposed = self._key_of(weight)
+        if key is None:
+            return
+        node.name = key.removesuffix(".weight")
+        # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
+        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
+        if node.op_type == "MatMul":
+            (addition,) = (user for user, _ in node.outputs[0].uses())
+            if key in self.network.biases:
+                place = next(i for i, value in enumerate(addition.inputs) if value is not node.outputs[0])
+                addition.replace_input_with(place, self._bias(key))
+        elif len(node.inputs) > 2:  # a bias of zeros was dropped
+            node.replace_input_with(2, self._bias(key))
+        if node.op_type == "Conv":
+            _absorb_padding(node)
+
+    def _key_of(self, value: "ir.Value | None") -> tuple[str | None, bool]:
+        """Name of the weight that a value is, and whether it is transposed."""
+        maker = None if value is None else value.producer()
+        if maker is not None and maker.op_type == "Transpose":
+            return self._key_of(maker.inputs[0])[0], True
+        name = None if value is None else value.name
+        return (name if name in self.network.weights else None), False
+
+    def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
+        name = f"{key}.transposed" if transposed else key
+        if name not in self.made:
+            weight = self.network.weights[key]
+            codes = weight.q.cpu().numpy().astype(np.int8)
+            codes = np.ascontiguousarray(codes.T) if transposed else codes
+            stored = self._initializer(f"{name}.codes", codes, container(weight, self.containers))
+            scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
+            zeros = self._initializer(f"zero_points.{len(weight.scale)}", np.zeros(len(weight.scale), np.int8)) if zero_points else None
+            self.made[name] = self._dequantized(stored, scale, zeros, axis=int(transposed), cast=container(weight, self.containers) < 8)
+        return self.made[name]
+
+    def _bias(self, key: str) -> "ir.Value":
+        name = bias_name(key)
+        if name not in self.made:
+            spacing = self.network.weights[key].scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
+            codes = self._initializer(f"{name}.codes", self.network.biases[key].cpu().numpy().astype(np.int32))
+            self.made[name] = self._dequantized(codes, self._initializer(f"{name}.scale", spacing), None, axis=0, cast=False)
+        return self.made[name]
+
+    def _initializer(self, name: str, array: np.ndarray[Any, Any], bits: int | None = None) -> "ir.Value":
+        import ml_dtypes
+        import onnx_ir as ir
+
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        if bits is not None and bits < 8:
+            array = array.astype({2: ml_dtypes.int2, 4: ml_dtypes.int4}[bits])
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def _dequantized(self, codes: "ir.Value", scale: "ir.Value", zeros: "ir.Value | None", *, axis: int, cast: bool) -> "ir.Value":
+        import onnx_ir as ir
+
+        nodes = []
+        if cast:
+            nodes.append(ir.node("Cast", [codes], {"to": ir.DataType.INT8}))
+            codes = nodes[-1].outputs[0]
+        nodes.append(ir.node("DequantizeLinear", [codes, scale, *([zeros] if zeros else [])], {"axis": axis}))
+        self.graph.insert_before(self.graph[0], nodes)
+        return nodes[-1].outputs[0]
+
+
+def _absorb_padding(node: "ir.Node") -> None:
+    """Make zero padding in front of a convolution its own: runtimes fuse only what stands right behind a DequantizeLinear."""
+    import onnx_ir as ir
+
+    pad = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if pad is None or pad.op_type != "Pad" or len(pad.outputs[0].uses()) != 1:
+        return
+    widths = None if pad.inputs[1] is None else ir.convenience.get_const_tensor(pad.inputs[1])
+    if widths is None:
+        return
+    spatial, amounts = node.inputs[1].shape.rank() - 2, widths.numpy().tolist()  # type: ignore[union-attr]  # a weight has a shape
+    half = len(amounts) // 2
+    if any(amounts[:2]) or any(amounts[half : half + 2]) or half != spatial + 2:
+        return
+    own = node.attributes.get_ints("pads", [0] * 2 * spatial)
+    outer = amounts[2:half] + amounts[half + 2 :]
+    node.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, outer, strict=True)])
+    node.replace_input_with(0, pad.inputs[0])
+
+
+def _pool_globally(node: "ir.Node") -> None:
+    """Write a mean over all pixels as the pooling that runtimes have an integer kernel for."""
+    import onnx_ir as ir
+
+    axes = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if axes is None or shape is None or shape.rank() != 4 or not node.attributes.get_int("keepdims", 1):
+        return
+    if sorted(axis % 4 for axis in axes.numpy().tolist()) == [2, 3] and node.graph is not None:
+        pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [pooled], node.outputs, pooled.outputs)
+
+
+def _checked_bytes(model: "ir.Model") -> bytes:
+    """The model as a file's content, valid by the ONNX checker."""
+    import onnx
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    # Runtimes infer shapes and need no names of nodes; in a small network these take more room than the weights.
+    del proto.graph.value_info[:]
+    for node in proto.graph.node:
+        if node.op_type not in LAYER_OPERATORS:
+            node.ClearField("name")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise BitscapeError(f"the ONNX graph is not valid ({reason}); this network cannot be exported to ONNX") from error
+    return bytes(proto.SerializeToString())

@@ -1,0 +1,204 @@
+"""Where quantizers stand in an integer graph: every tensor between integer operators passes one.
+
+Networks are simulated, searched and trained with a quantizer on the input of each layer. Integer runtimes fuse a convolution into one
+kernel only if its output, and both operands and the result of every addition, are quantized as well: with the layers' input quantizers
+alone, ONNX Runtime is no faster than in float. So, for every tensor made by a convolution, an addition, a pooling or a concatenation:
+
+    one quantizer takes it                  that one stands there already
+    ... behind reshapes, slices, zero       a copy of it moves in front of them: rounding commutes with what only moves values, so
+        padding, maxima, concatenation      nothing changes
+    several take it, one of 8 bits          all others read from that one
+    several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
+
+Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
+tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+
+from bitscape.export.graph import FAKE_QUANTIZE, ActivationGrid, grid_of, insert_quantizer
+
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
+RECTIFIERS = {aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
+POOLINGS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
+CONCATENATION = aten.cat.default
+MOVES = {
+    aten.max_pool2d.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.clone.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+}
+"""Operators whose results are values of their inputs, or zeros; maxima too, for rounding is monotone."""
+PLACEHOLDER = ActivationGrid(scale=1.0, zero_point=0.0, qmin=0, qmax=255)
+
+
+def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Change `graph` so that every tensor between integer operators is quantized once; grids are uint8 ones.
+
+    Args:
+        graph: quantizers stand on the inputs of layers.
+        is_layer: whether a convolution or linear node has integer weights.
+
+    Returns:
+        The new quantizers; their grid is a placeholder until they are calibrated.
+    """
+    placer = _Placer(graph, is_layer)
+    for node in list(graph.nodes):
+        placer.merge_equal(node)
+    for node in list(graph.nodes):
+        if placer.is_site(node):
+            placer.settle(node)
+    for node in list(graph.nodes):
+        placer.repeat_behind_move(node)
+    return placer.added
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether it is a fake-quantize node."""
+    return node.target is FAKE_QUANTIZE
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether the node's results are values of its input, or zeros."""
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return _pads_zeros(node)
+    return node.target in MOVES or (node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem")
+
+
+def quantized_source(node: fx.Node) -> fx.Node | None:
+    """The quantizer whose values `node` holds, perhaps moved; None if another operator comes first."""
+    while is_move(node):
+        node = node.all_input_nodes[0]
+    return node if is_quantizer(node) else None
+
+
+class _Placer:
+    def __init__(self, graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> None:
+        self.graph = graph
+        self.is_layer = is_layer
+        self.added: list[fx.Node] = []
+        self._integer: dict[fx.Node, bool] = {}
+
+    def is_convolution(self, node: fx.Node) -> bool:
+        return node.target in CONVOLUTIONS and self.is_layer(node)
+
+    def is_integer(self, node: fx.Node) -> bool:
+        """Whether a runtime computes the node's result from codes alone."""
+        if node not in self._integer:
+            inputs = _operands(node)
+            follows = is_move(node) or node.target in RECTIFIERS | POOLINGS | {CONCATENATION} or _is_addition(node)
+            derived = follows and bool(inputs) and all(self.is_integer(n) for n in inputs)
+            self._integer[node] = is_quantizer(node) or self.is_convolution(node) or derived
+        return self._integer[node]
+
+    def is_site(self, node: fx.Node) -> bool:
+        """Whether the node makes new values, which need a quantizer behind them."""
+        makes = node.target in POOLINGS | {CONCATENATION} or _is_addition(node)
+        return self.is_convolution(node) or (makes and self.is_integer(node))
+
+    def merge_equal(self, node: fx.Node) -> None:
+        """Let one quantizer stand for all of the same grid on one tensor."""
+        first: dict[ActivationGrid, fx.Node] = {}
+        for user in [user for user in node.users if is_quantizer(user)]:
+            kept = first.setdefault(grid_of(user), user)
+            if kept is not user:
+                user.replace_all_uses_with(kept)
+                self.graph.erase_node(user)
+
+    def settle(self, site: fx.Node) -> None:
+        tail = site
+        while len(tail.users) == 1 and (user := next(iter(tail.users))).target in RECTIFIERS:
+            tail = user
+        sole = _sole_quantizer(tail)
+        if sole is not None:
+            if sole not in tail.users:
+                self._read_from(insert_quantizer(self.graph, tail, grid_of(sole)), tail)
+            return
+        if self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users):
+            self._read_from(self._shared_quantizer(tail), tail)
+
+    def _wants_codes(self, user: fx.Node) -> bool:
+        return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
+
+    def _shared_quantizer(self, tail: fx.Node) -> fx.Node:
+        wide = [user for user in tail.users if is_quantizer(user) and grid_of(user).qmax - grid_of(user).qmin == 255]
+        if wide:
+            tail.append(wide[0])  # in front of everyone who will read from it
+            return wide[0]
+        self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
+        return self.added[-1]
+
+    def _read_from(self, quantizer: fx.Node, tail: fx.Node) -> None:
+        self._integer[quantizer] = True
+        for user in list(tail.users):
+            if user is not quantizer:
+                user.replace_input_with(tail, quantizer)
+
+    def repeat_behind_move(self, node: fx.Node) -> None:
+        """Put the quantizer of moved codes behind the move again, where an integer operator takes them: exact, and what runtimes expect."""
+        source = quantized_source(node) if is_move(node) else None
+        if source is None or all(is_move(user) or _same_codes(user, source) for user in node.users):
+            return
+        padded_layer = _pads_zeros(node) and all(user.target in CONVOLUTIONS for user in node.users)  # becomes the layer's own padding
+        if not padded_layer and any(self._wants_codes(user) or self.is_convolution(user) for user in node.users):
+            self._read_from(insert_quantizer(self.graph, node, grid_of(source)), node)
+
+
+def _sole_quantizer(node: fx.Node) -> fx.Node | None:
+    """The quantizer that everything made of `node` passes, with nothing but moves, maxima and rectifiers before it."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if is_quantizer(node):
+            return node
+        if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):
+            return None
+    return None
+
+
+def _same_codes(user: fx.Node, source: fx.Node) -> bool:
+    if not is_quantizer(user):
+        return False
+    a, b = grid_of(user), grid_of(source)
+    return (a.scale, a.zero_point) == (b.scale, b.zero_point)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors among a node's inputs; sizes of dynamic shapes are inputs too."""
+    return list(_tensors(node.args[:1] if node.target is not aten.add.Tensor else node.args))
+
+
+def _tensors(value: object) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and len(_operands(node)) == 2 and "alpha" not in node.kwargs
+
+
+def _pads_zeros(node: fx.Node) -> bool:
+    if node.target is aten.constant_pad_nd.default:
+        return len(node.args) < 3 or not node.args[2]
+    if node.target is not aten.pad.default:
+        return False
+    mode, value = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
+    return mode == "constant" and not value
