@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError, needs_extra
-from bitscape.export.graph import FAKE_QUANTIZE, quiet
+from bitscape.export.graph import FAKE_QUANTIZE
 from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, bias_name, input_scale, integer_network
+from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 _log = logging.getLogger("bitscape.export")
@@ -77,7 +77,7 @@ def write_onnx(
     """As `save_onnx`, for a network in integer form; two of `images` are traced."""
     model = onnx_model(network, images, containers=containers)
     chosen = {key: container(weight, containers) for key, weight in network.weights.items()}
-    content = _checked_bytes(model)
+    content = checked_bytes(_without_names(model))
     write_atomic(path, content)
     sizes = [-(-w.q.numel() * chosen[key] // 8) + 4 * len(w.scale) for key, w in network.weights.items()]
     stored = sum(sizes) + sum(4 * len(bias) for bias in network.biases.values())
@@ -92,17 +92,15 @@ def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
 
 def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
     """The network as an onnx_ir model. Raises BitscapeError when the packages of the extra "onnx" are missing."""
-    with needs_extra("onnx"):
-        import onnx_ir as ir
-        import onnxscript  # noqa: F401 # torch.onnx needs it
+    operators = {FAKE_QUANTIZE: _quantize_dequantize}
+    model = onnx_graph(network.module, images[:2], operators, opset=OPSETS[4][0], free_batch=True)
+    import onnx_ir as ir
 
-    model: ir.Model = _traced_model(network, images)
     writer = _Writer(model.graph, network, containers)
     for node in list(model.graph):
         if node.op_type in LAYER_OPERATORS:
             writer.rewrite(node)
-        elif node.op_type == "ReduceMean":
-            _pool_globally(node)
+        pool_globally(node)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     ir.passes.common.DeduplicateInitializersPass()(model)
@@ -110,23 +108,6 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
     model.opset_imports[""], model.ir_version = OPSETS[smallest]
     model.producer_name, model.graph.name = "bitscape", "quantized network"
     return model
-
-
-def _traced_model(network: IntegerNetwork, images: Tensor) -> Any:
-    with quiet():
-        program = torch.onnx.export(
-            network.module,
-            (images[:2],),
-            dynamo=True,
-            opset_version=OPSETS[4][0],
-            input_names=["images"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            custom_translation_table={FAKE_QUANTIZE: _quantize_dequantize},
-            verbose=False,
-            optimize=True,
-        )
-    assert program is not None
-    return program.model
 
 
 def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qmax: int) -> Any:
@@ -248,33 +229,13 @@ def _absorb_padding(node: "ir.Node") -> None:
     node.replace_input_with(0, pad.inputs[0])
 
 
-def _pool_globally(node: "ir.Node") -> None:
-    """Write a mean over all pixels as the pooling that runtimes have an integer kernel for."""
-    import onnx_ir as ir
-
-    axes = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if axes is None or shape is None or shape.rank() != 4 or not node.attributes.get_int("keepdims", 1):
-        return
-    if sorted(axis % 4 for axis in axes.numpy().tolist()) == [2, 3] and node.graph is not None:
-        pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
-        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [pooled], node.outputs, pooled.outputs)
-
-
-def _checked_bytes(model: "ir.Model") -> bytes:
-    """The model as a file's content, valid by the ONNX checker."""
-    import onnx
+def _without_names(model: "ir.Model") -> "onnx.ModelProto":
+    """Runtimes infer shapes and need no names of nodes; in a small network these take more room than the weights."""
     import onnx_ir as ir
 
     proto = ir.to_proto(model)
-    # Runtimes infer shapes and need no names of nodes; in a small network these take more room than the weights.
     del proto.graph.value_info[:]
     for node in proto.graph.node:
         if node.op_type not in LAYER_OPERATORS:
             node.ClearField("name")
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise BitscapeError(f"the ONNX graph is not valid ({reason}); this network cannot be exported to ONNX") from error
-    return bytes(proto.SerializeToString())
+    return proto

@@ -200,5 +200,5 @@ def _pads_zeros(node: fx.Node) -> bool:
         return len(node.args) < 3 or not node.args[2]
     if node.target is not aten.pad.default:
         return False
-    mode, value = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
-    return mode == "constant" and not value
+    given = node.args[2:]  # mode and value
+    return given[:1] in ((), ("constant",)) and not any(given[1:])

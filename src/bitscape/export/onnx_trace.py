@@ -1,0 +1,75 @@
+"""From a traced graph to an ONNX model, and from the model to a file's content: what the ONNX exporters share."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.graph import quiet
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+
+def onnx_graph(
+    module: fx.GraphModule, images: Tensor, operators: Mapping[Any, Callable[..., Any]], *, opset: int, free_batch: bool
+) -> "ir.Model":
+    """The ONNX model of a traced graph; its input is called "images".
+
+    Args:
+        module: the module of a `Traced`.
+        images: (n, c, h, w) as the network takes them; only their shape counts.
+        operators: bitscape's own torch operators -> what each becomes; called by torch.onnx with onnxscript's values.
+        opset: version of the ONNX operators, 18 at least.
+        free_batch: leave the batch size open; otherwise it is that of `images`.
+
+    Raises:
+        BitscapeError: the packages of the extra "onnx" are missing.
+    """
+    with needs_extra("onnx"):
+        import onnxscript  # noqa: F401 # torch.onnx needs it
+    with quiet():
+        program = torch.onnx.export(
+            module,
+            (images,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},) if free_batch else None,
+            custom_translation_table=dict(operators),
+            verbose=False,
+            optimize=True,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    return model
+
+
+def pool_globally(node: "ir.Node") -> None:
+    """Write a mean over all pixels as the pooling that runtimes have an integer kernel for; leave other nodes as they are."""
+    import onnx_ir as ir
+
+    if node.op_type != "ReduceMean" or node.graph is None:
+        return
+    axes = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if axes is None or shape is None or shape.rank() != 4 or not node.attributes.get_int("keepdims", 1):
+        return
+    if sorted(axis % 4 for axis in axes.numpy().tolist()) == [2, 3]:
+        pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [pooled], node.outputs, pooled.outputs)
+
+
+def checked_bytes(proto: "onnx.ModelProto") -> bytes:
+    """The model as a file's content, valid by the ONNX checker. Raises BitscapeError if it is not."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise BitscapeError(f"the ONNX graph is not valid ({reason}); this network cannot be exported to ONNX") from error
+    return bytes(proto.SerializeToString())
