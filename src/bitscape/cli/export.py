@@ -1,24 +1,47 @@
-"""`bitscape export`: a quantized network as a file."""
+"""`bitscape export`: a quantized network as a file, packed or for a runtime, checked before it is called good."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitscape.cli.evaluate import calibration_options
 from bitscape.cli.network import ImageSettings, calibrated, load_network, load_trained, normalized_images
-from bitscape.cli.options import FILE, FOLDER, image_options, network_options, seed_option
+from bitscape.cli.options import FILE, FOLDER, all_of, image_options, network_options, seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import check_same_outputs, load_packed_network, save_packed_network
 from bitscape.cli.parsing import writable
+from bitscape.cost.profiles import PROFILES
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from bitscape.export.integer_graph import IntegerNetwork
     from bitscape.export.packed import PackedInfo
+    from bitscape.export.runtime import Session
+
+BATCH = 32
+PARITY_IMAGES = 16
+"""Images whose every code is compared: the reference computes exactly, and slowly."""
+
+_network_options = all_of(
+    network_options,
+    image_options,
+    click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration."),
+    calibration_options,
+    click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there."),
+)
+_packed_source = click.option("--packed", type=FILE, metavar="FILE", help="Instead: a packed file of this network.")
+
+
+def _out(suffix: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--out", required=True, callback=writable, metavar="FILE", help=f"Where the file goes, {suffix}.")
 
 
 @click.group(invoke_without_command=True)
@@ -30,27 +53,10 @@ def export(context: click.Context) -> None:
 
 
 @export.command()
-@network_options
-@image_options
-@click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
-@calibration_options
-@click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there.")
-@click.option("--out", required=True, callback=writable, metavar="FILE", help="Where the file goes, .safetensors.")
+@_network_options
+@_out(".safetensors")
 @seed_option
-def packed(
-    model: str,
-    weights: Path | None,
-    device: str | None,
-    input_size: int | None,
-    normalize: str | None,
-    policy_file: Path | None,
-    calibration: str | None,
-    calibration_images: int,
-    repair: bool,
-    checkpoint: Path | None,
-    out: Path,
-    seed: int,
-) -> None:
+def packed(out: Path, **source: Any) -> None:
     """Write bit-packed weights and everything else the network needs, as one safetensors file.
 
     \b
@@ -59,25 +65,164 @@ def packed(
         --policy policy.json --calibration train/ --input-size 224 \\
         --normalize imagenet --out resnet18-packed.safetensors
     """
-    if (policy_file is None) == (checkpoint is None):
-        raise BitscapeError("give --policy with --calibration, or --checkpoint; exactly one of the two")
-    if (policy_file is None) != (calibration is None):
-        raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    network = load_network(model, weights, device, seed)
-    if checkpoint is not None:
-        quantized, policy = load_trained(network, checkpoint)
-        if policy is None:
-            raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
-        info = save_packed_network(quantized, out, policy, folded=False)
-    else:
-        assert policy_file is not None and calibration is not None
+    given = _Given.of(source)
+    info = save_packed_network(given.network, out, given.policy, folded=given.folded)
+    if given.images is not None:
+        shape = tuple(given.images.shape[1:])
+        check_same_outputs(given.network, load_packed_network(out, given.float_network, shape)[0], given.images, out)
+    report_bytes(info, given.float_network, given.policy)
+
+
+@export.command()
+@_network_options
+@_packed_source
+@click.option("--int2/--no-int2", default=True, help="Store weights of 2 bits as INT2, which only ONNX Runtime reads.  [default: int2]")
+@_out(".onnx")
+@seed_option
+def onnx(out: Path, int2: bool, **source: Any) -> None:
+    """Write an ONNX file for integer kernels of ONNX Runtime, weights in 2, 4 or 8 bits.
+
+    Where layers alone are quantized, tensors between them (residual edges) get 8-bit quantizers, whose ranges come from --calibration; then
+    the file is run in ONNX Runtime, and every layer compared with exact integer arithmetic. A file that fails is not kept.
+
+    \b
+    Example:
+      bitscape export onnx --model timm:resnet18 --weights resnet18.safetensors \\
+        --policy policy.json --calibration train/ --input-size 224 \\
+        --normalize imagenet --repair --out resnet18.onnx
+    """
+    from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE, write_onnx
+    from bitscape.export.parity import ALLOWED, check_parity
+    from bitscape.export.runtime import OnnxRuntime
+
+    given, runtime = _Given.of(source), OnnxRuntime()
+    network, images = given.integer_network()
+    with _kept_if_good(out):
+        info = write_onnx(network, out, images, containers=CONTAINERS if int2 else PORTABLE)
+        _report_file(given, network, info.container_bytes, info.file_bytes, out)
+        report = check_parity(out, images[:PARITY_IMAGES].numpy(), runtime)
+        codes, differing = (sum(getattr(layer, name) for layer in report.layers) for name in ("codes", "differing"))
+        click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing} of {amount(codes)} codes differ from exact integers")
+        report.require(ALLOWED["onnxruntime"])
+        _report_agreement(given, network, images, runtime.open(out), runtime.version)
+    click.echo(PROFILES["onnx-container"].note(given.policy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What the options say."""
+
+    float_network: "nn.Module"
+    network: "nn.Module"
+    """Quantized."""
+    policy: Policy
+    images: "Tensor | None"
+    """Of --calibration, normalized."""
+    folded: bool
+    """Whether the quantized network's norms were folded before it was quantized."""
+
+    @classmethod
+    def of(cls, source: dict[str, Any]) -> "_Given":
+        """Load the network and quantize it. Raises BitscapeError for options that do not go together."""
+        policy_file, checkpoint, packed = source["policy_file"], source["checkpoint"], source.get("packed")
+        if sum(option is not None for option in (policy_file, checkpoint, packed)) != 1:
+            others = "--checkpoint or --packed" if "packed" in source else "or --checkpoint"
+            raise BitscapeError(f"give --policy with --calibration, {others}; exactly one of them")
+        if policy_file is not None and source["calibration"] is None:
+            raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+        if source["repair"] and policy_file is None:
+            raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
+        network = load_network(source["model"], source["weights"], source["device"], source["seed"])
+        settings = ImageSettings(input_size=source["input_size"], normalize=source["normalize"])
+        images = None
+        if source["calibration"] is not None:
+            images = normalized_images(source["calibration"], source["calibration_images"], settings, source["seed"], network)
+        quantized, policy, folded = _quantized(network, images, policy_file, checkpoint, packed, source["repair"])
+        return cls(float_network=network, network=quantized, policy=policy, images=images, folded=folded)
+
+    def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
+        """Bring the network into integer form, on the CPU; the images, too."""
+        from bitscape.export.integer_graph import integer_network
+
+        images = self.required_images()
+        return integer_network(self.network.cpu(), images), images
+
+    def required_images(self) -> "Tensor":
+        """The images of --calibration, on the CPU."""
+        if self.images is None:
+            raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
+        return self.images.cpu()
+
+
+def _quantized(
+    network: "nn.Module", images: "Tensor | None", policy_file: Path | None, checkpoint: Path | None, packed: Path | None, repair: bool
+) -> tuple["nn.Module", Policy, bool]:
+    """The quantized network, its policy, and whether norms were folded."""
+    if policy_file is not None:
+        assert images is not None
         policy = Policy.load(policy_file)
-        settings = ImageSettings(input_size=input_size, normalize=normalize)
-        images = normalized_images(calibration, calibration_images, settings, seed, network)
-        quantized = calibrated(network, policy, images, repair=repair)
-        info = save_packed_network(quantized, out, policy, folded=repair)
-        check_same_outputs(quantized, load_packed_network(out, network, tuple(images.shape[1:]))[0], images, out)
-    report_bytes(info, network, policy)
+        return calibrated(network, policy, images, repair=repair), policy, repair
+    if packed is not None:
+        if images is None:
+            raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
+        return (*load_packed_network(packed, network, tuple(images.shape[1:])), False)
+    assert checkpoint is not None
+    quantized, found = load_trained(network, checkpoint)
+    if found is None:
+        raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
+    return quantized, found, False
+
+
+@contextmanager
+def _kept_if_good(path: Path) -> Iterator[None]:
+    """Remove the file if anything fails within the block."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _report_file(given: _Given, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
+    """Print what the file's bytes are made of, and what was added to the network."""
+    values = sum(tensor.nbytes for tensor in given.float_network.state_dict().values())
+    weights = network.weights.values()
+    rows = [
+        ["weights, as the policy's bits", sum(given.policy.layers[n].weight * math.prod(s) for n, s in _shapes(given).items()) // 8],
+        ["weights, scales and biases, in the file", container_bytes],
+        ["  of it scales and biases", 4 * sum(len(w.scale) for w in weights) + 4 * sum(len(b) for b in network.biases.values())],
+        ["graph", file_bytes - container_bytes],
+        ["file", file_bytes],
+        ["float32 tensors", values],
+    ]
+    print_table(["bytes", ""], [[name, f"{count:,}"] for name, count in rows])
+    click.echo(f"{path}: {amount(file_bytes, 'B')}, {values / file_bytes:.2f} times smaller than float32")
+    click.echo(f"{len(network.added)} tensors between layers got 8 bits, which the policy does not count")
+
+
+def _report_agreement(given: _Given, network: "IntegerNetwork", images: "Tensor", session: "Session", runtime: str) -> None:
+    """Print on how many images the runtime's class is that of exact integers, and that of the network as it was simulated."""
+    import numpy as np
+    import torch
+
+    from bitscape.export.agreement import agreement
+    from bitscape.export.integer_execution import run_integers
+    from bitscape.quant.chains import tensors_in
+
+    found = np.concatenate([session.run(batch.numpy())[0] for batch in images.split(BATCH)])
+    if found.ndim != 2:
+        return
+    with torch.no_grad():
+        simulated = torch.cat([next(tensors_in(given.network(batch))) for batch in images.split(BATCH)])
+    exact, before = (agreement(outputs.numpy(), found) for outputs in (run_integers(network, images), simulated))
+    click.echo(f"{runtime}, {exact.images} images: class of the exact integer network on {100 * exact.same_class:.1f} %, equal to the")
+    click.echo(f"last bit on {100 * exact.identical:.1f} %; class of the network before the export on {100 * before.same_class:.1f} %")
+
+
+def _shapes(given: _Given) -> dict[str, tuple[int, ...]]:
+    from bitscape.cli.network import network_shapes
+
+    return network_shapes(given.float_network)
 
 
 def report_bytes(info: "PackedInfo", network: "nn.Module", policy: Policy) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from bitscape.export.graph import grid_of
 from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, input_scale
 from bitscape.export.placement import is_quantizer
+from bitscape.quant.chains import tensors_in
 from bitscape.quant.convert import batches_of
 
 
@@ -19,7 +20,7 @@ def run_integers(network: IntegerNetwork, images: Tensor, batch_size: int = 32) 
     """First output of the network for normalized float32 images (n, c, h, w), its layers computed in integers."""
     executor = _Executor(network)
     outputs = [executor.run_batch(batch) for batch in batches_of(images, network.module, batch_size)]
-    return torch.cat([output[0] if isinstance(output, (tuple, list)) else output for output in outputs])
+    return torch.cat([next(tensors_in(output)) for output in outputs])
 
 
 class _Executor(fx.Interpreter):
