@@ -13,15 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.export.codes import weight_codes
 from bitscape.policy import LayerBits
+from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
+from bitscape.quant.quantizers.pact import PactActivation
 
 _log = logging.getLogger("bitscape.export")
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
+LINEAR = aten.linear.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +94,8 @@ class Traced:
 
     def weight_name(self, node: fx.Node) -> str | None:
         """Name of the quantized weight of a convolution or linear node; None for any other node."""
-        weight = node.args[1] if len(node.args) > 1 else None
-        named = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes
-        return str(weight.target) if named and isinstance(weight, fx.Node) else None
+        weight = node.args[1] if node.target in {*CONVOLUTIONS, LINEAR} else None
+        return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes else None
 
 
 def trace(network: nn.Module, example: Tensor) -> Traced:
@@ -108,42 +112,48 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
+    if len(example) < 2:
+        raise BitscapeError(f"example: {len(example)} images; give two at least, so that the batch size stays free")
     codes, bits = {}, {}
     for name, layer in layers.items():
         key = f"{name}.weight" if name else "weight"
-        bits[key], codes[key] = layer.bits, _made_traceable(name, layer)
+        with _naming(name):
+            codes[key], grid = weight_codes(layer), activation_grid(layer.input_quantizer)
+        bits[key] = layer.bits
+        _make_traceable(layer, codes[key], grid)
     with quiet(), torch.no_grad():
+        (images,) = batches_of(example[:2], model)
+        with explained_forward(images):
+            model(images)
         try:
-            program = torch.export.export(model, (example[:2],), dynamic_shapes=(_dynamic(example),))
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise BitscapeError(
-                f"network: torch.export cannot follow its forward ({type(error).__name__}: {str(error).splitlines()[0]}); write it without "
-                "branches on values, or use `bitscape export packed`, which needs no tracing"
+                f"network: torch.export cannot follow its forward ({reason}); write it without branches on values, or use "
+                "`bitscape export packed`, which needs no tracing"
             ) from error
         # Functional form: without in-place operators, one value has one name.
         module = program.run_decompositions({}).module()
     _without_guards(module)
+    _use_first_names(model, module)
     _warn_of_lost(codes, module)
     return Traced(module, codes, bits)
 
 
-def _dynamic(example: Tensor) -> dict[int, object]:
-    if len(example) < 2:
-        raise BitscapeError(f"example: {len(example)} image; give two at least, so that the batch size stays free")
-    return {0: torch.export.Dim("batch")}
-
-
-@torch.no_grad()
-def _made_traceable(name: str, layer: QuantizedLayer) -> Codes:
-    """Put the dequantized weight and a one-node input quantizer into `layer`; return the weight's codes."""
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
     try:
-        codes, grid = weight_codes(layer), activation_grid(layer.input_quantizer)
+        yield
     except BitscapeError as error:
-        raise BitscapeError(f"layer {name}: {error}") from error
+        raise BitscapeError(f"layer {layer}: {error}") from error
+
+
+def _make_traceable(layer: QuantizedLayer, codes: Codes, grid: ActivationGrid) -> None:
+    """Put the dequantized weight and a one-node input quantizer into `layer`."""
     layer.weight = nn.Parameter(codes.dequantize(), requires_grad=False)
     layer.weight_quantizer = nn.Identity()
     layer.input_quantizer = _OneNode(grid)
-    return codes
 
 
 class _OneNode(nn.Module):
@@ -168,9 +178,12 @@ def activation_grid(quantizer: nn.Module) -> ActivationGrid:
         raise BitscapeError("its input scale is not set: call bitscape.calibrate(network, images) first")
     zero_point = quantizer.grid.zero_point
     scale = float(torch.as_tensor(quantizer.scale).detach().clamp(min=MINIMUM_SCALE))
+    qmin, qmax = int(quantizer.grid.qmin), int(quantizer.grid.qmax)
     if isinstance(quantizer, LsqPlusActivation):
         zero_point = -float(quantizer.offset.detach()) / scale
-    return ActivationGrid(scale=scale, zero_point=float(zero_point), qmin=int(quantizer.grid.qmin), qmax=int(quantizer.grid.qmax))
+    if isinstance(quantizer, PactActivation) and quantizer.signed and not zero_point:
+        qmin = -qmax  # it clips to -clip..clip first
+    return ActivationGrid(scale=scale, zero_point=float(zero_point), qmin=qmin, qmax=qmax)
 
 
 def _without_guards(module: fx.GraphModule) -> None:
@@ -180,6 +193,18 @@ def _without_guards(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _use_first_names(model: nn.Module, module: fx.GraphModule) -> None:
+    """Let what is reachable by several names go by the first, as everywhere in bitscape; torch.export takes the last."""
+    first: dict[nn.Module, str] = {}
+    for name, owner in model.named_modules(remove_duplicate=False):
+        first.setdefault(owner, name)
+    for node in module.graph.nodes:
+        name, _, attribute = str(node.target).rpartition(".")
+        if node.op == "get_attr" and name and (known := first[model.get_submodule(name)]) != name:
+            module.add_submodule(known, module.get_submodule(name))
+            node.target = f"{known}.{attribute}"
 
 
 def _warn_of_lost(codes: dict[str, Codes], module: fx.GraphModule) -> None:

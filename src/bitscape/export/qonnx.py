@@ -8,15 +8,18 @@ Executed by qonnx, the nodes compute the very numbers that the network's quantiz
     weights without zero, 1 bit        half the scale, 1 bit, signed: QONNX's single signed bit is -1 or 1
     weights without zero, b bits       half the scale, b + 1 bits, signed, narrow: the odd integers. A zero point of -1/2 would give the
                                        same numbers in b bits, but FINN takes no zero point, and qonnx counts such weights as 32 bits
-    activations                        one scale, zero point 0, b bits, signed or not; a single signed bit as for weights
-    activations of LSQ+                the same with their zero point, a fraction; hls4ml takes it, FINN does not
+    activations                        one scale, zero point 0, b bits, signed or not; a single signed bit as for weights (values from
+                                       -2^-25 scales to 0 become -1, while the network's rounding gives them 1)
+    signed activations of PACT         the same, narrow: clipping at -clip..clip never reaches the lowest code
+    activations of LSQ+                unsigned, with their zero point, a fraction; hls4ml takes it, FINN does not
 
 The batch size is fixed at one image: qonnx reads an open size as 0. Equal quantizers of one tensor are one node.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.cost.layers import measure
+from bitscape.engine.forward import device_of
 from bitscape.export.graph import FAKE_QUANTIZE, Traced, grid_of, trace
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
-from bitscape.policy import LayerBits
 from bitscape.quant.grid import MID_RISE
 from bitscape.quant.quantizers.base import Codes
 
@@ -49,17 +52,17 @@ class QonnxInfo:
     """The file."""
     file_bytes: int
     """Its size; weights are float32 in it."""
-    bits: Mapping[str, LayerBits]
-    """Layer -> bits of its Quant nodes: those of the network, one more for weights of two bits or more without a zero."""
-    macs: Mapping[LayerBits, int]
-    """Bits of weight and activation -> multiply-accumulates of one image."""
+    bits: Mapping[str, tuple[int, int]]
+    """Layer -> bits of weight and input in its Quant nodes: the network's, one more for weights of two bits or more without a zero."""
+    macs: Mapping[tuple[int, int], int]
+    """These pairs of bits -> multiply-accumulates of one image."""
     weight_bits: int
     """Sum over the layers of weights times bits."""
 
     @property
     def bitops(self) -> int:
         """BitOps of one image, in the file's bits."""
-        return sum(macs * bits.weight * bits.activation for bits, macs in self.macs.items())
+        return sum(macs * weight * activation for (weight, activation), macs in self.macs.items())
 
 
 def save_qonnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> QonnxInfo:
@@ -73,17 +76,19 @@ def save_qonnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor)
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing; or as `trace`.
     """
+    images = images[:2].to(device_of(network))
     traced = trace(network, images)
-    forms = {key: _weight_form(codes, traced.bits[key].weight) for key, codes in traced.codes.items()}
-    _warn_of_zero_points(traced)
+    forms = {key: weight_form(codes, traced.bits[key].weight) for key, codes in traced.codes.items()}
+    warn_of_zero_points(traced)
     content = checked_bytes(_model(traced, forms, images))
     write_atomic(path, content)
-    bits = {_layer_of(key): LayerBits(form.bits, traced.bits[key].activation) for key, form in forms.items()}
+    bits = {_layer_of(key): (form.bits, traced.bits[key].activation) for key, form in forms.items()}
     layers = [layer for layer in measure(network, tuple(images.shape[1:])).layers if layer.name in bits]
-    macs: dict[LayerBits, int] = {}
+    macs: Counter[tuple[int, int]] = Counter()
     for layer in layers:
-        macs[bits[layer.name]] = macs.get(bits[layer.name], 0) + layer.macs
-    return QonnxInfo(Path(path), len(content), bits, macs, sum(layer.weights * bits[layer.name].weight for layer in layers))
+        macs[bits[layer.name]] += layer.macs
+    weight_bits = sum(layer.weights * bits[layer.name][0] for layer in layers)
+    return QonnxInfo(Path(path), len(content), bits, macs, weight_bits)
 
 
 def _layer_of(weight: str) -> str:
@@ -91,22 +96,27 @@ def _layer_of(weight: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _WeightForm:
+class WeightForm:
     """A signed Quant node of zero point 0 that leaves a weight as it is."""
 
     scale: Tensor
+    """float32, 0-d or (C, 1, ...)."""
     bits: int
+    """1 to 9."""
     narrow: bool
+    """Whether the lowest code is left out."""
 
 
-def _weight_form(codes: Codes, bits: int) -> _WeightForm:
+def weight_form(codes: Codes, bits: int) -> WeightForm:
+    """The Quant node for a weight of `bits`; see the table above."""
     if codes.zero_point != MID_RISE:
-        return _WeightForm(codes.scale, bits, narrow=False)
+        return WeightForm(codes.scale, bits, narrow=False)
     # scale * (q + 1/2) = scale / 2 * (2 q + 1); halves are exact
-    return _WeightForm(codes.scale / 2, 1, narrow=False) if bits == 1 else _WeightForm(codes.scale / 2, bits + 1, narrow=True)
+    return WeightForm(codes.scale / 2, 1, narrow=False) if bits == 1 else WeightForm(codes.scale / 2, bits + 1, narrow=True)
 
 
-def _warn_of_zero_points(traced: Traced) -> None:
+def warn_of_zero_points(traced: Traced) -> None:
+    """Log how many activations FINN would refuse."""
     grids = [grid_of(node) for node in traced.module.graph.nodes if node.target is FAKE_QUANTIZE]
     shifted = sum(grid.zero_point not in (0.0, MID_RISE) for grid in grids)
     if shifted:
@@ -126,14 +136,14 @@ def _(weight: Tensor, scale: Tensor, bits: int, narrow: bool) -> Tensor:
 QUANTIZED_WEIGHT = torch.ops.bitscape.quantized_weight.default
 
 
-def _model(traced: Traced, forms: Mapping[str, _WeightForm], images: Tensor) -> Any:
+def _model(traced: Traced, forms: Mapping[str, WeightForm], images: Tensor) -> Any:
     _insert_weight_quantizers(traced, forms)
-    operators = {FAKE_QUANTIZE: _activation_node, QUANTIZED_WEIGHT: _weight_node}
+    operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _activation_node, QUANTIZED_WEIGHT: _weight_node}
     model = onnx_graph(traced.module, images[:1], operators, opset=OPSET, free_batch=False)
     return _finished(model)
 
 
-def _insert_weight_quantizers(traced: Traced, forms: Mapping[str, _WeightForm]) -> None:
+def _insert_weight_quantizers(traced: Traced, forms: Mapping[str, WeightForm]) -> None:
     """Put a node behind every quantized weight, so that the exporter folds no norm into the weight and moves nothing past the quantizer."""
     module, graph = traced.module, traced.module.graph
     for node in list(graph.nodes):
@@ -157,7 +167,7 @@ def _activation_node(x: Any, scale: float, zero_point: float, qmin: int, qmax: i
     bits, signed = (qmax - qmin).bit_length(), qmin < 0
     if bits == 1 and signed:
         scale, zero_point = scale / 2, 0.0  # -1/2 and 1/2 of the scale, as -1 and 1
-    return _quant_node(x, _constant(scale), zero_point, bits, signed=signed, narrow=False)
+    return _quant_node(x, _constant(scale), zero_point, bits, signed=signed, narrow=signed and qmin == -qmax)
 
 
 def _quant_node(x: Any, scale: Any, zero_point: float, bits: int, *, signed: bool, narrow: bool) -> Any:
