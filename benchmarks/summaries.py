@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.deploy_summaries import deploy
 from benchmarks.dqmq_summaries import dqmq
 from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
@@ -117,6 +118,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "seam-margins": seam_margins,
     "saq": saq,
     "dqmq": dqmq,
+    "deploy": deploy,
     "packed-sizes": packed_sizes,
     "speed": generic,
     "peer": peer,

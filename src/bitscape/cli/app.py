@@ -7,9 +7,11 @@ from typing import NoReturn
 
 import click
 
+from bitscape.cli.bench import bench
 from bitscape.cli.demo import demo
 from bitscape.cli.evaluate import evaluate
 from bitscape.cli.export import export
+from bitscape.cli.latency import latency
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
 from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
@@ -66,5 +68,5 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-for command in (demo, search, solve, train, evaluate, tiers, export, policy, methods):
+for command in (demo, search, solve, train, evaluate, tiers, export, bench, latency, policy, methods):
     commands.add_command(command)

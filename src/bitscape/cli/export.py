@@ -108,6 +108,31 @@ def onnx(out: Path, int2: bool, **source: Any) -> None:
     click.echo(PROFILES["onnx-container"].note(given.policy))
 
 
+@export.command()
+@_network_options
+@_packed_source
+@_out(".onnx")
+@seed_option
+def qonnx(out: Path, **source: Any) -> None:
+    """Write a QONNX file for FINN and hls4ml: every quantizer where the network has it, at its own bits.
+
+    The batch size is 1, as these tools want it. --calibration tells the shape of the images.
+
+    \b
+    Example:
+      bitscape export qonnx --model timm:resnet18 --checkpoint run/ \
+        --calibration train/ --input-size 224 --normalize imagenet \
+        --out resnet18.onnx
+    """
+    from bitscape.export.qonnx import save_qonnx
+
+    given = _Given.of(source)
+    info = save_qonnx(given.network.cpu(), out, given.required_images())
+    rows = [[f"{w} x {a}", f"{macs:,}", f"{w * a * macs:,}"] for (w, a), macs in sorted(info.macs.items())]
+    print_table(["weight x activation bits", "MACs", "BitOps"], [*rows, ["all", f"{sum(info.macs.values()):,}", f"{info.bitops:,}"]])
+    click.echo(f"{out}: {amount(info.file_bytes, 'B')}, its weights in float32 on their grids; {info.weight_bits:,} bits of weights")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Given:
     """What the options say."""

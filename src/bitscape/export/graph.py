@@ -70,6 +70,11 @@ def grid_of(node: fx.Node) -> ActivationGrid:
     return ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)  # type: ignore[arg-type]  # numbers, see the op
 
 
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether it is a fake-quantize node."""
+    return node.target is FAKE_QUANTIZE
+
+
 def set_grid(node: fx.Node, grid: ActivationGrid) -> None:
     """Give a fake-quantize node another grid."""
     node.args = (node.args[0], grid.scale, grid.zero_point, grid.qmin, grid.qmax)
@@ -116,6 +121,8 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         raise BitscapeError(f"example: {len(example)} images; give two at least, so that the batch size stays free")
     codes, bits = {}, {}
     for name, layer in layers.items():
+        if not getattr(layer.input_quantizer, "initialized", True):
+            continue  # it never ran, or says itself that the network was not calibrated
         key = f"{name}.weight" if name else "weight"
         with _naming(name):
             codes[key], grid = weight_codes(layer), activation_grid(layer.input_quantizer)
@@ -130,8 +137,8 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise BitscapeError(
-                f"network: torch.export cannot follow its forward ({reason}); write it without branches on values, or use "
-                "`bitscape export packed`, which needs no tracing"
+                f"network: torch.export cannot follow its forward ({reason}); write it without branches on values and with x.shape[0] for "
+                "len(x), or use `bitscape export packed`, which needs no tracing"
             ) from error
         # Functional form: without in-place operators, one value has one name.
         module = program.run_decompositions({}).module()

@@ -8,9 +8,8 @@ multiplication brings them to the next tensor's codes, as in ONNX Runtime's kern
 import torch
 from torch import Tensor, fx
 
-from bitscape.export.graph import grid_of
+from bitscape.export.graph import LINEAR, grid_of, is_quantizer
 from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, input_scale
-from bitscape.export.placement import is_quantizer
 from bitscape.quant.chains import tensors_in
 from bitscape.quant.convert import batches_of
 
@@ -52,9 +51,12 @@ class _Executor(fx.Interpreter):
         exact = self._exact[key]
         assert callable(node.target)
         sums: Tensor = node.target((x / scale).round().to(exact), weight.q.to(exact), None, *rest[1:]).double()
-        if key in self._network.biases:
-            sums += _by_channel(self._network.biases[key].double(), sums, node)
         spacing = _by_channel(weight.scale * scale, sums, node)
+        if key in self._network.biases:
+            bias = _by_channel(self._network.biases[key].double(), sums, node)
+            if node.target is LINEAR and sums.ndim > 2:  # MatMul and Add in ONNX: the one operator whose kernel adds the bias in float
+                return sums.float() * spacing + bias.float() * spacing
+            sums += bias
         self._sums[node] = sums, spacing
         return sums.float() * spacing
 
@@ -72,4 +74,4 @@ def _exact_type(weight: IntegerWeight) -> torch.dtype:
 
 def _by_channel(values: Tensor, like: Tensor, node: fx.Node) -> Tensor:
     """`values` (channels,) to broadcast against a layer's output: channels stand last behind a linear layer, second behind the others."""
-    return values if node.target is torch.ops.aten.linear.default else values.reshape(-1, *[1] * (like.ndim - 2))
+    return values if node.target is LINEAR else values.reshape(-1, *[1] * (like.ndim - 2))

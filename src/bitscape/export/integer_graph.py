@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.graph import ActivationGrid, Traced, grid_of, set_grid, trace
+from bitscape.export.graph import LINEAR, ActivationGrid, Traced, grid_of, is_quantizer, set_grid, trace
 from bitscape.export.placement import (
     CONCATENATION,
     PLACEHOLDER,
     RECTIFIERS,
     is_move,
-    is_quantizer,
     place_quantizers,
     quantized_source,
 )
@@ -33,6 +32,8 @@ aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default
 SIGNED_ZERO = 128
 """Signed activations are uint8 with this zero point: runtimes want one type for what goes in and comes out of a kernel."""
+DEAD = 1e-30
+"""Channels of smaller weight scales are nothing but their bias; products of such scales leave the range of float32."""
 LARGEST_BIAS = 2**30
 """Biases are int32, and sums of products are added to them."""
 
@@ -82,7 +83,7 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     Raises:
         BitscapeError: as `trace`; or weights and activations that no 8-bit integer can hold.
     """
-    traced = trace(network, images)
+    traced = _of_integers(trace(network, images))
     module, graph = traced.module, traced.module.graph
     weights = {key: _integer_weight(key, codes) for key, codes in traced.codes.items()}
     biases = _fold_norms(traced, weights)
@@ -90,16 +91,28 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
         if is_quantizer(node):
             set_grid(node, uint8_grid(grid_of(node)))
     added = place_quantizers(graph, lambda node: traced.weight_name(node) is not None)
-    _calibrate(module, added, images, observer or Mse())
-    _absorb_rectifiers(graph)
-    _loosen(graph)
     integer_biases = {key: _integer_bias(traced, weights, key, bias) for key, bias in biases.items()}
     _write_back(traced, weights, integer_biases)
+    _calibrate(module, added, images, observer or Mse())  # with the folded norms' scales and biases in the module
+    _absorb_rectifiers(graph)
+    _loosen(graph)
     graph.eliminate_dead_code()
     module.recompile()
     found = {str(node.args[0]): grid_of(node) for node in added}
     _log.info("integer graph: %d layers, %d quantizers of 8 bits added", len(weights), len(found))
     return IntegerNetwork(module, weights, {key: integers for key, (integers, _) in integer_biases.items()}, found)
+
+
+def _of_integers(traced: Traced) -> Traced:
+    """Without the codes of layers that are to stay float, for their own forward changes the weight or the quantized input."""
+    floats = set()
+    for node in traced.module.graph.nodes:
+        if node.op == "get_attr" and node.target in traced.codes:
+            layers = [user for user in node.users if traced.weight_name(user) and quantized_source(_node(user.args[0])) is not None]
+            if len(layers) < len(node.users):
+                floats.add(node.target)
+                _log.warning("layer %s: its forward changes the quantized weight or input; it stays float", node.target)
+    return replace(traced, codes={key: codes for key, codes in traced.codes.items() if key not in floats})
 
 
 def _integer_weight(name: str, codes: Codes) -> IntegerWeight:
@@ -121,9 +134,10 @@ def _fold_norms(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, 
         key = traced.weight_name(node)
         if key is None:
             continue
-        bias = _bias_of(traced.module, node)
-        norm = next(iter(node.users)) if len(node.users) == 1 else None
-        if norm is not None and norm.target is NORM and len(_node(node.args[1]).users) == 1:
+        bias, norm = _bias_of(traced.module, node), next(iter(node.users))
+        used_once = len(node.users) == len(_node(node.args[1]).users) == 1
+        # Behind a linear layer of tokens, a norm's channels are the tokens.
+        if used_once and norm.target is NORM and (node.target is not LINEAR or node.meta["val"].ndim == 2):
             weights[key], bias = _folded(traced.module, norm, weights[key], bias)
             for first in list(norm.users):  # it returns a tuple
                 first.replace_all_uses_with(node)
@@ -140,7 +154,7 @@ def _folded(module: fx.GraphModule, norm: fx.Node, weight: IntegerWeight, bias: 
     factor = (variance + norm.args[6]).rsqrt() * (1.0 if gamma is None else gamma)
     # A negative gamma makes negative scales: turned codes would need one more bit, for -2^(b-1) has no opposite.
     scale = (weight.scale * factor).float()
-    dead = scale == 0
+    dead = scale.abs() < DEAD
     codes = weight.q.masked_fill(dead.reshape(-1, *[1] * (weight.q.ndim - 1)), 0)
     shifted = ((0.0 if bias is None else bias) - mean) * factor + (0.0 if beta is None else beta)
     return IntegerWeight(codes, torch.where(dead, weight.scale, scale)), shifted
@@ -193,38 +207,30 @@ class _Recorder(fx.Interpreter):
 
 
 def _absorb_rectifiers(graph: fx.Graph) -> None:
-    """Let quantizers cut off what ReLU and ReLU6 in front of them would; exact, for rounding is monotone."""
+    """Let quantizers cut off what rectifiers in front of them would; exact, for rounding is monotone."""
     for node in list(graph.nodes):
         if node.target in RECTIFIERS and (source := quantized_source(node.args[0])) is not None and not _cuts(node, grid_of(source)):
             node.replace_all_uses_with(node.args[0])
         elif is_quantizer(node):
-            while (rectifier := _node(node.args[0])).target in RECTIFIERS and (cut := _cut_grid(grid_of(node), rectifier)) is not None:
-                set_grid(node, cut)
+            while (rectifier := _node(node.args[0])).target in RECTIFIERS:
+                low, high = grid_of(node).quantize(torch.tensor(_limits(rectifier))).int().tolist()
+                set_grid(node, replace(grid_of(node), qmin=low, qmax=high))
                 node.replace_input_with(rectifier, _node(rectifier.args[0]))
 
 
 def _limits(rectifier: fx.Node) -> tuple[float, float]:
     """Smallest and largest value that a rectifier lets through."""
-    if rectifier.target is aten.relu.default:
-        return 0.0, math.inf
+    if rectifier.target in (aten.relu.default, aten.relu6.default):
+        return 0.0, math.inf if rectifier.target is aten.relu.default else 6.0
     default = (-1.0, 1.0) if rectifier.target is aten.hardtanh.default else (None, None)
     low, high = (*rectifier.args[1:], *default[len(rectifier.args) - 1 :])[:2]
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-def _cut_grid(grid: ActivationGrid, rectifier: fx.Node) -> ActivationGrid | None:
-    """The grid that ends where the rectifier does; None if it has no code for the lower end."""
-    low, high = _limits(rectifier)
-    if low != 0.0 and not math.isinf(low):
-        return None
-    first = grid.qmin if math.isinf(low) else max(grid.qmin, int(grid.zero_point))
-    last = grid.qmax if math.isinf(high) else min(grid.qmax, int(grid.quantize(torch.tensor([high]))))
-    return replace(grid, qmin=first, qmax=last)
-
-
 def _cuts(rectifier: fx.Node, grid: ActivationGrid) -> bool:
-    low, high = _limits(rectifier)
-    return grid.scale * (grid.qmin - grid.zero_point) < low or grid.scale * (grid.qmax - grid.zero_point) > high
+    """Whether a rectifier changes values of the grid; zero is one, for padding may stand between the two."""
+    (low, high), reach = _limits(rectifier), (grid.qmin - grid.zero_point, 0.0, grid.qmax - grid.zero_point)
+    return grid.scale * min(reach) < low or grid.scale * max(reach) > high
 
 
 def _loosen(graph: fx.Graph) -> None:
@@ -257,11 +263,13 @@ def _integer_bias(traced: Traced, weights: dict[str, IntegerWeight], key: str, b
     Where a channel's spacing is so small that its bias needs more than 30 bits, its weights count for nothing beside the bias: they get the
     spacing that the bias needs.
     """
-    scale = input_scale(traced.module.graph, key)
+    scale, weight = input_scale(traced.module.graph, key), weights[key]
     smallest = (bias.abs() / (scale * LARGEST_BIAS)).float()
-    if bool((weights[key].scale.abs() < smallest).any()):
-        real, wider = weights[key].dequantize(), weights[key].scale.abs().maximum(smallest)
-        weights[key] = IntegerWeight((real / wider.reshape(-1, *[1] * (real.ndim - 1))).round().short(), wider)
+    narrow = weight.scale.abs() < smallest
+    if bool(narrow.any()):
+        wider = torch.where(narrow, smallest.copysign(weight.scale), weight.scale)
+        ratio = (weight.scale / wider).reshape(-1, *[1] * (weight.q.ndim - 1))
+        weights[key] = IntegerWeight((weight.q * ratio).round().short(), wider)
     spacing = weights[key].scale * torch.tensor(scale, dtype=torch.float32, device=bias.device)
     return (bias / spacing).round().long(), spacing
 
@@ -283,10 +291,10 @@ def _write_back(traced: Traced, weights: Mapping[str, IntegerWeight], biases: Ma
     for key, (integers, spacing) in biases.items():
         _set(traced.module, bias_name(key), integers.float() * spacing)
     for node in list(traced.module.graph.nodes):
-        key_of = traced.weight_name(node)
-        if key_of in biases and _bias_node(node) is None:
+        name = traced.weight_name(node)
+        if name in biases:  # in the place of none, or of one that several layers share
             with traced.module.graph.inserting_before(node):
-                node.args = (*node.args[:2], traced.module.graph.get_attr(bias_name(str(key_of))), *node.args[3:])
+                node.args = (*node.args[:2], traced.module.graph.get_attr(bias_name(str(name))), *node.args[3:])
 
 
 def bias_name(weight: str) -> str:
@@ -294,13 +302,8 @@ def bias_name(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _bias_node(node: fx.Node) -> fx.Node | None:
-    bias = node.args[2] if len(node.args) > 2 else None
-    return bias if isinstance(bias, fx.Node) else None
-
-
 def _bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    bias = _bias_node(node)
+    bias = node.args[2] if len(node.args) > 2 else None
     return None if bias is None else _value(module, bias).double()
 
 

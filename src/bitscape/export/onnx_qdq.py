@@ -10,17 +10,20 @@ The form that ONNX Runtime fuses into integer kernels, and OpenVINO too:
 No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
 """
 
+import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
-from bitscape.export.graph import FAKE_QUANTIZE
+from bitscape.export.graph import FAKE_QUANTIZE, quiet
 from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, bias_name, input_scale, integer_network
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
@@ -36,6 +39,8 @@ PORTABLE = (4, 8)
 """Those that other runtimes than ONNX Runtime read."""
 LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
 """What layers become; these nodes carry the layer's name."""
+DOMAIN, MARK = "bitscape", "Weight"
+"""The operator that stands for an integer weight until its integers are written."""
 OPSETS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}
 """Smallest container in a file -> operator set and IR version that know it; newer ones are refused by ONNX Runtime 1.31."""
 
@@ -92,15 +97,16 @@ def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
 
 def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
     """The network as an onnx_ir model. Raises BitscapeError when the packages of the extra "onnx" are missing."""
-    operators = {FAKE_QUANTIZE: _quantize_dequantize}
-    model = onnx_graph(network.module, images[:2], operators, opset=OPSETS[4][0], free_batch=True)
+    operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _quantize_dequantize, MARKED_WEIGHT: _marked_weight_node}
+    model = onnx_graph(_with_marked_weights(network), images[:2], operators, opset=OPSETS[4][0], free_batch=True)
     import onnx_ir as ir
 
     writer = _Writer(model.graph, network, containers)
     for node in list(model.graph):
-        if node.op_type in LAYER_OPERATORS:
+        if node.op_type in (*LAYER_OPERATORS, "ConvTranspose"):
             writer.rewrite(node)
         pool_globally(node)
+    del model.opset_imports[DOMAIN]
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     ir.passes.common.DeduplicateInitializersPass()(model)
@@ -108,6 +114,43 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
     model.opset_imports[""], model.ir_version = OPSETS[smallest]
     model.producer_name, model.graph.name = "bitscape", "quantized network"
     return model
+
+
+@torch.library.custom_op("bitscape::marked_weight", mutates_args=())
+def _marked_weight(weight: Tensor, name: str) -> Tensor:
+    return weight.clone()
+
+
+@_marked_weight.register_fake
+def _(weight: Tensor, name: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+MARKED_WEIGHT = torch.ops.bitscape.marked_weight.default
+
+
+def _with_marked_weights(network: IntegerNetwork) -> fx.GraphModule:
+    """The module with a node behind every integer weight: the exporter finds no constant there to transpose or to fold norms into."""
+    with quiet():
+        marked = fx.GraphModule(network.module, copy.deepcopy(network.module.graph))
+    for node in [node for node in marked.graph.nodes if node.op == "get_attr" and node.target in network.weights]:
+        with marked.graph.inserting_after(node):
+            mark = marked.graph.call_function(MARKED_WEIGHT, (node, node.target))
+        node.replace_all_uses_with(mark, delete_user_cb=lambda user, mark=mark: user is not mark)
+    marked.recompile()
+    return marked
+
+
+def _marked_weight_node(weight: Any, name: str) -> Any:
+    """Called by torch.onnx with onnxscript's values."""
+    import onnxscript
+    from onnx.defs import OpSchema
+
+    value = (OpSchema.FormalParameter(name, "tensor(float)") for name in "xy")
+    mark = OpSchema(
+        MARK, DOMAIN, 1, inputs=[next(value)], outputs=[next(value)], attributes=[OpSchema.Attribute("name", OpSchema.AttrType.STRING)]
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), MARK, mark)(weight, name=name)
 
 
 def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qmax: int) -> Any:
@@ -137,43 +180,49 @@ class _Writer:
         self.network = network
         self.containers = containers
         self.made: dict[str, ir.Value] = {}
+        self.uses: Counter[str] = Counter()
 
     def rewrite(self, node: "ir.Node") -> None:
-        weight = node.inputs[1]
-        key, transposed = self._key_of(weight)
-        if key is None:
+        maker = _maker(node.inputs[1])
+        mark = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "Transpose" else maker
+        if mark is None or mark.op_type != MARK:
+            self._keep_float(node)
             return
-        node.name = key.removesuffix(".weight")
-        # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
-        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
-        if node.op_type == "MatMul":
-            (addition,) = (user for user, _ in node.outputs[0].uses())
-            if key in self.network.biases:
-                place = next(i for i, value in enumerate(addition.inputs) if value is not node.outputs[0])
-                addition.replace_input_with(place, self._bias(key))
+        key = mark.attributes["name"].as_string()
+        self.uses[key] += 1
+        node.name = key.removesuffix(".weight") + (f":{self.uses[key]}" if self.uses[key] > 1 else "")
+        node.replace_input_with(1, self._weight(key, node.op_type))
+        if node.op_type == "MatMul" and key in self.network.biases:
+            (addition,) = node.outputs[0].consumers()
+            addition.replace_input_with(1 - addition.inputs.index(node.outputs[0]), self._bias(key))
         elif len(node.inputs) > 2:  # a bias of zeros was dropped
             node.replace_input_with(2, self._bias(key))
         if node.op_type == "Conv":
             _absorb_padding(node)
 
-    def _key_of(self, value: "ir.Value | None") -> tuple[str | None, bool]:
-        """Name of the weight that a value is, and whether it is transposed."""
-        maker = None if value is None else value.producer()
-        if maker is not None and maker.op_type == "Transpose":
-            return self._key_of(maker.inputs[0])[0], True
-        name = None if value is None else value.name
-        return (name if name in self.network.weights else None), False
+    def _keep_float(self, node: "ir.Node") -> None:
+        """ONNX Runtime quantizes float weights right behind a DequantizeLinear by its own lights; a maximum of one tensor keeps it off."""
+        import onnx_ir as ir
 
-    def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
+        maker = _maker(node.inputs[0])
+        if node.op_type != "MatMul" and maker is not None and maker.op_type == "DequantizeLinear":
+            maximum = ir.node("Max", [node.inputs[0]])
+            self.graph.insert_before(node, maximum)
+            node.replace_input_with(0, maximum.outputs[0])
+
+    def _weight(self, key: str, operator: str) -> "ir.Value":
+        transposed = operator == "MatMul"
         name = f"{key}.transposed" if transposed else key
         if name not in self.made:
             weight = self.network.weights[key]
+            bits, channels = container(weight, self.containers), len(weight.scale)
             codes = weight.q.cpu().numpy().astype(np.int8)
             codes = np.ascontiguousarray(codes.T) if transposed else codes
-            stored = self._initializer(f"{name}.codes", codes, container(weight, self.containers))
+            stored = self._initializer(f"{name}.codes", codes, bits)
             scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
-            zeros = self._initializer(f"zero_points.{len(weight.scale)}", np.zeros(len(weight.scale), np.int8)) if zero_points else None
-            self.made[name] = self._dequantized(stored, scale, zeros, axis=int(transposed), cast=container(weight, self.containers) < 8)
+            # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
+            zeros = None if operator == "Conv" else self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8))
+            self.made[name] = self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
         return self.made[name]
 
     def _bias(self, key: str) -> "ir.Value":
@@ -209,22 +258,23 @@ class _Writer:
         return nodes[-1].outputs[0]
 
 
+def _maker(value: "ir.Value | None") -> "ir.Node | None":
+    return None if value is None else value.producer()
+
+
 def _absorb_padding(node: "ir.Node") -> None:
     """Make zero padding in front of a convolution its own: runtimes fuse only what stands right behind a DequantizeLinear."""
     import onnx_ir as ir
 
-    pad = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if pad is None or pad.op_type != "Pad" or len(pad.outputs[0].uses()) != 1:
+    pad = _maker(node.inputs[0])
+    if pad is None or pad.op_type != "Pad":  # others stand behind a quantizer (`is_own_padding`)
         return
-    widths = None if pad.inputs[1] is None else ir.convenience.get_const_tensor(pad.inputs[1])
-    if widths is None:
-        return
-    spatial, amounts = node.inputs[1].shape.rank() - 2, widths.numpy().tolist()  # type: ignore[union-attr]  # a weight has a shape
+    widths = ir.convenience.get_const_tensor(pad.inputs[1])  # type: ignore[arg-type]  # it has widths
+    assert widths is not None, "the widths of padding are numbers"
+    amounts: list[int] = widths.numpy().tolist()  # in front of every dimension, then behind
     half = len(amounts) // 2
-    if any(amounts[:2]) or any(amounts[half : half + 2]) or half != spatial + 2:
-        return
-    own = node.attributes.get_ints("pads", [0] * 2 * spatial)
     outer = amounts[2:half] + amounts[half + 2 :]
+    own = node.attributes.get_ints("pads", [0] * len(outer))
     node.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, outer, strict=True)])
     node.replace_input_with(0, pad.inputs[0])
 

@@ -5,8 +5,8 @@ kernel only if its output, and both operands and the result of every addition, a
 alone, ONNX Runtime is no faster than in float. So, for every tensor made by a convolution, an addition, a pooling or a concatenation:
 
     one quantizer takes it                  that one stands there already
-    ... behind reshapes, slices, zero       a copy of it moves in front of them: rounding commutes with what only moves values, so
-        padding, maxima, concatenation      nothing changes
+    ... behind reshapes, slices, padding,   a copy of it moves in front of them: rounding commutes with what only moves values, so
+        maxima, concatenation               nothing changes
     several take it, one of 8 bits          all others read from that one
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
 
@@ -19,21 +19,34 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.export.graph import FAKE_QUANTIZE, ActivationGrid, grid_of, insert_quantizer
+from bitscape.export.graph import CONVOLUTIONS, ActivationGrid, grid_of, insert_quantizer, is_quantizer
 
 aten = torch.ops.aten
-CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
-RECTIFIERS = {aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
+RECTIFIERS = {
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clip.default,
+}
 POOLINGS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
 CONCATENATION = aten.cat.default
 MOVES = {
+    aten.max_pool1d.default,
     aten.max_pool2d.default,
     aten.view.default,
+    aten._unsafe_view.default,
     aten.reshape.default,
+    aten.channel_shuffle.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.upsample_nearest2d.vec,
     aten.permute.default,
     aten.transpose.int,
     aten.slice.Tensor,
     aten.select.int,
+    aten.unbind.int,
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.unsqueeze.default,
@@ -41,8 +54,6 @@ MOVES = {
     aten.squeeze.dims,
     aten.expand.default,
     aten.clone.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
 }
 """Operators whose results are values of their inputs, or zeros; maxima too, for rounding is monotone."""
 PLACEHOLDER = ActivationGrid(scale=1.0, zero_point=0.0, qmin=0, qmax=255)
@@ -69,16 +80,10 @@ def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> li
     return placer.added
 
 
-def is_quantizer(node: fx.Node) -> bool:
-    """Whether it is a fake-quantize node."""
-    return node.target is FAKE_QUANTIZE
-
-
 def is_move(node: fx.Node) -> bool:
     """Whether the node's results are values of its input, or zeros."""
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-        return _pads_zeros(node)
-    return node.target in MOVES or (node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem")
+    padding = _pads_zeros(node) or (node.target is aten.pad.default and node.args[2:3] not in ((), ("constant",)))
+    return padding or node.target in MOVES or (node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem")
 
 
 def quantized_source(node: fx.Node) -> fx.Node | None:
@@ -129,8 +134,7 @@ class _Placer:
         if sole is not None:
             if sole not in tail.users:
                 self._read_from(insert_quantizer(self.graph, tail, grid_of(sole)), tail)
-            return
-        if self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users):
+        elif self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users):
             self._read_from(self._shared_quantizer(tail), tail)
 
     def _wants_codes(self, user: fx.Node) -> bool:
@@ -155,8 +159,8 @@ class _Placer:
         source = quantized_source(node) if is_move(node) else None
         if source is None or all(is_move(user) or _same_codes(user, source) for user in node.users):
             return
-        padded_layer = _pads_zeros(node) and all(user.target in CONVOLUTIONS for user in node.users)  # becomes the layer's own padding
-        if not padded_layer and any(self._wants_codes(user) or self.is_convolution(user) for user in node.users):
+        takers = [user for user in node.users if self._wants_codes(user) or self.is_layer(user)]
+        if any(not is_own_padding(node, user) for user in takers):
             self._read_from(insert_quantizer(self.graph, node, grid_of(source)), node)
 
 
@@ -193,6 +197,15 @@ def _tensors(value: object) -> Iterator[fx.Node]:
 
 def _is_addition(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and len(_operands(node)) == 2 and "alpha" not in node.kwargs
+
+
+def is_own_padding(node: fx.Node, convolution: fx.Node) -> bool:
+    """Whether `node` pads pixels with zeros, as the convolution itself could."""
+    if not _pads_zeros(node) or convolution.target not in CONVOLUTIONS:
+        return False
+    amounts: list[int] = node.args[1]  # type: ignore[assignment]  # last dimension first
+    spatial = 2 if "conv2d" in str(convolution.target) else 1
+    return not any(amounts[2 * spatial :]) and min(amounts) >= 0
 
 
 def _pads_zeros(node: fx.Node) -> bool:

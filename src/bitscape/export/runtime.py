@@ -164,6 +164,10 @@ class Timing:
     spread: float
     """Standard deviation of the rounds' CPU times over their median."""
 
+    def ms(self, threads: int) -> float:
+        """What runs are compared by: CPU time of one thread, wall-clock time of several."""
+        return self.cpu_ms if threads == 1 else self.wall_ms
+
 
 def time_alternately(
     runs: Mapping[str, Callable[[], object]], *, rounds: int = 7, round_s: float = 0.2, progress: Callable[[int], None] = lambda done: None

@@ -27,6 +27,17 @@ def heat_map(grid: QualityGrid) -> str:
 
     Clean images are the first row, one cell; then come the corruptions of TRAINED, those of HELD_OUT, and the others.
     """
+    width, height, body = grid_panels(grid, y=48)
+    return _page(heading(grid), max(width, 520), height, body)
+
+
+def heading(grid: QualityGrid) -> str:
+    """What the heat map says in a line."""
+    return f"Top-1 {grid.clean.top1:.2f} % clean, {grid.mean():.2f} % in the mean of all corruptions"
+
+
+def grid_panels(grid: QualityGrid, *, y: float) -> tuple[float, float, list[str]]:
+    """Width and height that the panels of a grid take from the top of a picture, and the panels, whose upper edge is at `y`."""
     groups = _groups(grid)
     panels = [("top-1, %", BLUES, 1, _values(grid, lambda cell: cell.top1))]
     if any(cell.bits is not None for cell in grid.cells):
@@ -34,12 +45,11 @@ def heat_map(grid: QualityGrid) -> str:
     columns = list(map(str, grid.severities))
     across = LABELS + len(columns) * WIDE + 40
     body = [
-        panel(values, x=16 + at * across, y=48, title=title, axis="severity", columns=columns, ramp=ramp, digits=digits, groups=groups)
+        panel(values, x=16 + at * across, y=y, title=title, axis="severity", columns=columns, ramp=ramp, digits=digits, groups=groups)
         for at, (title, ramp, digits, values) in enumerate(panels)
     ]
     height = HEADING + (1 + len(grid.corruptions)) * HIGH + len(groups) * GAP + 46
-    label = f"Top-1 {grid.clean.top1:.2f} % clean, {grid.mean():.2f} % in the mean of all corruptions"
-    return _page(label, max(16 + len(panels) * across - 24, 520), 48 + height + 12, body)
+    return 16 + len(panels) * across - 24, y + height + 12, body
 
 
 def panel(
@@ -80,7 +90,7 @@ def panel(
         parts.append(_text(left - 8, top + 16, row, anchor="end"))
         wide = width / len(numbers)
         for at, number in enumerate(numbers):
-            color = GRAY if number is None else _color(ramp, _share(number, low, high))
+            color = GRAY if number is None else shade(ramp, _share(number, low, high))
             words = "-" if number is None else f"{number:.{digits}f}"
             parts += _cell(left + at * wide, top, wide, color, words)
         top += HIGH
@@ -129,14 +139,14 @@ def _share(number: float, low: float, high: float) -> float:
 
 def _cell(x: float, y: float, wide: float, color: Color, words: str) -> list[str]:
     ink = max((BLACK, WHITE), key=lambda ink: _contrast(ink, color))
-    fill = f'<rect class="cell" x="{x:g}" y="{y:g}" width="{wide - 1:g}" height="{HIGH - 1}" fill="{_hex(color)}"/>'
-    return [fill, _text(x + (wide - 1) / 2, y + 16, words, anchor="middle", ink=ink)]
+    fill = f'<rect class="cell" x="{x:g}" y="{y:g}" width="{wide - 1:g}" height="{HIGH - 1}" fill="{web_color(color)}"/>'
+    return [fill, _text(x + (wide - 1) / 2, y + 16, words, anchor="middle", ink=web_color(ink))]
 
 
 def _scale(x: float, y: float, width: float, ramp: Sequence[Color], span: tuple[float, float], digits: int) -> list[str]:
     step = width / BANDS
     parts = [
-        f'<rect x="{x + at * step:g}" y="{y:g}" width="{step:g}" height="10" fill="{_hex(_color(ramp, at / (BANDS - 1)))}" '
+        f'<rect x="{x + at * step:g}" y="{y:g}" width="{step:g}" height="10" fill="{web_color(shade(ramp, at / (BANDS - 1)))}" '
         'shape-rendering="crispEdges"/>'
         for at in range(BANDS)
     ]
@@ -147,7 +157,8 @@ def _scale(x: float, y: float, width: float, ramp: Sequence[Color], span: tuple[
     ]
 
 
-def _color(ramp: Sequence[Color], share: float) -> Color:
+def shade(ramp: Sequence[Color], share: float) -> Color:
+    """The color at a share, 0 to 1, of a ramp."""
     place = share * (len(ramp) - 1)
     at = min(int(place), len(ramp) - 2)
     red, green, blue = (round(one + (two - one) * (place - at)) for one, two in zip(ramp[at], ramp[at + 1], strict=True))
@@ -167,19 +178,20 @@ def _luminance(color: Color) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _hex(color: Color) -> str:
+def web_color(color: Color) -> str:
+    """The color as SVG and CSS write it."""
     return "#" + "".join(f"{value:02x}" for value in color)
 
 
-def _text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 11, bold: bool = False, ink: Color = BLACK) -> str:
+def _text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 11, bold: bool = False, ink: str = "currentColor") -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{_hex(ink)}"{weight}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{ink}"{weight}>{escape(words)}</text>'
 
 
 def _page(label: str, width: float, height: float, body: Sequence[str]) -> str:
     inner = "\n".join([_text(16, 24, label, size=12), *body])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escape(label)}" font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
+        f'aria-label="{escape(label)}" color="#000000" font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
         f"{inner}\n</svg>\n"
     )

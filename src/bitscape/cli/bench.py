@@ -1,0 +1,225 @@
+"""`bitscape bench`: exported files timed beside one another, and beside float and another tool's int8."""
+
+import datetime
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitscape.cli.network import ImageSettings, load_images, load_network, normalized_images
+from bitscape.cli.options import FILE, all_of, image_options, seed_option
+from bitscape.cli.output import amount, print_table
+from bitscape.cli.parsing import parse_normalization, parse_shape, writable
+from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
+from bitscape.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bitscape.export.bench import Contender, Measured
+
+RUNTIME_NAMES = ("onnxruntime", "openvino")
+threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")
+_network_options = all_of(
+    click.option("--model", metavar="NAME", help="Also time this network in float, and as ONNX Runtime's own int8."),
+    click.option("--weights", type=FILE, metavar="FILE", help="Its float weights, .safetensors. Default: as built."),
+    click.option("--data", metavar="SOURCE", help="Images: digits, a .parquet or .npz file, a folder, hf:name."),
+    click.option("--split", metavar="NAME", help="Split of --data for --accuracy.  [default: test]"),
+    click.option("--calibration", metavar="SOURCE", help="Images that set the ranges of ONNX Runtime's int8.  [default: --data, train]"),
+    click.option("--images", default=128, show_default=True, type=click.IntRange(min=2), help="Images drawn for it."),
+)
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=FILE, metavar="FILE...")
+@click.option("--runtime", "runtimes", multiple=True, type=click.Choice(RUNTIME_NAMES), help="Repeatable.  [default: by the file's suffix]")
+@click.option("--batch-size", "batch_sizes", default="1", show_default=True, metavar="N,N", help="Images at once, several to time each.")
+@threads_option
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Visits of each file; the median counts.")
+@_network_options
+@image_options
+@click.option("--input-shape", metavar="CxHxW", help="Shape of one image.  [default: of the file or --data]")
+@click.option("--accuracy", type=click.IntRange(min=1), metavar="N", help="Also classify N images of --data with each file.")
+@click.option("--json", "json_file", callback=writable, metavar="FILE", help="Where the figures go, .json.")
+@seed_option
+def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json_file: Path | None, **given: Any) -> None:
+    """Time exported files in a runtime on this machine's CPU, beside one another.
+
+    All files are visited in turn, so that a change of the machine's speed meets all. With --model also the float network, and the int8
+    file that ONNX Runtime's own post-training quantization makes of it.
+
+    \b
+    Example:
+      bitscape bench resnet18.onnx other.onnx --batch-size 1,16
+      bitscape bench resnet18.onnx resnet18.xml --model timm:resnet18 \\
+        --weights resnet18.safetensors --data val/ --input-size 224 \\
+        --normalize imagenet --accuracy 1000
+    """
+    from bitscape.export.bench import measure_files
+
+    if not files and given["model"] is None:
+        raise BitscapeError("FILE is missing; give exported files, or --model to time a float network")
+    if given["accuracy"] is not None and given["data"] is None:
+        raise BitscapeError("--accuracy needs --data: the images to classify")
+    batch_sizes = _batch_sizes(given["batch_sizes"])
+    settings = ImageSettings(input_size=given["input_size"], normalize=given["normalize"])
+    with tempfile.TemporaryDirectory() as folder:
+        test, labels = _test_images(given, settings)
+        network, images = _network(given, settings)
+        shape = _image_shape(files, parse_shape(given["input_shape"]), images if test is None else test)
+        if network is not None and images is None:
+            images = random_images(given["images"], shape, given["seed"])
+        contenders = _contenders(files, runtimes, threads, network, images, Path(folder))
+        _check_batches(contenders, batch_sizes)
+        found = measure_files(contenders, shape, batch_sizes, rounds=given["rounds"], test=None if test is None else test.numpy())
+        rows = [row for size in batch_sizes for row in _rows(found, size, labels)]
+    _print(rows, found, threads, given["rounds"])
+    if json_file is not None:
+        _write(json_file, rows, threads, given["rounds"], shape)
+
+
+def random_images(images: int, shape: Sequence[int], seed: int) -> "Tensor":
+    """Normal random images (n, c, h, w): as good as any for timing."""
+    import torch
+
+    return torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise BitscapeError(f"--batch-size {text!r}: write whole numbers from 1, e.g. 1,16")
+    return list(dict.fromkeys(map(int, sizes)))
+
+
+def _test_images(given: dict[str, Any], settings: ImageSettings) -> "tuple[Tensor | None, Tensor | None]":
+    """Images of --accuracy, normalized, and their labels, where there are any."""
+    if given["accuracy"] is None:
+        return None, None
+    drawn = load_images(given["data"], given["split"] or "test", settings, limit=given["accuracy"], seed=given["seed"])
+    return parse_normalization(settings.normalize, given["data"]).apply(drawn.images), drawn.labels
+
+
+def _network(given: dict[str, Any], settings: ImageSettings) -> "tuple[nn.Module | None, Tensor | None]":
+    """The network of --model, and the images that calibrate it, where options name them."""
+    if given["model"] is None:
+        return None, None
+    network, source = load_network(given["model"], given["weights"], "cpu", given["seed"]), given["calibration"] or given["data"]
+    return network, None if source is None else normalized_images(source, given["images"], settings, given["seed"], network)
+
+
+def _image_shape(files: Sequence[Path], given: tuple[int, ...] | None, images: "Tensor | None") -> tuple[int, ...]:
+    """Shape of one image: as given, of the data, or of the first file in which it is fixed. Raises BitscapeError unless all agree."""
+    from bitscape.export.bench import input_shape
+
+    shapes = {file: input_shape(file)[1:] for file in files}
+    known = [shape for shape in shapes.values() if shape and None not in shape]
+    shape = given or (tuple(images.shape[1:]) if images is not None else next(iter(known), None))
+    if shape is None:
+        raise BitscapeError("--input-shape is missing, and no file tells it; write e.g. --input-shape 3x224x224")
+    for file, own in shapes.items():
+        if len(own) != len(shape) or any(size not in (None, wanted) for size, wanted in zip(own, shape, strict=True)):
+            raise BitscapeError(f"{file} takes images of {_text(own)}, not {_text(shape)}; give --input-shape, --data or files that agree")
+    return shape  # type: ignore[return-value]  # without None
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape)
+
+
+def _contenders(
+    files: Sequence[Path], runtimes: Sequence[str], threads: int, network: "nn.Module | None", images: "Tensor | None", folder: Path
+) -> "list[Contender]":
+    from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
+    from bitscape.export.bench import OPENVINO_SUFFIX, Contender
+    from bitscape.export.runtime import RUNTIMES
+
+    def contender(name: str, path: Path, runtime: str) -> Contender:
+        return Contender(name=name, path=path, runtime=RUNTIMES[runtime](threads=threads))
+
+    wanted = {file: runtimes or (RUNTIME_NAMES[file.suffix == OPENVINO_SUFFIX],) for file in files}
+    exported = [contender(str(file), file, runtime) for file, names in wanted.items() for runtime in names]
+    if network is None or images is None:
+        return exported
+    plain = save_float_onnx(network, folder / "float.onnx", images)
+    int8 = save_onnxruntime_int8(plain, folder / "int8.onnx", images)
+    used = dict.fromkeys([*runtimes, *(name for names in wanted.values() for name in names)]) or (RUNTIME_NAMES[0],)
+    floats = [contender("float", plain, name) for name in used]
+    return [*floats, *(contender("onnxruntime's int8", int8, name) for name in runtimes or RUNTIME_NAMES[:1]), *exported]
+
+
+def _check_batches(contenders: "Sequence[Contender]", batch_sizes: Sequence[int]) -> None:
+    from bitscape.export.bench import input_shape
+
+    for contender in contenders:
+        fixed = input_shape(contender.path)[0]
+        if fixed is not None and batch_sizes != [fixed]:
+            raise BitscapeError(
+                f"{contender.name} takes batches of {fixed} alone; give --batch-size {fixed}, or export with a free batch size"
+            )
+
+
+def _rows(found: "Sequence[Measured]", batch_size: int, labels: "Tensor | None") -> list[dict[str, Any]]:
+    """Figures of each file at one batch size."""
+    first = found[0]
+    rows = []
+    for measured in found:
+        timing = measured.timings[batch_size]
+        row = {
+            "file": measured.contender.name,
+            "runtime": measured.contender.runtime.version,
+            "batch_size": batch_size,
+            "file_bytes": measured.contender.file_bytes,
+            "float_layers": len(measured.float_layers),
+            "cpu_ms": timing.cpu_ms,
+            "cpu_spread": timing.spread,
+            "wall_ms": timing.wall_ms,
+            "images_per_s": measured.images_per_s(batch_size),
+            "times_faster": first.ms(batch_size) / measured.ms(batch_size),
+        }
+        if measured.classes is not None and first.classes is not None:
+            top1 = {} if labels is None else {"top1": 100 * float((measured.classes == labels.numpy()).mean())}
+            row |= {"images": len(measured.classes), **top1, "agreement": 100 * float((measured.classes == first.classes).mean())}
+        rows.append(row)
+    return rows
+
+
+def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads: int, rounds: int) -> None:
+    from bitscape.report.records import environment
+
+    first = rows[0]
+    columns = ["file", "runtime", "batch", "size", "float layers", "CPU ms", "+-", "wall ms", "images/s", f"x {first['file']}"]
+    columns += [name for name, key in (("top-1", "top1"), ("agrees", "agreement")) if key in first]
+    print_table(columns, [_texts(row) for row in rows], left=2)
+    by = "CPU time" if threads == 1 else "wall-clock time"
+    click.echo(f"\n{environment()['cpu']}, threads: {threads}; median of {rounds} rounds, each visiting every file; x: by {by}")
+    if "images" in first:
+        click.echo(f"top-1 and agreement with {first['file']} on {first['images']} images")
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    texts = [row["file"], row["runtime"], str(row["batch_size"]), amount(row["file_bytes"], "B"), str(row["float_layers"])]
+    texts += [f"{row['cpu_ms']:.4g}", f"{100 * row['cpu_spread']:.0f} %", f"{row['wall_ms']:.4g}"]
+    texts += [f"{row['images_per_s']:,.0f}", f"{row['times_faster']:.2f}"]
+    return texts + [f"{row[key]:.2f} %" for key in ("top1", "agreement") if key in row]
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], threads: int, rounds: int, shape: Sequence[int]) -> None:
+    from bitscape.report.records import environment
+
+    document = {
+        "format": 1,
+        "tool": f"bitscape {__version__}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": environment()["cpu"],
+        "threads": threads,
+        "rounds": rounds,
+        "input_shape": list(shape),
+        "rows": list(rows),
+    }
+    write_atomic(path, json.dumps(document, indent=1) + "\n")
+    click.echo(f"figures: {path}")

@@ -1,0 +1,137 @@
+"""`bitscape latency`: times measured on the machine that a network shall run on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bitscape.cli.bench import RUNTIME_NAMES, random_images, threads_option
+from bitscape.cli.network import ImageSettings, load_network, measure_network, normalized_images
+from bitscape.cli.options import FILE, image_options, model_option, seed_option
+from bitscape.cli.output import amount, print_table
+from bitscape.cli.parsing import parse_candidates, parse_shape, writable
+from bitscape.cost.profiles import PROFILES
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits
+
+if TYPE_CHECKING:
+    from bitscape.cost.latency import LatencyTable
+    from bitscape.cost.layers import NetworkCost
+
+OWN_PROFILE = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
+MOST_COLUMNS = 8
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def latency(context: click.Context) -> None:
+    """Measure what layers take on this machine."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@latency.command()
+@model_option
+@click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors. Default: as built.")
+@click.option("--data", metavar="SOURCE", help="Images that set the ranges of the 8-bit network.  [default: random]")
+@click.option("--images", default=32, show_default=True, type=click.IntRange(min=2), help="Images drawn for it.")
+@image_options
+@click.option("--input-shape", metavar="CxHxW", help="Instead of --data: shape of one image, e.g. 3x224x224.")
+@click.option("--runtime", default=RUNTIME_NAMES[0], show_default=True, type=click.Choice(RUNTIME_NAMES), help="What runs the layers.")
+@click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --profile]")
+@click.option("--profile", type=click.Choice(list(PROFILES)), help="Measure the bits of this target.  [default: the runtime's]")
+@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@threads_option
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Visits of each model; the quickest counts.")
+@click.option("--out", required=True, callback=writable, metavar="FILE", help="Where the table goes, .json.")
+@seed_option
+def build(
+    model: str,
+    weights: Path | None,
+    data: str | None,
+    images: int,
+    input_size: int | None,
+    normalize: str | None,
+    input_shape: str | None,
+    runtime: str,
+    candidates: str | None,
+    profile: str | None,
+    batch_size: int,
+    threads: int,
+    rounds: int,
+    out: Path,
+    seed: int,
+) -> None:
+    """Measure each layer at each pair of bits, and write the table for `bitscape search --latency`.
+
+    Run it on the target machine, with nothing else running. A run that was stopped goes on where it was: give the same command.
+
+    \b
+    Example:
+      bitscape latency build --model timm:resnet18 --input-shape 3x224x224 \\
+        --runtime openvino --out resnet18-latency.json
+      bitscape search --latency resnet18-latency.json --budget latency_ms=2.5 ...
+    """
+    from bitscape.export.layer_times import build_table
+    from bitscape.export.runtime import RUNTIMES
+    from bitscape.report.records import environment
+
+    network, shape = load_network(model, weights, "cpu", seed), parse_shape(input_shape)
+    if (data is None) == (shape is None):
+        raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
+    if data is not None:
+        drawn = normalized_images(data, images, ImageSettings(input_size=input_size, normalize=normalize), seed, network)
+    else:
+        assert shape is not None
+        drawn = random_images(images, shape, seed)
+    measured = measure_network(network, tuple(drawn.shape[1:]))
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        table = build_table(
+            network,
+            drawn,
+            _pairs(candidates, profile or OWN_PROFILE[runtime]),
+            RUNTIMES[runtime](threads=threads),
+            machine=environment()["cpu"],
+            partial=partial,
+            batch_size=batch_size,
+            rounds=rounds,
+        )
+    except KeyboardInterrupt:
+        kept = f"{partial} keeps what is measured; run the same command to go on" if partial.is_file() else ""
+        raise click.Abort(kept) from None
+    table.save(out)
+    partial.unlink()
+    _print(table, measured)
+    click.echo(f"\ntable: {out}; use it: bitscape search --latency {out} --budget latency_ms=...")
+
+
+def _pairs(candidates: str | None, profile: str) -> tuple[LayerBits, ...]:
+    if candidates is not None:
+        return parse_candidates(candidates)
+    return tuple(LayerBits(w, a) for w in PROFILES[profile].weight_bits for a in PROFILES[profile].activation_bits)
+
+
+def _print(table: "LatencyTable", network: "NetworkCost") -> None:
+    pairs = shown_pairs(list(next(iter(table.layers.values()))))
+    rows = []
+    for layer in network.layers:
+        times = table.layers[layer.name]
+        rows.append([layer.name, layer.kind, amount(layer.macs), *(_microseconds(times[pair]) for pair in pairs)])
+    sums = {pair: sum(times[pair] for times in table.layers.values()) for pair in pairs}
+    rows.append(["all layers", "", amount(network.covered_macs), *(_microseconds(value) for value in sums.values())])
+    print_table(["us of a layer alone, at", "kind", "MACs of an image", *pairs], rows, left=2)
+    faster = f"8/8 is {table.float_ms / table.network_ms:.2f} times as fast"
+    click.echo(f"\nwhole network: {table.network_ms:.4g} ms at 8/8, {table.float_ms:.4g} ms in float ({faster}); {table.where}")
+    click.echo(table.note() or f"fewer bits take it down to {100 * table.spread():.1f} % of its time at 8/8")
+
+
+def shown_pairs(pairs: Sequence[str]) -> list[str]:
+    """All, or, where these are many, those with activations of 8 bits and one with fewer."""
+    narrow = [pair for pair in pairs if not pair.endswith("/8")]
+    return list(pairs) if len(pairs) <= MOST_COLUMNS else [pair for pair in pairs if pair not in narrow[1:]]
+
+
+def _microseconds(ms: float) -> str:
+    return f"{1000 * ms:.4g}"

@@ -1,0 +1,140 @@
+"""Exported files beside one another: size, time, what a runtime computes in float, and the classes that come out."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.runtime import Runtime, Session, Timing, time_alternately
+from bitscape.progress import track
+
+Array = NDArray[Any]
+OPENVINO_SUFFIX, OPENVINO_WEIGHTS = ".xml", ".bin"
+ROUND_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A file in a runtime."""
+
+    name: str
+    """What tables call it."""
+    path: Path
+    runtime: Runtime
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file, with the weights that OpenVINO keeps beside it."""
+        paths = [self.path, *([self.path.with_suffix(OPENVINO_WEIGHTS)] if self.path.suffix == OPENVINO_SUFFIX else [])]
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a contender takes and gives."""
+
+    contender: Contender
+    float_layers: tuple[str, ...]
+    """Convolutions and products with weights that the runtime computes in float."""
+    timings: Mapping[int, Timing]
+    """Batch size -> time of a batch."""
+    classes: Array | None = field(repr=False)
+    """Class of each test image; None without such images."""
+
+    def ms(self, batch_size: int) -> float:
+        """Time of a batch by which contenders are compared."""
+        return self.timings[batch_size].ms(self.contender.runtime.threads)
+
+    def images_per_s(self, batch_size: int) -> float:
+        """Throughput, by the wall clock."""
+        return 1000 * batch_size / self.timings[batch_size].wall_ms
+
+
+def measure_files(
+    contenders: Sequence[Contender], shape: Sequence[int], batch_sizes: Sequence[int], *, rounds: int, test: Array | None = None
+) -> list[Measured]:
+    """Time all contenders alternately in this process, and classify test images with each.
+
+    Args:
+        contenders: files and their runtimes.
+        shape: of one image, (c, h, w).
+        batch_sizes: images in a batch; each is timed.
+        rounds: visits of each contender; the median counts.
+        test: normalized float32 (n, c, h, w), or None.
+
+    Raises:
+        BitscapeError: a file that its runtime refuses, or that does not take images of this shape in such batches.
+    """
+    sessions = [contender.runtime.open(contender.path) for contender in contenders]
+    timings: list[dict[int, Timing]] = [{} for _ in contenders]
+    ticks = track(range(rounds * len(batch_sizes)), label="bench, round")
+    next(ticks)
+    for batch_size in batch_sizes:
+        images = np.random.default_rng(0).standard_normal((batch_size, *shape), dtype=np.float32)
+        for contender, session in zip(contenders, sessions, strict=True):
+            _run(contender, session, images)
+        runs = {str(at): lambda session=session: session.run(images) for at, session in enumerate(sessions)}  # noqa: B023 # called in this turn
+        found = time_alternately(runs, rounds=rounds, round_s=ROUND_S, progress=lambda _: _advance(ticks))
+        for at, own in enumerate(timings):
+            own[batch_size] = found[str(at)]
+    return [
+        Measured(
+            contender=contender,
+            float_layers=tuple(session.float_layers()),
+            timings=own,
+            classes=None if test is None else _classes(contender, session, test, max(batch_sizes)),
+        )
+        for contender, session, own in zip(contenders, sessions, timings, strict=True)
+    ]
+
+
+def _advance(ticks: Iterator[int]) -> None:
+    next(ticks, None)
+
+
+def _classes(contender: Contender, session: Session, images: Array, batch_size: int) -> Array:
+    found = []
+    for start in range(0, len(images), batch_size):
+        # Always whole batches: a file may take no others.
+        outputs = _run(contender, session, images[np.arange(start, start + batch_size) % len(images)])[0]
+        if outputs.ndim != 2:
+            raise BitscapeError(f"{contender.name}: its output has shape {outputs.shape}; classes need (images, classes)")
+        found.append(outputs.argmax(1))
+    return np.concatenate(found)[: len(images)]
+
+
+def _run(contender: Contender, session: Session, images: Array) -> list[Array]:
+    try:
+        return session.run(images)
+    except Exception as error:  # each runtime has its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BitscapeError(f"{contender.name}: {contender.runtime.version} fails on images of shape {images.shape}: {reason}") from error
+
+
+def input_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:
+    """Shape of a file's input, with the batch; None where it is free. Raises BitscapeError for a file that cannot be read."""
+    try:
+        return _openvino_shape(path) if Path(path).suffix == OPENVINO_SUFFIX else _onnx_shape(path)
+    except BitscapeError:
+        raise
+    except Exception as error:  # of protobuf, or OpenVINO's own
+        raise BitscapeError(f"{os.fspath(path)}: not readable as a file of a network ({type(error).__name__})") from error
+
+
+def _onnx_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:
+    with needs_extra("onnx"):
+        import onnx
+    dimensions = onnx.load(os.fspath(path), load_external_data=False).graph.input[0].type.tensor_type.shape.dim
+    return tuple(size.dim_value if size.HasField("dim_value") else None for size in dimensions)
+
+
+def _openvino_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:
+    with needs_extra("openvino"):
+        import openvino
+    sizes = openvino.Core().read_model(os.fspath(path)).inputs[0].partial_shape
+    return tuple(size.get_length() if size.is_static else None for size in sizes)
