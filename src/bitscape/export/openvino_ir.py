@@ -1,0 +1,245 @@
+"""OpenVINO IR files: a network with integer layers for OpenVINO, weights in 2, 3, 4, 6 or 8 bits.
+
+The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in two places:
+
+    weights     u2, u3, u4 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i8 for more bits. Folded when OpenVINO loads the file.
+    quantizers  behind layers, sums and quantizers: Multiply(1 / scale) -> Round -> Clamp -> FakeQuantize with steps of one;
+                elsewhere a FakeQuantize alone
+
+Why Round: OpenVINO's CPU plugin does not round a FakeQuantize that comes first behind a convolution if a sum and another FakeQuantize
+follow, as on residual edges; and every FakeQuantize adds the zero point before it rounds, which costs float32 the last bits of small
+values. Round leaves nothing to change for either, and is fused into the convolution like them: it takes no time. Measured with ResNet-20 at
+W4A4 on 2,000 images of CIFAR-10, OpenVINO 2026.4: the ONNX file gives the simulation's class in 94.9 % of them and outputs that differ by
+15 %, this file 99.9 % and 0.6 %, as ONNX Runtime does.
+
+OpenVINO computes no convolution in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.integer_graph import IntegerNetwork, integer_network
+from bitscape.export.onnx_qdq import container, onnx_model
+from bitscape.export.onnx_trace import checked_bytes
+from bitscape.files import write_atomic
+
+_log = logging.getLogger("bitscape.export")
+CONTAINERS = (2, 3, 4, 6, 8)
+"""Widths in which OpenVINO stores integers."""
+ROUNDED = {"Convolution", "GroupConvolution", "MatMul", "Add", "FakeQuantize"}
+"""Operators behind which quantizers round for themselves. Behind moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
+DEQUANTIZER = {"Multiply", "Subtract", "Convert", "Minimum", "Maximum"}
+"""What OpenVINO makes of a DequantizeLinear and the Clip of codes in front of it."""
+
+
+@dataclass(frozen=True)
+class OpenvinoInfo:
+    """What an OpenVINO file holds."""
+
+    path: Path
+    """The .xml file; the .bin file stands beside it."""
+    file_bytes: int
+    """Size of both."""
+    weight_bytes: int
+    """Weights in their containers, weight scales, and biases."""
+    containers: dict[str, int]
+    """Layer -> bits of the container of its weights."""
+    added: int
+    """Quantizers of 8 bits that the network's own do not include."""
+
+
+def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
+    """Write a quantized network as an OpenVINO IR with a free batch size.
+
+    A crash leaves each of the two files old or new; in the instant between them, one of either.
+
+    Args:
+        network: calibrated or trained, of static bits.
+        path: the .xml file; the weights go into a .bin file beside it.
+        images: normalized float32 (n, c, h, w), a few hundred; they calibrate the 8-bit quantizers that are added (`placement`).
+
+    Raises:
+        BitscapeError: a path that does not end in .xml, missing packages of the extras "onnx" and "openvino"; or as `integer_network`.
+    """
+    _checked(path)
+    return write_openvino(integer_network(network, images), path, images)
+
+
+def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
+    """As `save_openvino`, for a network in integer form; two of `images` are traced."""
+    path = _checked(path)
+    content = _contents(openvino_model(network, images))
+    for suffix, part in content.items():
+        write_atomic(path.with_suffix(suffix), part)
+    chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
+    stored = sum(packed_bytes(weight.q.numel(), chosen[key]) + 4 * len(weight.scale) for key, weight in network.weights.items())
+    stored += sum(4 * len(bias) for bias in network.biases.values())
+    names = {key.removesuffix(".weight"): bits for key, bits in chosen.items()}
+    return OpenvinoInfo(path, sum(map(len, content.values())), stored, names, len(network.added))
+
+
+def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
+    """The network as an openvino.Model. Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing."""
+    with needs_extra("openvino"):
+        import openvino
+    proto = onnx_model(network, images, containers=(8,))
+    import onnx_ir as ir
+
+    model = openvino.Core().read_model(checked_bytes(ir.to_proto(proto)))
+    weights = [(node, network.weights[key]) for node in model.get_ops() if (key := _weight_key(node, network)) is not None]
+    _fold_constants(model, [(node, _stored(node, container(weight, CONTAINERS))) for node, weight in weights])
+    for node in model.get_ordered_ops():
+        _rewrite_quantizer(node)
+    model.validate_nodes_and_infer_types()
+    _rename(model, network)
+    return model
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Bytes of a constant u2, u3, u4 or u6, as OpenVINO lays them out.
+
+    u2 and u4 put the first code into the lowest bits. u3 and u6 are split: of 8 or 4 codes, two bytes hold the low 2 or 4 bits of each and
+    a third byte the high 1 or 2 bits, the first code in the highest bits.
+
+    Args:
+        codes: unsigned, (n,).
+        bits: 2, 3, 4 or 6.
+    """
+    high_bits = bits & -bits  # 2, 1, 4, 2
+    group = 8 // high_bits
+    codes = np.pad(codes, (0, -len(codes) % group))
+    if high_bits == bits:
+        return _joined(codes, bits)
+    low_bits = np.uint8(bits - high_bits)
+    low = _joined(codes & (2**low_bits - 1), int(low_bits), reverse=True)
+    high = _joined(codes >> low_bits, high_bits, reverse=True)
+    return np.concatenate([low.reshape(-1, 2), high.reshape(-1, 1)], axis=1).reshape(-1)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes take in a constant of `bits`; u3 and u6 come in whole groups of three bytes."""
+    return -(-count * bits // 8) if bits & (bits - 1) == 0 else 3 * -(-count * bits // 24)
+
+
+def _joined(codes: NDArray[np.uint8], width: int, reverse: bool = False) -> NDArray[np.uint8]:
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    parts = codes.reshape(-1, len(shifts)) << (shifts[::-1] if reverse else shifts)
+    return np.asarray(np.bitwise_or.reduce(parts, axis=1))
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise BitscapeError(f"path: {path} does not end in .xml; OpenVINO finds the weights as a .bin file beside an .xml file")
+    return path
+
+
+def _contents(model: Any) -> dict[str, bytes]:
+    """Suffix -> content of the file; weights first, for a new graph must not meet old ones."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
+        binary, graph = (Path(folder, f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
+    return {".bin": binary, ".xml": re.sub(rb">\s+<", b"><", graph)}  # indented, small networks have more graph than weights
+
+
+def _weight_key(node: Any, network: IntegerNetwork) -> str | None:
+    """Key of the weight whose codes a constant holds; None for any other node."""
+    name = str(node.get_friendly_name())
+    key = name.removesuffix(".codes").removesuffix(".transposed")
+    return key if node.get_type_name() == "Constant" and name.endswith(".codes") and key in network.weights else None
+
+
+def _stored(constant: Any, bits: int) -> Any:
+    """What gives the same codes as an i8 constant from one of `bits`."""
+    import openvino
+    from openvino import opset13 as op
+
+    if bits == 8:
+        return constant
+    codes, offset = constant.data, 2 ** (bits - 1)
+    memory = openvino.Tensor(getattr(openvino.Type, f"u{bits}"), list(codes.shape))
+    memory.data[:] = pack((codes.astype(np.int16) + offset).astype(np.uint8).reshape(-1), bits)
+    small = op.constant(memory, name=constant.get_friendly_name())
+    return op.subtract(op.convert(small, "i8"), op.constant(np.int8(offset)))
+
+
+def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
+    """Compute what depends on constants only, all but weights; put the second of each pair of nodes in the place of the first.
+
+    Biases become float32 constants, the same values: read from ONNX, each comes with ten nodes that find its shape.
+    """
+    from openvino import opset13 as op
+    from openvino.passes import ConstantFolding, Manager
+
+    held = [op.parameter(node.get_output_shape(0), node.get_element_type()) for node, _ in weights]
+    for parameter, (node, _) in zip(held, weights, strict=True):
+        _replace(node, parameter)
+    model.add_parameters(held)
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
+    for parameter, (_, stored) in zip(held, weights, strict=True):
+        _replace(parameter, stored)
+        model.remove_parameter(parameter)
+
+
+def _replace(node: Any, by: Any) -> None:
+    for target in node.output(0).get_target_inputs():
+        target.replace_source_output(by.output(0))
+
+
+def _rewrite_quantizer(node: Any) -> None:
+    """If `node` ends a dequantizer behind a quantizer, put one FakeQuantize in the place of both."""
+    quantizer, constants = _quantizer_before(node)
+    if quantizer is None:
+        return
+    from openvino import opset13 as op
+
+    scale, zero_point = np.float32(constants["Multiply"]), constants["Subtract"]
+    x, step = quantizer.input_value(0), scale
+    low, high = (constants.get(name, end) - zero_point for name, end in (("Maximum", 0), ("Minimum", 255)))
+    if x.get_node().get_type_name() in ROUNDED:
+        x, step = op.round(op.multiply(x, np.float32(1) / scale), "half_to_even"), np.float32(1)
+    if "Maximum" in constants:
+        x = op.clamp(x, float(low * step), float(high * step))
+    ends = [np.float32(end - zero_point) for end in (0, 255)]
+    _replace(node, op.fake_quantize(x, *(step * end for end in ends), *(scale * end for end in ends), 256))
+
+
+def _quantizer_before(node: Any) -> tuple[Any, dict[str, float]]:
+    """The FakeQuantize whose codes `node` scales, or None, and the constants met on the way, by operator."""
+    constants: dict[str, float] = {}
+    if node.get_type_name() != "Multiply":
+        return None, constants
+    while node.get_type_name() in DEQUANTIZER:
+        inputs = [value.get_node() for value in node.input_values()]
+        fixed = [other for other in inputs if other.get_type_name() == "Constant"]
+        rest = [other for other in inputs if other.get_type_name() != "Constant"]
+        if len(rest) != 1 or any(other.data.size != 1 for other in fixed):
+            return None, constants
+        if fixed:
+            constants[node.get_type_name()] = float(fixed[0].data.reshape(-1)[0])
+        node = rest[0]
+    return (node if node.get_type_name() == "FakeQuantize" and "Subtract" in constants else None), constants
+
+
+def _rename(model: Any, network: IntegerNetwork) -> None:
+    """Number the nodes that are no layers: OpenVINO's own numbers go on through a process, and the same network must give the same file."""
+    layers = {key.removesuffix(".weight") for key in network.weights}
+    for index, node in enumerate(model.get_ordered_ops()):
+        is_named = node.get_friendly_name().partition("/")[0] in layers or _weight_key(node, network) is not None
+        if not is_named and node.get_type_name() not in ("Parameter", "Result"):
+            node.set_friendly_name(f"n{index}")
