@@ -1,9 +1,9 @@
-# make demo, make test: both work in .venv, which the versions in constraints.txt fill once.
+# make demo, make test, make docs: all work in .venv, which the versions in constraints.txt fill once.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test
+.PHONY: demo test docs
 
 demo: $(READY)
 	$(BIN)/bitscape demo
@@ -16,6 +16,11 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest
+
+# Tables and figures from benchmarks/results, pages of methods from the source; then links, examples and command lines are checked.
+docs: $(READY)
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/pytest tests/docs tests/test_readme.py
 
 # torch first: a package resolved before it could bring another build of it.
 $(READY): constraints.txt pyproject.toml

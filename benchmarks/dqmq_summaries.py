@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.dqmq import LEARNED, LONGER, NETWORK, RANDOM, STATIC
-from benchmarks.summaries_common import Run, compared, difference, groups, with_schedule
+from benchmarks.summaries_common import Run, compared, groups, with_schedule
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.engine.quality_grid import Cell, QualityGrid
 from bitscape.errors import BitscapeError
+from bitscape.report.differences import difference
 from bitscape.report.heat_map import heat_map
 from bitscape.report.tables import Column
 

@@ -1,10 +1,11 @@
-"""Figures of loss landscapes, as SVG."""
+"""Figures as SVG: loss landscapes, and accuracy at equal bytes."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
+from benchmarks.summaries_common import Run, groups
 from benchmarks.transfer_summaries import text
 from bitscape.errors import BitscapeError
 from bitscape.sharpness import LossSlice
@@ -16,6 +17,21 @@ BANDS = 12
 RAMP = ((255, 250, 214), (74, 178, 190), (10, 31, 92))
 """From low loss to high; lightness falls all the way, so that no hue needs to be told apart."""
 LABEL = "Loss around networks, along two random filter-normalized directions; one logarithmic scale"
+
+EQUAL_BYTES = "Top-1 without training, all within the bytes of uniform 4-bit weights; activations, first and last layer at 8 bits"
+ROWS = {
+    ("fisher", ""): "mixed: fisher",
+    ("fisher", "policy only"): "mixed: fisher, searched on CIFAR-10 images",
+    ("kl", ""): "mixed: kl",
+    ("local", ""): "mixed: local, a plain error ranking",
+    ("uniform", ""): "uniform 4 bits",
+    ("random", ""): "random bits",
+}
+"""(method, variant) -> what its row is called, from top to bottom."""
+LINE, ZERO, HUNDRED, TITLE = 25, 292, 742, 74
+"""Pixels: step from row to row, x of 0 % and of 100 %, y of the first panel's title."""
+MIXED, CONTROL = "#0b5394", "#b45309"
+"""Searched policies, and what they must beat; the words beside the rows say it too."""
 
 Point = tuple[float, float]
 Corner = tuple[Point, float]
@@ -128,3 +144,89 @@ def _color(band: int) -> str:
     share = band / (BANDS - 1) * (len(RAMP) - 1)
     at = min(int(share), len(RAMP) - 2)
     return "#" + "".join(f"{round(one + (two - one) * (share - at)):02x}" for one, two in zip(RAMP[at], RAMP[at + 1], strict=True))
+
+
+def equal_bytes(runs: Sequence[Run]) -> str:
+    """An SVG of top-1 before (ring) and after repair (disc) at one size: a panel for each network, a row for each way to choose the bits.
+
+    runs: of the benchmark ptq-imagenet; those at 8-bit activations are drawn, with scores and repair on the target's images, but for the
+    row that says otherwise. Bars are one standard error of the test images to both sides; float is a dashed line.
+
+    Raises:
+        BitscapeError: no such run.
+    """
+    drawn, y = [], TITLE
+    shown = [run for run in runs if run["settings"] == {"activation_bits": 8}]
+    for (network,), group in groups(shown, ("network",)).items():
+        drawn.append(_panel_of_rows(y, network, group))
+        y += 66 + LINE * len(_rows(group))
+    if not drawn:
+        raise BitscapeError("ptq-imagenet.jsonl holds no run at 8-bit activations; python -m benchmarks.ptq_imagenet makes them")
+    width, height = HUNDRED + 46, y - 26
+    legend = [_ring(ZERO, 40), text(ZERO + 10, 44, "before repair", "start", 11)]
+    legend += [_disc(ZERO + 108, 40, MIXED), _disc(ZERO + 124, 40, CONTROL)]
+    legend += [text(ZERO + 134, 44, "after repair: mixed, controls", "start", 11)]
+    legend += [f'<path d="M{ZERO + 310},40h24" stroke="#1a1a1a" stroke-dasharray="4 3"/>']
+    legend += [text(ZERO + 340, 44, "float network", "start", 11)]
+    body = "\n".join([*legend, *drawn])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{EQUAL_BYTES}" font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
+        f"{text(16, 20, EQUAL_BYTES, 'start', 12)}\n{body}\n</svg>\n"
+    )
+
+
+def _rows(group: Sequence[Run]) -> dict[str, list[Run]]:
+    """Name of the row -> its runs, in the order of ROWS."""
+    found: dict[str, list[Run]] = {name: [] for name in ROWS.values()}
+    for run in group:
+        name = ROWS.get((run["method"], run.get("variant") or ""))
+        foreign = (run.get("proxy") or "").partition(":")[0]
+        if name and foreign == ("cifar10" if run.get("variant") else ""):
+            found[name].append(run)
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def _panel_of_rows(y: float, network: str, group: Sequence[Run]) -> str:
+    rows = _rows(group)
+    bottom = y + 12 + LINE * len(rows)
+    parts = ['<g class="panel">', text(16, y, escape(f"{network}, {group[0]['test_images']} ImageNet images"), "start", 13, bold=True)]
+    for percent in range(0, 101, 20):
+        parts += [f'<path d="M{_x(percent):g},{y + 8:g}V{bottom:g}" stroke="#d9d9d9"/>']
+        parts += [text(_x(percent), bottom + 15, f"{percent} %", "middle", 10)]
+    for run in group:
+        if run["method"] == "float":
+            x = _x(run["top1"])
+            parts += [f'<path d="M{x:g},{y + 8:g}V{bottom:g}" stroke="#1a1a1a" stroke-dasharray="4 3"/>']
+            parts += [text(x, y + 4, f"{run['top1']:.1f}", "middle", 10)]
+    for at, (name, runs) in enumerate(rows.items()):
+        parts.append(_row_of_runs(y + 24 + at * LINE, name, runs))
+    return "\n".join([*parts, "</g>"])
+
+
+def _row_of_runs(y: float, name: str, runs: Sequence[Run]) -> str:
+    color = MIXED if name.startswith("mixed") else CONTROL
+    count = f", {len(runs)} draws" if len(runs) > 1 else ""
+    parts = ['<g class="row">', text(ZERO - 12, y + 4, name + count, "end", 11)]
+    for run in runs:
+        before, after = run["extra"].get("plain_top1"), run["top1"]
+        if before is not None:
+            parts += [f'<path d="M{_x(before):g},{y:g}H{_x(after):g}" stroke="#9a9a9a"/>', _ring(_x(before), y)]
+        error = 100 * math.sqrt(after / 100 * (1 - after / 100) / run["test_images"])
+        parts += [f'<path d="M{_x(after - error):g},{y:g}H{_x(after + error):g}" stroke="{color}" stroke-width="2"/>']
+        parts += [_disc(_x(after), y, color)]
+    if len(runs) == 1:
+        parts.append(text(HUNDRED + 10, y + 4, f"{runs[0]['top1']:.1f}", "start", 11))
+    return "\n".join([*parts, "</g>"])
+
+
+def _x(percent: float) -> float:
+    return round(ZERO + (HUNDRED - ZERO) * percent / 100, 1)
+
+
+def _ring(x: float, y: float) -> str:
+    return f'<circle cx="{x:g}" cy="{y:g}" r="4" fill="#ffffff" stroke="#6a6a6a" stroke-width="1.5"/>'
+
+
+def _disc(x: float, y: float, color: str) -> str:
+    return f'<circle cx="{x:g}" cy="{y:g}" r="4.5" fill="{color}"/>'

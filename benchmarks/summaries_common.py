@@ -1,12 +1,9 @@
 """What the tables of results share: runs in groups, rows in one order, paired differences with their intervals."""
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from math import sqrt
 from typing import Any
 
-from scipy.stats import t as student
-
+from bitscape.report.differences import difference
 from bitscape.report.records import identity
 from bitscape.report.tables import Column, Row, aggregate, render
 
@@ -57,16 +54,6 @@ def compared(runs: Sequence[Run], names: Mapping[str, str], columns: Sequence[Co
         cells = ["-" if key == reference else paired(top1[key], top1.get(reference, {})) for key in keys]
         table = with_column(table, heading, cells)
     return table
-
-
-def difference(values: Sequence[float]) -> str:
-    """Mean of paired differences with its 95 % interval, in words where the interval holds zero."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.2f}, one pair: no interval"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
-    verdict = ", no difference seen" if abs(mean) <= half else ""
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{verdict}"
 
 
 def paired(top1: Mapping[int, float], reference: Mapping[int, float]) -> str:

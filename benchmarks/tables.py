@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables [--check]
 
-Tables stand between `<!-- table: NAME -->` and `<!-- end -->` and come from benchmarks/results/NAME.jsonl; pages of methods come
-from the cards in the source. `--check` writes nothing and exits with 1, naming what is stale.
+Tables stand between `<!-- table: NAME -->` and `<!-- end -->` and come from benchmarks/results/NAME.jsonl (`overview` from several
+of them); pages of methods come from the cards in the source. `--check` writes nothing and exits with 1, naming what is stale.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from benchmarks.cards import pages
 from benchmarks.dqmq_summaries import figure as dqmq_figure
+from benchmarks.figures import equal_bytes
+from benchmarks.overview import overview
 from benchmarks.saq_summaries import landscape
 from benchmarks.summaries import tables
 from benchmarks.transfer_summaries import heat_map
@@ -25,6 +27,7 @@ FIGURES = {
     "transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl")),
     "landscape": lambda results: landscape(read_runs(results / "landscape.jsonl")),
     "dqmq": lambda results: dqmq_figure(read_runs(results / "dqmq.jsonl")),
+    "ptq-imagenet": lambda results: equal_bytes(read_runs(results / "ptq-imagenet.jsonl")),
 }
 """Name of the figure and of its results file -> what draws it from the folder of results; without the file there is none."""
 
@@ -32,7 +35,7 @@ FIGURES = {
 def wanted(root: Path) -> dict[Path, str | None]:
     """Every document that has generated parts -> the text it should have; None for a page whose method is gone."""
     results = root / "benchmarks" / "results"
-    made = tables(results)
+    made = {**tables(results), "overview": overview(results)}
     methods = {root / "docs" / "methods" / name: text for name, text in pages().items()}
     written = [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.exists()]
     gone = {path: None for path in written if path.parent.name == "methods" and path not in methods}

@@ -56,6 +56,8 @@ def test_json_reads_back_and_has_an_entry_a_line():
         (b"[" * 100_000, "not readable"),
         (b'{"b": {"a": 1, "a": 1}}', "'a' stands twice"),
         (b'{"a": NaN}', "NaN is no allowed number"),
+        (b'{"a": "\\ud83d"}', "not readable as JSON .*surrogates not allowed"),
+        (b"1" * 5000, "Exceeds the limit"),
         (b"[-Infinity]", "-Infinity is no allowed number"),
     ],
 )

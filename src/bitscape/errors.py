@@ -26,6 +26,15 @@ def check_choices(settings: Any) -> None:
 
 
 @contextmanager
+def prefixed(place: object) -> Iterator[None]:
+    """Within the block, `place`, such as the path of a file, stands in front of the messages of BitscapeErrors."""
+    try:
+        yield
+    except BitscapeError as error:
+        raise type(error)(f"{place}: {error}") from error
+
+
+@contextmanager
 def explained_forward(images: Any) -> Iterator[None]:
     """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
     try:

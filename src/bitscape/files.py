@@ -1,14 +1,22 @@
-"""Files that a crash leaves old or new, never half of either; JSON that reads and edits well, read back strictly."""
+"""Files that a crash leaves old or new, never half of either; JSON that reads and edits well, read back strictly; checksums."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+UNSEALED = "0" * 16
+"""What stands in the place of a checksum until `sealed` puts it there."""
+_SEAL = re.compile(rb'\\"checksum\\": ?\\"([0-9a-f]{16})\\"')
+"""In a JSON text within a JSON text: the metadata of safetensors."""
+
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Replace the file at `path` by `content` (text as UTF-8); its folder must exist."""
+    """Replace the file at `path` by `content` (text as UTF-8); its folder must exist. An OSError names `path`, and the old file stays."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -17,8 +25,34 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # of a full disk it names no file, of a folder that is read-only the temporary one
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sealed(content: bytes) -> bytes:
+    """Put the checksum of a safetensors file into its metadata, in the place of `UNSEALED`: the SHA-256 of all its other bytes."""
+    place = _SEAL.search(content)
+    assert place is not None and place[1] == UNSEALED.encode()
+    return content[: place.start(1)] + _checksum(content, place) + content[place.end(1) :]
+
+
+def check_seal(content: bytes) -> None:
+    """Raise ValueError unless a file is, to the last bit, what `sealed` returned."""
+    place = _SEAL.search(content)
+    if place is None:
+        raise ValueError("it has no checksum: damaged, or written by another program")
+    if place[1] != (found := _checksum(content, place)):
+        raise ValueError(f"damaged: its checksum is {place[1].decode()}, that of its bytes {found.decode()}")
+
+
+def _checksum(content: bytes, place: re.Match[bytes]) -> bytes:
+    digest = hashlib.sha256(memoryview(content)[: place.start(1)])
+    digest.update(UNSEALED.encode())
+    digest.update(memoryview(content)[place.end(1) :])
+    return digest.hexdigest()[: len(UNSEALED)].encode()
 
 
 def json_text(document: Mapping[str, Any]) -> str:
@@ -37,12 +71,14 @@ def _block(mapping: Mapping[str, Any]) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """Read a JSON file. Raises ValueError for a damaged one, for an entry that stands twice, for NaN and infinities."""
+    """Read a JSON file. Raises ValueError for a damaged one, an entry that stands twice, NaN, infinities, and half characters."""
     try:
         # utf-8-sig: some editors put a byte-order mark in front
         text = content.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        document = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        json.dumps(document, ensure_ascii=False).encode()  # fails for one half of a pair such as \ud83d\ude00: no output takes it
+        return document
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not readable as JSON ({error}); is the file complete?") from error
 
 

@@ -92,9 +92,14 @@ class Policy:
     def load(cls, path: str | os.PathLike[str]) -> "Policy":
         """Read a policy file. Raises PolicyError, naming the file, if it is damaged or holds what no policy can."""
         try:
-            return _from_document(_parse(Path(path).read_bytes()))
+            return cls.from_document(_parse(Path(path).read_bytes()))
         except PolicyError as error:
             raise PolicyError(f"{os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def from_document(cls, document: Any) -> "Policy":
+        """Build the policy of what a policy file holds, read as JSON. Raises PolicyError, naming the entry."""
+        return _from_document(document)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise PolicyError unless the policy covers the network whose layers have these weight shapes."""

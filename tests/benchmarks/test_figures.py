@@ -3,10 +3,11 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 
-from benchmarks.figures import BANDS, DOWN, LEFT, SIDE, TOP, contours
+from benchmarks.figures import BANDS, CONTROL, DOWN, HUNDRED, LEFT, MIXED, SIDE, TOP, ZERO, contours, equal_bytes
 from bitscape.errors import BitscapeError
 from bitscape.sharpness import LossSlice
 
@@ -124,3 +125,57 @@ def test_the_figure_stands_on_its_own_and_fits_the_page() -> None:
 def test_nothing_to_draw_is_an_error(slices: dict[str, LossSlice]) -> None:
     with pytest.raises(BitscapeError, match="at least one slice"):
         contours(slices)
+
+
+def of_network(method: str, top1: float, network: str = "net & co", bits: int = 8, **fields: Any) -> dict[str, Any]:
+    known = {"test_images": 100, "settings": {"activation_bits": bits}, "extra": {"plain_top1": 10.0}, "proxy": None}
+    return {"network": network, "method": method, "top1": top1, **known, **fields}
+
+
+EQUAL = [
+    of_network("float", 80.0, extra={}),
+    of_network("random", 30.0, extra={}),
+    of_network("fisher", 50.0),
+    of_network("fisher", 45.0, proxy="cifar10:256"),
+    of_network("fisher", 55.0, proxy="cifar10:256", variant="policy only"),
+    of_network("fisher", 57.0, proxy="tiny_imagenet:256", variant="policy only"),
+    of_network("fisher", 99.0, bits=6),
+    of_network("random", 20.0, extra={}),
+    of_network("uniform", 40.0, network="other"),
+]
+
+
+def rows_of(panel: Element) -> list[Element]:
+    return [group for group in panel.iter("{http://www.w3.org/2000/svg}g") if group.get("class") == "row"]
+
+
+def equal_panels() -> list[Element]:
+    groups = ElementTree.fromstring(equal_bytes(EQUAL)).iter("{http://www.w3.org/2000/svg}g")
+    return [group for group in groups if group.get("class") == "panel"]
+
+
+def test_equal_bytes_has_a_panel_for_each_network_and_a_row_for_each_way_in_one_order() -> None:
+    first, second = equal_panels()
+    assert words(first)[0] == "net & co, 100 ImageNet images" and words(second)[0] == "other, 100 ImageNet images"
+    found = [words(row) for row in rows_of(first)]
+    assert found == [["mixed: fisher", "50.0"], ["mixed: fisher, searched on CIFAR-10 images", "55.0"], ["random bits, 2 draws"]]
+    assert [words(row) for row in rows_of(second)] == [["uniform 4 bits", "40.0"]]
+
+
+def test_equal_bytes_puts_ring_disc_bar_and_float_line_where_the_percentages_are() -> None:
+    panel, _ = equal_panels()
+    fisher, _, random = rows_of(panel)
+    x = {percent: ZERO + (HUNDRED - ZERO) * percent / 100 for percent in (10, 20, 30, 45, 50, 55, 80)}
+    assert [float(each.get("cx", "")) for each in of(fisher, "circle")] == [x[10], x[50]]
+    assert [float(each.get("cx", "")) for each in of(random, "circle")] == [x[30], x[20]]  # nothing is known from before repair
+    assert fills(fisher, "circle") == ["#ffffff", MIXED] and set(fills(random, "circle")) == {CONTROL}
+    # 50 % of 100 images: one standard error is 5 points.
+    bar = re.fullmatch(r"M([\d.]+),[\d.]+H([\d.]+)", of(fisher, "path")[1].get("d") or "")
+    assert bar and (float(bar[1]), float(bar[2])) == pytest.approx((x[45], x[55]))
+    (line,) = (path for path in of(panel, "path") if path.get("stroke-dasharray"))
+    assert (line.get("d") or "").startswith(f"M{x[80]:g},")
+
+
+def test_equal_bytes_without_runs_names_the_benchmark() -> None:
+    with pytest.raises(BitscapeError, match=r"python -m benchmarks\.ptq_imagenet"):
+        equal_bytes([of_network("fisher", 99.0, bits=6)])

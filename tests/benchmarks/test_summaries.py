@@ -1,10 +1,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from benchmarks.summaries import MAKERS, NO_RUNS, generic, packed_sizes, peer, ptq_imagenet, qat_cifar10, tables
-from benchmarks.summaries_common import difference, with_column
+from benchmarks.summaries_common import with_column
 
 CONDITIONS = {
     "device": "a CPU, 2 cores",
@@ -38,14 +36,6 @@ def _ptq(method: str, proxy: str | None, seed: int, top1: float) -> dict:
 def _cells(table: str, *starts: str) -> list[str]:
     line = next(line for line in table.splitlines() if line.startswith("| " + " | ".join(starts) + " |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_paired_differences_have_a_t_interval():
-    # mean 2, standard deviation 1, n = 3: half of the interval is 4.3027 / sqrt(3).
-    assert difference([1.0, 2.0, 3.0]) == "+2.00 [-0.48, +4.48], no difference seen"
-    assert difference([-1.9, -2.0, -2.1]) == "-2.00 [-2.25, -1.75]"
-    assert difference([0.5]) == "+0.50, one pair: no interval"
-    assert difference([0.0, 0.0]) == "+0.00 [+0.00, +0.00], no difference seen"
 
 
 def test_rows_are_paired_by_seed_with_the_best_uniform_row():
@@ -139,10 +129,3 @@ def test_many_commands_are_counted(tmp_path: Path):
     runs = [{**_ptq("random", None, seed, 80.0), **CONDITIONS, "command": f"run {seed}"} for seed in range(4)]
     (tmp_path / "ptq-imagenet.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     assert tables(tmp_path)["ptq-imagenet"].endswith("`run 0` and `run 1` and 2 more (in the results file).")
-
-
-@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [1.0, 1.1]])
-def test_an_interval_that_holds_zero_is_always_said(values: list[float]):
-    text = difference(values)
-    low, high = (float(part) for part in text.split("[")[1].split("]")[0].split(","))
-    assert (low <= 0 <= high) == text.endswith("no difference seen")

@@ -175,7 +175,7 @@ def test_mistakes_end_in_one_clear_line(refused, trained, weights, tmp_path):
     policy = ("--policy", trained / "found.json")
     assert "go together" in refused(*EVALUATE, *weights, *policy)
     assert "at most one" in refused(*EVALUATE, *policy, "--checkpoint", trained)
-    assert "no packed one" in refused(*EVALUATE, "--packed", trained / "model.safetensors")
+    assert "no packed file" in refused(*EVALUATE, "--packed", trained / "model.safetensors")
     assert "not a complete safetensors" in refused(*EVALUATE, "--packed", trained / "found.json")
     assert "exactly one of the two" in refused("export", "packed", *MODEL, "--out", tmp_path / "p.safetensors")
     other = tmp_path / "other.json"

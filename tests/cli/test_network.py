@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
-from bitscape.cli.network import pick_device
+from bitscape.cli.network import ImageSettings, pick_device
+from bitscape.cli.parsing import parse_normalization
+from bitscape.data.batches import Normalization
 from bitscape.errors import BitscapeError
 
 
@@ -46,3 +49,23 @@ def test_without_a_gpu_it_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device(None) == torch.device("cpu")
+
+
+def _like_timm() -> nn.Linear:
+    model = nn.Linear(1, 1)
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 32, 32)}
+    return model
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, 32), (48, 48)])
+def test_the_network_itself_says_how_images_look(given, found):
+    settings = ImageSettings(input_size=given, normalize="model").of_model(_like_timm())
+    assert settings.input_size == found
+    assert parse_normalization(settings.normalize, "photos/") == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_other_settings_are_left_alone_and_other_networks_are_refused():
+    settings = ImageSettings(input_size=None, normalize="imagenet")
+    assert settings.of_model(_like_timm()) is settings
+    with pytest.raises(BitscapeError, match="--normalize model: model: Linear has no configuration"):
+        ImageSettings(input_size=None, normalize="model").of_model(nn.Linear(1, 1))

@@ -118,7 +118,7 @@ def test_solving_says_what_it_needs(refused, trained):
     shape = ("--input-shape", "1x8x8")
     assert "a front is many policies" in refused(*solve, *shape, "--front", 4, "--out", "p.json")
     assert "score it, or pin it" in refused(*solve, *shape, "--pin", "none", "--budget", "bitops=w4a4")
-    assert "is it a complete score file" in refused("solve", *MODEL, "--scores", trained / "found.json", *shape, "--front", 4)
+    assert "unknown entry 'tool'" in refused("solve", *MODEL, "--scores", trained / "found.json", *shape, "--front", 4)
 
 
 def test_the_search_is_the_same_every_time(cli, trained, tmp_path):

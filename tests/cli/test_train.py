@@ -95,3 +95,27 @@ def test_the_seed_decides_everything(cli, tmp_path):
 )
 def test_mistakes_end_in_one_clear_line(refused, tmp_path, options, message):
     assert message in refused(*TRAIN, "--epochs", 1, "--out", tmp_path / "run", *options)
+
+
+def test_a_run_is_followed_where_trackers_say(cli, refused, tmp_path, monkeypatch):
+    told = []
+
+    class Told:
+        def __init__(self, where):
+            self.where = where
+
+        def start(self, settings, records):
+            told.append((self.where, settings["epochs"]))
+
+        def epoch(self, record):
+            told.append(record["epoch"])
+
+        def finish(self):
+            told.append("end")
+
+    monkeypatch.setattr("bitscape.engine.trackers.TRACKERS", {"told": Told})
+    cli(*TRAIN, "--epochs", 2, "--tracker", "told=there=1", "--out", tmp_path / "run")
+    assert told == [("there=1", 2), 1, 2, "end"]
+    for text in ("tol=there", "told", "told="):
+        assert f"--tracker '{text}': write e.g. tensorboard=" in refused(*TRAIN, "--tracker", text, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

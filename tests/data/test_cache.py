@@ -63,13 +63,13 @@ def test_the_place_depends_on_file_time_length_and_size(tmp_path, monkeypatch):
     file = tmp_path / "a.parquet"
     file.write_text("x")
     os.utime(file, ns=(0, 0))
-    places = {cache_file(file, None), cache_file(file, 32)}
+    places = {cache_file([file], None), cache_file([file], 32), cache_file([file], 32, "part")}
     os.utime(file, ns=(1, 1))
-    places.add(cache_file(file, None))
+    places.add(cache_file([file], None))
     file.write_text("xy")
     os.utime(file, ns=(1, 1))
-    places.add(cache_file(file, None))
-    assert len(places) == 4
+    places.add(cache_file([file], None))
+    assert len(places) == 5
     assert {place.parent for place in places} == {tmp_path / "cache"}
 
 
@@ -77,4 +77,4 @@ def test_without_the_variable_it_is_below_the_home_folder(tmp_path, monkeypatch)
     monkeypatch.delenv("BITSCAPE_CACHE", raising=False)
     monkeypatch.setattr(cache.Path, "home", lambda: tmp_path)
     (tmp_path / "a").write_text("")
-    assert cache_file(tmp_path / "a", None).parent == tmp_path / ".cache" / "bitscape"
+    assert cache_file([tmp_path / "a"], None).parent == tmp_path / ".cache" / "bitscape"

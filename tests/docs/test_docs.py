@@ -1,5 +1,6 @@
 """The documents themselves: links lead somewhere, and examples run."""
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from benchmarks.cards import card_of
 from bitscape.cost.latency import LatencyTable
+from bitscape.cost.policy_cost import CAPS
 from bitscape.engine import Batch, Sgd, train
 from bitscape.engine.step import Part
 from bitscape.models.digits import digits_net
@@ -20,7 +22,7 @@ from bitscape.policy import Policy
 from bitscape.search.methods import METHODS
 from bitscape.search.problem import SearchProblem
 from bitscape.search.scores import ScoreTable
-from bitscape.train import STEPS
+from bitscape.train import STEPS, Plain
 from tests.engine.tiny import tiny_batches, tiny_net
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,8 @@ def _blocks(name: str, language: str) -> list[str]:
 
 
 def _anchors(path: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)  # comments in code are no headings
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -48,6 +51,26 @@ def test_relative_links_resolve(document: Path):
         assert target.exists(), link
         assert ROOT in target.parents, link
         assert not anchor or anchor in _anchors(target), link
+
+
+def test_every_page_can_be_reached_from_the_index():
+    seen, left = set(), [ROOT / "docs" / "index.md"]
+    while left:
+        page = left.pop()
+        if page in DOCUMENTS and page not in seen and ROOT / "docs" in page.parents:
+            seen.add(page)
+            links = (link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8")))
+            left += [(page.parent / name).resolve() for name in links if name]
+    assert sorted(set(DOCUMENTS) - seen) == [ROOT / "README.md"]
+
+
+def test_names_of_the_notation_exist():
+    text = (ROOT / "docs" / "notation.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(bitscape(?:\.\w+)+)`", text)
+    assert len(names) > 20
+    for module, _, name in (each.rpartition(".") for each in names):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    assert [kind for kind in CAPS if f"`{kind}`" not in text] == []
 
 
 def test_the_pipeline_of_the_index_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -64,10 +87,10 @@ def test_the_pipeline_of_the_index_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModuleType]]:
-    """The method and the step of docs/extending.md, as the files it says they are."""
+    """The method, the step and the tracker of docs/extending.md, as files."""
     folder, blocks = tmp_path_factory.mktemp("examples"), _blocks("extending.md", "python")
     with pytest.MonkeyPatch.context() as patch:
-        yield [_module(folder / f"{name}.py", text, patch) for name, text in zip(("relative", "damped"), blocks, strict=True)]
+        yield [_module(folder / f"{name}.py", text, patch) for name, text in zip(("relative", "damped", "webhook"), blocks, strict=True)]
 
 
 def _module(path: Path, text: str, patch: pytest.MonkeyPatch) -> ModuleType:
@@ -88,6 +111,15 @@ def relative(examples: list[ModuleType]) -> ModuleType:
 @pytest.fixture
 def damped(examples: list[ModuleType]) -> ModuleType:
     return examples[1]
+
+
+def test_the_example_tracker_posts_a_line_for_each_epoch(examples: list[ModuleType]):
+    lines: list[str] = []
+    result = train(
+        tiny_net(), tiny_batches(), step=Plain(), optimizer=Sgd(lr=0.001), epochs=2, trackers=(examples[2].Webhook(lines.append),)
+    )
+    epochs = [f"epoch {record['epoch']}: loss {record['loss']:.3f}" for record in result.records]
+    assert lines == ["2 epochs, 0 done before", *epochs, "end"]
 
 
 def test_the_example_method_searches_within_its_budget(relative: ModuleType):

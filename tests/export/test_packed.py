@@ -11,6 +11,7 @@ from bitscape.cost.layers import measure
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.export.packed import load_packed, save_packed
+from bitscape.files import UNSEALED, sealed
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, PolicyError
 from bitscape.quant.convert import bypassed, calibrate, quantize
@@ -78,7 +79,8 @@ def rewrite(path, change) -> None:
     header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["bitscape"])
     tensors = safetensors.torch.load(content)
     change(tensors, header)
-    path.write_bytes(safetensors.torch.save(tensors, {"bitscape": json.dumps(header)}))
+    header["checksum"] = UNSEALED
+    path.write_bytes(sealed(safetensors.torch.save(tensors, {"bitscape": json.dumps(header)})))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
@@ -384,7 +386,13 @@ def change_tensors(change):
         (change_header(lambda h: h.update(format=2)), "packed format 2 is unknown"),
         (change_header(lambda h: h.pop("policy")), "header is damaged"),
         (change_header(lambda h: h["layers"].pop("3")), "header is damaged"),
-        (change_header(lambda h: h["layers"]["3"]["input"].update(kind="other")), "header is damaged"),
+        (change_header(lambda h: h["layers"]["3"]["input"].update(kind="other")), "layer '3': input is .*'kind' is lsq, "),
+        (change_header(lambda h: h["layers"]["3"]["input"].update(decay="much")), "layer '3': input: decay is 'much'; allowed are numbers"),
+        (change_header(lambda h: h["layers"]["3"].update(zero_point=1e308)), "layer '3': zero_point is 1e.308; allowed are 0 and -0.5"),
+        (change_header(lambda h: h["layers"]["3"].update(zero_point=None)), "layer '3': zero_point is None"),
+        (change_header(lambda h: h["layers"]["3"].update(scales="row")), "layer '3': scales is 'row'; allowed are 'channel' and 'tensor'"),
+        (change_header(lambda h: h["policy"].update(cost={"bitops": "many"})), "cost 'bitops' is 'many'"),
+        (change_header(lambda h: h["policy"].update(fingerprint=7)), "fingerprint is 7; allowed are a text or null"),
         (change_header(lambda h: h["layers"]["3"].update(same_weight_as="none")), "header is damaged"),
         (change_header(lambda h: h["policy"]["layers"]["3"].update(weight=9)), "weight bits are 9"),
         (change_tensors(lambda t: t.pop("3.weight_packed")), "tensor 3.weight_packed is missing"),

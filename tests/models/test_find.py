@@ -1,8 +1,11 @@
+import copy
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,11 @@ from torch import nn
 import bitscape
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
-from bitscape.models.find import find_model, load_weights
+from bitscape.models.find import find_model, import_torchvision, load_weights
+from bitscape.models.preprocessing import ImageConfig, image_config
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.search.fisher import Fisher
+from bitscape.search.problem import SearchProblem
 
 NETWORK = """
 from neighbour import WIDTH
@@ -94,6 +101,61 @@ def test_zoo_models(zoo):
         find_model(f"{zoo}:resnet19")
 
 
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small image classifier of transformers, its weights drawn."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    with suppress(BitscapeError):
+        import_torchvision()
+    import transformers
+
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 4}
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(**settings)).save_pretrained(folder)
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_a_folder_of_hugging_face_gives_logits_under_its_own_names(hugging_face):
+    import transformers
+
+    model = find_model(f"hf:{hugging_face}").eval()
+    own = transformers.AutoModelForImageClassification.from_pretrained(hugging_face).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(images), own(images).logits)
+        assert torch.equal(copy.deepcopy(model)(images), model(images))
+    assert model.state_dict().keys() == own.state_dict().keys() and isinstance(model, type(own))
+    assert image_config(model) == ImageConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), size=32)
+
+
+def test_a_folder_of_hugging_face_is_searched_and_quantized(hugging_face):
+    model = find_model(f"hf:{hugging_face}").eval()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    policy = Fisher().search(SearchProblem(model=model, images=images, budget="bitops=w4a4")).policy
+    quantized = calibrate(quantize(model, policy), images).eval()
+    assert quantized(images).shape == (4, 4) and "resnet.embedder.embedder.convolution" in policy.layers
+
+
+def test_what_is_no_classifier_of_hugging_face_is_an_error(hugging_face, tmp_path):
+    with pytest.raises(BitscapeError, match=f"transformers cannot load hf:{tmp_path}; it must be an image classifier with safetensors"):
+        find_model(f"hf:{tmp_path}")
+    (hugging_face / "model.safetensors").rename(tmp_path / "model.safetensors")
+    try:
+        with pytest.raises(BitscapeError, match="with safetensors weights"):
+            find_model(f"hf:{hugging_face}")
+    finally:
+        (tmp_path / "model.safetensors").rename(hugging_face / "model.safetensors")
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BitscapeError, match=r"transformers is not installed; run `pip install 'bitscape\[huggingface\]'`"):
+        find_model("hf:some/network")
+
+
 def _run(code: str, folder: Path) -> str:
     importable = os.pathsep.join([str(folder), str(Path(bitscape.__file__).parents[1])])
     environment = os.environ | {"PYTHONPATH": importable}
@@ -108,9 +170,7 @@ def test_torchvision_without_its_compiled_part_is_helped(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("from torchvision import _meta, models\n")
     (tmp_path / "torchvision" / "models.py").write_text(
-        "from torch import nn\n"
-        "def list_models(): return ['one']\n"
-        "def get_model(name, **kwargs): return nn.Linear(1, **kwargs)\n"
+        "from torch import nn\ndef list_models(): return ['one']\ndef get_model(name, **kwargs): return nn.Linear(1, **kwargs)\n"
     )
     (tmp_path / "torchvision" / "_meta.py").write_text(
         "import torch\nfor name in ('nms', 'qnms'): torch.library.register_fake(f'torchvision::{name}')(lambda *a: a)\n"

@@ -39,7 +39,7 @@ def test_the_fingerprint_is_kept_and_may_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(json.dumps(document))
     assert ScoreTable.load(tmp_path / "s.json").fingerprint is None
     (tmp_path / "s.json").write_text(json.dumps({**document, "fingerprint": 5}))
-    with pytest.raises(BitscapeError, match="fingerprint is 5; allowed are a text or null"):
+    with pytest.raises(BitscapeError, match="fingerprint is 5; allowed is a text"):
         ScoreTable.load(tmp_path / "s.json")
 
 
@@ -85,12 +85,25 @@ def test_names_and_pairs_must_differ() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:-20], "complete score file"),
+        (lambda text: text[:-20], "is the file complete"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "format 2 is unknown"),
-        (lambda text: text.replace('"repairs": 3,', ""), "repairs"),
-        (lambda text: text.replace('"4/8"', '"4-8"'), "malformed"),
-        (lambda text: text.replace('"4/8"', '"4/9"'), "activation bits are 9"),
-        (lambda text: text.replace("[1.0, 1.0]", "[1.0]", 1), "malformed"),
+        (lambda text: text.replace('"repairs": 3,', ""), "repairs is missing"),
+        (lambda text: text.replace('"repairs": 3,', '"repairs": 3.5,'), "repairs is 3.5; allowed is a whole number"),
+        (lambda text: text.replace('"repairs": 3,', '"repairs": -3,'), "repairs is -3"),
+        (lambda text: text.replace('"method": "test"', '"method": ["test"]'), "method is .'test'.; allowed is a text"),
+        (lambda text: text.replace('"method"', '"methods"'), "unknown entry 'methods'; nearest: method"),
+        (lambda text: text.replace('"4/8"', '"4-8"'), "candidates: '4-8' is no pair of bits"),
+        (lambda text: text.replace('"4/8"', '"4/9"'), "candidates: '4/9' is no pair of bits"),
+        (lambda text: text.replace('"4/8"', "4"), "candidates: 4 is no pair of bits"),
+        (lambda text: text.replace("[1.0, 1.0]", "[1.0]", 1), "layer 'a' is .1.0.; it must be a list of 2 scores"),
+        (lambda text: text.replace("[1.0, 1.0]", '"11"', 1), "layer 'a' is '11'; it must be a list"),
+        (lambda text: text.replace("[1.0, 1.0]", '["1.0", 1.0]', 1), "layer 'a' has the score '1.0'; allowed are finite numbers"),
+        (lambda text: text.replace("[1.0, 1.0]", "[true, 1.0]", 1), "layer 'a' has the score True"),
+        (lambda text: text.replace("[1.0, 1.0]", f"[1{'0' * 400}, 1.0]", 1), "layer 'a' has the score 10"),
+        (lambda text: text.replace("[1.0, 1.0]", "[1e999, 1.0]", 1), "layer 'a' has the score inf"),
+        (lambda text: text.replace("[1.0, 1.0]", "[NaN, 1.0]", 1), "NaN is no allowed number"),
+        (lambda text: text.replace("[1.0, 1.0]", f"[{'[' * 50_000}", 1), "not readable as JSON"),
+        (lambda text: text.replace('"b"', '"a"'), "'a' stands twice"),
         (lambda text: "[]", "not a score file"),
     ],
 )

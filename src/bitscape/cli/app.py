@@ -16,6 +16,7 @@ from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
 from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
 from bitscape.cli.policy import policy
+from bitscape.cli.report import report
 from bitscape.cli.search import search
 from bitscape.cli.solve import solve
 from bitscape.cli.tiers import tiers
@@ -68,5 +69,5 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-for command in (demo, search, solve, train, evaluate, tiers, export, bench, latency, policy, methods):
+for command in (demo, search, solve, train, evaluate, tiers, export, bench, latency, report, policy, methods):
     commands.add_command(command)

@@ -68,8 +68,10 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
     batch_sizes = _batch_sizes(given["batch_sizes"])
     settings = ImageSettings(input_size=given["input_size"], normalize=given["normalize"])
     with tempfile.TemporaryDirectory() as folder:
+        network = None if given["model"] is None else load_network(given["model"], given["weights"], "cpu", given["seed"])
+        settings = settings if network is None else settings.of_model(network)
         test, labels = _test_images(given, settings)
-        network, images = _network(given, settings)
+        images = None if network is None else _calibration_images(given, settings, network)
         shape = _image_shape(files, parse_shape(given["input_shape"]), images if test is None else test)
         if network is not None and images is None:
             images = random_images(given["images"], shape, given["seed"])
@@ -104,12 +106,10 @@ def _test_images(given: dict[str, Any], settings: ImageSettings) -> "tuple[Tenso
     return parse_normalization(settings.normalize, given["data"]).apply(drawn.images), drawn.labels
 
 
-def _network(given: dict[str, Any], settings: ImageSettings) -> "tuple[nn.Module | None, Tensor | None]":
-    """The network of --model, and the images that calibrate it, where options name them."""
-    if given["model"] is None:
-        return None, None
-    network, source = load_network(given["model"], given["weights"], "cpu", given["seed"]), given["calibration"] or given["data"]
-    return network, None if source is None else normalized_images(source, given["images"], settings, given["seed"], network)
+def _calibration_images(given: dict[str, Any], settings: ImageSettings, network: "nn.Module") -> "Tensor | None":
+    """The images that calibrate the network, where options name them."""
+    source = given["calibration"] or given["data"]
+    return None if source is None else normalized_images(source, given["images"], settings, given["seed"], network)
 
 
 def _image_shape(files: Sequence[Path], given: tuple[int, ...] | None, images: "Tensor | None") -> tuple[int, ...]:

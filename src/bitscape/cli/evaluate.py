@@ -44,7 +44,21 @@ def _svg(context: click.Context, parameter: click.Parameter, value: str | None) 
     path = writable(context, parameter, value)
     if path is not None and path.suffix.lower() != ".svg":
         raise BitscapeError(f"{parameter.opts[0]} {value!r} has the suffix {path.suffix!r}; the heat map is an .svg file")
+    if path is not None:
+        _check_beside(f"{parameter.opts[0]} {value!r}", path.with_suffix(".json"))
     return path
+
+
+def _check_beside(option: str, path: Path) -> None:
+    """Refuse to replace a file that is no grid: policy.svg would go over policy.json."""
+    if not path.exists():
+        return
+    from bitscape.report.documents import load_grid
+
+    try:
+        load_grid(path)
+    except BitscapeError:
+        raise BitscapeError(f"{option}: its cells go to {path}, which holds something else; give another name") from None
 
 
 @click.command()
@@ -57,7 +71,12 @@ def _svg(context: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
 @click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train` or `tiers` left there.")
 @click.option("--decisions", type=click.Choice(["per-image", "per-batch"]), help="Of a dynamic checkpoint.  [default: per-image]")
-@click.option("--corruptions", callback=_svg, metavar="FILE", help="Also measure ten corruptions at five severities; heat map, .svg.")
+@click.option(
+    "--corruptions",
+    callback=_svg,
+    metavar="FILE",
+    help="Also measure ten corruptions at five severities; heat map, .svg, and its cells beside it, .json.",
+)
 @seed_option
 def evaluate(
     model: str,
@@ -90,12 +109,12 @@ def evaluate(
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    settings = ImageSettings(input_size=input_size, normalize=normalize)
+    network = load_network(model, weights, device, seed)
+    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
     batches = load_batches(data, split or "test", settings, batch_size)
     shape = tuple(batches.dataset.images.shape[1:])
     if corruptions is not None and shape[0] != 3:
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
-    network = load_network(model, weights, device, seed)
     policy: Policy | None = None
     if policy_file is not None and calibration is not None:
         policy = Policy.load(policy_file)
@@ -144,6 +163,7 @@ def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", sha
 def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:
     from bitscape.engine.quality_grid import quality_grid
     from bitscape.files import write_atomic
+    from bitscape.report.documents import save_grid
     from bitscape.report.heat_map import heat_map
 
     grid = quality_grid(network, batches, seed=seed)
@@ -151,7 +171,8 @@ def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, se
     if grid.clean.bits is not None:
         _print_grid("mean activation bits at severity", grid, lambda cell: cell.bits)
     write_atomic(file, heat_map(grid))
-    click.echo(f"\nheat map: {file}")
+    save_grid(grid, file.with_suffix(".json"))
+    click.echo(f"\nheat map: {file}; its cells: {file.with_suffix('.json')}")
 
 
 def _print_grid(title: str, grid: "QualityGrid", value: "Callable[[Cell], float | None]") -> None:

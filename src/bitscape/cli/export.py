@@ -1,6 +1,7 @@
 """`bitscape export`: a quantized network as a file, packed or for a runtime, checked before it is called good."""
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from bitscape.cli.packed import check_same_outputs, load_packed_network, save_pa
 from bitscape.cli.parsing import writable
 from bitscape.cost.profiles import PROFILES
 from bitscape.errors import BitscapeError
+from bitscape.files import write_atomic
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from bitscape.export.integer_graph import IntegerNetwork
     from bitscape.export.packed import PackedInfo
-    from bitscape.export.runtime import Session
+    from bitscape.export.parity import ParityReport
+    from bitscape.export.runtime import OpenVino, Session
 
 BATCH = 32
 PARITY_IMAGES = 16
@@ -97,15 +100,47 @@ def onnx(out: Path, int2: bool, **source: Any) -> None:
 
     given, runtime = _Given.of(source), OnnxRuntime()
     network, images = given.integer_network()
-    with _kept_if_good(out):
-        info = write_onnx(network, out, images, containers=CONTAINERS if int2 else PORTABLE)
+    with _replaced_if_good(out) as draft:
+        info = write_onnx(network, draft, images, containers=CONTAINERS if int2 else PORTABLE)
         _report_file(given, network, info.container_bytes, info.file_bytes, out)
-        report = check_parity(out, images[:PARITY_IMAGES].numpy(), runtime)
-        codes, differing = (sum(getattr(layer, name) for layer in report.layers) for name in ("codes", "differing"))
-        click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing} of {amount(codes)} codes differ from exact integers")
-        report.require(ALLOWED["onnxruntime"])
-        _report_agreement(given, network, images, runtime.open(out), runtime.version)
+        _report_parity(check_parity(draft, images[:PARITY_IMAGES].numpy(), runtime), ALLOWED["onnxruntime"])
+        _report_agreement(given, network, images, runtime.open(draft), runtime.version)
     click.echo(PROFILES["onnx-container"].note(given.policy))
+
+
+@export.command()
+@_network_options
+@_packed_source
+@_out(".xml; the weights go into a .bin beside it")
+@seed_option
+def openvino(out: Path, **source: Any) -> None:
+    """Write an OpenVINO file, weights in 2, 3, 4, 6 or 8 bits, computed in int8.
+
+    As for `export onnx`, tensors between layers get 8-bit quantizers, whose ranges come from --calibration; then every layer is compared
+    with exact integer arithmetic in OpenVINO, and the file is run. A file that fails is not kept.
+
+    \b
+    Example:
+      bitscape export openvino --model timm:resnet18 --checkpoint run/ \
+        --calibration train/ --input-size 224 --normalize imagenet \
+        --out resnet18.xml
+    """
+    from bitscape.export.openvino_ir import write_openvino
+    from bitscape.export.parity import ALLOWED, require_integer
+    from bitscape.export.runtime import OpenVino
+
+    if out.suffix != ".xml":
+        raise BitscapeError(f"--out {str(out)!r}: OpenVINO's files end in .xml and .bin; write e.g. {out.with_suffix('.xml').name}")
+    given, runtime = _Given.of(source), OpenVino()
+    network, images = given.integer_network()
+    with _replaced_if_good(out, out.with_suffix(".bin")) as draft:
+        info = write_openvino(network, draft, images)
+        _report_file(given, network, info.weight_bytes, info.file_bytes, out)
+        _report_parity(_parity_of_layers(network, images, runtime), ALLOWED["openvino"])
+        session = runtime.open(draft)
+        require_integer(runtime.version, session.float_layers())
+        _report_agreement(given, network, images, session, runtime.version)
+    click.echo(PROFILES["openvino"].note(given.policy))
 
 
 @export.command()
@@ -158,7 +193,7 @@ class _Given:
         if source["repair"] and policy_file is None:
             raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
         network = load_network(source["model"], source["weights"], source["device"], source["seed"])
-        settings = ImageSettings(input_size=source["input_size"], normalize=source["normalize"])
+        settings = ImageSettings(input_size=source["input_size"], normalize=source["normalize"]).of_model(network)
         images = None
         if source["calibration"] is not None:
             images = normalized_images(source["calibration"], source["calibration_images"], settings, source["seed"], network)
@@ -199,13 +234,12 @@ def _quantized(
 
 
 @contextmanager
-def _kept_if_good(path: Path) -> Iterator[None]:
-    """Remove the file if anything fails within the block."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+def _replaced_if_good(*paths: Path) -> Iterator[Path]:
+    """Give a draft of the first of the files, elsewhere; if nothing fails within the block, the files are replaced by the drafts."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / paths[0].name
+        for path in paths:
+            write_atomic(path, (Path(folder) / path.name).read_bytes())
 
 
 def _report_file(given: _Given, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
@@ -223,6 +257,22 @@ def _report_file(given: _Given, network: "IntegerNetwork", container_bytes: int,
     print_table(["bytes", ""], [[name, f"{count:,}"] for name, count in rows])
     click.echo(f"{path}: {amount(file_bytes, 'B')}, {values / file_bytes:.2f} times smaller than float32")
     click.echo(f"{len(network.added)} tensors between layers got 8 bits, which the policy does not count")
+
+
+def _parity_of_layers(network: "IntegerNetwork", images: "Tensor", runtime: "OpenVino") -> "ParityReport":
+    """Parity of an ONNX file with the same layers: OpenVINO's own files cannot be asked for codes between layers without changing them."""
+    from bitscape.export.onnx_qdq import PORTABLE, write_onnx
+    from bitscape.export.parity import check_parity
+
+    with tempfile.TemporaryDirectory() as folder:
+        info = write_onnx(network, Path(folder) / "layers.onnx", images, containers=PORTABLE)
+        return check_parity(info.path, images[:PARITY_IMAGES].numpy(), runtime)
+
+
+def _report_parity(report: "ParityReport", allowed: float) -> None:
+    codes, differing = (sum(getattr(layer, name) for layer in report.layers) for name in ("codes", "differing"))
+    click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing} of {amount(codes)} codes differ from exact integers")
+    report.require(allowed)
 
 
 def _report_agreement(given: _Given, network: "IntegerNetwork", images: "Tensor", session: "Session", runtime: str) -> None:

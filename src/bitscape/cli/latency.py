@@ -81,7 +81,8 @@ def build(
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
     if data is not None:
-        drawn = normalized_images(data, images, ImageSettings(input_size=input_size, normalize=normalize), seed, network)
+        settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
+        drawn = normalized_images(data, images, settings, seed, network)
     else:
         assert shape is not None
         drawn = random_images(images, shape, seed)

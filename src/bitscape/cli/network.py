@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.parsing import parse_normalization
-from bitscape.errors import BitscapeError, explained_forward
+from bitscape.errors import BitscapeError, explained_forward, prefixed
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DECODED_PER_PROXY_IMAGE = 4  # images decoded for one that is drawn: enough to balance classes
 CALIBRATION_IMAGES = 256
+OF_MODEL = "model"
 POLICY_FILE, WEIGHTS_FILE = "policy.json", "model.safetensors"
 
 
@@ -34,6 +35,17 @@ class ImageSettings:
     """Side of the square in pixels; None = as stored."""
     normalize: str | None
     """Text of --normalize."""
+
+    def of_model(self, network: "nn.Module") -> "ImageSettings":
+        """Fill in what `--normalize model` leaves to the network's own configuration; other settings stay."""
+        if self.normalize != OF_MODEL:
+            return self
+        from bitscape.models.preprocessing import image_config
+
+        with prefixed(f"--normalize {OF_MODEL}"):
+            own = image_config(network)
+        normalize = "/".join(",".join(map(str, values)) for values in (own.mean, own.std))
+        return ImageSettings(input_size=self.input_size or own.size, normalize=normalize)
 
 
 def load_network(model: str, weights: Path | None, device: str | None, seed: int = 0) -> "nn.Module":

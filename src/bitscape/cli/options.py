@@ -29,7 +29,7 @@ model_option = click.option(
     "--model",
     required=True,
     metavar="NAME",
-    help="Network: package.module:function, file.py:function, timm:name or torchvision:name.",
+    help="Network: package.module:function, file.py:function, timm:name, torchvision:name, or hf:name with its weights.",
 )
 network_options = all_of(
     model_option,
@@ -41,7 +41,8 @@ data_options = all_of(
         "--data",
         required=True,
         metavar="SOURCE",
-        help="Images: digits, a .parquet or .npz file, a folder of images or of class folders, hf:name.",
+        help="Images: digits, a .parquet or .npz file, a folder of images or of class folders, .tar files such as "
+        "'train-{0000..0015}.tar' or a folder of them, hf:name.",
     ),
     click.option("--split", metavar="NAME", help="Split, where the source has several: train, test, ..."),
 )
@@ -55,7 +56,8 @@ image_options = all_of(
     click.option(
         "--normalize",
         metavar="NAME",
-        help="imagenet, cifar10, unit (0..1), digits, or means/deviations: 0.5,0.5,0.5/0.2,0.2,0.2.",
+        help="imagenet, cifar10, unit (0..1), digits, or means/deviations: 0.5,0.5,0.5/0.2,0.2,0.2. "
+        "model: as a timm: or hf: network says itself, which then also sets --input-size unless it is given.",
     ),
 )
 shape_option = click.option("--input-shape", metavar="CxHxW", help="Shape of one image, e.g. 3x224x224, for counting costs.")

@@ -50,15 +50,6 @@ def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor"
 
 def packed_policy(path: Path) -> Policy:
     """Read the policy in the header of a packed file."""
-    from safetensors import SafetensorError, safe_open
+    from bitscape.export.packed import read_header
 
-    from bitscape.export.header import Header
-
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("bitscape")
-    except SafetensorError as error:
-        raise BitscapeError(f"{path}: not a complete safetensors file ({error}); copy it again or export anew") from error
-    if text is None:
-        raise BitscapeError(f"{path}: a safetensors file but no packed one; float weights go to --weights")
-    return Header.from_json(text).policy
+    return read_header(path).policy

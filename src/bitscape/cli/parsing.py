@@ -13,6 +13,7 @@ from bitscape.policy import MAX_BITS, LayerBits
 if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
     from bitscape.dynamic import Dqmq
+    from bitscape.engine import Tracker
     from bitscape.search.methods import SearchMethod
     from bitscape.train import Plain, Sam
 
@@ -69,7 +70,7 @@ def parse_normalization(text: str | None, source: str) -> "Normalization":
     from bitscape.data.batches import CIFAR10, DIGITS, IMAGENET, UNIT, Normalization
 
     known = {"imagenet": IMAGENET, "cifar10": CIFAR10, "digits": DIGITS, "unit": UNIT}
-    forms = f"{', '.join(known)}, or means/deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+    forms = f"{', '.join(known)}, model, or means/deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
     if text is None and source == "digits":
         return DIGITS
     if text is None:
@@ -103,6 +104,19 @@ def training_steps() -> "dict[str, type[Plain] | type[Sam] | type[Dqmq]]":
     from bitscape.train import STEPS
 
     return {**STEPS, "dqmq": Dqmq}
+
+
+def make_trackers(texts: Iterable[str]) -> "list[Tracker]":
+    """Build trackers from "tensorboard=folder" texts."""
+    from bitscape.engine.trackers import TRACKERS
+
+    pairs = [(text, *text.partition("=")[::2]) for text in texts]
+    for text, name, where in pairs:
+        if name not in TRACKERS or not where:
+            raise BitscapeError(
+                f"--tracker {text!r}: write e.g. tensorboard=runs/one{nearest(name, TRACKERS)}; allowed are {', '.join(TRACKERS)}"
+            )
+    return [TRACKERS[name](where) for _, name, where in pairs]
 
 
 def parse_widths(text: str) -> tuple[int, int]:

@@ -118,11 +118,12 @@ def search(
         raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
     target = {"latency": load_latency(latency), "profile": None if profile is None else PROFILES[profile]}
     network = load_network(model, weights, device, seed)
-    proxy = draw_images(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
+    seen = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
+    proxy = draw_images(data, split or "train", images, seen, seed)
     common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
     common |= {**offered, **target}
-    problem = make_problem(network, proxy, data, normalize, pinned, common)
-    source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": normalize}
+    problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
+    source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:
         _search(problem, method, source, out, scores)
     except KeyboardInterrupt:

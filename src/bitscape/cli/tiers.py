@@ -13,6 +13,8 @@ from bitscape.cli.spending import print_tiers, shares_of
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bitscape.data.sources import Dataset
     from bitscape.dynamic import DynamicNetwork
 
@@ -58,11 +60,13 @@ def tiers(
 
     if (out / TIERS_FILE).exists():
         raise BitscapeError(f"--out {out}: it holds tiers; give another folder")
-    dataset = _drawn(data, split or "train", images, ImageSettings(input_size=input_size, normalize=normalize), seed)
+    float_network = load_network(model, weights, device, seed)
+    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(float_network)
+    dataset = _drawn(data, split or "train", images, settings, seed)
     if mixed_quality:
         dataset = with_mixed_quality(dataset, data, seed)
-    normalized = parse_normalization(normalize, data).apply(dataset.images)
-    network = _dynamic(checkpoint, model, weights, device, tuple(dataset.images.shape[1:]), seed)
+    normalized = parse_normalization(settings.normalize, data).apply(dataset.images)
+    network = _dynamic(checkpoint, float_network, tuple(dataset.images.shape[1:]))
     made = distill_tiers(network, normalized, count)
     shares = shares_of([made.gate(batch) for batch in batches_of(normalized, made)], len(made.policies))
     save_tiers(made, out, shares=shares)
@@ -83,10 +87,10 @@ def _drawn(source: str, split: str, images: int, settings: ImageSettings, seed: 
     return draw_proxy(dataset, images=min(images, len(dataset)), seed=seed)
 
 
-def _dynamic(checkpoint: Path, model: str, weights: Path | None, device: str | None, shape: tuple[int, ...], seed: int) -> "DynamicNetwork":
+def _dynamic(checkpoint: Path, float_network: "nn.Module", shape: tuple[int, ...]) -> "DynamicNetwork":
     from bitscape.dynamic import DynamicNetwork
 
-    network, _ = load_folder(load_network(model, weights, device, seed), checkpoint, shape)
+    network, _ = load_folder(float_network, checkpoint, shape)
     if not isinstance(network, DynamicNetwork):
         raise BitscapeError(f"--checkpoint {checkpoint}: its bits do not depend on the image; train with --dynamic for that")
     return network

@@ -1,5 +1,6 @@
 """`bitscape train`: float or quantized training, by the one engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,7 @@ from bitscape.cli.network import (
 )
 from bitscape.cli.options import FILE, all_of, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import make_step, parse_normalization
+from bitscape.cli.parsing import make_step, make_trackers, parse_normalization
 from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.data.batches import Batches
-    from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, TrainResult
+    from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, Tracker, TrainResult
     from bitscape.train import Loss
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -45,6 +46,13 @@ _recipe = all_of(
     click.option("--distill", default=0.0, show_default=True, help="Weight of the float network as teacher, 0 to 1."),
     click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in this type.  [default: float32]"),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays after about a minute."),
+    click.option(
+        "--tracker",
+        "trackers",
+        multiple=True,
+        metavar="NAME=WHERE",
+        help="Also follow the run there, epoch by epoch: tensorboard=FOLDER; repeatable.",
+    ),
     click.option("--ema", type=float, metavar="DECAY", help="Average the weights, e.g. 0.999; the average is kept."),
 )
 
@@ -89,15 +97,16 @@ def train(
     """
     _check_folder(out, resume)
     training: Training = dynamic_training(policy_file, recipe) or _static_training(policy_file, recipe)
-    settings = ImageSettings(input_size=input_size, normalize=normalize)
+    trackers = make_trackers(recipe["trackers"])
+    teacher = load_network(model, weights, device, recipe["seed"])
+    if recipe["distill"] and weights is None and not model.startswith("hf:"):
+        raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
+    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(teacher)
     batches = _training_batches(data, split or "train", settings, recipe)
     checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
-    teacher = load_network(model, weights, device, recipe["seed"])
-    if recipe["distill"] and weights is None:
-        raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
     student = training.network(teacher, batches, recipe["seed"])
     try:
-        result = _train(student, batches, checked, training, _loss(teacher, recipe), out, recipe)
+        result = _train(student, batches, checked, training, _loss(teacher, recipe), trackers, out, recipe)
         written = training.save(student, result, batches, out, recipe["seed"])
     except KeyboardInterrupt:
         raise click.Abort("run the same command with --resume to go on from the last checkpoint") from None
@@ -203,6 +212,7 @@ def _train(
     validation: "Batches | None",
     training: Training,
     loss: "Loss",
+    trackers: "Sequence[Tracker]",
     out: Path,
     recipe: dict[str, Any],
 ) -> "TrainResult":
@@ -224,6 +234,7 @@ def _train(
         validation=validation,
         folder=out,
         seed=recipe["seed"],
+        trackers=trackers,
     )
 
 

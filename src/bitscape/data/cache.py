@@ -7,22 +7,25 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 _log = logging.getLogger("bitscape.data")
-LAYOUT = 1  # part of the key: raise it when decoding changes its result
+LAYOUT = 2  # part of the key: raise it when decoding changes its result
 MAX_BYTES = 2_000_000_000  # larger data sets are not kept, so that the disk does not fill unnoticed
 
 
-def cache_file(path: Path, size: int | None) -> Path:
-    """Where the decoded images of the file at `path` are kept; another time or length of the file is another place."""
-    state = path.stat()
-    key = f"{LAYOUT}|{path.resolve()}|{state.st_mtime_ns}|{state.st_size}|{size}"
+def cache_file(files: Iterable[Path], size: int | None, part: str = "") -> Path:
+    """Where a `part` of the decoded images in `files` is kept; another time or length of a file is another place."""
+    key = hashlib.sha256(f"{LAYOUT}|{size}|{part}".encode())
+    for path in files:
+        state = path.stat()
+        key.update(f"|{path.absolute()}|{state.st_mtime_ns}|{state.st_size}".encode())
     folder = Path(os.environ.get("BITSCAPE_CACHE") or Path.home() / ".cache" / "bitscape")
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    return folder / f"{key.hexdigest()[:32]}.npy"
 
 
 def read_cache(file: Path, count: int) -> npt.NDArray[np.uint8] | None:
@@ -31,7 +34,7 @@ def read_cache(file: Path, count: int) -> npt.NDArray[np.uint8] | None:
         images = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy's reader raises what its tokenizer does, and more
         _log.info("cached images in %s are not usable (%s); decoding again", file, error)
         return None
     usable = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count

@@ -1,7 +1,14 @@
-"""Data sets of encoded images: parquet files, folders and the Hugging Face hub, all seen as one `EncodedSource`."""
+"""Data sets of encoded images: parquet files, folders and the Hugging Face hub, all seen as one `EncodedSource`.
 
+Images are read in the pieces in which they are decoded, so that a data set may be larger than memory.
+"""
+
+import bisect
 import importlib
+import itertools
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +19,13 @@ import torch
 from torch import Tensor
 
 from bitscape.data.decoding import EncodedImage
-from bitscape.errors import BitscapeError, nearest
+from bitscape.errors import BitscapeError, nearest, prefixed
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # beyond, the numbers are no classes: something else is in the label column
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
@@ -35,6 +43,24 @@ class EncodedSource:
     """Empty when there are no labels; the numbers as text when the source names no classes."""
     fetch: Callable[[list[int]], Sequence[EncodedImage]]
     """Row numbers to their images."""
+    files: tuple[Path, ...] = ()
+    """What it is read from: while their times and lengths stay, so do the images. Empty where nobody knows."""
+
+
+@dataclass(frozen=True)
+class EncodedRows(Sequence[EncodedImage]):
+    """Some rows of a source; a slice fetches its images."""
+
+    source: EncodedSource
+    """Where they come from."""
+    rows: list[int]
+    """Their numbers there."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.source.fetch(self.rows[index]) if isinstance(index, slice) else self.source.fetch([self.rows[index]])[0]
 
 
 def read_parquet(path: Path) -> EncodedSource:
@@ -43,22 +69,29 @@ def read_parquet(path: Path) -> EncodedSource:
     parquet = _import("pyarrow.parquet", extra="data", need=f"reading {path.name}")
 
     def read(column: str) -> Any:
-        with _readable(path, arrow.ArrowException):
-            return parquet.read_table(path, columns=[column])[column]
+        return parquet.read_table(path, columns=[column])[column]
 
     def fetch(rows: list[int]) -> list[EncodedImage]:
-        cells = read(image_column).take(arrow.array(rows, arrow.int64())).to_pylist()
+        with _readable(path, arrow.ArrowException):
+            cells = groups.cells(rows)
         # a path in a file from elsewhere is a name only, never opened
-        return [_cell(row, cell, open_path=False) for row, cell in zip(rows, cells, strict=True)]
+        return [_cell(row, cell) for row, cell in zip(rows, cells, strict=True)]
 
     with _readable(path, arrow.ArrowException):
         opened = parquet.ParquetFile(path)
+        ends = list(itertools.accumulate(opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)))
     schema, count = opened.schema_arrow, opened.metadata.num_rows
     opened.close()
     image_column, label_column = _columns(schema.names, str(path))
-    labels = _integers(read(label_column).to_pylist(), f"{path}: column {label_column!r}") if label_column else None
-    named = _class_names(labels, _names_in_metadata(schema.metadata or {}, label_column))
-    return EncodedSource(name=path.stem, count=count, labels=labels, class_names=named, fetch=fetch)
+    groups = _RowGroups(lambda group: parquet.ParquetFile(path).read_row_group(group, columns=[image_column])[image_column], ends)
+    with _readable(path, arrow.ArrowException):
+        numbers = read(label_column).to_pylist() if label_column else None
+    labels = None if numbers is None else _integers(numbers, f"{path}: column {label_column!r}")
+    if labels is not None and len(labels) != count:
+        raise BitscapeError(f"{path}: damaged: {len(labels)} labels for {count} images; copy it again")
+    with prefixed(path):
+        named = _class_names(labels, _names_in_metadata(schema.metadata or {}, label_column))
+    return EncodedSource(name=path.stem, count=count, labels=labels, class_names=named, fetch=fetch, files=(path,))
 
 
 def read_folder(path: Path, split: str) -> EncodedSource:
@@ -66,7 +99,7 @@ def read_folder(path: Path, split: str) -> EncodedSource:
 
     Where all subfolders are named like splits (train, val, test, ...), the one called `split` is taken.
     """
-    folder = _split_folder(path, split)
+    folder = split_folder(path, split)
     flat = [file for file in sorted(folder.iterdir()) if _is_image(file)]
     found = [] if flat else [(file, label) for label, of in enumerate(_subfolders(folder)) for file in _images(of)]
     if flat and any(_images(of) for of in _subfolders(folder)):
@@ -80,11 +113,13 @@ def read_folder(path: Path, split: str) -> EncodedSource:
 
     labels = None if flat else torch.tensor([label for _, label in found])
     named = () if flat else tuple(of.name for of in _subfolders(folder))
-    return EncodedSource(name=folder.name, count=len(files), labels=labels, class_names=named, fetch=fetch)
+    return EncodedSource(name=folder.name, count=len(files), labels=labels, class_names=named, fetch=fetch, files=tuple(files))
 
 
 def read_hub(name: str, split: str) -> EncodedSource:
     """Open a data set of the Hugging Face hub through the `datasets` library, which downloads and keeps it."""
+    if not _HUB_NAME.fullmatch(name):  # the datasets library would take a folder for one
+        raise BitscapeError(f"hf:{name}: not a name on the hub; write hf:name or hf:owner/name, and a folder without hf:")
     datasets = _import("datasets", extra="huggingface", need=f"hf:{name}")
     try:
         table = datasets.load_dataset(name, split=split)
@@ -95,11 +130,34 @@ def read_hub(name: str, split: str) -> EncodedSource:
 
     def fetch(rows: list[int]) -> list[EncodedImage]:
         cells = [row[image_column] for row in table.select_columns([image_column]).select(rows)]
-        return [_cell(row, cell, open_path=True) for row, cell in zip(rows, cells, strict=True)]
+        return [_cell(row, cell, _hub_folders(datasets)) for row, cell in zip(rows, cells, strict=True)]
 
     labels = _integers(list(table[label_column]), f"hf:{name}: column {label_column!r}") if label_column else None
     named = _class_names(labels, getattr(table.features[label_column], "names", ()) if label_column else ())
-    return EncodedSource(name=name, count=len(table), labels=labels, class_names=named, fetch=fetch)
+    cached = [] if "[" in split else getattr(table, "cache_files", [])  # slices of a split share its files
+    files = tuple(Path(file["filename"]) for file in cached)
+    return EncodedSource(name=name, count=len(table), labels=labels, class_names=named, fetch=fetch, files=files)
+
+
+@dataclass
+class _RowGroups:
+    """The cells of a parquet file's image column; in memory is the group of rows that was read last."""
+
+    read: Callable[[int], Any]
+    ends: list[int]
+    """Row after the last one of each group."""
+    held: tuple[int, Any] = (-1, None)
+
+    def cells(self, rows: list[int]) -> list[Any]:
+        found = dict.fromkeys(rows)
+        for group, of in itertools.groupby(sorted(found), lambda row: bisect.bisect_right(self.ends, row)):
+            if self.held[0] != group:
+                self.held = (-1, None)  # freed before the next one is read
+                self.held = (group, self.read(group))
+            start = self.ends[group - 1] if group else 0
+            for row in of:
+                found[row] = self.held[1][row - start].as_py()
+        return [found[row] for row in rows]
 
 
 def numbered(labels: Tensor | None) -> tuple[str, ...]:
@@ -123,7 +181,7 @@ def _import(module: str, *, extra: str, need: str) -> Any:
 def _readable(path: Path, arrow_error: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except (arrow_error, OSError) as error:
+    except (arrow_error, OSError, UnicodeDecodeError, IndexError) as error:  # fewer rows than the file says are an IndexError
         raise BitscapeError(f"{path}: damaged, or no parquet file ({error}); copy it again") from error
 
 
@@ -144,12 +202,23 @@ def _integers(values: list[Any], what: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _cell(row: int, cell: Any, *, open_path: bool) -> EncodedImage:
-    """The image of one table cell; without content it is empty bytes, which decoding reports as broken."""
+def _hub_folders(datasets: Any) -> list[Path]:
+    """Where the datasets library keeps what it downloads."""
+    names = ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    found = [getattr(datasets.config, name, None) for name in names] + [os.environ.get("HF_HUB_CACHE")]
+    return [Path(folder).resolve() for folder in found if folder]
+
+
+def _cell(row: int, cell: Any, folders: Sequence[Path] = ()) -> EncodedImage:
+    """The image of one table cell; without content it is empty bytes, which decoding reports as broken.
+
+    A path in a table from elsewhere is opened only below one of `folders`.
+    """
     fields = cell if isinstance(cell, dict) else {"bytes": cell}
     content, path = fields.get("bytes"), fields.get("path")
     if not isinstance(content, bytes):
-        content = Path(path) if open_path and path else b""
+        named = Path(path or "")
+        content = named if path and any(named.resolve().is_relative_to(folder) for folder in folders) else b""
     return EncodedImage(path or f"row {row}", content)
 
 
@@ -166,7 +235,8 @@ def _class_names(labels: Tensor | None, names: Sequence[str]) -> tuple[str, ...]
     return tuple(names) or numbered(labels)
 
 
-def _split_folder(path: Path, split: str) -> Path:
+def split_folder(path: Path, split: str) -> Path:
+    """The folder called `split` where all subfolders are named like splits, else `path` itself."""
     splits = {folder.name for folder in _subfolders(path)}
     if not splits or not splits <= SPLIT_FOLDERS:
         return path

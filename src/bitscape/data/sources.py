@@ -6,8 +6,7 @@ pixels. Changed here: the values 0..16 are scaled to 0..255, the order is shuffl
 test split.
 """
 
-import zipfile
-import zlib
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,9 +19,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bitscape.data.cache import cache_file, read_cache, write_cache
-from bitscape.data.decoding import crop_corner, decode_images, resized_shape
-from bitscape.data.encoded import EncodedSource, numbered, read_folder, read_hub, read_parquet
-from bitscape.errors import BitscapeError, nearest
+from bitscape.data.decoding import crop_corner, decode_images, image_shape, resized_shape
+from bitscape.data.encoded import EncodedRows, EncodedSource, numbered, read_folder, read_hub, read_parquet, split_folder
+from bitscape.data.mapped import MEMORY_BYTES, decode_mapped
+from bitscape.data.shards import SUFFIX, expand, read_shards
+from bitscape.errors import BitscapeError, nearest, prefixed
 
 DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
 HUB = "hf"
@@ -36,7 +37,7 @@ class Dataset:
     name: str
     """What messages and records call it."""
     images: UInt8[Tensor, "n c h w"] = field(repr=False)
-    """Pixels 0..255."""
+    """Pixels 0..255. Of a data set above 2 GB they lie in a file and can be read only (see `bitscape.data.mapped`)."""
     labels: Int64[Tensor, " n"] | None = field(default=None, repr=False)
     """Class numbers from 0, or None."""
     class_names: tuple[str, ...] = field(default=(), repr=False)
@@ -104,14 +105,17 @@ def load_dataset(source: str, *, split: str = "train", size: int | None = None, 
 
     Args:
         source: "digits" (embedded), a .parquet file (encoded images), an .npz file (arrays `images`, perhaps `labels`
-            and `class_names`), a folder of class folders or of images, or "hf:name" (needs the datasets library).
+            and `class_names`), a folder of class folders or of images, tar files of images as WebDataset lays them out
+            ("shards/train-{0000..0015}.tar", or a folder of them), or "hf:name" (needs the datasets library).
         split: for the digits ("train" or "test"), the hub, and folders that hold split folders. A file is one split.
         size: resize the shorter side to this many pixels and keep the centre size x size.
         limit: keep this many images, the first of an order drawn from `seed`: a smaller limit gives a prefix.
         seed: see `limit`.
 
-    Encoded images become RGB; digits and npz keep their channels. A parquet file that is decoded as a whole is kept in
-    the cache (see `bitscape.data.cache`). Raises BitscapeError for anything missing, damaged or inconsistent.
+    Encoded images become RGB; digits and npz keep their channels. Unreadable images are left out and logged. Only images
+    that are kept are decoded, and never more than 2 GB of them are held in memory. A parquet file that is decoded as a
+    whole is kept in the cache (see `bitscape.data.cache`). Raises BitscapeError for anything missing, damaged or
+    inconsistent, and where more than a tenth of the images cannot be read.
     """
     for name, value in (("size", size), ("limit", limit)):
         if value is not None:
@@ -122,15 +126,19 @@ def load_dataset(source: str, *, split: str = "train", size: int | None = None, 
     if kind == HUB and name:
         return _decoded(read_hub(name, split), source, size, limit, seed)
     path = Path(source)
+    if path.suffix == SUFFIX:
+        return _decoded(read_shards(expand(source), path.name), source, size, limit, seed)
     if not source or not path.exists():
         raise BitscapeError(_not_found(source))
     if path.is_dir():
-        return _decoded(read_folder(path, split), source, size, limit, seed)
+        folder = split_folder(path, split)
+        shards = sorted(folder.glob(f"*{SUFFIX}"))
+        return _decoded(read_shards(shards, folder.name) if shards else read_folder(path, split), source, size, limit, seed)
     if path.suffix == ".npz":
         return _picked(_read_npz(path), size, limit, seed)
     if path.suffix == ".parquet":
-        return _decoded(read_parquet(path), source, size, limit, seed, cache_file(path, size))
-    raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz or a folder")
+        return _decoded(read_parquet(path), source, size, limit, seed, cache_file([path], size))
+    raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz, .tar or a folder")
 
 
 def _digits(split: str) -> Dataset:
@@ -146,16 +154,17 @@ def _read_npz(path: Path) -> Dataset:
         raise BitscapeError(f"{path}: no array 'images' among {', '.join(arrays)}{nearest('images', arrays)}")
     images = _channels_first(arrays["images"], path)
     labels = _integer_labels(arrays["labels"], path) if "labels" in arrays else None
-    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else numbered(labels)
-    return Dataset(path.stem, torch.from_numpy(np.ascontiguousarray(images)), labels, names)
+    with prefixed(path):
+        names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else numbered(labels)
+        return Dataset(path.stem, torch.from_numpy(np.ascontiguousarray(images)), labels, names)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    # TypeError: a lone .npy array under this name is no context manager
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    # Readers of zip, deflate, npy and its header raise a dozen types; a lone .npy array under this name is no context manager.
+    except Exception as error:
         raise BitscapeError(f"{path}: damaged, or no .npz file of plain arrays ({error}); write it again") from error
 
 
@@ -189,12 +198,22 @@ def _decoded(source: EncodedSource, name: str, size: int | None, limit: int | No
     if cached is not None:
         images = torch.from_numpy(np.asarray(cached[rows.numpy()]))
     else:
-        images, kept = decode_images(source.fetch(rows.tolist()), size=size, source=name)
+        images, kept = _decoded_rows(source, rows, size, name, "" if limit is None else f"{limit} of {seed}")
         rows = rows[kept]
         if cache and limit is None and len(kept) == source.count:
             write_cache(cache, images.numpy())
     labels = None if source.labels is None else source.labels[rows]
-    return Dataset(source.name, images, labels, source.class_names)
+    with prefixed(name):
+        return Dataset(source.name, images, labels, source.class_names)
+
+
+def _decoded_rows(source: EncodedSource, rows: Tensor, size: int | None, name: str, part: str) -> tuple[Tensor, Tensor]:
+    """Images, and which of the rows they are; in memory where they are few."""
+    encoded = EncodedRows(source, rows.tolist())
+    shape = image_shape(encoded, size)
+    if shape is None or not source.files or len(rows) * math.prod(shape) <= MEMORY_BYTES:
+        return decode_images(encoded, size=size, source=name)
+    return decode_mapped(encoded, shape, cache_file(source.files, size, part), size=size, source=name)
 
 
 def _rows(count: int, limit: int | None, seed: int) -> Tensor:
@@ -219,4 +238,4 @@ def _not_found(source: str) -> str:
     if not folder.is_dir():
         return f"source {source!r} is not there: no folder {str(folder)!r}"
     hint = nearest(Path(source).name, ["digits", *sorted(entry.name for entry in folder.iterdir())])
-    return f"source {source!r} is not there{hint}; allowed are digits, a .parquet or .npz file, a folder, {HUB}:name"
+    return f"source {source!r} is not there{hint}; allowed are digits, a .parquet, .npz or .tar file, a folder, {HUB}:name"

@@ -19,7 +19,7 @@ from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.build import unset_network
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.dynamic.tiers import Gate, TieredNetwork
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, prefixed
 from bitscape.files import write_atomic
 from bitscape.models.attention import split_attention
 from bitscape.models.find import load_weights, save_weights
@@ -119,9 +119,12 @@ def load_dynamic(model: nn.Module, folder: Path) -> DynamicNetwork:
         BitscapeError: a missing or damaged file, another format, or another network.
     """
     about = read_dynamic(folder)
-    bits = DynamicBits(low=about.low, high=about.high, weights=about.weights, static=about.static)
+    with prefixed(folder / DYNAMIC_FILE):
+        bits = DynamicBits(low=about.low, high=about.high, weights=about.weights, static=about.static)
     _check_there(folder)
-    network = unset_network(model, Policy.load(folder / POLICY_FILE), about.input_shape, bits)
+    policy = Policy.load(folder / POLICY_FILE)
+    with prefixed(folder):
+        network = unset_network(model, policy, about.input_shape, bits)
     load_weights(network, folder / WEIGHTS_FILE)
     return network.eval()
 
@@ -161,11 +164,15 @@ def load_tiers(model: nn.Module, folder: Path) -> TieredNetwork:
     for own in folders:
         _check_there(own)
     policies = [Policy.load(own / POLICY_FILE) for own in folders]
-    networks = [quantize(model, policy) for policy in policies]
+    networks = []
+    for own, policy in zip(folders, policies, strict=True):
+        with prefixed(own / POLICY_FILE):
+            networks.append(quantize(model, policy))
     gate = Gate(len(folders))
     for made, file in [*zip(networks, [own / WEIGHTS_FILE for own in folders], strict=True), (gate, folder / GATE_FILE)]:
         load_weights(made, file)
-    cost = measure(split_attention(copy.deepcopy(model)), about.input_shape)
+    with prefixed(folder / TIERS_FILE):
+        cost = measure(split_attention(copy.deepcopy(model)), about.input_shape)
     return TieredNetwork(networks, policies, gate, cost).to(next(model.parameters()).device).eval()
 
 

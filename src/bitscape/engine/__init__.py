@@ -7,6 +7,7 @@ from bitscape.engine.quality_grid import QualityGrid, quality_grid
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
 from bitscape.engine.spending import Spending, Spent
 from bitscape.engine.step import Batch, LossFunction, Step, StepRecord, StepSettings
+from bitscape.engine.trackers import TensorBoard, Tracker
 from bitscape.engine.training import TrainResult, train
 from bitscape.sharpness.probe import BatchLoss
 
@@ -27,6 +28,8 @@ __all__ = [
     "Step",
     "StepRecord",
     "StepSettings",
+    "TensorBoard",
+    "Tracker",
     "TrainResult",
     "evaluate",
     "quality_grid",

@@ -1,6 +1,7 @@
 """One file that holds everything a run needs to go on: safetensors, with the plain data as JSON in its header.
 
-Nothing is pickled. The file appears whole or not at all: it is written beside its place, flushed to disk, renamed.
+Nothing is pickled. The file appears whole or not at all: it is written beside its place, flushed to disk, renamed. A checksum tells
+whether a bit of it has changed since.
 """
 
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import write_atomic
+from bitscape.files import UNSEALED, check_seal, sealed, write_atomic
 
 FORMAT = 1
 _AGAIN = "or start over in another folder"
@@ -28,19 +29,22 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[s
     """Write `tensors` and the JSON data `header` to `path`, atomically."""
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
     plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomic(path, save(plain, metadata={"bitscape": json.dumps({"format": FORMAT, **header})}))
+    text = json.dumps({"format": FORMAT, "checksum": UNSEALED, **header})
+    write_atomic(path, sealed(save(plain, metadata={"bitscape": text})))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors (on the CPU) and the header of a checkpoint.
 
-    Raises CheckpointError for a truncated file, another program's file and another format version.
+    Raises CheckpointError for a truncated or damaged file, another program's file and another format version.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata())
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read, it is truncated or damaged ({error}); restore it from a copy, {_AGAIN}"
         ) from error
@@ -50,7 +54,9 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get("bitscape")
     if text is None:
         raise CheckpointError(f"{path} is a safetensors file but no training checkpoint; pass another folder")
+    check_seal(path.read_bytes())
     header = cast(dict[str, Any], json.loads(text))
+    del header["checksum"]
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {header.get('format')}, this version reads {FORMAT}; "

@@ -20,6 +20,7 @@ from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
 from bitscape.engine.step import Batch, LossFunction, pooled
+from bitscape.engine.trackers import Watched
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
 
@@ -49,6 +50,7 @@ class Loop:
     folder: Path | None
     checkpoint_every_s: float
     after_epoch: Callable[[int], Mapping[str, float]] | None
+    trackers: Watched
     first_bad: Tensor = field(init=False)
     """Batch of this epoch whose loss or gradient was not finite first, -1 = none; read as seldom as possible."""
     base_lrs: list[float] = field(init=False)
@@ -95,14 +97,19 @@ class Loop:
     def run(self) -> None:
         """Run the epochs that are left."""
         state, pace = self.state, Pace()
-        while state.epoch < self.epochs:
-            state.model.train()
-            self._run_epoch(pace)
-            self._stop_if_bad()
-            state.train_s += pace.lap()
-            state.finish_epoch(self._record())
-            self._save()
-            pace.go_on(saved=True)
+        try:
+            self.trackers.start(state.settings, tuple(state.records))
+            while state.epoch < self.epochs:
+                state.model.train()
+                self._run_epoch(pace)
+                self._stop_if_bad()
+                state.train_s += pace.lap()
+                state.finish_epoch(self._record())
+                self.trackers.epoch(state.records[-1])  # before the checkpoint: told twice rather than never
+                self._save()
+                pace.go_on(saved=True)
+        finally:
+            self.trackers.finish()
 
     def _run_epoch(self, pace: Pace) -> None:
         for images, labels in self._feed(self.state.batch):

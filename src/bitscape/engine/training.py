@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from bitscape.engine.loop import Loop
 from bitscape.engine.settings import Cosine, OptimizerSettings
 from bitscape.engine.state import RunState
 from bitscape.engine.step import CrossEntropy, LossFunction, Step, StepSettings
+from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def train(
     resume: bool = True,
     seed: int = 0,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
@@ -70,7 +72,8 @@ def train(
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
-    names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none.
+    names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none. trackers: told of
+    each epoch on the first worker; one that fails is logged and left out, the run goes on. They are not compared either.
 
     On one machine the same arguments give the same bits, also when the run was killed and resumed. The global random
     state is the caller's again afterwards.
@@ -136,6 +139,7 @@ def train(
         folder=None if folder is None else Path(folder),
         checkpoint_every_s=checkpoint_every_s,
         after_epoch=after_epoch,
+        trackers=Watched(trackers if workers.is_first() else ()),
     )
     with ExitStack() as block:
         block.enter_context(_seeded(seed, device))

@@ -33,5 +33,5 @@ def agreement(expected: Array, found: Array) -> Agreement:
         images=len(expected),
         same_class=float((expected.argmax(1) == found.argmax(1)).mean()),
         identical=float((expected == found).all(1).mean()),
-        difference=float(np.linalg.norm(found - expected) / max(1e-12, np.linalg.norm(expected))),
+        difference=float(np.linalg.norm(found - expected)) / max(1e-12, float(np.linalg.norm(expected))),
     )

@@ -102,6 +102,10 @@ class Traced:
         weight = node.args[1] if node.target in {*CONVOLUTIONS, LINEAR} else None
         return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes else None
 
+    def is_layer(self, node: fx.Node) -> bool:
+        """Whether it is a convolution or linear node of a quantized weight."""
+        return self.weight_name(node) is not None
+
 
 def trace(network: nn.Module, example: Tensor) -> Traced:
     """Trace a calibrated network of static bits; the batch size stays free.

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError
-from bitscape.policy import LayerBits, Policy
+from bitscape.errors import BitscapeError, prefixed
+from bitscape.files import UNSEALED, parse_json
+from bitscape.policy import Policy
 from bitscape.quant.quantizers.base import FakeQuantizer
 from bitscape.quant.quantizers.dorefa import ClippedActivation
 from bitscape.quant.quantizers.lsq import LsqActivation
@@ -39,6 +41,17 @@ class StoredLayer:
     same_weight_as: str | None = None
     """The layer whose codes this one shares (tied weights)."""
 
+    def __post_init__(self) -> None:
+        if type(self.zero_point) not in (int, float) or self.zero_point not in (0, -0.5):
+            raise BitscapeError(f"zero_point is {self.zero_point!r}; allowed are 0 and -0.5")
+        if self.scales not in ("channel", "tensor"):
+            raise BitscapeError(f"scales is {self.scales!r}; allowed are 'channel' and 'tensor'")
+        if not isinstance(self.input, Mapping) or self.input.get("kind") not in tuple(_INPUT_QUANTIZERS):
+            raise BitscapeError(f"input is {self.input!r}; it must be an object whose 'kind' is {', '.join(_INPUT_QUANTIZERS)}")
+        for name, value in self.input.items():
+            if name != "kind" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise BitscapeError(f"input: {name} is {value!r}; allowed are numbers from 0")
+
     def owner(self, name: str) -> str:
         """Name of the layer that holds the codes of the layer `name`."""
         return name if self.same_weight_as is None else self.same_weight_as
@@ -66,6 +79,7 @@ class Header:
         }
         document = {
             "format": FORMAT,
+            "checksum": UNSEALED,  # of the file; it is not known yet
             "tool": f"bitscape {__version__}",
             "policy": dataclasses.asdict(self.policy),
             "layers": layers,
@@ -77,10 +91,10 @@ class Header:
     def from_json(cls, text: str) -> "Header":
         """Read the header's text. Raises BitscapeError for another format or anything damaged."""
         try:
-            return _from_document(json.loads(text))
+            return _from_document(parse_json(text.encode()))
         except BitscapeError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             what = f"{type(error).__name__}: {error}"
             raise BitscapeError(f"the header is damaged ({what}); write the file anew") from error
 
@@ -117,17 +131,21 @@ def _weight_arguments(bits: int, scales: str, zero_point: float) -> dict[str, An
     return arguments | ({"zero_point": zero_point} if zero_point else {})
 
 
+def _stored(name: str, entry: Any) -> StoredLayer:
+    with prefixed(f"layer {name!r}"):
+        return StoredLayer(**entry)
+
+
 def _from_document(document: Any) -> Header:
     if document["format"] != FORMAT:
         raise BitscapeError(
             f"packed format {document['format']!r} is unknown; this version reads format {FORMAT}; install the version "
             "that wrote it, or write the file anew"
         )
-    entries = dict(document["policy"])
-    bits = {name: LayerBits(**entry) for name, entry in entries.pop("layers").items()}
-    layers = {name: StoredLayer(**entry) for name, entry in document["layers"].items()}
-    for name in bits | layers:
-        layers[name].input_quantizer(bits[name].activation)
+    policy = Policy.from_document({"format": FORMAT, **document["policy"]})
+    layers = {name: _stored(name, entry) for name, entry in dict(document["layers"]).items()}
+    for name in {**policy.layers, **layers}:
+        layers[name].input_quantizer(policy.layers[name].activation)
         if layers[layers[name].owner(name)].same_weight_as is not None:
             raise ValueError(f"the weight of {name} is stored nowhere")
-    return Header(policy=Policy(bits, **entries), layers=layers)
+    return Header(policy=policy, layers=layers)

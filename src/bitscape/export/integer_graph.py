@@ -21,6 +21,7 @@ from bitscape.export.placement import (
     is_move,
     place_quantizers,
     quantized_source,
+    repeat_quantizers,
 )
 from bitscape.quant.convert import batches_of, sample_values
 from bitscape.quant.grid import Grid
@@ -90,10 +91,11 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     for node in graph.nodes:
         if is_quantizer(node):
             set_grid(node, uint8_grid(grid_of(node)))
-    added = place_quantizers(graph, lambda node: traced.weight_name(node) is not None)
+    added = place_quantizers(graph, traced.is_layer)
     integer_biases = {key: _integer_bias(traced, weights, key, bias) for key, bias in biases.items()}
     _write_back(traced, weights, integer_biases)
     _calibrate(module, added, images, observer or Mse())  # with the folded norms' scales and biases in the module
+    repeat_quantizers(graph, traced.is_layer)
     _absorb_rectifiers(graph)
     _loosen(graph)
     graph.eliminate_dead_code()

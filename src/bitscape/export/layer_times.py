@@ -139,7 +139,7 @@ def _network_times(network: nn.Module, images: Tensor, batch: Tensor, runtime: R
         save_onnx(uniform, eight, images, containers=(8,))
         save_float_onnx(network, plain, images)
         sessions = {str(EIGHT): runtime.open(eight), FLOAT: runtime.open(plain)}
-    _warn_of_floats("the network at 8/8", sessions[str(EIGHT)], runtime)
+        _warn_of_floats("the network at 8/8", sessions[str(EIGHT)], runtime)
     runs = {name: lambda session=session: session.run(given) for name, session in sessions.items()}
     return _quickest(runs, runtime.threads, rounds)
 

@@ -10,7 +10,6 @@ The form that ONNX Runtime fuses into integer kernels, and OpenVINO too:
 No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
 """
 
-import copy
 import logging
 import os
 from collections import Counter
@@ -20,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from bitscape.export.graph import FAKE_QUANTIZE, quiet
+from bitscape.errors import BitscapeError
+from bitscape.export.graph import FAKE_QUANTIZE
 from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, bias_name, input_scale, integer_network
+from bitscape.export.onnx_marks import DOMAIN, MARK, MARKED, mark_node, with_marks
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
+from bitscape.quant.convert import batches_of
 
 if TYPE_CHECKING:
     import onnx
@@ -39,8 +40,6 @@ PORTABLE = (4, 8)
 """Those that other runtimes than ONNX Runtime read."""
 LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
 """What layers become; these nodes carry the layer's name."""
-DOMAIN, MARK = "bitscape", "Weight"
-"""The operator that stands for an integer weight until its integers are written."""
 OPSETS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}
 """Smallest container in a file -> operator set and IR version that know it; newer ones are refused by ONNX Runtime 1.31."""
 
@@ -92,19 +91,28 @@ def write_onnx(
 
 def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
     """Bits of the smallest of `containers` that holds the codes."""
-    return min(width for width in containers if width >= weight.bits)
+    fitting = [width for width in containers if width >= weight.bits]
+    if not fitting:
+        raise BitscapeError(f"containers = {containers!r}: weights need {weight.bits} bits; allow 8 as well")
+    return min(fitting)
 
 
 def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
     """The network as an onnx_ir model. Raises BitscapeError when the packages of the extra "onnx" are missing."""
-    operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _quantize_dequantize, MARKED_WEIGHT: _marked_weight_node}
-    model = onnx_graph(_with_marked_weights(network), images[:2], operators, opset=OPSETS[4][0], free_batch=True)
+    if not containers or not set(containers) <= set(CONTAINERS):
+        allowed = ", ".join(map(str, CONTAINERS))
+        raise BitscapeError(f"containers = {containers!r}: ONNX stores integers of {allowed} bits; give some of them")
+    operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _quantize_dequantize, MARKED: mark_node}
+    (traced,) = batches_of(images[:2], network.module)
+    model = onnx_graph(with_marks(network), traced, operators, opset=OPSETS[4][0], free_batch=True)
     import onnx_ir as ir
 
     writer = _Writer(model.graph, network, containers)
     for node in list(model.graph):
         if node.op_type in (*LAYER_OPERATORS, "ConvTranspose"):
             writer.rewrite(node)
+        elif node.op_type == MARK:
+            writer.replace_bias(node)
         pool_globally(node)
     del model.opset_imports[DOMAIN]
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -114,43 +122,6 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
     model.opset_imports[""], model.ir_version = OPSETS[smallest]
     model.producer_name, model.graph.name = "bitscape", "quantized network"
     return model
-
-
-@torch.library.custom_op("bitscape::marked_weight", mutates_args=())
-def _marked_weight(weight: Tensor, name: str) -> Tensor:
-    return weight.clone()
-
-
-@_marked_weight.register_fake
-def _(weight: Tensor, name: str) -> Tensor:
-    return torch.empty_like(weight)
-
-
-MARKED_WEIGHT = torch.ops.bitscape.marked_weight.default
-
-
-def _with_marked_weights(network: IntegerNetwork) -> fx.GraphModule:
-    """The module with a node behind every integer weight: the exporter finds no constant there to transpose or to fold norms into."""
-    with quiet():
-        marked = fx.GraphModule(network.module, copy.deepcopy(network.module.graph))
-    for node in [node for node in marked.graph.nodes if node.op == "get_attr" and node.target in network.weights]:
-        with marked.graph.inserting_after(node):
-            mark = marked.graph.call_function(MARKED_WEIGHT, (node, node.target))
-        node.replace_all_uses_with(mark, delete_user_cb=lambda user, mark=mark: user is not mark)
-    marked.recompile()
-    return marked
-
-
-def _marked_weight_node(weight: Any, name: str) -> Any:
-    """Called by torch.onnx with onnxscript's values."""
-    import onnxscript
-    from onnx.defs import OpSchema
-
-    value = (OpSchema.FormalParameter(name, "tensor(float)") for name in "xy")
-    mark = OpSchema(
-        MARK, DOMAIN, 1, inputs=[next(value)], outputs=[next(value)], attributes=[OpSchema.Attribute("name", OpSchema.AttrType.STRING)]
-    )
-    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), MARK, mark)(weight, name=name)
 
 
 def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qmax: int) -> Any:
@@ -179,24 +150,23 @@ class _Writer:
         self.graph = graph
         self.network = network
         self.containers = containers
+        self.biases = {bias_name(key): key for key in network.biases}
         self.made: dict[str, ir.Value] = {}
         self.uses: Counter[str] = Counter()
 
     def rewrite(self, node: "ir.Node") -> None:
+        """Let a layer take its integers."""
         maker = _maker(node.inputs[1])
-        mark = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "Transpose" else maker
+        transposed = maker is not None and maker.op_type == "Transpose"
+        mark = _maker(maker.inputs[0]) if maker is not None and transposed else maker
         if mark is None or mark.op_type != MARK:
             self._keep_float(node)
             return
         key = mark.attributes["name"].as_string()
         self.uses[key] += 1
         node.name = key.removesuffix(".weight") + (f":{self.uses[key]}" if self.uses[key] > 1 else "")
-        node.replace_input_with(1, self._weight(key, node.op_type))
-        if node.op_type == "MatMul" and key in self.network.biases:
-            (addition,) = node.outputs[0].consumers()
-            addition.replace_input_with(1 - addition.inputs.index(node.outputs[0]), self._bias(key))
-        elif len(node.inputs) > 2:  # a bias of zeros was dropped
-            node.replace_input_with(2, self._bias(key))
+        # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
+        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
         if node.op_type == "Conv":
             _absorb_padding(node)
 
@@ -210,8 +180,7 @@ class _Writer:
             self.graph.insert_before(node, maximum)
             node.replace_input_with(0, maximum.outputs[0])
 
-    def _weight(self, key: str, operator: str) -> "ir.Value":
-        transposed = operator == "MatMul"
+    def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
         name = f"{key}.transposed" if transposed else key
         if name not in self.made:
             weight = self.network.weights[key]
@@ -220,18 +189,21 @@ class _Writer:
             codes = np.ascontiguousarray(codes.T) if transposed else codes
             stored = self._initializer(f"{name}.codes", codes, bits)
             scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
-            # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
-            zeros = None if operator == "Conv" else self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8))
+            zeros = self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8)) if zero_points else None
             self.made[name] = self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
         return self.made[name]
 
-    def _bias(self, key: str) -> "ir.Value":
-        name = bias_name(key)
-        if name not in self.made:
-            spacing = self.network.weights[key].scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
-            codes = self._initializer(f"{name}.codes", self.network.biases[key].cpu().numpy().astype(np.int32))
-            self.made[name] = self._dequantized(codes, self._initializer(f"{name}.scale", spacing), None, axis=0, cast=False)
-        return self.made[name]
+    def replace_bias(self, mark: "ir.Node") -> None:
+        """Put a bias's integers in the place of its mark; marks of weights stay, for layers to find."""
+        import onnx_ir as ir
+
+        name = mark.attributes["name"].as_string()
+        if (key := self.biases.get(name)) is None:
+            return
+        spacing = self.network.weights[key].scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
+        codes = self._initializer(f"{name}.codes", self.network.biases[key].cpu().numpy().astype(np.int32))
+        found = self._dequantized(codes, self._initializer(f"{name}.scale", spacing), None, axis=0, cast=False)
+        ir.convenience.replace_all_uses_with(mark.outputs[0], found)
 
     def _initializer(self, name: str, array: np.ndarray[Any, Any], bits: int | None = None) -> "ir.Value":
         import ml_dtypes

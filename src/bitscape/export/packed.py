@@ -13,8 +13,7 @@ stored under the first. The metadata has one entry, "bitscape" (header.py). Equa
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError, nearest
+from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.export.bits import pack_bits, unpack_bits, words_of
 from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
-from bitscape.files import write_atomic
+from bitscape.files import check_seal, sealed, write_atomic
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import LayerBits, Policy, fingerprint
@@ -73,7 +72,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
         raise BitscapeError("model: no activation scale is set; call bitscape.calibrate(model, images) before saving")
     stored, codes = {}, {}
     for name, layer in layers.items():
-        with _prefixed(f"layer {name}"):
+        with prefixed(f"layer {name}"):
             codes[name] = weight_codes(layer)
             stored[name] = _stored_layer(layer, codes[name], _tied_to(layer, codes, layers))
     header = Header(policy=_checked_policy(model, policy), layers=stored)
@@ -85,7 +84,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     _check_ranges(others)
     # Copies: safetensors refuses views of one storage.
     tensors = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in (weights | others).items()}
-    content = safetensors.torch.save(tensors, {_METADATA: header.to_json()})
+    content = sealed(safetensors.torch.save(tensors, {_METADATA: header.to_json()}))
     write_atomic(path, content)
     weight_bytes = sum(tensor.nbytes for key, tensor in weights.items() if not key.endswith(_WEIGHT_PARTS[2]))
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -110,8 +109,9 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     """
     if quantized_layers(float_model):
         raise BitscapeError("float_model: it is quantized already; give the float network that the file was made from")
-    with _prefixed(os.fspath(path)):
-        tensors, header = _read(Path(path))
+    header = read_header(path)
+    with prefixed(os.fspath(path)):
+        tensors = safetensors.torch.load_file(path)
         model = split_attention(copy.deepcopy(float_model))
         header.policy.check(layer_shapes(model))
         layers = quantizable_layers(model)
@@ -126,13 +126,24 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     return model.eval()
 
 
-@contextmanager
-def _prefixed(place: str) -> Iterator[None]:
-    """Put `place` in front of the messages of errors."""
-    try:
-        yield
-    except BitscapeError as error:
-        raise type(error)(f"{place}: {error}") from error
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Return what a packed file says of its network. Raises BitscapeError for a file that is damaged, of another kind or another format."""
+    with prefixed(os.fspath(path)):
+        if not Path(path).is_file():
+            raise BitscapeError("no such file; give the path of a file of save_packed")
+        try:
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(_METADATA)
+        except SafetensorError as error:
+            raise BitscapeError(f"not a complete safetensors file ({error}); copy it again or write it anew") from error
+        if text is None:
+            raise BitscapeError("no packed file (another safetensors file); load float weights with load_weights, or --weights")
+        header = Header.from_json(text)
+        try:
+            check_seal(Path(path).read_bytes())
+        except ValueError as error:
+            raise BitscapeError(f"{error}; copy it again or write it anew") from error
+    return header
 
 
 def _stored_layer(layer: QuantizedLayer, codes: Codes, tied_to: str | None) -> StoredLayer:
@@ -199,20 +210,6 @@ def _check_ranges(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if "input_quantizer" in key.split(".") and not torch.isfinite(tensor).all():
             raise BitscapeError(f"{key} is NaN or infinite; calibrate the network and save it again")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], Header]:
-    if not path.is_file():
-        raise BitscapeError("no such file; give the path of a file of save_packed")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_METADATA)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # it is no mapping
-    except SafetensorError as error:
-        raise BitscapeError(f"not a complete safetensors file ({error}); copy it again or write it anew") from error
-    if text is None:
-        raise BitscapeError("no packed file (another safetensors file); load float weights with load_weights")
-    return tensors, Header.from_json(text)
 
 
 def _stored_codes(name: str, tensors: dict[str, Tensor], header: Header, layer: nn.Module) -> Codes:

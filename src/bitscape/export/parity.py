@@ -5,7 +5,9 @@ The reference reads integers and scales from the file itself and works on the ve
     sum  = sum over inputs of (x - x_zero_point) * w + bias                  whole numbers, exact
     y    = clip(round(float32(sum) * (x_scale * w_scale / y_scale)) + y_zero_point)       half to even, multiplier in float32
 
-so an error cannot hide behind rounding that adds up over layers, as it can when whole networks are compared in float.
+so an error cannot hide behind rounding that adds up over layers, as it can when whole networks are compared in float. Float outputs are
+compared in units of the sums, up to float32's rounding. The bias behind a MatMul is an operator of its own: both are brought to float32,
+and y is the rounding of what they add up to.
 """
 
 import os
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 IMAGES_AT_ONCE = 8
+ROUNDING = 2.0**-22
+"""Of float32, relative; two operations at most."""
 ALLOWED = {"onnxruntime": 0.0, "openvino": 1e-3}
 """Share of codes that may differ, by one."""
 
@@ -51,6 +55,8 @@ class FileLayer:
     """float32 (output channels,)."""
     bias: Array
     """int64 (output channels,)."""
+    float_bias: bool
+    """Whether an Add behind the layer, a MatMul, brings the bias."""
     output: str
     """Tensor of the output: codes, or floats where nothing quantizes it."""
     output_scale: np.float32 | None
@@ -61,35 +67,35 @@ class FileLayer:
     high: int = 255
     """Largest code of the output."""
 
-    def sums(self, codes: Array) -> Array:
-        """The exact sums of products, with bias, int64: in float64 nothing below 2^53 is rounded."""
+    def difference(self, codes: Array, output: Array) -> Array:
+        """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums."""
+        products, bias, spacing = self._products(codes), self._by_channel(self.bias), self._by_channel(self.input_scale * self.weight_scale)
+        if self.output_scale is not None:
+            return np.abs(output.astype(np.int64) - self._output_codes(products, bias, spacing))
+        off = np.abs(output / spacing.astype(np.float64) - (products + bias)) - ROUNDING * (np.abs(products) + np.abs(bias))
+        return np.asarray(np.rint(off.clip(min=0)).astype(np.int64))
+
+    def _products(self, codes: Array) -> Array:
+        """The exact sums of products, int64: in float64 nothing below 2^53 is rounded."""
         x = torch.from_numpy(codes.astype(np.float64) - self.input_zero_point)
         weight = torch.from_numpy(self.weight.astype(np.float64))
         if self.operator != "Conv":
-            return np.asarray(np.rint((x @ weight.T).numpy()).astype(np.int64) + self.bias)
+            return np.asarray(np.rint((x @ weight.T).numpy()).astype(np.int64))
         convolve = F.conv1d if weight.ndim == 3 else F.conv2d
         x = F.pad(x, _torch_padding(self.settings["pads"]))
         strides, dilations, group = (self.settings[key] for key in ("strides", "dilations", "group"))
-        sums = np.rint(convolve(x, weight, stride=strides, dilation=dilations, groups=group).numpy()).astype(np.int64)
-        return np.asarray(sums + self.bias.reshape(-1, *[1] * (weight.ndim - 2)))
+        return np.asarray(np.rint(convolve(x, weight, stride=strides, dilation=dilations, groups=group).numpy()).astype(np.int64))
 
-    def reference(self, codes: Array) -> Array:
-        """What the layer must make of its input's codes: codes, or the exact sums where its output is float."""
-        sums = self.sums(codes)
-        if self.output_scale is None:
-            return sums
-        shape = (-1, *[1] * (self.weight.ndim - 2)) if self.operator == "Conv" else (-1,)
-        multiplier = (self.input_scale * self.weight_scale / self.output_scale).reshape(shape)
-        codes = np.rint(sums.astype(np.float32) * multiplier) + self.output_zero_point
-        return np.asarray(np.clip(codes, self.low, self.high).astype(np.uint8))
+    def _output_codes(self, products: Array, bias: Array, spacing: Array) -> Array:
+        assert self.output_scale is not None
+        if self.float_bias:
+            scaled = (products.astype(np.float32) * spacing + bias.astype(np.float32) * spacing) / self.output_scale
+        else:
+            scaled = (products + bias).astype(np.float32) * (spacing / self.output_scale)
+        return np.asarray(np.clip(np.rint(scaled) + self.output_zero_point, self.low, self.high).astype(np.int64))
 
-    def given(self, output: Array) -> Array:
-        """What a runtime returned, in the units of `reference`."""
-        if self.output_scale is not None:
-            return output
-        spacing = self.input_scale * self.weight_scale
-        spacing = spacing.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.operator == "Conv" else spacing
-        return np.asarray(np.rint(output.astype(np.float64) / spacing).astype(np.int64))
+    def _by_channel(self, values: Array) -> Array:
+        return values.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.operator == "Conv" else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ class ParityReport:
     runtime: str
     layers: tuple[LayerParity, ...]
     float_layers: tuple[str, ...]
-    """Layers that the runtime computes in float."""
+    """Layers of integer weights that the runtime computes in float."""
 
     @property
     def differing(self) -> float:
@@ -121,12 +127,7 @@ class ParityReport:
 
     def require(self, allowed: float) -> None:
         """Raise BitscapeError unless no layer runs in float and at most the share `allowed` of a layer's codes differs, by one."""
-        if self.float_layers:
-            shown = ", ".join(self.float_layers[:5])
-            raise BitscapeError(
-                f"{self.runtime} computes {len(self.float_layers)} layers in float ({shown}): the file would be hardly faster than the "
-                "float network; try another version of the runtime"
-            )
+        require_integer(self.runtime, self.float_layers)
         wrong = [layer for layer in self.layers if layer.differing > allowed * layer.codes or layer.largest > 1]
         if wrong:
             worst = max(wrong, key=lambda layer: (layer.largest, layer.differing / layer.codes))
@@ -134,6 +135,16 @@ class ParityReport:
                 f"{self.runtime} computes {len(wrong)} of {len(self.layers)} layers otherwise than the integers say; worst {worst.name}: "
                 f"{worst.differing} of {worst.codes} codes differ, by up to {worst.largest}; do not use this file with this version"
             )
+
+
+def require_integer(runtime: str, float_layers: Sequence[str]) -> None:
+    """Raise BitscapeError if a runtime computes layers of integer weights in float."""
+    if float_layers:
+        shown = ", ".join(float_layers[:5])
+        raise BitscapeError(
+            f"{runtime} computes {len(float_layers)} layers in float ({shown}): the file would be hardly faster than the "
+            "float network; try another version of the runtime"
+        )
 
 
 def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime | None = None) -> ParityReport:
@@ -161,11 +172,13 @@ def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime |
         for layer in layers:
             _compare(layer, tensors, counts[layer.name])
     compared = (LayerParity(name=name, codes=n, differing=d, largest=m) for name, (n, d, m) in counts.items())
-    return ParityReport(runtime=runtime.version, layers=tuple(compared), float_layers=tuple(session.float_layers()))
+    in_float = {node.name for node in model.graph.node} - set(counts)  # in the file, too
+    found = tuple(name for name in runtime.open(path).float_layers() if name not in in_float)
+    return ParityReport(runtime=runtime.version, layers=tuple(compared), float_layers=found)
 
 
 def _compare(layer: FileLayer, tensors: dict[str, Array], counts: list[int]) -> None:
-    difference = np.abs(layer.given(tensors[layer.output]).astype(np.int64) - layer.reference(tensors[layer.input]))
+    difference = layer.difference(tensors[layer.input], tensors[layer.output])
     counts[0] += difference.size
     counts[1] += int(np.count_nonzero(difference))
     counts[2] = max(counts[2], int(difference.max()))
@@ -239,6 +252,7 @@ class _Graph:
             weight=codes.T if node.op_type == "MatMul" else codes,
             weight_scale=self._known(w.input[1]),
             bias=np.zeros(1, np.int64) if bias is None else bias.astype(np.int64),
+            float_bias=last is not node,
             **self._output(last.output[0]),
         )
 

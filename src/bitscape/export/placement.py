@@ -60,7 +60,7 @@ PLACEHOLDER = ActivationGrid(scale=1.0, zero_point=0.0, qmin=0, qmax=255)
 
 
 def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Change `graph` so that every tensor between integer operators is quantized once; grids are uint8 ones.
+    """Change `graph` so that every tensor that integer operators make is quantized once; grids are uint8 ones.
 
     Args:
         graph: quantizers stand on the inputs of layers.
@@ -75,9 +75,20 @@ def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> li
     for node in list(graph.nodes):
         if placer.is_site(node):
             placer.settle(node)
-    for node in list(graph.nodes):
-        placer.repeat_behind_move(node)
+        elif node.op == "placeholder":
+            placer.hoist(node)
     return placer.added
+
+
+def repeat_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> None:
+    """Put quantizers of moved codes behind the move again, where integer operators take them: exact, and what runtimes expect.
+
+    Not behind zero padding that can become a convolution's own. For after `place_quantizers`, when every quantizer has its grid.
+    """
+    placer = _Placer(graph, is_layer)
+    for node in list(graph.nodes):
+        placer.drop_behind_padding(node)
+        placer.repeat_behind_move(node)
 
 
 def is_move(node: fx.Node) -> bool:
@@ -130,12 +141,15 @@ class _Placer:
         tail = site
         while len(tail.users) == 1 and (user := next(iter(tail.users))).target in RECTIFIERS:
             tail = user
-        sole = _sole_quantizer(tail)
-        if sole is not None:
-            if sole not in tail.users:
-                self._read_from(insert_quantizer(self.graph, tail, grid_of(sole)), tail)
-        elif self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users):
+        if not self.hoist(tail) and (self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users)):
             self._read_from(self._shared_quantizer(tail), tail)
+
+    def hoist(self, tail: fx.Node) -> bool:
+        """Put the one quantizer that everything made of `tail` passes right behind it; False if there is none."""
+        sole = _sole_quantizer(tail)
+        if sole is not None and sole not in tail.users:
+            self._read_from(insert_quantizer(self.graph, tail, grid_of(sole)), tail)
+        return sole is not None
 
     def _wants_codes(self, user: fx.Node) -> bool:
         return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
@@ -154,8 +168,15 @@ class _Placer:
             if user is not quantizer:
                 user.replace_input_with(tail, quantizer)
 
+    def drop_behind_padding(self, node: fx.Node) -> None:
+        source = quantized_source(node) if is_move(node) else None
+        for user in list(node.users):
+            idle = source is not None and is_quantizer(user) and grid_of(user) == grid_of(source)
+            if idle and all(is_own_padding(node, layer) and self.is_layer(layer) for layer in user.users):
+                user.replace_all_uses_with(node)
+                self.graph.erase_node(user)
+
     def repeat_behind_move(self, node: fx.Node) -> None:
-        """Put the quantizer of moved codes behind the move again, where an integer operator takes them: exact, and what runtimes expect."""
         source = quantized_source(node) if is_move(node) else None
         if source is None or all(is_move(user) or _same_codes(user, source) for user in node.users):
             return
@@ -166,8 +187,8 @@ class _Placer:
 
 def _sole_quantizer(node: fx.Node) -> fx.Node | None:
     """The quantizer that everything made of `node` passes, with nothing but moves, maxima and rectifiers before it."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
+    while len(users := [user for user in node.users if user.target is not aten.sym_size.int]) == 1:
+        node = users[0]
         if is_quantizer(node):
             return node
         if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):

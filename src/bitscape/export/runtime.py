@@ -76,26 +76,38 @@ class OnnxSession:
     """A file in ONNX Runtime; `outputs` names what `run` returns."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int) -> None:
-        runtime = _onnxruntime()
-        options = runtime.SessionOptions()
+        options = _onnxruntime().SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-        with tempfile.TemporaryDirectory() as folder:
-            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-            try:
-                source = model if isinstance(model, bytes) else os.fspath(model)
-                self._session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-            except Exception as error:
-                raise _refused("ONNX Runtime", model, error) from error
-            self._optimized = Path(options.optimized_model_filepath).read_bytes()
+        self._model, self._options = model, options
+        self._session = self._opened()
         self.outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: Array) -> list[Array]:
         return list(self._session.run(None, {self._session.get_inputs()[0].name: images}))
 
-    def float_layers(self) -> list[str]:
+    def _opened(self) -> Any:
+        source = self._model if isinstance(self._model, bytes) else os.fspath(self._model)
+        try:
+            return _onnxruntime().InferenceSession(source, self._options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise _refused("ONNX Runtime", self._model, error) from error
+
+    def _fused(self) -> Any:
+        """The graph once operators are fused, before the last step: that changes layouts only, and names."""
         with needs_extra("onnx"):
             import onnx
-        graph = onnx.load_from_string(self._optimized).graph
+        level, levels = self._options.graph_optimization_level, _onnxruntime().GraphOptimizationLevel
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "fused.onnx"
+            self._options.graph_optimization_level, self._options.optimized_model_filepath = levels.ORT_ENABLE_EXTENDED, str(path)
+            try:
+                self._opened()
+            finally:
+                self._options.graph_optimization_level, self._options.optimized_model_filepath = level, ""
+            return onnx.load_from_string(path.read_bytes()).graph
+
+    def float_layers(self) -> list[str]:
+        graph = self._fused()
         made_by = {name: node for node in graph.node for name in node.output}
 
         def is_weight(name: str) -> bool:
@@ -131,7 +143,7 @@ class OpenVinoSession:
             information = node.get_rt_info()
             kind, precision = (information[key].astype(str) for key in ("layerType", "runtimePrecision"))
             if kind in ("Convolution", "FullyConnected", "MatMul") and precision in _FLOAT_PRECISIONS:
-                found.append(node.get_friendly_name())
+                found.append(node.get_friendly_name().partition("/")[0])  # behind it stands what OpenVINO made of the layer
         return found
 
 
@@ -149,8 +161,8 @@ def _openvino() -> Any:
 
 def _refused(runtime: str, model: str | os.PathLike[str] | bytes, error: Exception) -> BitscapeError:
     name = "the model" if isinstance(model, bytes) else os.fspath(model)
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return BitscapeError(f"{name}: {runtime} does not load it: {reason}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check "))]
+    return BitscapeError(f"{name}: {runtime} does not load it: {'; '.join(lines)[:400] or type(error).__name__}")
 
 
 @dataclass(frozen=True)
@@ -206,4 +218,4 @@ def _median_times(run: Callable[[], object], count: int) -> tuple[float, float]:
 
 def _timing(rounds: Sequence[tuple[float, float]]) -> Timing:
     cpu, wall = (np.array(values) * 1000 for values in zip(*rounds, strict=True))
-    return Timing(float(np.median(cpu)), float(np.median(wall)), float(cpu.std() / np.median(cpu)))
+    return Timing(float(np.median(cpu)), float(np.median(wall)), float(cpu.std() / max(1e-9, float(np.median(cpu)))))

@@ -1,6 +1,7 @@
 """Find the user's network by name, and load its weights.
 
-Four forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18".
+Five forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18", and "hf:name" or
+"hf:path/to/folder" for an image classifier of Hugging Face with its weights.
 Weights come as safetensors only; nothing is unpickled.
 """
 
@@ -9,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError, nearest
 from bitscape.files import write_atomic
 
-_FORMS = '"package.module:function", "path/to/file.py:function", "timm:name" or "torchvision:name"'
+_FORMS = '"package.module:function", "path/to/file.py:function", "timm:name", "torchvision:name" or "hf:name"'
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # A library's operators vanish when the object that declared them does.
 _declared: list[torch.library.Library] = []
@@ -79,6 +80,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     """
     weights = _read(Path(path))
     state = model.state_dict(keep_vars=True)
+    other = [text for name in weights if name in state for text in _other_kind(name, weights[name], state[name])]
+    _complain(path, "of another kind", other)
     try:
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -105,16 +108,43 @@ def _torchvision(model: str, kwargs: dict[str, Any]) -> Any:
     return models.get_model(model, **kwargs)
 
 
-_ZOOS: dict[str, Callable[[str, dict[str, Any]], Any]] = {"timm": _timm, "torchvision": _torchvision}
+def _huggingface(model: str, kwargs: dict[str, Any]) -> Any:
+    with suppress(BitscapeError):  # need not be there; where it is, transformers imports it
+        import_torchvision()
+    transformers = _optional("transformers", "huggingface")
+    try:
+        network = transformers.AutoModelForImageClassification.from_pretrained(
+            model, use_safetensors=True, local_files_only=Path(model).is_dir(), **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise BitscapeError(
+            f"name: transformers cannot load hf:{model}; it must be an image classifier with safetensors weights: {error}"
+        ) from error
+    return _with_logits_alone(network)
 
 
-def _optional(package: str) -> ModuleType:
+def _with_logits_alone(network: nn.Module) -> nn.Module:
+    """Make the network return its logits as every other does. Its class changes, not its layers: a wrapper would rename them."""
+    kind = type(network)
+
+    def forward(self: nn.Module, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = kind.forward(self, pixel_values).logits
+        return logits
+
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return network
+
+
+_ZOOS: dict[str, Callable[[str, dict[str, Any]], Any]] = {"timm": _timm, "torchvision": _torchvision, "hf": _huggingface}
+
+
+def _optional(package: str, extra: str = "vision") -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise BitscapeError(f"name: {package} is not installed; run `pip install 'bitscape[vision]'`") from None
+        raise BitscapeError(f"name: {package} is not installed; run `pip install 'bitscape[{extra}]'`") from None
 
 
 def _built(name: str, model: Any) -> nn.Module:
@@ -178,6 +208,15 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"path: {str(path)!r} is not a complete safetensors file ({error}); copy it again, or convert it with "
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
+
+
+def _other_kind(name: str, found: Tensor, own: Tensor) -> list[str]:
+    """What torch copies without a word: whole numbers for fractions and back; what modules keep beside tensors, in any shape."""
+    extra = name.rpartition(".")[2] == "_extra_state" and found.shape != own.shape
+    if not extra and found.is_floating_point() == own.is_floating_point():
+        return []
+    kinds = [f"{value.dtype} of shape {tuple(value.shape)}" for value in (found, own)]
+    return [f"{name} is {kinds[0]}, in the network {kinds[1]}"]
 
 
 def _uncounted(names: list[str], options: Any) -> list[str]:

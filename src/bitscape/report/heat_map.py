@@ -192,6 +192,6 @@ def _page(label: str, width: float, height: float, body: Sequence[str]) -> str:
     inner = "\n".join([_text(16, 24, label, size=12), *body])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escape(label)}" color="#000000" font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
-        f"{inner}\n</svg>\n"
+        f'aria-label="{escape(label)}" color="#000000" font-family="system-ui, sans-serif">\n'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>\n{inner}\n</svg>\n'
     )

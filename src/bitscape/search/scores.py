@@ -18,19 +18,24 @@ A score file is JSON with one layer a line; `null` stands for a forbidden pair (
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitscape.errors import BitscapeError
-from bitscape.files import write_atomic
-from bitscape.policy import LayerBits
+from bitscape.errors import BitscapeError, nearest
+from bitscape.files import parse_json, write_atomic
+from bitscape.policy import MAX_BITS, LayerBits
 
 FORMAT = 1
+_ENTRIES = ("format", "method", "repairs", "fingerprint", "candidates", "scores")
+_KINDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+_WIDTHS = tuple(str(bits) for bits in range(1, MAX_BITS + 1))
+Entry = TypeVar("Entry", int, str, list[Any], dict[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +93,9 @@ class ScoreTable:
     def load(cls, path: str | os.PathLike[str]) -> "ScoreTable":
         """Read a score file. Raises BitscapeError, naming the file, if it is damaged or holds what no table can."""
         try:
-            return _from_document(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (BitscapeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BitscapeError(f"{os.fspath(path)}: {error}; is it a complete score file?") from error
+            return _from_document(parse_json(Path(path).read_bytes()))
+        except ValueError as error:  # BitscapeError is one
+            raise BitscapeError(f"{os.fspath(path)}: {error}") from error
 
 
 def check_candidates(candidates: Sequence[LayerBits]) -> None:
@@ -125,31 +130,42 @@ def _from_document(document: Any) -> ScoreTable:
         raise BitscapeError('not a score file: it must be an object with "format"')
     if document["format"] != FORMAT:
         raise BitscapeError(f"format {document['format']!r} is unknown; this version reads format {FORMAT}")
-    try:
-        rows = document["scores"].values()
-        values = [[math.inf if value is None else float(value) for value in row] for row in rows]
-        candidates = tuple(_pair(text) for text in document["candidates"])
-        shaped = np.array(values, dtype=np.float64).reshape(len(values), -1 if values else len(candidates))
-        return ScoreTable(
-            tuple(document["scores"]),
-            candidates,
-            shaped,
-            str(document["method"]),
-            int(document["repairs"]),
-            _name(document.get("fingerprint")),
-        )
-    except BitscapeError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BitscapeError(f"an entry is missing or malformed ({type(error).__name__}: {error})") from error
+    for name in document:
+        if name not in _ENTRIES:
+            raise BitscapeError(f"unknown entry {name!r}{nearest(name, _ENTRIES)}; allowed are {', '.join(_ENTRIES)}")
+    repairs = _entry(document, "repairs", int)
+    if repairs < 0:
+        raise BitscapeError(f"repairs is {repairs}; allowed are whole numbers from 0")
+    mark = None if document.get("fingerprint") is None else _entry(document, "fingerprint", str)
+    candidates = tuple(_pair(text) for text in _entry(document, "candidates", list))
+    rows = {name: _row(name, row, len(candidates)) for name, row in _entry(document, "scores", dict).items()}
+    values = np.array(list(rows.values()), dtype=np.float64).reshape(len(rows), len(candidates))
+    return ScoreTable(tuple(rows), candidates, values, _entry(document, "method", str), repairs, mark)
 
 
-def _name(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise BitscapeError(f"fingerprint is {value!r}; allowed are a text or null")
-    return value
+def _entry(document: dict[str, Any], name: str, kind: type[Entry]) -> Entry:
+    found = document.get(name)
+    if type(found) is not kind:
+        raise BitscapeError(f"{name} is missing" if found is None else f"{name} is {found!r}; allowed is {_KINDS[kind]}")
+    return found
 
 
-def _pair(text: str) -> LayerBits:
-    weight, activation = text.split("/")
-    return LayerBits(int(weight), int(activation))
+def _row(layer: str, row: Any, length: int) -> list[float]:
+    if not isinstance(row, list) or len(row) != length:
+        raise BitscapeError(f"layer {layer!r} is {row!r}; it must be a list of {length} scores, one for each of the candidates")
+    return [_score(layer, value) for value in row]
+
+
+def _score(layer: str, value: Any) -> float:
+    if value is None:
+        return math.inf
+    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # an int may be too large for a float
+        return float(value)
+    raise BitscapeError(f"layer {layer!r} has the score {value!r}; allowed are finite numbers, and null for a forbidden pair")
+
+
+def _pair(text: Any) -> LayerBits:
+    weight, _, activation = str(text).partition("/")
+    if weight in _WIDTHS and activation in _WIDTHS:
+        return LayerBits(int(weight), int(activation))
+    raise BitscapeError(f"candidates: {text!r} is no pair of bits; write weight/activation bits from 1 to {MAX_BITS}, e.g. 4/8")

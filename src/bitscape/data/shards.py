@@ -1,0 +1,124 @@
+"""Tar files of images, as WebDataset lays them out: `0001.jpg` beside `0001.cls` or `0001.json`, one after the other.
+
+Nothing is unpacked: the headers are read once, then each image where it lies. Compressed tar files have no such places.
+"""
+
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from bitscape.data.decoding import EncodedImage
+from bitscape.data.encoded import IMAGE_SUFFIXES, LABEL_COLUMNS, EncodedSource, numbered
+from bitscape.errors import BitscapeError, prefixed
+
+SUFFIX = ".tar"
+LABEL_FIELDS = ("cls", *LABEL_COLUMNS)
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Bytes within a tar file."""
+
+    name: str
+    shard: int
+    offset: int
+    size: int
+
+
+@dataclass
+class _Sample:
+    image: _Place | None = None
+    label: int | None = None
+
+
+def expand(pattern: str) -> list[Path]:
+    """Files of "train-{0000..0015}.tar": both ends belong to the range, and as many digits as they have are written."""
+    pieces = _RANGE.split(pattern)
+    texts, lows, highs = pieces[::3], pieces[1::3], pieces[2::3]
+    ranges = [[str(number).zfill(len(low)) for number in range(int(low), int(high) + 1)] for low, high in zip(lows, highs, strict=True)]
+    return [Path("".join(itertools.chain(*zip(texts, [*numbers, ""], strict=True)))) for numbers in itertools.product(*ranges)]
+
+
+def read_shards(paths: Sequence[Path], name: str) -> EncodedSource:
+    """List the images of tar files; labels are the numbers in `.cls`, or those called cls, label, labels or fine_label in `.json`.
+
+    Files of one sample share their folder and their name up to its first dot, and follow each other. Raises BitscapeError for a tar
+    file that is missing, damaged or compressed, for samples without an image, and for labels that are no integers or that only some have.
+    """
+    samples = [sample for shard, path in enumerate(paths) for sample in _samples(shard, path)]
+    places = [sample.image for sample in samples if sample.image is not None]
+    labelled = [sample.label for sample in samples if sample.label is not None]
+    if not places:
+        raise BitscapeError(f"{name}: no images in its {len(paths)} tar files; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    if labelled and any((sample.image is None) != (sample.label is None) for sample in samples):
+        raise BitscapeError(
+            f"{name}: {len(places)} images, {len(labelled)} labels in .cls or .json; each image needs one beside it, or none has one"
+        )
+
+    def fetch(rows: list[int]) -> list[EncodedImage]:
+        found = {row: _content(paths, places[row]) for row in sorted(rows, key=lambda row: (places[row].shard, places[row].offset))}
+        return [EncodedImage(places[row].name, found[row]) for row in rows]
+
+    labels = torch.tensor(labelled) if labelled else None
+    with prefixed(name):
+        named = numbered(labels)
+    return EncodedSource(name=name, count=len(places), labels=labels, class_names=named, fetch=fetch, files=tuple(paths))
+
+
+def _samples(shard: int, path: Path) -> Iterator[_Sample]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = (member for member in tar if member.isfile())
+            for _, of in itertools.groupby(members, lambda member: _key(member.name)):
+                yield _sample(shard, path, tar, of)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise BitscapeError(f"{path}: damaged, compressed, or no tar file ({error}); copy it again, or unpack its compression") from error
+
+
+def _key(member: str) -> tuple[str, str]:
+    path = PurePosixPath(member)
+    return str(path.parent), path.name.partition(".")[0]
+
+
+def _sample(shard: int, path: Path, tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo]) -> _Sample:
+    sample = _Sample()
+    for member in members:
+        suffix = PurePosixPath(member.name).suffix.lower()
+        if suffix in IMAGE_SUFFIXES and sample.image is not None:
+            raise BitscapeError(f"{path}: {member.name} is the second image of its sample; name them apart before the first dot")
+        if suffix in IMAGE_SUFFIXES:
+            sample.image = _Place(f"{path.name}/{member.name}", shard, member.offset_data, member.size)
+        elif suffix in (".cls", ".json"):
+            stream = tar.extractfile(member)
+            assert stream is not None  # of a file there is one
+            found = _label(stream.read(), suffix, f"{path}/{member.name}")
+            sample.label = sample.label if found is None else found
+    return sample
+
+
+def _label(content: bytes, suffix: str, where: str) -> int | None:
+    """The class number in a .cls file, or in a .json file, which may have none."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = content[:20]
+    if suffix == ".json" and isinstance(value, dict):
+        value = next((value[field] for field in LABEL_FIELDS if field in value), None)
+        if value is None:
+            return None
+    if type(value) is not int or value < 0:
+        raise BitscapeError(f"{where}: the label is {value!r}; it must be a whole number from 0")
+    return value
+
+
+def _content(paths: Sequence[Path], place: _Place) -> bytes:
+    with paths[place.shard].open("rb") as file:
+        file.seek(place.offset)
+        return file.read(place.size)

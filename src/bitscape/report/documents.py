@@ -1,0 +1,117 @@
+"""Files of measurements that a report reads: accuracy under corruptions, times of exported files."""
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from bitscape.data.corruptions import CLEAN
+from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.errors import BitscapeError
+from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.version import __version__
+
+FORMAT: Final = 1
+Document = TypeVar("Document")
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, kw_only=True)
+class GridDocument:
+    """What `bitscape evaluate --corruptions` writes beside its heat map."""
+
+    format: Literal[1]
+    """Of this file."""
+    tool: str = ""
+    """What wrote it; not read."""
+    cells: tuple[Cell, ...]
+    """The clean one first."""
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One exported file in one runtime at one batch size."""
+
+    file: str
+    """Path, or what a row that is no file is called: float, onnxruntime's int8."""
+    runtime: str
+    """With its version."""
+    batch_size: int
+    """Images at once."""
+    file_bytes: int
+    """Size of the file."""
+    float_layers: int
+    """Layers that the runtime computes in float."""
+    cpu_ms: float
+    """CPU time of a batch."""
+    wall_ms: float
+    """Wall-clock time of a batch."""
+    images_per_s: float
+    """By the wall clock."""
+    times_faster: float
+    """Than the first row of this batch size."""
+    top1: float | None = None
+    """Percent, if images were classified."""
+    agreement: float | None = None
+    """Percent of the images with the class of the first row."""
+    images: int | None = None
+    """Classified images."""
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+@dataclass(frozen=True, kw_only=True)
+class BenchDocument:
+    """What `bitscape bench --json` writes."""
+
+    format: Literal[1]
+    """Of this file."""
+    machine: str
+    """Processor."""
+    threads: int
+    """Of the runtimes."""
+    rounds: int
+    """Visits of each file; the median counts."""
+    input_shape: tuple[int, ...]
+    """Of one image."""
+    rows: tuple[BenchRow, ...]
+    """Batch size by batch size; of each, the first row is what the others are compared with."""
+
+
+def save_grid(grid: QualityGrid, path: str | os.PathLike[str]) -> None:
+    """Write the cells of a grid as JSON; a crash leaves the old file or the new one."""
+    cells = [asdict(cell) for cell in grid.cells]
+    write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", "cells": cells}))
+
+
+def load_grid(path: str | os.PathLike[str]) -> QualityGrid:
+    """Read a grid. Raises BitscapeError, naming the file, for a damaged one and for cells that make no grid."""
+    cells = _read(GridDocument, path).cells
+    pairs = Counter((cell.corruption, cell.severity) for cell in cells)
+    clean = [cell for cell in cells if cell.corruption == CLEAN]
+    if len(clean) != 1 or len(cells) < 2 or max(pairs.values()) > 1:
+        raise BitscapeError(f"{os.fspath(path)}: a grid has one cell of clean images, and of each corruption one for each severity")
+    return QualityGrid(cells)
+
+
+def load_bench(path: str | os.PathLike[str]) -> BenchDocument:
+    """Read the figures of a bench. Raises BitscapeError, naming the file, for a damaged one."""
+    return _read(BenchDocument, path)
+
+
+def _read(kind: type[Document], path: str | os.PathLike[str]) -> Document:
+    content = Path(path).read_bytes()
+    try:
+        parse_json(content)  # refuses NaN and entries that stand twice, which pydantic takes
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BitscapeError(
+            f"{os.fspath(path)}: {where}{': ' if where else ''}{first['msg']}; this version reads format {FORMAT}"
+        ) from None
+    except ValueError as error:
+        raise BitscapeError(f"{os.fspath(path)}: {error}") from error

@@ -1,0 +1,122 @@
+"""What scores promise at every cost: the Pareto front, uniform and random policies beside it, and the chosen policy."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitscape.cost.budget import Budget
+from bitscape.cost.layers import NetworkCost
+from bitscape.cost.policy_cost import cost
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+from bitscape.search.allocation import choices, pareto_front
+from bitscape.search.knapsack import reachable
+from bitscape.search.random_policy import LARGEST_SHORTFALL, usage, walk
+from bitscape.search.scores import ScoreTable
+from bitscape.search.uniform import widths
+
+RANDOM_POLICIES = 20
+POINTS = 20
+WINDOW = 0.02  # random policies use at least 98 % of the cap if they can, as those of `bitscape search --method random`
+DEFAULT_KIND = "bitops"
+EIGHT = LayerBits(8, 8)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy by its cost and its total score."""
+
+    name: str
+    cost: float
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """Policies along one kind of cost; lower scores are better."""
+
+    kind: str
+    """Of cost."""
+    method: str
+    """That scored."""
+    caps: Mapping[str, float]
+    """Of the budget of the chosen policy; {} if it tells none."""
+    best: tuple[Point, ...]
+    """The best policy for its cost, by ascending cost."""
+    uniform: tuple[Point, ...]
+    random: tuple[Point, ...]
+    """Within all caps, and close to the tightest; none without a budget, or if none gets close."""
+    chosen: Point | None
+    """None if the scores do not cover its bits."""
+
+    @property
+    def median(self) -> float:
+        """Score of the random policies."""
+        return statistics.median(point.score for point in self.random)
+
+
+def front_of(scores: ScoreTable, network: NetworkCost, chosen: Policy | None = None, caps: Mapping[str, float] | None = None) -> Front:
+    """Compute the front of a score table along the first cap, BitOps without one.
+
+    Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Raises BitscapeError if scores, caps and
+    network do not fit each other.
+    """
+    caps = dict(caps or {})
+    kind = next(iter(caps), DEFAULT_KIND)
+    free = set(scores.layers)
+    bits = {} if chosen is None else chosen.layers
+    pinned = {name: bits.get(name, EIGHT) for name in network.by_name if name not in free}
+    best = pareto_front(scores, network, pinned, kind, POINTS)
+    return Front(
+        kind=kind,
+        method=scores.method,
+        caps=caps,
+        best=tuple(Point("front", policy.cost[kind], policy.provenance["score"]) for policy in best),
+        uniform=tuple(_uniform(scores, network, pinned, caps or {kind: 1.0})),
+        random=tuple(_random(scores, network, pinned, caps)) if caps else (),
+        chosen=None if chosen is None else _point("chosen", scores, network, chosen, kind),
+    )
+
+
+def score_of(scores: ScoreTable, policy: Policy) -> float | None:
+    """Total score of a policy; None where it has bits that were not scored, or are forbidden."""
+    columns = {bits: at for at, bits in enumerate(scores.candidates)}
+    own = [(row, columns.get(policy.layers[name])) for row, name in enumerate(scores.layers)]
+    total = sum(float("inf") if column is None else float(scores.values[row, column]) for row, column in own)
+    return total if np.isfinite(total) else None
+
+
+def _point(name: str, scores: ScoreTable, network: NetworkCost, policy: Policy, kind: str) -> Point | None:
+    score = score_of(scores, policy)
+    return None if score is None else Point(name, cost(kind, network, policy), score)
+
+
+def _uniform(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+    try:
+        columns = widths(scores.candidates, list(caps))
+    except BitscapeError:  # no pair of equal widths among the candidates
+        return []
+    stated = choices(network, Budget(caps), scores.candidates, pinned)
+    made = ((str(scores.candidates[at]), stated.policy((at,) * len(stated.freedom.groups), {})) for at in columns)
+    points = (_point(name, scores, network, policy, next(iter(caps))) for name, policy in made)
+    return [point for point in points if point is not None]
+
+
+def _random(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+    """Random policies within the caps, by seeds 0, 1, ...; those that end further below than the method `random` accepts are left out."""
+    stated = choices(network, Budget(caps), scores.candidates, pinned)
+    rows = {name: row for row, name in enumerate(scores.layers)}
+    scored = [np.isfinite([scores.values[rows[name]] for name in group]).all(0) for group in stated.freedom.groups]
+    allowed = reachable(np.array(scored), stated.caps) if scored else None
+    if allowed is None:
+        return []
+    found = []
+    for seed in range(RANDOM_POLICIES):
+        rng = np.random.default_rng(seed)
+        start = tuple(int(rng.choice(np.flatnonzero(row))) for row in allowed)
+        choice = walk(stated, start, allowed, WINDOW, rng)
+        if stated.holds(choice) and usage(stated, choice) >= 1 - LARGEST_SHORTFALL:
+            found.append(_point(f"random {seed}", scores, network, stated.policy(choice, {}), next(iter(caps))))
+    return [point for point in found if point is not None]

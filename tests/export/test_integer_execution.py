@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bitscape.export.graph import grid_of, is_quantizer
+from bitscape.export.integer_execution import run_integers
+from bitscape.export.integer_graph import integer_network
+from tests.export.networks import CASES, EXACT, Applied, exported, images, integers, other_images, quantized
+from tests.networks import conv_norm
+
+
+def test_a_convolution_is_computed_as_its_definition_says():
+    """By hand, in numpy's whole numbers: sums, bias, one multiplication in float32, half to even, limits."""
+    torch.manual_seed(0)
+    network = quantized(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1), nn.Flatten()), [(5, 8), (4, 4)])
+    integer = integer_network(network, images())
+    first, second, last = (grid_of(node) for node in integer.module.graph.nodes if is_quantizer(node))
+    x = other_images()
+    codes = np.clip(np.rint(x.numpy() / np.float32(first.scale)) + first.zero_point, 0, 255).astype(np.int64)
+    weight, bias = integer.weights["0.weight"], integer.biases["0.weight"].numpy()
+    padded = np.pad(codes - int(first.zero_point), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    sums = np.einsum("nchwij,ocij->nohw", windows, weight.q.numpy().astype(np.int64)) + bias[:, None, None]
+    multiplier = np.float32(first.scale) * weight.scale.numpy() / np.float32(second.scale)
+    middle = np.rint(sums.astype(np.float32) * multiplier[:, None, None]).clip(0, min(15, round(6 / second.scale))).astype(np.int64)
+    weight, bias = integer.weights["2.weight"], integer.biases["2.weight"].numpy()
+    sums = np.einsum("nchw,oc->nohw", middle, weight.q.numpy().astype(np.int64)[:, :, 0, 0]) + bias[:, None, None]
+    multiplier = np.float32(second.scale) * weight.scale.numpy() / np.float32(last.scale)
+    final = (np.rint(sums.astype(np.float32) * multiplier[:, None, None]) + last.zero_point).clip(0, 255) - last.zero_point
+    assert len(np.unique(middle)) > 8 and len(np.unique(final)) > 50
+    assert np.array_equal(run_integers(integer, x).numpy(), (final.astype(np.float32) * np.float32(last.scale)).reshape(len(x), -1))
+
+
+def test_sums_that_float32_cannot_hold_are_exact():
+    torch.manual_seed(0)
+    layer = nn.Linear(192, 2, bias=False)
+    network = quantized(nn.Sequential(nn.Flatten(), layer), [(8, 8)])
+    integer = integer_network(network, images())
+    key = "1.weight"
+    integer.weights[key].q[0], integer.weights[key].q[1] = 127, -128
+    integer.weights[key].q[0, ::2] = -127
+    grid = next(grid_of(node) for node in integer.module.graph.nodes if is_quantizer(node))
+    codes = torch.randint(0, 256, (3, 192), generator=torch.Generator().manual_seed(0))
+    x = ((codes - grid.zero_point) * torch.tensor(grid.scale)).reshape(3, 3, 8, 8)
+    sums = (codes.numpy().astype(np.int64) - int(grid.zero_point)) @ integer.weights[key].q.numpy().astype(np.int64).T
+    spacing = integer.weights[key].scale.numpy() * np.float32(grid.scale)
+    assert np.array_equal(run_integers(integer, x).numpy(), sums.astype(np.float32) * spacing)
+
+
+@pytest.mark.parametrize("n", [1, 5, 33])
+def test_the_size_of_batches_does_not_matter(n):
+    _, integer = integers("mobile")
+    x = images(n, seed=7)
+    assert torch.equal(run_integers(integer, x), torch.cat([run_integers(integer, one) for one in x.split(1)]))
+    assert torch.equal(run_integers(integer, x), run_integers(integer, x, batch_size=3))
+
+
+def test_the_first_of_several_outputs_is_returned():
+    _, integer = integers("repeated")
+    assert run_integers(integer, images(3)).shape == (3, 5)
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_integers_and_their_simulation_differ_by_rounding_alone(name, bits):
+    _, integer = integers(name, bits)
+    with torch.no_grad():
+        simulated = integer.module(images(40, seed=8))
+    simulated = simulated[0] if isinstance(simulated, tuple) else simulated
+    found = run_integers(integer, images(40, seed=8))
+    differing = (found - simulated).abs().amax(1) > 1e-5 * simulated.abs().max()
+    assert differing.float().mean() < 0.2  # of the images: one code in a million, and what follows from it
+
+
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_onnx_runtime_computes_the_same(name, bits):
+    from bitscape.export.runtime import OnnxRuntime
+
+    case, x = exported(name, bits), other_images()
+    session = OnnxRuntime().open(case.content)
+    found = np.concatenate([session.run(part.numpy())[0] for part in x.split(5)])  # the last batch is a single image
+    expected = run_integers(case.integer, x).numpy()
+    if name in EXACT:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())  # float operators behind the last layer
+    differing = np.abs(found - expected) > 2e-6 * np.abs(expected).max()
+    assert differing.mean() < 0.1 and np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="module")
+def every_pair_of_bits():
+    """Eight branches, one for each weight width, of seven layers, one for each activation width that signs and zero fit in."""
+    pairs = [(weight, activation) for weight in range(1, 9) for activation in range(8, 1, -1)]
+
+    def branch() -> nn.Sequential:
+        layers = ([*conv_norm(3 if bits == 8 else 12, 12, 1), nn.ReLU6() if bits % 2 else nn.Hardtanh()] for bits in range(8, 1, -1))
+        return nn.Sequential(*(layer for group in layers for layer in group))
+
+    def forward(net, x):
+        return torch.cat([net.get_submodule(f"w{bits}")(x) for bits in range(1, 9)], 1).flatten(1)
+
+    torch.manual_seed(0)
+    network = Applied(forward, **{f"w{bits}": branch() for bits in range(1, 9)})
+    return integer_network(quantized(network, pairs), images())
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_onnx_runtime_computes_every_pair_of_bits_exactly(every_pair_of_bits, tmp_path):
+    from bitscape.export.onnx_qdq import write_onnx
+    from bitscape.export.parity import check_parity
+    from bitscape.export.runtime import OnnxRuntime
+
+    info = write_onnx(every_pair_of_bits, tmp_path / "bits.onnx", images())
+    x = other_images()
+    (found,) = OnnxRuntime().open(info.path).run(x.numpy())
+    expected = run_integers(every_pair_of_bits, x).numpy()
+    assert np.array_equal(found, expected)
+    assert all(len(np.unique(part)) > 5 for part in np.split(expected, 8, axis=1))  # every branch is alive
+    report = check_parity(info.path, x.numpy())
+    assert len(report.layers) == 56 and report.differing == 0 and report.float_layers == ()
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_onnx_runtime_adds_the_bias_of_tokens_in_float(tmp_path):
+    """Enough values that an integer bias would give another code somewhere."""
+    from bitscape.export.onnx_qdq import write_onnx
+    from bitscape.export.parity import check_parity
+    from bitscape.export.runtime import OnnxRuntime
+
+    def forward(net, x):
+        return net.b(F.relu(net.a(x.flatten(2).transpose(1, 2))))
+
+    torch.manual_seed(0)
+    network = Applied(forward, a=nn.Linear(3, 256), b=nn.Linear(256, 64))
+    integer = integer_network(quantized(network, [(8, 8)], x=images(size=32)), images(size=32))
+    info, x = write_onnx(integer, tmp_path / "tokens.onnx", images(size=32)), images(8, size=32, seed=9)
+    assert np.array_equal(OnnxRuntime().open(info.path).run(x.numpy())[0], run_integers(integer, x).numpy())
+    assert check_parity(info.path, x.numpy()).differing == 0

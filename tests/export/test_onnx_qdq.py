@@ -1,0 +1,187 @@
+import builtins
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.export.graph import grid_of, is_quantizer
+from bitscape.export.integer_graph import input_scale, integer_network
+from bitscape.export.onnx_qdq import CONTAINERS, OPSETS, PORTABLE, container, save_onnx, write_onnx
+from tests.export.networks import CASES, ZOO, exported, images, integers, quantized
+from tests.networks import conv_norm
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+def loaded(name: str, bits=((8, 8),)):
+    return onnx.load_from_string(exported(name, bits).content)
+
+
+def constants(model) -> dict[str, np.ndarray]:
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    made = (node for node in model.graph.node if node.op_type == "Constant")
+    return found | {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in made}
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_the_file_holds_the_integers_of_the_network(name, bits):
+    from bitscape.export.parity import read_layers
+
+    integer = exported(name, bits).integer
+    layers = {layer.name: layer for layer in read_layers(loaded(name, bits))}
+    for key, weight in integer.weights.items():
+        layer = layers[key.removesuffix(".weight")]
+        assert np.array_equal(layer.weight, weight.q.numpy()) and np.array_equal(layer.weight_scale, weight.scale.numpy())
+        assert layer.input_scale == np.float32(input_scale(integer.module.graph, key))
+        bias = integer.biases.get(key, torch.zeros(1, dtype=torch.int64))
+        assert np.array_equal(layer.bias, bias.numpy())
+    others = {name.partition(":")[0] for name in layers} - {key.removesuffix(".weight") for key in integer.weights}
+    assert not others
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_the_file_holds_the_quantizers_of_the_network(name, bits):
+    model = loaded(name, bits)
+    values, taken = constants(model), {node.input[0]: node for node in model.graph.node}
+    found: Counter[tuple[float, int, int, int]] = Counter()
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            after = taken[node.output[0]]
+            low, high = (int(values[limit]) for limit in after.input[1:3]) if after.op_type == "Clip" else (0, 255)
+            assert values[node.input[2]].dtype == np.uint8
+            found[float(values[node.input[1]]), int(values[node.input[2]]), low, high] += 1
+    grids = (grid_of(node) for node in exported(name, bits).integer.module.graph.nodes if is_quantizer(node))
+    assert found == Counter((grid.scale, int(grid.zero_point), grid.qmin, grid.qmax) for grid in grids)
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_the_file_is_a_valid_one_for_every_batch_size(name, bits):
+    model = loaded(name, bits)
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert {node.domain for node in model.graph.node} == {""}
+    (taken,) = model.graph.input
+    assert taken.name == "images" and taken.type.tensor_type.shape.dim[0].dim_param
+    assert [dim.dim_value for dim in taken.type.tensor_type.shape.dim][1:] == [3, 8, 8]
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_no_float_copy_of_a_quantized_weight_is_left(name, bits):
+    shapes = {tuple(weight.q.shape) for weight in exported(name, bits).integer.weights.values()}
+    floats = {"norm", "places", "token", "kernel", "up", "div"}  # the last a standardized weight
+    for key, value in constants(loaded(name, bits)).items():
+        if value.dtype == np.float32 and value.size > 64:
+            assert key.split(".")[0] in floats, key
+        if value.dtype == np.float32 and key.split(".")[0] not in floats:
+            assert value.shape not in shapes and value.shape[::-1] not in shapes, key
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths", "expected"),
+    [
+        ([(1, 8)], CONTAINERS, 2),
+        ([(2, 8)], CONTAINERS, 2),
+        ([(2, 8)], PORTABLE, 4),
+        ([(3, 8)], CONTAINERS, 4),
+        ([(4, 8)], CONTAINERS, 4),
+        ([(4, 8)], (8,), 8),
+        ([(5, 8)], CONTAINERS, 8),
+        ([(8, 8)], CONTAINERS, 8),
+    ],
+)
+def test_weights_lie_in_the_smallest_container(bits, widths, expected, tmp_path):
+    network = quantized(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten()), bits)
+    info = save_onnx(network, tmp_path / "net.onnx", images(), containers=widths)
+    model = onnx.load(info.path)
+    (stored,) = [tensor for tensor in model.graph.initializer if tensor.name == "0.weight.codes"]
+    kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
+    assert stored.data_type == kinds[expected]
+    assert len(stored.raw_data) == -(-5 * 27 * expected // 8)
+    assert info.containers == {"0": expected} and info.path == tmp_path / "net.onnx"
+    assert [node.op_type for node in model.graph.node].count("Cast") == (expected < 8)
+    assert (model.opset_import[0].version, model.ir_version) == OPSETS[expected]
+    assert info.container_bytes == -(-5 * 27 * expected // 8) + 4 * 5 + 4 * 5
+    assert info.file_bytes == info.path.stat().st_size and info.added == 1
+
+
+def test_containers_that_do_not_serve_are_refused():
+    weight = next(iter(integers("plain")[1].weights.values()))
+    assert container(weight, (8, 4)) == 8
+    with pytest.raises(BitscapeError, match=r"containers = \(2, 4\): weights need 8 bits; allow 8 as well"):
+        container(weight, (2, 4))
+    for widths in ((), (3, 8), (16,)):
+        with pytest.raises(BitscapeError, match="ONNX stores integers of 2, 4, 8 bits"):
+            container(weight, widths)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A network whose weights outweigh its graph, at 2, 3 and 8 bits."""
+    torch.manual_seed(0)
+    layers = [*conv_norm(3, 32, 3), nn.ReLU(), *conv_norm(32, 128, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64)]
+    integer = integer_network(quantized(nn.Sequential(*layers), [(8, 8), (2, 4), (3, 4)]), images())
+    folder = tmp_path_factory.mktemp("large")
+    return [write_onnx(integer, folder / name, images()) for name in ("first.onnx", "second.onnx")]
+
+
+def test_the_file_is_little_larger_than_what_it_holds(large):
+    weights = 32 * 27 + 128 * 32 * 9 // 4 + 512 * 64 // 2
+    assert large[0].container_bytes == weights + 2 * 4 * (32 + 128 + 64)
+    assert large[0].file_bytes < large[0].container_bytes + 5000
+
+
+def test_the_same_network_gives_the_same_bytes(large):
+    assert large[0].path.read_bytes() == large[1].path.read_bytes()
+
+
+def test_nodes_of_layers_carry_their_names():
+    model = loaded("repeated")
+    assert [node.name for node in model.graph.node if node.name] == ["stem", "twice", "twice:2", "head.2"]
+
+
+def test_padding_belongs_to_the_convolution():
+    operators = Counter(node.op_type for node in loaded("geometries").graph.node)
+    assert operators["Pad"] == 2  # with mirrored pixels, and with repeated ones
+    first = next(node for node in loaded("geometries").graph.node if node.name == "0")
+    pads = next(attribute.ints for attribute in first.attribute if attribute.name == "pads")
+    assert list(pads) == [0, 0, 1, 1]
+
+
+def test_float_weights_keep_off_codes():
+    """ONNX Runtime quantizes float weights that stand right behind a DequantizeLinear."""
+    model = loaded("floats")
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    weighted = [node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    in_front = {node.name: makers[node.input[0]] for node in weighted}
+    assert in_front.pop("stem") == in_front.pop("last") == "DequantizeLinear"
+    assert len(in_front) == 3 and "DequantizeLinear" not in in_front.values()
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, tmp_path):
+    _, integer = integers("plain")
+    real = builtins.__import__
+
+    def without(name, *args):
+        if name.partition(".")[0] == "onnxscript":
+            raise ImportError(f"No module named {name!r}", name=name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BitscapeError, match=r"onnxscript.*pip install 'bitscape\[onnx\]'"):
+        write_onnx(integer, tmp_path / "net.onnx", images())
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_writing_leaves_the_network_as_it_was():
+    integer = exported("products").integer
+    code = integer.module.code
+    exported.__wrapped__("products")
+    assert integer.module.code == code and "mark" not in code
+
+
+def test_every_structure_is_exported():
+    assert {name for name, _ in CASES} == set(ZOO)

@@ -1,0 +1,67 @@
+from itertools import product
+
+import pytest
+
+from bitscape.cost.policy_cost import policy_cost
+from bitscape.policy import Policy
+from bitscape.report.front import front_of, score_of
+from tests.report.made import network, policy, scores, searched
+
+EVERY = {
+    (second, third): score + other
+    for (second, score), (third, other) in product(
+        zip(("2/2", "4/4", "2/4", "4/2"), (1.0, 0.01, 0.125, 0.5), strict=True),
+        zip(("2/2", "4/4", "2/4", "4/2"), (2.0, 0.02, 0.75, 0.25), strict=True),
+    )
+}
+"""Total score of each of the 16 policies."""
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+
+def costs(own: Policy) -> dict[str, float]:
+    return policy_cost(network(), own)
+
+
+def test_a_score_is_the_sum_over_layers() -> None:
+    assert {pairs: score_of(scores(), policy(*pairs)) for pairs in EVERY} == EVERY
+    assert score_of(scores(), policy("3/3", "4/4")) is None
+
+
+def test_the_front_is_what_no_policy_beats() -> None:
+    front = front_of(scores(), network(), searched(), {"bitops": 1e9})
+    every = sorted((costs(policy(*pairs))["bitops"], score) for pairs, score in EVERY.items())
+    undominated = [point for point in every if not any(_beats(other, point) for other in every)]
+    assert {(point.cost, point.score) for point in front.best} <= set(undominated)
+    assert (front.best[0].cost, front.best[-1].score) == (every[0][0], min(EVERY.values()))
+    assert front.chosen is not None
+    assert (front.chosen.cost, front.chosen.score) == (costs(searched())["bitops"], EVERY["2/4", "4/2"])
+
+
+def test_uniform_policies_keep_the_pinned_bits() -> None:
+    front = front_of(scores(), network(), searched(), {"bitops": 1e9})
+    assert [(point.name, point.cost, point.score) for point in front.uniform] == [
+        (text, costs(policy(text, text))["bitops"], EVERY[text, text]) for text in ("2/2", "4/4")
+    ]
+
+
+def test_random_policies_lie_within_every_cap_and_close_to_the_tightest() -> None:
+    cap = costs(policy("4/4", "2/4"))["bitops"]
+    front = front_of(scores(), network(), searched(), {"bitops": cap, "weight_bytes": 1e6})
+    assert front.kind == "bitops" and front.random
+    assert all(0.95 * cap <= point.cost <= cap for point in front.random)
+    possible = {(costs(policy(*pairs))["bitops"], score) for pairs, score in EVERY.items()}
+    assert {(point.cost, point.score) for point in front.random} <= possible
+    assert min(point.score for point in front.random) <= front.median <= max(point.score for point in front.random)
+
+
+def test_without_a_budget_there_are_no_random_ones_and_bitops_are_the_cost() -> None:
+    front = front_of(scores(), network())
+    assert (front.kind, front.random, front.chosen) == ("bitops", (), None)
+    assert front.best[0].cost == pytest.approx(costs(policy("2/2", "2/2"))["bitops"])
+
+
+def test_a_policy_beyond_the_scores_is_not_placed() -> None:
+    assert front_of(scores(), network(), policy("3/3", "4/4"), {"bitops": 1e9}).chosen is None

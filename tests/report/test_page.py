@@ -1,0 +1,287 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitscape.cost.policy_cost import layer_cost, policy_cost
+from bitscape.errors import BitscapeError
+from bitscape.policy import LayerBits, Policy
+from bitscape.report.documents import save_grid
+from bitscape.report.inputs import read_inputs
+from bitscape.report.page import report_page
+from bitscape.report.words import NO_BREAK, cost_text
+from bitscape.search.scores import ScoreTable
+from tests.report.made import CAPS, LAYERS, bench, latency, network, policy, run, scores, searched
+from tests.report.reading import Page
+from tests.report.test_documents import grid
+
+RESULT, BITS, COSTS, FRONT = "What was asked and what came out", "Bits per layer", "Cost by layer", "What the scores promise at each cost"
+MIXED, SCORES, TRAINING = "Does mixed beat uniform here?", "Sensitivity of layers", "Training"
+QUALITY, DEPLOYED, AGAIN, ABSENT = "Images of lesser quality", "Deployed: milliseconds and bytes", "How to reproduce", "Not in this report"
+ORDER = [RESULT, BITS, COSTS, FRONT, MIXED, SCORES, TRAINING, QUALITY, DEPLOYED, AGAIN]
+
+
+def page(*paths: Path, **more: Any) -> Page:
+    return Page(report_page(read_inputs(paths), **more))
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> list[Path]:
+    """Files of every kind; fisher is ahead by 1, 2 and 3 points."""
+    searched().save(tmp_path / "policy.json")
+    scores().save(tmp_path / "scores.json")
+    latency().save(tmp_path / "latency.json")
+    save_grid(grid(), tmp_path / "grid.json")
+    bench(tmp_path / "bench.json")
+    uniform = searched("3/3", "3/3", "uniform")
+    runs = [run(tmp_path / f"uniform{seed}", policy=uniform, seed=seed, top1=90.0) for seed in range(3)]
+    runs += [run(tmp_path / f"mixed{seed}", policy=searched(), seed=seed, top1=91.0 + seed) for seed in range(3)]
+    return [*(tmp_path / f"{name}.json" for name in ("policy", "scores", "latency", "grid", "bench")), *runs]
+
+
+def test_every_section_has_its_place(everything: list[Path]) -> None:
+    shown = page(*everything, network=network())
+    assert list(shown.sections) == ORDER
+    assert [attributes["href"] for tag, attributes in shown.tags if tag == "a"] == [
+        f"#{attributes['id']}" for tag, attributes in shown.tags if tag == "h2"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "absent"),
+    [
+        (["policy.json"], [RESULT, BITS, AGAIN], {COSTS: "--model NAME", FRONT: "`bitscape search --scores`", MIXED: "No ended run with"}),
+        (["policy.json", "scores.json"], [RESULT, BITS, SCORES, AGAIN], {FRONT: "--model NAME"}),
+        (["grid.json"], [QUALITY, AGAIN], {RESULT: "a policy file", TRAINING: "bitscape train --out"}),
+        (["bench.json"], [DEPLOYED, AGAIN], {QUALITY: "bitscape evaluate --corruptions"}),
+        (["mixed0"], [RESULT, BITS, TRAINING, AGAIN], {DEPLOYED: "bitscape bench --json"}),
+    ],
+)
+def test_a_section_without_data_is_named_with_what_would_bring_it(
+    everything: list[Path], names: list[str], there: list[str], absent: dict[str, str]
+) -> None:
+    shown = page(*(path for path in everything if path.name in names))
+    assert [name for name in shown.sections if name != ABSENT] == there
+    assert all(name in shown.said(ABSENT) for name in ORDER if name not in there)
+    for words in absent.values():
+        assert words.strip("`") in shown.said(ABSENT)
+
+
+def test_costs_in_the_page_are_those_of_the_policy(everything: list[Path]) -> None:
+    shown = page(*everything[:2], network=network())
+    own = policy_cost(network(), searched())
+    found = shown.table("Cost, counted on the network")["BitOps"]
+    text = cost_text("bitops", own["bitops"]).replace(NO_BREAK, " ")
+    eight = policy_cost(network(), Policy(dict.fromkeys(LAYERS, LayerBits(8, 8))))["bitops"]
+    assert list(found.values()) == [
+        *("BitOps", text, cost_text("bitops", eight).replace(NO_BREAK, " "), f"{100 * own['bitops'] / eight:.1f} %"),
+        *("20 k", f"{100 * own['bitops'] / CAPS['bitops']:.1f} %"),
+    ]
+    rows = shown.table("Costs as a table")
+    assert list(rows) == ["first", "third", "second", "last"]
+    for layer in network().layers:
+        bits = searched().layers[layer.name]
+        cost = layer_cost("bitops", layer, bits)
+        expected = [cost_text("bitops", cost).replace(NO_BREAK, " "), f"{100 * cost / own['bitops']:.1f} %"]
+        found = rows[layer.name]
+        assert [found["bits"], found["BitOps"]] == [str(bits), expected[0]]
+        assert expected[1] in list(found.values()) or found["share"]
+    assert shown.table("Weight/activation bits as a table")["second"]["policy.json"] == "2/4"
+
+
+def test_what_was_asked_is_what_the_policy_tells(everything: list[Path]) -> None:
+    shown = page(everything[0])
+    asked = {name: row["as the policy file tells"] for name, row in shown.table("What was asked").items()}
+    assert asked["network"] == "made:Net"
+    assert asked["budget"] == "BitOps ≤ 20 k and weight bytes ≤ 400 B"
+    assert asked["images"] == "16 of 1x4x4 from digits"
+    assert (asked["seed of the search"], asked["to be trained afterwards"]) == ("3", "yes")
+    assert shown.table("Cost, as saved")["BitOps"] == {
+        "cost of one image": "BitOps",
+        "chosen policy": "11.01 k",
+        "cap": "20 k",
+        "of the cap": "55.0 %",
+    }
+
+
+def test_accuracy_and_the_answer_are_those_of_the_runs(everything: list[Path]) -> None:
+    shown = page(*everything[5:])
+    rows = shown.table("Top-1 after the last epoch")
+    assert [(row["bits"], row["seed"], row["validation, %"]) for row in rows.values()] == [
+        *(("uniform 3/3", str(seed), "90.00") for seed in range(3)),
+        *(("fisher", str(seed), f"{91 + seed}.00") for seed in range(3)),
+    ]
+    # 1, 2, 3: half = 4.30265 / sqrt(3) = 2.4842
+    assert "No difference seen between fisher and uniform 3/3: +2.00 points" in shown.said(MIXED)
+    assert "-0.48 to +4.48 holds zero" in shown.said(MIXED)
+    assert "Top-1 after training: 90.00 % uniform 3/3 (3 seeds) and 92.00 % fisher (3 seeds)." in shown.said(RESULT)
+
+
+def test_scores_of_the_file_are_in_the_page(everything: list[Path]) -> None:
+    shown = page(*everything[:2], network=network())
+    table = shown.table("Scores of scores.json as a table")
+    assert table["second"] == {"layer": "second", "2/2": "1", "4/4": "0.01", "2/4": "0.125", "4/2": "0.5"}
+    front = shown.table("Points as a table")
+    assert front["chosen"]["score"] == "0.375"  # 0.125 + 0.25
+    assert front["uniform 4/4"]["score"] == "0.03"
+    assert "The chosen policy scores 0.375" in shown.said(FRONT)
+
+
+def test_times_and_quality_are_those_of_their_files(everything: list[Path]) -> None:
+    shown = page(*everything[2:5])
+    row = shown.table("bench.json: images of 1x4x4, a CPU, threads: 1; median of 5 rounds")["net.onnx"]
+    assert [row[name] for name in ("size", "CPU ms", "x first", "agrees, %")] == ["1.234 kB", "1.625", "2.00", "98.50"]
+    assert "latency table (openvino 1, a CPU, threads: 1, batch: 1) is flat below 8 bits" in shown.said(DEPLOYED)
+    assert "Top-1 90.50 % clean" in shown.said(QUALITY)
+    drawn = {each.text for each in shown.pictures[0].iter("{http://www.w3.org/2000/svg}text")}
+    assert {"90.5", "89.5", "85.5"} <= drawn
+
+
+def test_commands_say_what_the_files_record(everything: list[Path]) -> None:
+    said = page(*everything[:1], *everything[5:], command="bitscape report policy.json --out x.html").said(AGAIN)
+    search = "bitscape search --model made:Net --weights net.safetensors --data digits --images 16"
+    caps = "--budget bitops=20000 --budget weight_bytes=400"
+    assert f"{search} {caps} --method fisher --set images=16 --for-training --seed 3 --out policy.json" in said
+    trained = "bitscape train --model made:Net --weights net.safetensors --data <digits train> --policy policy.json"
+    assert f"{trained} --epochs 2 --batch-size 64 --optimizer sgd --lr 0.05 --seed 1 --out mixed1" in said
+    assert "--policy uniform0.json" in said
+    assert "bitscape report policy.json --out x.html" in said
+    assert "torch 2.11" in said and "0, 1, 2" in said
+
+
+def test_bits_that_images_decide_are_no_static_policy(tmp_path: Path) -> None:
+    folder = run(tmp_path / "dynamic", policy=policy("4/8", "4/8"), step={"kind": "Dqmq", "bitops": 15_000})
+    about = {"format": 1, "low": 2, "high": 8, "weights": False, "static": None, "input_shape": [1, 4, 4]}
+    (folder / "dynamic.json").write_text(json.dumps(about))
+    records = [{"epoch": at, "loss": 1.0, "top1": 80.0, "bits": 5.0 - at, "bitops": 14_000.0} for at in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    policy("4/8", "4/8").save(tmp_path / "static.json")
+    shown = page(folder, tmp_path / "static.json", network=network())
+    assert "images decide on their bits (dynamic 2-8)" in shown.said(RESULT)
+    row = shown.table("Top-1")["dynamic"]
+    assert [row[name] for name in ("bits", "bits of images", "BitOps of images", "asked for")] == ["dynamic 2-8", "3", "14 k", "15 k"]
+    assert [row["method"] for row in shown.table("All policies").values()] == ["dynamic 2-8", "uniform 4/8"]
+    assert "--dynamic 2-8 --budget bitops=15000" in shown.said(AGAIN)
+
+
+EVIL = '<script>alert("1")</script>\'&`{{ 7 * 7 }}'
+
+
+def test_no_text_of_a_file_is_more_than_text(tmp_path: Path) -> None:
+    bits = {EVIL: LayerBits(2, 4), "b": LayerBits(4, 4), "c": LayerBits(3, 2)}
+    about = {
+        "method": EVIL,
+        "model": EVIL,
+        "data": EVIL,
+        "budget": {"bitops": 9},
+        "settings": {EVIL: EVIL},
+        "weights": EVIL,
+        "commit": EVIL,
+    }
+    Policy(bits, None, {EVIL: 3.5}, {**about, "version": EVIL}).save(tmp_path / "policy.json")
+    ScoreTable((EVIL, "b"), (LayerBits(2, 4),), [[0.5], [1.0]], EVIL).save(tmp_path / "scores.json")
+    folder = run(
+        tmp_path / "run <script>", policy=Policy(bits, None, {}, about), optimizer={"kind": EVIL}, batches={"dataset": {"name": EVIL}}
+    )
+    text = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(text.replace('"torch"', json.dumps(EVIL)))
+    paths = [tmp_path / "policy.json", tmp_path / "scores.json", folder, bench(tmp_path / "bench.json", EVIL)]
+    written = report_page(read_inputs(paths), model=EVIL, command=EVIL)
+    shown = Page(written)
+    assert "<script" not in written
+    assert EVIL in shown.words[0] or any(EVIL in words for words in shown.words)
+    assert EVIL in shown.table("Weight/activation bits as a table")
+    assert not [
+        tag
+        for tag, attributes in shown.tags
+        if tag in ("script", "img", "iframe", "link") or any(name.startswith("on") for name in attributes)
+    ]
+
+
+def test_characters_that_no_page_can_hold_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text('{"format": 1, "layers": {"a\\u0000b": {"weight": 4, "activation": 4}}}')
+    written = report_page(read_inputs([file]), command="name of a file: \ud800")
+    assert "a\ufffdb" in written and "a file: \ufffd" in written
+    written.encode()
+    Page(written)
+
+
+@pytest.mark.parametrize("value", [None, 1, "text", [1], [1, 2, 3, 4], {"a": 1}, True])
+def test_provenance_of_any_form_is_no_error(tmp_path: Path, value: object) -> None:
+    names = (
+        "method",
+        "model",
+        "weights",
+        "data",
+        "budget",
+        "settings",
+        "images",
+        "seed",
+        "for_training",
+        "pick",
+        "version",
+        "normalize",
+        "profile",
+    )
+    saved = policy(**dict.fromkeys(names, value))
+    saved.save(tmp_path / "policy.json")
+    folder = run(
+        tmp_path / "run", policy=saved, step=value, optimizer=value, loss=value, batches=value, validation=value, seed=value, compile=value
+    )
+    page(tmp_path / "policy.json", folder, network=network())
+
+
+def test_the_page_fetches_nothing_and_is_the_same_every_time(everything: list[Path]) -> None:
+    first, second = (report_page(read_inputs(everything), network=network()) for _ in range(2))
+    assert first == second
+    assert set(re.findall(r"https?://[^\"' <)]*", first)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\b(src|srcset|action)=|@import|url\(", first)
+    shown = Page(first)
+    assert all(attributes["href"].startswith("#") for tag, attributes in shown.tags if "href" in attributes)
+    for picture in shown.pictures:
+        assert picture.get("role") == "img" and [each.tag.rpartition("}")[2] for each in picture][:2] == ["title", "desc"]
+        assert all(each.text for each in list(picture)[:2])
+    assert len(shown.pictures) == 10
+    headed = [rows for rows in shown.tables.values() if not rows[0] or not all(rows[0])]
+    assert headed == []
+
+
+def test_sixty_layers_at_all_pairs_stay_below_300_kb(tmp_path: Path) -> None:
+    names = [f"features.{at}.block.convolution.{at}" for at in range(60)]
+    widths = (2, 3, 4, 5, 6, 8)
+    pairs = tuple(LayerBits(weight, activation) for weight in widths for activation in widths)
+    saved = Policy({name: pairs[at % 36] for at, name in enumerate(names)}, None, {"bitops": 1}, {"method": "fisher"})
+    saved.save(tmp_path / "policy.json")
+    values = [[1.2345e-6 * (at + 1) * (column + 1) for column in range(36)] for at in range(60)]
+    ScoreTable(tuple(names), pairs, values, "fisher").save(tmp_path / "scores.json")
+    runs = [run(tmp_path / f"run{seed}", policy=saved, seed=seed, epochs=200) for seed in range(6)]
+    written = report_page(read_inputs([tmp_path / "policy.json", tmp_path / "scores.json", *runs]))
+    assert len(written.encode()) < 300_000
+    Page(written)
+
+
+def test_a_policy_of_another_network_is_named(tmp_path: Path) -> None:
+    Policy({"conv": LayerBits(4, 4)}).save(tmp_path / "other.json")
+    with pytest.raises(BitscapeError, match=r"other\.json: the network has no layer 'conv'"):
+        report_page(read_inputs([tmp_path / "other.json"]), network=network())
+
+
+def _luminance(color: str) -> float:
+    shares = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return sum(weight * share for weight, share in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_words_and_lines_stand_out_in_light_and_in_dark(everything: list[Path]) -> None:
+    style = report_page(read_inputs(everything[:1])).partition("@media (prefers-color-scheme: dark)")
+    for part in (style[0], style[2].partition("* {")[0]):
+        colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part))
+        contrasts = {}
+        for name, color in colors.items():
+            low, high = sorted((_luminance(color), _luminance(colors["paper"])))
+            contrasts[name] = (high + 0.05) / (low + 0.05)
+        assert min(contrasts[name] for name in ("ink", "soft", "link")) >= 4.5  # WCAG 2.1 AA, text
+        assert min(contrasts[f"s{at}"] for at in range(8)) >= 3  # and graphics
