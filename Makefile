@@ -8,14 +8,15 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/bitscape demo
 
-# Passive waiting: on a shared machine, threads that spin cost up to 7x.
+# Two processes of one thread each are the quickest on two cores. Passive waiting: on a shared machine, threads that spin cost up to 7x.
 # No cache: it does not notice that a module, imported before it existed, has been added.
 test: export OMP_WAIT_POLICY = passive
+test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Tables and figures from benchmarks/results, pages of methods from the source; then links, examples and command lines are checked.
 docs: $(READY)

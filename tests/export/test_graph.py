@@ -139,7 +139,7 @@ def test_networks_that_cannot_be_traced_are_refused():
     float_network = small()
     with pytest.raises(BitscapeError, match=r"no quantized layer; call bitscape\.quantize"):
         trace(float_network, images(2))
-    with pytest.raises(BitscapeError, match=r"before its scale was set: run bitscape\.calibrate"):
+    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
         trace(quantize(float_network, policy_for(float_network)), images(2))
     network = quantized(small())
     for n in (0, 1):

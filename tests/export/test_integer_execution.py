@@ -14,7 +14,9 @@ from tests.networks import conv_norm
 def test_a_convolution_is_computed_as_its_definition_says():
     """By hand, in numpy's whole numbers: sums, bias, one multiplication in float32, half to even, limits."""
     torch.manual_seed(0)
-    network = quantized(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1), nn.Flatten()), [(5, 8), (4, 4)])
+    network = quantized(
+        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1), nn.Flatten()), bits=[(5, 8), (4, 4)]
+    )
     integer = integer_network(network, images())
     first, second, last = (grid_of(node) for node in integer.module.graph.nodes if is_quantizer(node))
     x = other_images()
@@ -36,7 +38,7 @@ def test_a_convolution_is_computed_as_its_definition_says():
 def test_sums_that_float32_cannot_hold_are_exact():
     torch.manual_seed(0)
     layer = nn.Linear(192, 2, bias=False)
-    network = quantized(nn.Sequential(nn.Flatten(), layer), [(8, 8)])
+    network = quantized(nn.Sequential(nn.Flatten(), layer), bits=[(8, 8)])
     integer = integer_network(network, images())
     key = "1.weight"
     integer.weights[key].q[0], integer.weights[key].q[1] = 127, -128
@@ -102,7 +104,7 @@ def every_pair_of_bits():
 
     torch.manual_seed(0)
     network = Applied(forward, **{f"w{bits}": branch() for bits in range(1, 9)})
-    return integer_network(quantized(network, pairs), images())
+    return integer_network(quantized(network, bits=pairs), images())
 
 
 @pytest.mark.usefixtures("exact_kernels")
@@ -133,7 +135,7 @@ def test_onnx_runtime_adds_the_bias_of_tokens_in_float(tmp_path):
 
     torch.manual_seed(0)
     network = Applied(forward, a=nn.Linear(3, 256), b=nn.Linear(256, 64))
-    integer = integer_network(quantized(network, [(8, 8)], x=images(size=32)), images(size=32))
+    integer = integer_network(quantized(network, bits=[(8, 8)], x=images(size=32)), images(size=32))
     info, x = write_onnx(integer, tmp_path / "tokens.onnx", images(size=32)), images(8, size=32, seed=9)
     assert np.array_equal(OnnxRuntime().open(info.path).run(x.numpy())[0], run_integers(integer, x).numpy())
     assert check_parity(info.path, x.numpy()).differing == 0

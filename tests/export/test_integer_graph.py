@@ -55,10 +55,10 @@ class TestWeights:
         assert weight.bits == bits + 1
 
     def test_levels_without_a_zero_at_8_bits_are_refused(self):
-        with pytest.raises(BitscapeError, match="conv.weight: .* 9-bit integers; give the layer 7 bits"):
+        with pytest.raises(BitscapeError, match=r"conv\.weight: .* 9-bit integers; give the layer 7 bits"):
             _integer_weight("conv.weight", Codes(torch.tensor([[127]], dtype=torch.int8), torch.tensor(1.0), -0.5))
         with pytest.raises(BitscapeError, match="9-bit integers"):
-            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), [(8, 8)], Dorefa()), images())
+            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), bits=[(8, 8)], quantizer=Dorefa()), images())
 
     def test_one_scale_is_that_of_every_channel(self):
         weight = _integer_weight("w", Codes(torch.zeros(4, 2, 1, 1, dtype=torch.int8), torch.tensor(0.25), 0.0))
@@ -84,7 +84,7 @@ class TestGrids:
         assert uint8_grid(given) == expected
 
     def test_what_no_byte_can_hold_is_refused(self):
-        with pytest.raises(BitscapeError, match="one signed bit have no zero.*give the layer 2 bits"):
+        with pytest.raises(BitscapeError, match=r"one signed bit have no zero.*give the layer 2 bits"):
             uint8_grid(grid(zero_point=-0.5, qmin=-1, qmax=0))
         for zero_point in (256.0, -255.0):
             with pytest.raises(BitscapeError, match="too far from zero"):
@@ -92,7 +92,7 @@ class TestGrids:
 
     def test_a_layer_with_one_bit_of_signed_input_is_refused(self):
         with pytest.raises(BitscapeError, match="one signed bit"):
-            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), [(4, 1)]), images())
+            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), bits=[(4, 1)]), images())
 
 
 def behind_rectifiers(quantizer: ActivationGrid, *rectifiers) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -245,7 +245,7 @@ def folded_cases() -> nn.Module:
 @pytest.fixture(scope="module", params=QUANTIZERS, ids=repr)
 def folded(request):
     torch.manual_seed(0)
-    network = quantized(folded_cases(), [(4, 8)], request.param)
+    network = quantized(folded_cases(), bits=[(4, 8)], quantizer=request.param)
     norm = network.biased[1]
     norm.weight.data[:4] = torch.tensor([0.0, -2.0, 1e-36, -1e-3])
     return network, integer_network(network, images())
@@ -309,7 +309,7 @@ def test_where_nothing_is_added_the_simulation_is_the_network_exactly():
     layers = {"b": SameConv2d(8, 8, 2, bias=False), "c": nn.Conv2d(8, 4, 1, bias=False), "d": nn.Linear(64, 3, bias=False)}
     network = Applied(forward, a=nn.Conv2d(3, 8, 3, padding=1, bias=False), **layers)
     for quantizer in (Lsq(), Pact(), Liq()):
-        ready = quantized(network, [(3, 8), (5, 4)], quantizer)
+        ready = quantized(network, bits=[(3, 8), (5, 4)], quantizer=quantizer)
         integer = integer_network(ready, images())
         assert not integer.added and not integer.biases
         with torch.no_grad():
@@ -319,7 +319,7 @@ def test_where_nothing_is_added_the_simulation_is_the_network_exactly():
 class TestBiases:
     def integer(self, scales: list[float], biases: list[float]):
         torch.manual_seed(0)
-        network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2)), [(8, 8)])
+        network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2)), bits=[(8, 8)])
         with torch.no_grad():
             network[1].weight.copy_(torch.tensor(scales) * (network[1].running_var + network[1].eps).sqrt())
             network[1].bias.copy_(torch.tensor(biases))
@@ -344,7 +344,7 @@ class TestBiases:
     def test_layers_may_share_a_bias(self):
         a, b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
         b.bias = a.bias
-        network = quantized(nn.Sequential(a, nn.ReLU(), b, nn.Flatten(), nn.Linear(192, 2, bias=False)), [(8, 8)])
+        network = quantized(nn.Sequential(a, nn.ReLU(), b, nn.Flatten(), nn.Linear(192, 2, bias=False)), bits=[(8, 8)])
         integer = integer_network(network, images())
         assert {bias_name(key) for key in integer.biases} == {"0.bias", "2.bias"}
         with torch.no_grad():
@@ -363,7 +363,7 @@ class TestFloatLayers:
 
         odd = [StandardConv2d(4, 4, 1), nn.ReLU(), Gain(4, 4, 1), nn.ReLU(), Weighted(4, 4, 1), nn.ReLU()]
         odd[4].gain = 2.0
-        network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), *odd, *head(4)), [(8, 8)])
+        network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), *odd, *head(4)), bits=[(8, 8)])
         with caplog.at_level(logging.WARNING, "bitscape.export"):
             integer = integer_network(network, images())
         assert set(integer.weights) == {"0.weight", "10.weight"}
@@ -374,7 +374,7 @@ class TestFloatLayers:
 
 class TestCalibration:
     def test_added_quantizers_have_the_ranges_of_the_folded_network(self):
-        network = quantized(nn.Sequential(*conv_norm(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten()), [(8, 8)])
+        network = quantized(nn.Sequential(*conv_norm(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten()), bits=[(8, 8)])
         integer = integer_network(network, images(), MinMax())
         with torch.no_grad():
             inner, outer = network[1](network[0](images())), network(images())
@@ -384,12 +384,12 @@ class TestCalibration:
             torch.testing.assert_close(found.scale, float(max(values.max() / 127, -values.min() / 128)), rtol=0.01, atol=0)
 
     def test_tensors_without_values_below_zero_have_all_codes_above(self):
-        network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.Flatten()), [(8, 8)])
+        network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.Flatten()), bits=[(8, 8)])
         integer = integer_network(network, images(), MinMax())
         assert [found.zero_point for found in integer.added.values()] == [0.0, 128.0]
 
     def test_all_images_count_whatever_their_order_and_batch(self):
-        network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten()), [(8, 8)])
+        network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten()), bits=[(8, 8)])
         x = torch.cat([images(70, seed=5), 5 * images(1, seed=6)])
         scales = {float(integer_network(network, given, MinMax()).added["conv2d"].scale) for given in (x, x.flip(0))}
         small = float(integer_network(network, x[:70], MinMax()).added["conv2d"].scale)

@@ -10,7 +10,7 @@ from bitscape.errors import BitscapeError
 from bitscape.export.graph import grid_of, is_quantizer
 from bitscape.export.integer_graph import input_scale, integer_network
 from bitscape.export.onnx_qdq import CONTAINERS, OPSETS, PORTABLE, container, save_onnx, write_onnx
-from tests.export.networks import CASES, ZOO, exported, images, integers, quantized
+from tests.export.networks import CASES, ZOO, Applied, exported, images, integers, quantized
 from tests.networks import conv_norm
 
 onnx = pytest.importorskip("onnx")
@@ -80,42 +80,49 @@ def test_no_float_copy_of_a_quantized_weight_is_left(name, bits):
             assert value.shape not in shapes and value.shape[::-1] not in shapes, key
 
 
+@pytest.fixture(scope="module")
+def every_width():
+    """Layers of one and up to eight bits, side by side."""
+    layers = {f"b{bits}": nn.Conv2d(3, 5, 3) for bits in range(1, 9)}
+    network = Applied(lambda net, x: torch.cat([layer(x) for name, layer in net.named_children()], 1), **layers)
+    return integer_network(quantized(network, bits=[(bits, 8) for bits in range(1, 9)]), images())
+
+
 @pytest.mark.parametrize(
-    ("bits", "widths", "expected"),
-    [
-        ([(1, 8)], CONTAINERS, 2),
-        ([(2, 8)], CONTAINERS, 2),
-        ([(2, 8)], PORTABLE, 4),
-        ([(3, 8)], CONTAINERS, 4),
-        ([(4, 8)], CONTAINERS, 4),
-        ([(4, 8)], (8,), 8),
-        ([(5, 8)], CONTAINERS, 8),
-        ([(8, 8)], CONTAINERS, 8),
-    ],
+    ("widths", "expected"),
+    [(CONTAINERS, [2, 2, 4, 4, 8, 8, 8, 8]), (PORTABLE, [4, 4, 4, 4, 8, 8, 8, 8]), ((8,), [8] * 8)],
 )
-def test_weights_lie_in_the_smallest_container(bits, widths, expected, tmp_path):
-    network = quantized(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten()), bits)
-    info = save_onnx(network, tmp_path / "net.onnx", images(), containers=widths)
+def test_weights_lie_in_the_smallest_container(widths, expected, every_width, tmp_path):
+    info = write_onnx(every_width, tmp_path / "net.onnx", images(), containers=widths)
     model = onnx.load(info.path)
-    (stored,) = [tensor for tensor in model.graph.initializer if tensor.name == "0.weight.codes"]
     kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
-    assert stored.data_type == kinds[expected]
-    assert len(stored.raw_data) == -(-5 * 27 * expected // 8)
-    assert info.containers == {"0": expected} and info.path == tmp_path / "net.onnx"
-    assert [node.op_type for node in model.graph.node].count("Cast") == (expected < 8)
-    assert (model.opset_import[0].version, model.ir_version) == OPSETS[expected]
-    assert info.container_bytes == -(-5 * 27 * expected // 8) + 4 * 5 + 4 * 5
-    assert info.file_bytes == info.path.stat().st_size and info.added == 1
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for bits, width in enumerate(expected, start=1):
+        tensor = stored[f"b{bits}.weight.codes"]
+        assert tensor.data_type == kinds[width] and len(tensor.raw_data) == -(-5 * 27 * width // 8)
+    assert info.containers == {f"b{bits}": width for bits, width in enumerate(expected, start=1)}
+    assert [node.op_type for node in model.graph.node].count("Cast") == sum(width < 8 for width in expected)
+    assert (model.opset_import[0].version, model.ir_version) == OPSETS[min(expected)]
+    assert info.container_bytes == sum(-(-5 * 27 * width // 8) + 4 * 5 + 4 * 5 for width in expected)
+    assert (info.path, info.file_bytes, info.added) == (tmp_path / "net.onnx", info.path.stat().st_size, 8)
 
 
-def test_containers_that_do_not_serve_are_refused():
+def test_a_network_is_saved_in_one_step(tmp_path):
+    network = quantized(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten()), bits=[(3, 8)])
+    info = save_onnx(network, tmp_path / "saved.onnx", images(), containers=PORTABLE)
+    assert info.containers == {"0": 4} and info.path.is_file()
+    with pytest.raises(BitscapeError, match="no quantized layer"):
+        save_onnx(nn.Sequential(nn.Conv2d(3, 5, 3)), tmp_path / "float.onnx", images())
+
+
+def test_containers_that_do_not_serve_are_refused(tmp_path):
     weight = next(iter(integers("plain")[1].weights.values()))
     assert container(weight, (8, 4)) == 8
     with pytest.raises(BitscapeError, match=r"containers = \(2, 4\): weights need 8 bits; allow 8 as well"):
         container(weight, (2, 4))
-    for widths in ((), (3, 8), (16,)):
-        with pytest.raises(BitscapeError, match="ONNX stores integers of 2, 4, 8 bits"):
-            container(weight, widths)
+    for widths in ((3, 8), (16,)):
+        with pytest.raises(BitscapeError, match="ONNX stores integers of 2, 4 or 8 bits"):
+            write_onnx(integers("plain")[1], tmp_path / "net.onnx", images(), containers=widths)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +130,11 @@ def large(tmp_path_factory):
     """A network whose weights outweigh its graph, at 2, 3 and 8 bits."""
     torch.manual_seed(0)
     layers = [*conv_norm(3, 32, 3), nn.ReLU(), *conv_norm(32, 128, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64)]
-    integer = integer_network(quantized(nn.Sequential(*layers), [(8, 8), (2, 4), (3, 4)]), images())
-    folder = tmp_path_factory.mktemp("large")
-    return [write_onnx(integer, folder / name, images()) for name in ("first.onnx", "second.onnx")]
+    integer = integer_network(quantized(nn.Sequential(*layers), bits=[(8, 8), (2, 4), (3, 4)]), images())
+    folder, before = tmp_path_factory.mktemp("large"), integer.module.code
+    files = [write_onnx(integer, folder / name, images()) for name in ("first.onnx", "second.onnx")]
+    assert integer.module.code == before  # writing changes nothing
+    return files
 
 
 def test_the_file_is_little_larger_than_what_it_holds(large):
@@ -174,13 +183,6 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, t
     with pytest.raises(BitscapeError, match=r"onnxscript.*pip install 'bitscape\[onnx\]'"):
         write_onnx(integer, tmp_path / "net.onnx", images())
     assert not (tmp_path / "net.onnx").exists()
-
-
-def test_writing_leaves_the_network_as_it_was():
-    integer = exported("products").integer
-    code = integer.module.code
-    exported.__wrapped__("products")
-    assert integer.module.code == code and "mark" not in code
 
 
 def test_every_structure_is_exported():

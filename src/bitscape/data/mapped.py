@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def decode_mapped(
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():
                 _write(encoded, shape, file, kept_file, size=size, source=source)
-        images, kept = np.load(file, mmap_mode="r"), np.load(kept_file)
+        images, kept = _read(file, kept_file, (len(encoded), *shape))
     except OSError as error:
         raise BitscapeError(f"{_needed(source, len(encoded), shape)}, which {file.parent} does not take ({error}); {_WAYS_OUT}") from error
     with warnings.catch_warnings():
@@ -67,6 +68,21 @@ def _write(encoded: Sequence[EncodedImage], shape: tuple[int, ...], file: Path, 
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _read(file: Path, kept_file: Path, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The pixels (n, 3, h, w), mapped, and which images they are."""
+    try:
+        images, kept = np.load(file, mmap_mode="r", allow_pickle=False), np.load(kept_file, allow_pickle=False)
+        whole = (images.shape, images.dtype, kept.ndim, kept.dtype) == (shape, np.uint8, 1, np.int64)
+        why = "" if whole and len(kept) <= len(images) and ((kept >= 0) & (kept < len(images))).all() else "of another shape or type"
+    except OSError:
+        raise
+    except Exception as error:  # numpy's reader raises what its tokenizer does, and more
+        why = str(error)
+    if why:
+        raise BitscapeError(f"{file}: damaged ({why}); remove it, and the images are decoded again")
+    return images, kept
 
 
 def _needed(source: str, count: int, shape: tuple[int, ...]) -> str:

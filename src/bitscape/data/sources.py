@@ -162,7 +162,10 @@ def _read_npz(path: Path) -> Dataset:
 def _arrays(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{other[0]!r} is no array")
+            return arrays
     # Readers of zip, deflate, npy and its header raise a dozen types; a lone .npy array under this name is no context manager.
     except Exception as error:
         raise BitscapeError(f"{path}: damaged, or no .npz file of plain arrays ({error}); write it again") from error

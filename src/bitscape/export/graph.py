@@ -126,7 +126,8 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     codes, bits = {}, {}
     for name, layer in layers.items():
         if not getattr(layer.input_quantizer, "initialized", True):
-            continue  # it never ran, or says itself that the network was not calibrated
+            layer.input_quantizer = _NeverCalibrated(name)  # no obstacle where the layer never runs
+            continue
         key = f"{name}.weight" if name else "weight"
         with _naming(name):
             codes[key], grid = weight_codes(layer), activation_grid(layer.input_quantizer)
@@ -165,6 +166,15 @@ def _make_traceable(layer: QuantizedLayer, codes: Codes, grid: ActivationGrid) -
     layer.weight = nn.Parameter(codes.dequantize(), requires_grad=False)
     layer.weight_quantizer = nn.Identity()
     layer.input_quantizer = _OneNode(grid)
+
+
+class _NeverCalibrated(nn.Module):
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise BitscapeError(f"layer {self.layer}: its input scale is not set: call bitscape.calibrate(network, images) first")
 
 
 class _OneNode(nn.Module):

@@ -7,7 +7,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     one quantizer takes it                  that one stands there already
     ... behind reshapes, slices, padding,   a copy of it moves in front of them: rounding commutes with what only moves values, so
         maxima, concatenation               nothing changes
-    several take it, one of 8 bits          all others read from that one
+    several take it, one of 8 bits          all others read from that one; of several the widest takes the place of all, as a second
+                                            rounding to 8 bits changes as much and costs time
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
 
 Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
@@ -157,8 +158,13 @@ class _Placer:
     def _shared_quantizer(self, tail: fx.Node) -> fx.Node:
         wide = [user for user in tail.users if is_quantizer(user) and grid_of(user).qmax - grid_of(user).qmin == 255]
         if wide:
-            tail.append(wide[0])  # in front of everyone who will read from it
-            return wide[0]
+            kept = max(wide, key=lambda user: grid_of(user).scale)
+            for user in wide:
+                if user is not kept and grid_of(user).zero_point == grid_of(kept).zero_point:
+                    user.replace_all_uses_with(kept)
+                    self.graph.erase_node(user)
+            tail.append(kept)  # in front of everyone who will read from it
+            return kept
         self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
         return self.added[-1]
 
