@@ -148,6 +148,13 @@ def available(runtime: str) -> tuple[tuple[str, str], ...]:
     return METHODS
 
 
+def wanted(networks: list[str], threads: int, runtimes: tuple[str, ...] = tuple(RUNTIMES)) -> Iterator[dict[str, Any]]:
+    """Every run that can be measured here; those of one network and runtime stand together."""
+    for name, key in product(networks, runtimes):
+        for method, variant in available(key):
+            yield {"network": name, "settings": {"runtime": key, "threads": threads}, "method": method, "variant": variant}
+
+
 def measure(name: str, runtime: Runtime, key: str, methods: tuple[tuple[str, str], ...]) -> Iterator[dict[str, Any]]:
     """Write and time all files of a network beside one another; yield a run for each."""
     with tempfile.TemporaryDirectory() as folder:
@@ -227,10 +234,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name, key in product(options.network or [*TRAINED, *RANDOM], options.runtime or RUNTIMES):
-        settings = {"runtime": key, "threads": options.threads}
-        rows = [{"network": name, "settings": settings, "method": m, "variant": v} for m, v in available(key)]
         # All rows or none: times are compared within one process only.
-        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), rows, KEYS):
+        if missing(read_runs(RESULTS / f"{NAME}.jsonl"), list(wanted([name], options.threads, (key,))), KEYS):
             for run in list(measure(name, RUNTIMES[key](threads=options.threads), key, available(key))):
                 record(NAME, run)
 

@@ -1,9 +1,11 @@
+import errno
+import hashlib
 import json
 import os
 
 import pytest
 
-from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.files import UNSEALED, check_seal, json_text, parse_json, sealed, write_atomic
 
 
 def test_the_content_is_replaced_and_nothing_else_stays(tmp_path):
@@ -28,6 +30,55 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file" / "policy.json", tmp_path / "absent" / "policy.json"):
+        with pytest.raises(OSError) as error:
+            write_atomic(path, "new")
+        assert error.value.filename == str(path)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_limit_on_the_size_of_files_keeps_the_old_file_and_names_it(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "policy.json"
+    write_atomic(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_atomic(path, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (error.value.filename, error.value.errno) == (str(path), errno.EFBIG)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def unsealed() -> bytes:
+    """The start of a safetensors file: a JSON text within a JSON text, then bytes."""
+    text = json.dumps({"__metadata__": {"bitscape": json.dumps({"format": 1, "checksum": UNSEALED, "layers": {}})}})
+    return text.encode() + bytes(range(64))
+
+
+def test_a_seal_is_broken_by_every_single_bit():
+    whole = sealed(unsealed())
+    check_seal(whole)
+    assert len(whole) == len(unsealed()) and UNSEALED.encode() not in whole
+    for at in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[at // 8] ^= 1 << at % 8
+        with pytest.raises(ValueError, match=r"it has no checksum|damaged: its checksum is"):
+            check_seal(bytes(changed))
+
+
+def test_a_seal_is_the_sha256_of_the_file_with_zeros_in_its_place():
+    checksum = hashlib.sha256(unsealed()).hexdigest()[:16]
+    assert sealed(unsealed()) == unsealed().replace(b"0" * 16, checksum.encode())
+    with pytest.raises(ValueError, match="no checksum"):
+        check_seal(b"{}")
 
 
 def test_json_reads_back_and_has_an_entry_a_line():

@@ -177,7 +177,7 @@ def test_mistakes_end_in_one_clear_line(refused, trained, weights, tmp_path):
     assert "at most one" in refused(*EVALUATE, *policy, "--checkpoint", trained)
     assert "no packed file" in refused(*EVALUATE, "--packed", trained / "model.safetensors")
     assert "not a complete safetensors" in refused(*EVALUATE, "--packed", trained / "found.json")
-    assert "exactly one of the two" in refused("export", "packed", *MODEL, "--out", tmp_path / "p.safetensors")
+    assert "exactly one of them" in refused("export", "packed", *MODEL, "--out", tmp_path / "p.safetensors")
     other = tmp_path / "other.json"
     uniform_policy(["conv1"], LayerBits(4, 4)).save(other)
     assert "no layer 'conv1'" in refused(*EVALUATE, "--policy", other, *CALIBRATION)

@@ -31,6 +31,18 @@ def test_a_damaged_file_is_not_used(tmp_path, images, length):
     assert read_cache(file, 2) is None
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"'descr'", b"'de(cr'"), (b"|u1", b"|O8"), (b"(2, 3", b"(9**9"), (b"(2, 3", b"(2,-3"), (b"'shape': (", b"'shape': [")]
+)
+def test_a_damaged_header_is_not_used(tmp_path, images, old, new):
+    file = tmp_path / "a.npy"
+    write_cache(file, images)
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+    assert read_cache(file, 2) is None
+
+
 def test_another_number_of_images_is_not_used(tmp_path, images):
     write_cache(tmp_path / "a.npy", images)
     assert read_cache(tmp_path / "a.npy", 3) is None

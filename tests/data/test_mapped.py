@@ -90,6 +90,23 @@ def test_a_killed_run_leaves_nothing_that_counts(folder, cache, monkeypatch):
     assert not list(cache.glob("*.part"))
 
 
+@pytest.mark.parametrize("what", ["cut", "header", "shape", "rows", "beyond"])
+def test_a_damaged_file_is_named_with_what_to_do(folder, cache, what):
+    load_dataset(str(folder), size=4)
+    (file,) = [path for path in cache.glob("*.npy") if "kept" not in path.name]
+    kept = file.with_name(f"{file.stem}.kept.npy")
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif what == "header":
+        file.write_bytes(file.read_bytes().replace(b"'descr'", b"'de(cr'"))
+    elif what == "shape":
+        np.save(file, np.zeros((22, 3, 4, 5), np.uint8))
+    else:
+        np.save(kept, np.arange(21.0) if what == "rows" else np.arange(2, 23))
+    with pytest.raises(BitscapeError, match=rf"{file.name}: damaged \(.*\); remove it, and the images are decoded again"):
+        load_dataset(str(folder), size=4)
+
+
 def test_a_disk_without_room_says_how_much_it_would_take(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(

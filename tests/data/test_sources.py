@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +203,21 @@ def test_a_truncated_npz_is_an_error(tmp_path, part):
         load_dataset(str(file))
 
 
+@pytest.mark.parametrize(
+    ("content", "method"),
+    [(b"no array", 0), (b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', (", 0), (b"", 99)],
+    ids=["text", "header", "compression"],
+)
+def test_a_damaged_part_of_an_npz_is_an_error(tmp_path, content, method):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", content)
+    whole = (tmp_path / "a.npz").read_bytes()
+    at = whole.index(b"PK\x01\x02") + 10  # where the directory says how the part is compressed
+    (tmp_path / "a.npz").write_bytes(whole[:at] + bytes([method]) + whole[at + 1 :])
+    with pytest.raises(BitscapeError, match=r"a\.npz: damaged, or no \.npz file"):
+        load_dataset(str(tmp_path / "a.npz"))
+
+
 def test_a_single_array_is_no_npz(tmp_path):
     with (tmp_path / "a.npz").open("wb") as stream:
         np.save(stream, np.zeros((2, 4, 4), np.uint8))
@@ -238,7 +254,8 @@ def test_a_path_in_a_parquet_file_is_never_opened(tmp_path):
         ([0.0, 1.0], r"'label' holds 0\.0 in row 0; labels must be integers"),
         (["cat", "dog"], "holds 'cat' in row 0"),
         ([0, None], "holds None in row 1"),
-        ([0, -1], "labels run from -1 to 0"),
+        ([0, -1], r"a\.parquet: a: labels run from -1 to 0"),
+        ([0, 2**40], r"a\.parquet: a: labels run from 0 to 1099511627776"),
         ([0, 2], "labels run from 0 to 2; 2 class names"),
     ],
 )
@@ -251,6 +268,20 @@ def test_bad_labels_in_parquet_are_errors(tmp_path, labels, message):
 def test_names_of_another_kind_in_the_metadata_are_ignored(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [png(7), png(9)], [0, 1], [1, 2])
     assert load_dataset(path).class_names == ("0", "1")
+
+
+def test_labels_without_names_that_are_no_classes_name_the_file(tmp_path):
+    pq.write_table(pa.table({"image": [png(1)], "label": [2**40]}), tmp_path / "a.parquet")
+    with pytest.raises(BitscapeError, match=r"a\.parquet: the largest label is 1099511627776"):
+        load_dataset(str(tmp_path / "a.parquet"))
+
+
+def test_fewer_labels_than_images_are_damage(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", [png(1), png(2)], [0, 1])
+    whole = pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda *args, **settings: whole(*args, **settings).slice(0, 1))
+    with pytest.raises(BitscapeError, match=r"a\.parquet: damaged: 1 labels for 2 images"):
+        load_dataset(path)
 
 
 def test_a_missing_image_column_is_an_error(tmp_path):

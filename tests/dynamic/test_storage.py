@@ -66,17 +66,19 @@ def _edited(folder, name, **entries):
         ({"format": 2}, r"dynamic\.json: format: Input should be 1; this version reads format 1"),
         ({"format": "gone"}, r"dynamic\.json: format: Field required"),
         ({"low": "two"}, r"dynamic\.json: low: .*integer"),
-        ({"low": 8}, "low = 8, high = 8: .*low below high"),
-        ({"static": ["none"]}, "static: none is no layer"),
+        ({"low": 8}, r"dynamic\.json: low = 8, high = 8: .*low below high"),
+        ({"static": ["none"]}, r"run: static: none is no layer"),
+        ({"input_shape": [0, 8, 8]}, r"run: input_shape"),
+        ({"input_shape": [3, 8, 8, 8]}, r"run: input_shape"),
         ({"extra": 1}, r"dynamic\.json: extra: Unexpected"),
         ({"low": 3}, "does not fit the network; not in the network: .*of_width"),
     ],
 )
 def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path, entries, message):
-    save_dynamic(_varied(), tmp_path)
-    _edited(tmp_path, "dynamic.json", **entries)
+    save_dynamic(_varied(), tmp_path / "run")
+    _edited(tmp_path / "run", "dynamic.json", **entries)
     with pytest.raises(BitscapeError, match=message):
-        load_dynamic(float_net(), tmp_path)
+        load_dynamic(float_net(), tmp_path / "run")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
@@ -141,7 +143,15 @@ def test_tiers_that_are_not_complete_are_refused(tiered):
     _edited(folder, "tiers.json", format=0)
     with pytest.raises(BitscapeError, match=r"tiers\.json: format: Input should be 1"):
         load_tiers(float_net(), folder)
-    _edited(folder, "tiers.json", format=1)
+    _edited(folder, "tiers.json", format=1, input_shape=[3, 0, 8])
+    with pytest.raises(BitscapeError, match=r"tiers\.json: input_shape"):
+        load_tiers(float_net(), folder)
+    _edited(folder, "tiers.json", input_shape=[3, 8, 8])
+    policy = (folder / "tier2" / "policy.json").read_text()
+    (folder / "tier2" / "policy.json").write_text(policy.replace('"6"', '"7"'))
+    with pytest.raises(BitscapeError, match=r"tier2.policy\.json: the network has no layer '7'"):
+        load_tiers(float_net(), folder)
+    (folder / "tier2" / "policy.json").write_text(policy)
     (folder / "tier3" / "policy.json").unlink()
     with pytest.raises(BitscapeError, match=r"tier3: no policy\.json; the folder is not complete"):
         load_tiers(float_net(), folder)

@@ -32,6 +32,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
         load_checkpoint(path)
 
 
+def test_a_changed_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"rng.cpu": torch.arange(4), "model.weight": torch.randn(3, 4)}, {"epoch": 3, "settings": {"lr": 0.1}})
+    content = path.read_bytes()
+    for at in range(0, len(content), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=str(path)):
+            load_checkpoint(path)
+
+
 def test_another_format_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, {}, {"format": 99})

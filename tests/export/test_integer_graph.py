@@ -25,7 +25,7 @@ from bitscape.quant.quantizers.base import Codes
 from tests.export.networks import ZOO, Applied, SameConv2d, StandardConv2d, head, images, integers, quantized
 from tests.networks import conv_norm
 
-QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(), Dorefa(restore_scale=False), Liq()]
+QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(restore_scale=False), Liq()]
 aten = torch.ops.aten
 
 

@@ -34,12 +34,26 @@ def tokens() -> nn.Module:
     return Applied(forward, patches=nn.Conv2d(3, 8, 4, 4), first=nn.Linear(8, 12), second=nn.Linear(12, 5, bias=False))
 
 
-NETWORKS = {build.__name__: build for build in (plain, mobile, residual, tokens)}
+def joined() -> nn.Module:
+    """Branches of other ranges, joined: a clamped quantizer stands behind the concatenation."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).clamp(0, 6)
+        x = torch.cat([net.branch(x), nn.functional.avg_pool2d(x, 3, 1, 1), nn.functional.max_pool2d(x, 3, 1, 1)], 1)
+        return net.head(net.last(x).relu().mean((2, 3)))
+
+    return Applied(
+        forward, stem=nn.Conv2d(3, 8, 3), branch=nn.Conv2d(8, 8, 3, padding=1), last=nn.Conv2d(24, 8, 1), head=nn.Linear(8, 5)
+    )
+
+
+NETWORKS = {build.__name__: build for build in (plain, mobile, residual, tokens, joined)}
 
 
 @cache
 def integers(name: str) -> IntegerNetwork:
-    return integer_network(quantized(made(NETWORKS[name]), X), X)
+    narrow = {"bits": [(8, 4)]} if name == "joined" else {}
+    return integer_network(quantized(made(NETWORKS[name]), X, **narrow), X)
 
 
 @pytest.fixture(scope="module")

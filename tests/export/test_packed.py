@@ -415,6 +415,31 @@ def test_a_damaged_file_is_an_error(saved, change, message):
     assert str(saved[1]) in str(error.value)
 
 
+def test_a_changed_bit_is_noticed_wherever_it_is(saved):
+    content, model = saved[1].read_bytes(), small_net()
+    for at in [*range(0, 400, 7), *range(400, len(content), 211), len(content) - 1]:
+        saved[1].write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        with pytest.raises(BitscapeError, match=str(saved[1])):
+            load_packed(saved[1], model)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('\\"zero_point\\"', '\\"scales\\":\\"tensor\\",\\"zero_point\\"', "'scales' stands twice"),
+        ('\\"fingerprint\\":\\"', '\\"fingerprint\\":NaN,\\"x\\":\\"', "NaN is no allowed number"),
+    ],
+)
+def test_json_in_the_header_is_read_strictly(saved, old, new, message):
+    content = saved[1].read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].decode().replace(old, new, 1).encode()
+    assert len(header) > length
+    saved[1].write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    with pytest.raises(BitscapeError, match=message):
+        load_packed(saved[1], small_net())
+
+
 def test_a_header_that_is_no_json_is_an_error(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "net", {"bitscape": "{"})
     with pytest.raises(BitscapeError, match="header is damaged"):

@@ -179,6 +179,31 @@ def test_an_input_quantizer_of_8_bits_serves_the_residual_edge(g):
     assert takers(shared) == {"body", "total"}
 
 
+def test_of_several_quantizers_of_8_bits_the_widest_takes_the_place_of_all(g):
+    x = g.relu(g.conv(g.input, 8, "stem"))
+    layers = [
+        g.graph.create_node("call_function", aten.conv2d.default, (g.q(x, 8, scale), g.graph.get_attr(f"weight_{name}")), name=name)
+        for name, scale in (("a", 0.1), ("b", 0.3), ("c", 0.2))
+    ]
+    added = g.placed(*layers)
+    assert [str(node.args[0]) for node in added] == ["a", "b", "c"]
+    (shared,) = (node for node in g.graph.nodes if is_quantizer(node) and str(node.args[0]) == "r_stem")
+    assert takers(shared) == {"a", "b", "c"} and grid_of(shared).scale == 0.3
+
+
+def test_a_layer_that_is_used_twice_keeps_its_input_scale(g):
+    """Its bias is integers in units of that scale, at every use."""
+    x = g.relu(g.conv(g.input, 8, "stem"))
+    weight = g.graph.get_attr("repeated")
+    padded = g(aten.constant_pad_nd.default, g.q(x, 8, 0.1), [1, 1])
+    first = g(aten.conv2d.default, padded, weight, name="first")
+    other = g(aten.conv2d.default, g.q(x, 8, 0.3), g.graph.get_attr("other"), name="other")
+    second = g(aten.conv2d.default, g.q(g(aten.silu.default, first), 8, 0.1), weight, name="second")
+    g.placed(second, other)
+    sources = (quantized_source(node.args[0]) for node in (first, second, other))
+    assert [grid_of(node).scale for node in sources] == [0.1, 0.1, 0.3]
+
+
 def test_the_serving_quantizer_comes_before_all_who_take_it(g):
     x = g.relu(g.conv(g.input, 8, "stem"))
     negative = g(aten.neg.default, x, name="negative")  # in front of the quantizer, in the order of the graph
@@ -245,6 +270,15 @@ def test_zero_padding_of_pixels_becomes_the_convolutions_own(g, amounts, own):
     assert is_own_padding(padded, conv) is own
     g.placed(conv)
     assert [source for source, _ in g.quantizers()] == (["images", "a"] if own else ["images", "padded", "a"])
+
+
+def test_padding_outside_a_layer_becomes_its_own_as_well(g):
+    """nn.ZeroPad2d: the layer's quantizer moves in front of it, and none stays behind."""
+    a = g.relu(g.conv(g(aten.constant_pad_nd.default, g.input, [1, 1], name="around"), 8, "a"))
+    conv = g.conv(g(aten.constant_pad_nd.default, a, [0, 1, 0, 1], name="inside"), 3, "b")
+    assert [str(node.args[0]) for node in g.placed(conv)] == ["b"]
+    assert g.quantizers() == [("images", 255), ("r_a", 7), ("b", 255)]
+    assert str(conv.args[0]) == "inside"
 
 
 def test_padding_with_other_values_is_not_the_convolutions_own(g):

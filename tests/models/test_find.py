@@ -18,6 +18,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
 from bitscape.models.find import find_model, import_torchvision, load_weights
 from bitscape.models.preprocessing import ImageConfig, image_config
+from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.search.fisher import Fisher
 from bitscape.search.problem import SearchProblem
@@ -225,6 +226,11 @@ def test_a_counter_that_the_network_lacks_is_no_error(tmp_path):
         (lambda state: state.update({"0.wieght": state.pop("0.weight")}), "0.weight; nearest: 0.wieght"),
         (lambda state: state.update({"2.weight": torch.zeros(1)}), "not in the network: 2.weight; nearest: "),
         (lambda state: state.update({"0.weight": torch.zeros(2, 1, 5, 5)}), "size mismatch for 0.weight"),
+        (
+            lambda state: state.update({"0.bias": torch.zeros(2, dtype=torch.int32)}),
+            "of another kind: 0.bias is torch.int32 of shape .2,., in",
+        ),
+        (lambda state: state.update({"1.num_batches_tracked": torch.tensor(1.5)}), "1.num_batches_tracked is torch.float32"),
         (lambda state: state.update({f"x{i}": torch.zeros(1) for i in range(7)}), "and 2 more"),
     ],
 )
@@ -233,6 +239,23 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     change(state)
     with pytest.raises(BitscapeError, match=message):
         load_weights(_network(), _saved(tmp_path, state))
+
+
+def test_half_precision_weights_load(tmp_path):
+    source, target = _network(), _network()
+    load_weights(
+        target, _saved(tmp_path, {key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()})
+    )
+    assert target[0].weight.dtype == torch.float32 and torch.equal(target[0].weight, source[0].weight.half().float())
+
+
+def test_the_state_of_a_quantizer_has_one_shape(tmp_path):
+    made = quantize(_network(), uniform_policy(["0"], LayerBits(4, 4)))
+    state = {key: value.clone() for key, value in made.state_dict().items()}
+    name = next(key for key in state if key.endswith("_extra_state"))
+    for wrong in (torch.zeros(1, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)):
+        with pytest.raises(BitscapeError, match=f"of another kind: {name} is torch.uint8 of shape"):
+            load_weights(made, _saved(tmp_path, {**state, name: wrong}))
 
 
 def test_truncated_foreign_and_absent_files_are_errors(tmp_path):

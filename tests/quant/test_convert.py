@@ -9,7 +9,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import _sample, bypassed, calibrate, quantize, recalibrate_norms
+from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, sample_values
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -313,7 +313,7 @@ def test_a_few_steps_of_training_lower_the_loss(quantizer):
 def test_the_sample_of_a_map_holds_every_column():
     generator = torch.Generator().manual_seed(0)
     columns = torch.arange(14.0).expand(32, 256, 14, 14)
-    assert set(_sample(columns, generator).tolist()) == set(range(14))
+    assert set(sample_values(columns, generator).tolist()) == set(range(14))
 
 
 def test_norms_that_never_run_keep_their_statistics(caplog):

@@ -179,9 +179,11 @@ class _Kept:
     def _found(self) -> dict[str, float]:
         try:
             document = parse_json(self.path.read_bytes())
-        except ValueError as error:
-            raise BitscapeError(f"{self.path}: {error}; remove it to measure anew") from error
-        source, times = (document.get(part, {}) for part in ("source", "times"))
+            source, times = document["source"], document["times"]
+            if not all(isinstance(time, float) and time > 0 for time in times.values()) or not isinstance(source, dict):
+                raise ValueError("its times are no positive numbers")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BitscapeError(f"{self.path}: damaged ({error}); remove it to measure anew") from error
         if other := [name for name in self.source if source.get(name) != self.source[name]]:
             _log.info("%s is of another %s: everything is measured anew", self.path, ", ".join(other))
             return {}

@@ -32,13 +32,15 @@ from bitscape.errors import BitscapeError, needs_extra
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import container, onnx_model
 from bitscape.export.onnx_trace import checked_bytes
+from bitscape.export.runtime import refused
 from bitscape.files import write_atomic
 
 _log = logging.getLogger("bitscape.export")
 CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
-ROUNDED = {"Convolution", "GroupConvolution", "MatMul", "Add", "FakeQuantize"}
-"""Operators behind which quantizers round for themselves. Behind moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
+ROUNDED = {"Convolution", "GroupConvolution", "MatMul", "Add", "FakeQuantize", "Concat"}
+"""Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly. Behind
+other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
 DEQUANTIZER = {"Multiply", "Subtract", "Convert", "Minimum", "Maximum"}
 """What OpenVINO makes of a DequantizeLinear and the Clip of codes in front of it."""
 
@@ -96,7 +98,10 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
     proto = onnx_model(network, images, containers=(8,))
     import onnx_ir as ir
 
-    model = openvino.Core().read_model(checked_bytes(ir.to_proto(proto)))
+    try:
+        model = openvino.Core().read_model(checked_bytes(ir.to_proto(proto)))
+    except RuntimeError as error:
+        raise refused("OpenVINO", "the network", error) from error
     weights = [(node, network.weights[key]) for node in model.get_ops() if (key := _weight_key(node, network)) is not None]
     _fold_constants(model, [(node, _stored(node, container(weight, CONTAINERS))) for node, weight in weights])
     for node in model.get_ordered_ops():

@@ -234,11 +234,13 @@ class _Graph:
         return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
 
     def layer(self, node: "onnx.NodeProto") -> FileLayer | None:
-        """The layer that a node computes; None unless its weight is integers."""
+        """The layer that a node computes; None unless its weight is integers. Raises BitscapeError if its input is none."""
         x, w = self.dequantized(node.input[0]), self.dequantized(node.input[1])
         codes = None if w is None else self.constant(w.input[0])
-        if x is None or w is None or codes is None:
+        if w is None or codes is None:
             return None
+        if x is None:
+            raise BitscapeError(f"layer {node.name}: no DequantizeLinear stands in front of it, so that its codes cannot be compared")
         settings = _attributes(node)
         codes = codes.astype(np.int8)
         last, bias = self._biased(node)

@@ -90,7 +90,7 @@ class OnnxSession:
         try:
             return _onnxruntime().InferenceSession(source, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise _refused("ONNX Runtime", self._model, error) from error
+            raise refused("ONNX Runtime", self._model, error) from error
 
     def _fused(self) -> Any:
         """The graph once operators are fused, before the last step: that changes layouts only, and names."""
@@ -129,7 +129,7 @@ class OpenVinoSession:
             source = core.read_model(model if isinstance(model, bytes) else os.fspath(model))
             self._compiled = core.compile_model(source, "CPU", settings)
         except Exception as error:
-            raise _refused("OpenVINO", model, error) from error
+            raise refused("OpenVINO", model, error) from error
         self._request = self._compiled.create_infer_request()
         self.outputs = [output.get_any_name() for output in self._compiled.outputs]
 
@@ -159,7 +159,8 @@ def _openvino() -> Any:
     return openvino
 
 
-def _refused(runtime: str, model: str | os.PathLike[str] | bytes, error: Exception) -> BitscapeError:
+def refused(runtime: str, model: str | os.PathLike[str] | bytes, error: Exception) -> BitscapeError:
+    """The error for a model that a runtime does not load, with the runtime's own reason."""
     name = "the model" if isinstance(model, bytes) else os.fspath(model)
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check "))]
     return BitscapeError(f"{name}: {runtime} does not load it: {'; '.join(lines)[:400] or type(error).__name__}")
