@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.deploy_summaries import deploy
 from benchmarks.dqmq_summaries import dqmq
+from benchmarks.hardening_summaries import hardening
 from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
@@ -119,6 +120,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "saq": saq,
     "dqmq": dqmq,
     "deploy": deploy,
+    "hardening": hardening,
     "packed-sizes": packed_sizes,
     "speed": generic,
     "peer": peer,
