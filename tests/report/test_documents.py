@@ -51,3 +51,12 @@ def test_a_bench_is_read_and_one_without_times_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(BitscapeError, match=r"bench.json: rows.1.cpu_ms: Field required"):
         load_bench(path)
+
+
+def test_a_bench_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    bench(path)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "rows": []}))
+    with pytest.raises(BitscapeError, match=r"bench\.json: it has no rows"):
+        load_bench(path)

@@ -1,3 +1,4 @@
+import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -53,3 +54,11 @@ def test_axes_go_a_little_beyond_the_values() -> None:
     assert low < 5 < high
     low, high = padded([5.0], log=True)
     assert low < 5 < high
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_of_extreme_values_has_ends_and_ticks(log: bool) -> None:
+    low, high = padded([1e-300, 1e300, *([] if log else [-1e308])], log=log)
+    axis = Scale(low=low, high=high, start=0, end=100, log=log)
+    assert all(math.isfinite(tick) for tick in axis.ticks())
+    assert math.isfinite(axis(1e300))

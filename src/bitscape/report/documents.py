@@ -99,7 +99,10 @@ def load_grid(path: str | os.PathLike[str]) -> QualityGrid:
 
 def load_bench(path: str | os.PathLike[str]) -> BenchDocument:
     """Read the figures of a bench. Raises BitscapeError, naming the file, for a damaged one."""
-    return _read(BenchDocument, path)
+    document = _read(BenchDocument, path)
+    if not document.rows:
+        raise BitscapeError(f"{os.fspath(path)}: it has no rows; run bitscape bench again")
+    return document
 
 
 def _read(kind: type[Document], path: str | os.PathLike[str]) -> Document:

@@ -73,9 +73,15 @@ class Scale:
         return found if 3 <= len(found) <= 2 * count else _linear_ticks(self.low, self.high, count)
 
 
+FARTHEST = 1e100
+"""No axis reaches beyond."""
+
+
 def padded(values: Sequence[float], *, log: bool = False, share: float = 0.06) -> tuple[float, float]:
-    """The ends of an axis a little beyond the values."""
-    low, high = min(values), max(values)
+    """The ends of an axis a little beyond the values; never so far that differences or ratios of its ends overflow."""
+    low, high = (min(max(end, -FARTHEST), FARTHEST) for end in (min(values), max(values)))
+    if log:
+        low, high = max(low, 1 / FARTHEST), max(high, 1 / FARTHEST)
     if log:
         room = max((high / low) ** share, 1.05)
         return low / room, high * room
