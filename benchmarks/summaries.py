@@ -6,12 +6,15 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compatibility_summaries import compatibility
 from benchmarks.deploy_summaries import deploy
 from benchmarks.dqmq_summaries import dqmq
+from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
 from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
+from benchmarks.workers_summaries import workers
 from bitscape.report.records import identity, read_runs, value_of
 from bitscape.report.tables import Column, Row, aggregate, render
 
@@ -120,9 +123,12 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "saq": saq,
     "dqmq": dqmq,
     "deploy": deploy,
+    "compatibility": compatibility,
     "hardening": hardening,
     "packed-sizes": packed_sizes,
     "speed": generic,
+    "workers": workers,
+    "first-policy": first_policy,
     "peer": peer,
 }
 """Name of the table and of its results file -> what makes it."""

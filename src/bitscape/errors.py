@@ -34,6 +34,11 @@ def prefixed(place: object) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another package says first; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def explained_forward(images: Any) -> Iterator[None]:
     """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
@@ -42,9 +47,8 @@ def explained_forward(images: Any) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # by name: no torch here
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BitscapeError(
-            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first}; "
+            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; "
             "check channels, size and normalization against what it was trained with"
         ) from error
 

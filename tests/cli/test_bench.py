@@ -7,6 +7,7 @@ from bitscape.cli.network import load_network
 from bitscape.data.sources import load_dataset
 from bitscape.export import bench
 from bitscape.export.runtime import Timing
+from bitscape.report.documents import load_bench
 from tests.cli.run import MODEL, run_cli
 
 onnx = pytest.importorskip("onnx")
@@ -47,9 +48,9 @@ def clock(monkeypatch):
 
 
 def _rows(out):
-    """Of the table, split where columns are apart by two spaces."""
-    lines = [re.split(r"  +", line.strip()) for line in out.splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:] if len(line) == len(lines[0])]
+    """Of the table, split where columns are apart by two spaces; the last cell may be empty."""
+    header, *lines = [re.split(r"  +", line.strip()) for line in out.splitlines()]
+    return [dict(zip(header, [*line, ""], strict=False)) for line in lines if len(header) - len(line) in (0, 1)]
 
 
 def test_ratios_throughput_and_sizes_are_those_of_the_clock_and_the_files(cli, clock, files, tmp_path):
@@ -111,6 +112,30 @@ def test_a_file_runs_in_the_runtime_of_its_suffix_or_in_those_given(cli, clock, 
     assert rows[1]["size"] == f"{size / 1000:.4g} kB"
     both = _rows(cli("bench", files[0], "--runtime", "openvino", "--runtime", "onnxruntime").out)
     assert [row["runtime"].split()[0] for row in both] == ["openvino", "onnxruntime"]
+
+
+def test_each_runtime_is_divided_by_its_own_float(cli, clock, files, tmp_path):
+    pytest.importorskip("openvino")
+    figures = ("--json", tmp_path / "figures.json")
+    given = (*MODEL, "--images", 16, "--input-shape", "1x8x8", "--rounds", 2)
+    shown = cli("bench", files[0], *given, "--runtime", "onnxruntime", "--runtime", "openvino", *figures).out
+    # in the order of the rows they take 8, 4, 8/3, 2, 8/5 and 4/3 ms
+    assert [(row["file"], row["runtime"].split()[0], row["x float"]) for row in _rows(shown)] == [
+        *[("float", "onnxruntime", "1.00"), ("float", "openvino", "1.00")],
+        *[("onnxruntime's int8", "onnxruntime", "3.00"), ("onnxruntime's int8", "openvino", "2.00")],
+        *[(str(files[0]), "onnxruntime", "5.00"), (str(files[0]), "openvino", "3.00")],
+    ]
+    assert "x: by CPU time, within each runtime" in shown
+    assert [row.times_faster for row in load_bench(tmp_path / "figures.json").rows] == pytest.approx([1, 1, 3, 2, 5, 3])
+
+
+def test_what_has_no_float_in_its_runtime_is_divided_by_nothing(cli, clock, files, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    openvino.save_model(openvino.Core().read_model(files[0]), tmp_path / "a.xml")
+    shown = cli("bench", files[0], tmp_path / "a.xml", *PAIR, "--json", tmp_path / "figures.json").out
+    assert [row[f"x {files[0]}"] for row in _rows(shown)] == ["1.00", ""]
+    assert [row.times_faster for row in load_bench(tmp_path / "figures.json").rows] == [1.0, None]
+    cli("report", tmp_path / "figures.json", "--out", tmp_path / "report.html")
 
 
 def test_real_clocks_time_real_files(files):

@@ -4,9 +4,12 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from bitscape.cost.latency import LatencyTable
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.data.sources import load_dataset
-from bitscape.policy import LayerBits, uniform_policy
+from bitscape.models.digits import digits_net
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
 from tests.cli.run import MODEL
 
 EVALUATE = ("evaluate", *MODEL, "--data", "digits")
@@ -36,6 +39,29 @@ def test_float_then_quantized_then_packed(cli, trained, weights, tmp_path):
     assert "same, bit for bit" in exported
     assert re.search(rf"file +{file.stat().st_size:,}\n", exported)
     assert _top1(cli(*EVALUATE, "--packed", file)) == quantized
+
+
+def _table(path, policy, **changed):
+    """Every layer takes 1 ms at 8/8, and 0.5 ms at other bits of the policy."""
+    shapes = layer_shapes(digits_net())
+    about = {"runtime": "r 1", "machine": "m", "threads": 1, "batch_size": 1, "input_shape": (1, 8, 8), "fingerprint": fingerprint(shapes)}
+    layers = {name: {str(bits): 0.5, "8/8": 1.0} for name, bits in policy.layers.items()}
+    LatencyTable(**{**about, "network_ms": 8.0, "float_ms": 9.0, "layers": layers, **changed}).save(path)
+    return ("--latency", path)
+
+
+def test_predicted_milliseconds_stand_beside_the_costs(cli, refused, trained, weights, tmp_path):
+    found = Policy.load(trained / "found.json")
+    policy, table = ("--policy", trained / "found.json", *CALIBRATION), _table(tmp_path / "table.json", found)
+    shown = cli(*EVALUATE, *weights, *policy, *table)
+    assert re.search(r"^latency_ms +5 ms ", shown.out, re.M)  # two ends, six layers between them
+    assert "latency_ms: r 1, m, threads: 1, batch: 1" in shown.out
+    assert "latency_ms" not in cli(*EVALUATE, *weights, *policy).out
+    assert "--latency: times are predicted at the bits of a policy" in refused(*EVALUATE, *weights, *table)
+    other = _table(tmp_path / "other.json", found, input_shape=(1, 9, 9))
+    assert "images of 1x9x9, and these have 1x8x8" in refused(*EVALUATE, *weights, *policy, *other)
+    eight = _table(tmp_path / "eight.json", found, layers={name: {"8/8": 1.0} for name in found.layers})
+    assert "only at 8/8" in refused(*EVALUATE, *weights, *policy, *eight)
 
 
 def test_a_repaired_network_packs_with_its_norms_folded(cli, trained, weights, tmp_path):

@@ -1,6 +1,8 @@
 import pytest
 
-from bitscape.cli.output import amount, cost_text, print_table
+from bitscape.cli.output import amount, cost_text, print_table, size_ratio
+from bitscape.cost.policy_cost import CAPS
+from bitscape.report import words
 
 
 @pytest.mark.parametrize(
@@ -14,6 +16,21 @@ def test_amounts_have_four_digits_and_a_prefix(value, text):
 def test_costs_carry_their_unit():
     assert cost_text("weight_bytes", 1_200_000) == "1.2 MB"
     assert cost_text("mean_weight_bits", 3.14159) == "3.142"
+    assert cost_text("latency_ms", 2.5) == "2.5 ms"
+    assert cost_text("bitops", None) == "-"
+
+
+@pytest.mark.parametrize("kind", [*CAPS, "of their own"])
+def test_costs_read_as_in_a_report(kind):
+    assert cost_text(kind, 12_345.678) == words.cost_text(kind, 12_345.678).replace(words.NO_BREAK, " ")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(6.641, "6.64 times smaller"), (1, "1.00 times smaller"), (0.11, "9.09 times larger"), (0.5, "2.00 times larger")]
+)
+def test_a_file_that_is_larger_is_not_called_smaller(ratio, text):
+    assert size_ratio(ratio) == text
+    assert size_ratio(4.96, digits=1) == "5.0 times smaller"
 
 
 def test_tables_keep_long_names_and_no_trailing_blanks(capsys):

@@ -1,6 +1,9 @@
 import pytest
 
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.cost.latency import LatencyTable
+from bitscape.models.digits import digits_net
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
 from tests.cli.run import MODEL
 
 
@@ -23,6 +26,22 @@ def test_a_policy_by_hand_needs_the_input_shape(cli, refused, trained, tmp_path)
     Policy(Policy.load(trained / "found.json").layers).save(hand)
     assert "--input-shape is missing" in refused("policy", "show", hand, *MODEL)
     assert "147.5 k" in cli("policy", "show", hand, *MODEL, "--input-shape", "1x8x8").out
+
+
+def test_predicted_times_are_shown_layer_by_layer(cli, refused, trained, tmp_path):
+    layers = Policy.load(trained / "found.json").layers
+    times = {name: {str(bits): 3.0 if name == "down.0" else 0.5, "8/8": 1.0} for name, bits in layers.items()}
+    shapes = layer_shapes(digits_net())
+    about = {"runtime": "r 1", "machine": "m", "threads": 1, "batch_size": 4, "input_shape": (1, 8, 8), "fingerprint": fingerprint(shapes)}
+    LatencyTable(**about, network_ms=16.0, float_ms=9.0, layers=times).save(tmp_path / "table.json")
+    given = ("policy", "show", trained / "found.json")
+    shown = cli(*given, *MODEL, "--latency", tmp_path / "table.json").out
+    # 8 layers of 1 ms take 16 together: every time counts twice. The policy takes 2 * (2 + 5 * 0.5 + 3), with the ends at 8/8.
+    rows = [line.split() for line in shown.splitlines()]
+    assert next(row for row in rows if row[:1] == ["down.0"])[-3:] == ["6", "40.0", "%"]
+    assert next(row for row in rows if row[:1] == ["latency_ms"])[1:3] == ["15", "ms"]
+    assert "latency_ms: r 1, m, threads: 1, batch: 4" in shown
+    assert "--latency needs --model" in refused(*given, "--latency", tmp_path / "table.json")
 
 
 def test_differences_are_listed(cli, tmp_path):

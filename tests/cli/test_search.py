@@ -180,11 +180,11 @@ def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):
     assert f"the policy so far is {tmp_path / 'run' / 'policy.json'}; run the same command to go on" in shown.err
 
 
-def _latency(path, fast: float):
+def _latency(path, fast: float, runtime="runtime 1"):
     """A table in which every layer takes 1 ms alone, and `fast` at 4 weight bits."""
     shapes = layer_shapes(digits_net())
     LatencyTable(
-        runtime="runtime 1",
+        runtime=runtime,
         machine="some cpu",
         threads=1,
         batch_size=1,
@@ -240,6 +240,35 @@ def test_a_profile_restricts_the_bits_and_says_what_they_do(cli, tmp_path):
     assert "warning" not in shown.err
     shown = cli(*SEARCH, "--profile", "openvino", "--budget", "bitops=0.6x", "--pin", "down.0=6/8")
     assert shown.err.count("says nothing about time on openvino") == 1
+
+
+def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
+    table, scores = _latency(tmp_path / "table.json", 0.5, "onnxruntime 1.24"), tmp_path / "scores.json"
+    common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--profile")
+    told = "warning: latency table (onnxruntime 1.24, some cpu, threads: 1, batch: 1) was measured in onnxruntime, and profile openvino"
+    assert cli(*SEARCH, *common, "openvino", "--scores", scores).err.count(told) == 1
+    assert "warning" not in cli(*SEARCH, *common, "onnx-container").err
+    solve = ("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *common[-5:])
+    assert cli(*solve, "openvino").err.count(told) == 1
+    assert "warning" not in cli(*solve, "onnx-container").err
+
+
+def test_solving_keeps_to_a_profile(cli, refused, trained, tmp_path):
+    solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8", "--budget", "weight_bytes=0.5x")
+    shown = cli(*solve, "--profile", "openvino", "--out", tmp_path / "p.json")
+    policy = Policy.load(tmp_path / "p.json")
+    assert all(PROFILES["openvino"].allows(bits) for bits in policy.layers.values())
+    assert policy.provenance["profile"] == "openvino"
+    assert PROFILES["openvino"].note(policy) in shown.out
+    cli(*solve, "--out", tmp_path / "free.json")
+    assert not all(PROFILES["openvino"].allows(bits) for bits in Policy.load(tmp_path / "free.json").layers.values())
+    wide = cli(*solve[:-1], "weight_bytes=1x", "--profile", "htp")  # it has no layer with more than 32 outputs
+    assert "htp: 0 of 8 layers have fewer than 8 weight bits" in wide.out
+    assert "pinned: layer 'down.0': 4/4" in refused(*solve, "--profile", "openvino", "--pin", "down.0=4/4")
+    two = tmp_path / "two.json"
+    ScoreTable(("down.0",), (LayerBits(2, 2),), [[1.0]], "fisher").save(two)
+    given = (*solve[:4], two, *solve[5:], "--profile", "openvino")
+    assert "--scores: 2/2 weight/activation bits are not what profile openvino" in refused(*given)
 
 
 def test_what_a_profile_does_not_have_is_refused(refused):

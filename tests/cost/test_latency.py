@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from itertools import product
+from random import Random
 from typing import Any
 
 import pytest
@@ -219,9 +220,13 @@ def test_a_table_of_another_network_is_refused(changes: dict[str, Any], message:
         with_latency(NETWORK, replace(TABLE, **changes))
 
 
-def test_the_spread_is_of_the_fastest_bits_of_each_layer() -> None:
+def test_the_spread_is_of_the_network_at_the_fastest_uniform_bits() -> None:
     assert TABLE.spread() == (0.25 + 1.5 + 0.5) / 4
     assert TABLE.note() is None
+    crossed = {"0": {"8/8": 1.0, "4/8": 0.5, "2/8": 1.5}, "1": {"8/8": 1.0, "4/8": 1.5, "2/8": 0.5}}
+    assert replace(TABLE, layers=crossed).spread() == 1  # 0.5 would be the fastest bits of each layer
+    at_eight = {"0": {"8/8": 1.0}, "1": {"8/8": 3.0, "4/8": 2.0}}
+    assert replace(TABLE, layers=at_eight).spread() == 0.75  # a layer that was not measured at 4 bits stays at 8
     assert replace(TABLE, layers={name: {"8/8": times["8/8"]} for name, times in ALONE.items()}).spread() == 1
 
 
@@ -233,6 +238,36 @@ def test_a_flat_table_says_that_bytes_are_what_fewer_bits_buy(saved: float, flat
     if note is not None:
         assert "flat below 8 bits" in note and "cap in ms cannot be met by fewer bits" in note and "weight_bytes" in note
         assert "openvino 2026.4.1, Xeon, threads: 1, batch: 2" in note
+
+
+def noisy(saved: float, noise: float, forms: int = 20, copies: int = 1, seed: int = 0) -> LatencyTable:
+    """Layers of 1 ms at 8/8, of `forms` forms; 4/8 and 2/8 take 1 - saved, and every time is off by `noise`."""
+    random = Random(seed)
+    times = {"8/8": 1, "4/8": 1 - saved, "2/8": 1 - saved}
+    rows = [{bits: ms * random.lognormvariate(0, noise) for bits, ms in times.items()} for _ in range(forms)]
+    return replace(TABLE, layers={f"{at}.{copy}": row for at, row in enumerate(rows) for copy in range(copies)})
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_noise_is_not_taken_for_a_saving(noise: float) -> None:
+    tables = [noisy(0, noise, seed=seed) for seed in range(100)]
+    assert sum(table.note() is None for table in tables) <= 15
+    assert all(noisy(0.4, noise, seed=seed).note() is None for seed in range(100))
+
+
+def test_a_saving_within_noise_is_told_with_its_margin() -> None:
+    # 4 layers at 0.5, 0.5, 1.3, 1.3: the ratio is 0.9, off by 0.4 each; twice sqrt(4 * 0.16 * 4 / 3) / 4 is 0.4619
+    layers = {name: {"8/8": 1.0, "4/8": ms + at * 1e-9} for at, (name, ms) in enumerate(zip("abcd", (0.5, 0.5, 1.3, 1.3), strict=True))}
+    note = replace(TABLE, layers=layers).note()
+    assert note is not None and "does not tell fewer bits from noise" in note
+    assert "at 4/8, the fastest, the network takes 90.0 % of its time at 8/8, give or take 46.2 points" in note
+    assert "measure again with more --rounds" in note
+
+
+def test_layers_of_one_form_were_measured_once_and_count_as_one() -> None:
+    one, many = noisy(0.1, 0.1, forms=5), noisy(0.1, 0.1, forms=5, copies=50)
+    assert one.spread() == pytest.approx(many.spread(), rel=1e-12)
+    assert one.note() is not None and one.note() == many.note()
 
 
 def test_a_layer_run_twice_and_a_shared_weight_keep_their_own_times() -> None:

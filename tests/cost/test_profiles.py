@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import measure
 from bitscape.cost.profiles import PROFILES, Profile
 from bitscape.errors import BitscapeError
@@ -106,6 +107,33 @@ def test_the_note_names_what_is_stored_wider_and_what_gains_nothing() -> None:
         "stored wider: 4 bits in 8"
     )
     assert PROFILES["cpu-int8"].note(uniform_policy(NAMES, LayerBits(8, 8))) == "cpu-int8: 0 of 4 layers have fewer than 8 weight bits"
+
+
+def measured_in(runtime: str) -> LatencyTable:
+    about = {"machine": "a CPU", "threads": 1, "batch_size": 1, "input_shape": (3, 8, 8), "fingerprint": "0"}
+    return LatencyTable(runtime=runtime, layers={"a": {"8/8": 1.0}}, network_ms=1.0, float_ms=2.0, **about)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "fitting"),
+    [
+        ("onnxruntime 1.24.1", {"cpu-int8", "onnx-container"}),
+        ("openvino 2026.4.1", {"cpu-int8", "openvino"}),
+        ("CMSIS-NN 7", set(PROFILES)),  # of a user's own: nothing is known
+    ],
+)
+def test_times_of_another_runtime_are_told(runtime: str, fitting: set[str]) -> None:
+    notes = {name: profile.runtime_note(measured_in(runtime)) for name, profile in PROFILES.items()}
+    assert {name for name, note in notes.items() if note is None} == fitting
+
+
+def test_the_note_on_another_runtime_names_both_and_the_way_out() -> None:
+    note = PROFILES["openvino"].runtime_note(measured_in("onnxruntime 1.24.1"))
+    assert note is not None
+    assert "(onnxruntime 1.24.1, a CPU, threads: 1, batch: 1) was measured in onnxruntime, and profile openvino is" in note
+    assert note.endswith("measure there: bitscape latency build --runtime openvino, or take profile cpu-int8 or onnx-container")
+    other = PROFILES["cortex-m"].runtime_note(measured_in("openvino 1"))
+    assert other is not None and other.endswith("leave the table out, or take profile cpu-int8 or openvino")
 
 
 def test_on_an_fpga_every_bit_counts() -> None:

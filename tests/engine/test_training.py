@@ -28,6 +28,7 @@ from bitscape.engine import (
     StepRecord,
     TrainResult,
     evaluate,
+    origin,
     train,
 )
 from bitscape.engine import (
@@ -341,6 +342,9 @@ def test_run_json_holds_settings_and_versions(tmp_path: Path) -> None:
     assert run["settings"]["seed"] == 7
     assert run["versions"]["torch"] == torch.__version__
     assert run["format"] == 1
+    assert (run["device"], run["hardware"]) == ("cpu", origin.hardware(torch.device("cpu")))
+    assert run["command"] == origin.command()
+    assert run.get("commit") == origin.commit()
 
 
 @pytest.mark.parametrize("kind", [str, Path, os.fspath])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
+from bitscape.export import baselines
 from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.export.runtime import RUNTIMES
 from bitscape.models.digits import digits_net
@@ -126,6 +127,31 @@ class Branching(nn.Module):
 
     def forward(self, x):
         return self.head(x.flatten(1)) if x.sum() > 0 else x
+
+
+class Silent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            raise RuntimeError
+        return self.head(x.flatten(1))
+
+
+def test_an_error_without_a_message_is_told_by_its_type(tmp_path):
+    with pytest.raises(BitscapeError, match=r"torch\.export cannot follow its forward \(RuntimeError: RuntimeError\); write it"):
+        save_float_onnx(Silent(), tmp_path / "no.onnx", IMAGES)
+
+
+def test_images_go_to_the_device_of_the_network(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "_folded", lambda network, images: seen.append(images.device.type) or network)
+    monkeypatch.setattr(baselines, "onnx_graph", lambda module, images, *_, **__: seen.append(images.device.type) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_float_onnx(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta"), tmp_path / "no.onnx", IMAGES)
+    assert seen == ["meta", "meta"]
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.graph import ActivationGrid, activation_grid, grid_of, is_quantizer, quiet, trace
+from bitscape.export.graph import ActivationGrid, activation_grid, export_program, grid_of, is_quantizer, layer_of, quiet, trace
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import quantize
 from bitscape.quant.functional import fake_quantize
@@ -158,6 +158,21 @@ def test_a_forward_that_cannot_be_followed_is_refused_with_advice(forward):
     network = quantized(Applied(forward, conv=nn.Conv2d(3, 2, 1)))
     with pytest.raises(BitscapeError, match=r"cannot follow its forward \(\w+: .*\); write it without branches on values and with x.shape"):
         trace(network, images(2))
+
+
+def test_a_float_network_that_cannot_be_followed_is_refused_without_advice_on_quantized_ones():
+    network = Applied(lambda net, x: net.conv(x) if x.sum() > 0 else -net.conv(x), conv=nn.Conv2d(3, 2, 1)).eval()
+    with (
+        quiet(),
+        torch.no_grad(),
+        pytest.raises(BitscapeError, match=r"cannot follow its forward \(\w+: .*\); .* x\.shape\[0\] for len\(x\)$"),
+    ):
+        export_program(network, images(2))
+
+
+@pytest.mark.parametrize(("weight", "layer"), [("weight", ""), ("conv.weight", "conv"), ("a.weight.weight", "a.weight")])
+def test_names_of_layers(weight, layer):
+    assert layer_of(weight) == layer
 
 
 def test_bits_of_a_layer_are_those_of_the_policy():

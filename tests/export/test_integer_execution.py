@@ -1,8 +1,11 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitscape.export.graph import grid_of, is_quantizer
 from bitscape.export.integer_execution import run_integers
@@ -49,6 +52,34 @@ def test_sums_that_float32_cannot_hold_are_exact():
     sums = (codes.numpy().astype(np.int64) - int(grid.zero_point)) @ integer.weights[key].q.numpy().astype(np.int64).T
     spacing = integer.weights[key].scale.numpy() * np.float32(grid.scale)
     assert np.array_equal(run_integers(integer, x).numpy(), sums.astype(np.float32) * spacing)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the float64 values that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.tensors.append(weakref.ref(made))
+            self.most = max(self.most, sum(tensor.numel() for found in self.tensors if (tensor := found()) is not None))
+        return made
+
+
+def test_memory_does_not_grow_with_the_number_of_layers():
+    def most(layers: int) -> int:
+        torch.manual_seed(0)
+        convs = (module for _ in range(layers) for module in (nn.Conv2d(8, 8, 1), nn.ReLU()))
+        integer = integer_network(quantized(nn.Sequential(nn.Conv2d(3, 8, 1), *convs), bits=[(8, 8)]), images())
+        with Alive() as alive:
+            run_integers(integer, images(4))
+        return alive.most
+
+    assert 4 * 8 * 64 <= most(2) == most(6)
 
 
 @pytest.mark.parametrize("n", [1, 5, 33])

@@ -3,25 +3,17 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.graph import FAKE_QUANTIZE, ActivationGrid, grid_of, is_quantizer, set_grid
+from bitscape.export.graph import ActivationGrid, is_quantizer
 from bitscape.export.integer_graph import (
-    LARGEST_BIAS,
-    IntegerWeight,
-    _absorb_rectifiers,
-    _integer_weight,
-    _loosen,
-    bias_name,
-    input_scale,
     integer_network,
     uint8_grid,
 )
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
-from bitscape.quant.quantizers.base import Codes
 from tests.export.networks import ZOO, Applied, SameConv2d, StandardConv2d, head, images, integers, quantized
 from tests.networks import conv_norm
 
@@ -31,38 +23,6 @@ aten = torch.ops.aten
 
 def grid(scale=0.1, zero_point=0.0, qmin=0, qmax=255) -> ActivationGrid:
     return ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)
-
-
-def weights_in(codes: list[int], scale: list[float]) -> IntegerWeight:
-    return IntegerWeight(torch.tensor(codes, dtype=torch.int16), torch.tensor(scale))
-
-
-class TestWeights:
-    @pytest.mark.parametrize(
-        ("codes", "bits"),
-        [([0], 1), ([-1, 0], 1), ([1], 2), ([-2, 1], 2), ([-3], 3), ([2], 3), ([-8, 7], 4), ([8], 5), ([-9], 5), ([-128, 127], 8)],
-    )
-    def test_bits_are_those_of_twos_complement(self, codes, bits):
-        assert weights_in(codes, [1.0] * len(codes)).bits == bits
-
-    @pytest.mark.parametrize("bits", range(1, 8))
-    def test_levels_without_a_zero_become_odd_integers_of_half_the_scale(self, bits):
-        q = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).reshape(1, -1).expand(3, -1)
-        codes = Codes(q, torch.tensor([0.3, 0.7, 1e-5]).reshape(3, 1), -0.5)
-        weight = _integer_weight("w", codes)
-        assert torch.equal(weight.dequantize(), codes.dequantize())
-        assert weight.q[0].tolist() == list(range(1 - 2**bits, 2**bits, 2))
-        assert weight.bits == bits + 1
-
-    def test_levels_without_a_zero_at_8_bits_are_refused(self):
-        with pytest.raises(BitscapeError, match=r"conv\.weight: .* 9-bit integers; give the layer 7 bits"):
-            _integer_weight("conv.weight", Codes(torch.tensor([[127]], dtype=torch.int8), torch.tensor(1.0), -0.5))
-        with pytest.raises(BitscapeError, match="9-bit integers"):
-            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), bits=[(8, 8)], quantizer=Dorefa()), images())
-
-    def test_one_scale_is_that_of_every_channel(self):
-        weight = _integer_weight("w", Codes(torch.zeros(4, 2, 1, 1, dtype=torch.int8), torch.tensor(0.25), 0.0))
-        assert weight.scale.tolist() == [0.25] * 4
 
 
 class TestGrids:
@@ -77,7 +37,7 @@ class TestGrids:
             (grid(zero_point=17.4), grid(zero_point=17.0)),
             (grid(zero_point=17.6, qmax=15), grid(zero_point=18.0, qmax=15)),
             (grid(zero_point=-3.2, qmax=15), grid(zero_point=0.0, qmin=3, qmax=18)),  # it begins above zero
-            (grid(zero_point=-3.2, qmax=255), grid(zero_point=0.0, qmin=3, qmax=255)),
+            (grid(zero_point=-128.0, qmax=127), grid(zero_point=0.0, qmin=128, qmax=255)),
         ],
     )
     def test_codes_become_bytes(self, given, expected):
@@ -86,208 +46,32 @@ class TestGrids:
     def test_what_no_byte_can_hold_is_refused(self):
         with pytest.raises(BitscapeError, match=r"one signed bit have no zero.*give the layer 2 bits"):
             uint8_grid(grid(zero_point=-0.5, qmin=-1, qmax=0))
-        for zero_point in (256.0, -255.0):
-            with pytest.raises(BitscapeError, match="too far from zero"):
-                uint8_grid(grid(zero_point=zero_point))
-
-    def test_a_layer_with_one_bit_of_signed_input_is_refused(self):
-        with pytest.raises(BitscapeError, match="one signed bit"):
-            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), bits=[(4, 1)]), images())
-
-
-def behind_rectifiers(quantizer: ActivationGrid, *rectifiers) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """x -> rectifiers -> quantizer, as it is and with the rectifiers absorbed."""
-
-    def build() -> fx.GraphModule:
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        for target, *settings in rectifiers:
-            x = graph.call_function(target, (x, *settings))
-        node = graph.call_function(FAKE_QUANTIZE, (x, 1.0, 0.0, 0, 255))
-        set_grid(node, quantizer)
-        graph.output(node)
-        return fx.GraphModule({}, graph)
-
-    plain, absorbed = build(), build()
-    _absorb_rectifiers(absorbed.graph)
-    absorbed.graph.eliminate_dead_code()
-    absorbed.recompile()
-    return plain, absorbed
-
-
-RECTIFIERS = [
-    [(aten.relu.default,)],
-    [(aten.relu6.default,)],
-    [(aten.hardtanh.default,)],
-    [(aten.hardtanh.default, 0.0, 6.0)],
-    [(aten.hardtanh.default, -2, 2)],
-    [(aten.clamp.default, 0)],
-    [(aten.clamp.default, None, 1.5)],
-    [(aten.clamp.default, 0.5, 1.5)],
-    [(aten.clip.default, -0.25, None)],
-    [(aten.clamp_min.default, 0.3)],
-    [(aten.relu.default,), (aten.clamp.default, None, 3.0)],
-]
-GRIDS = [grid(), grid(qmax=15), grid(0.0213, 128.0), grid(0.31, 128.0, 126, 129), grid(0.05, 37.0), grid(6 / 255), grid(0.04, 0.0, 2, 9)]
-
-
-class TestRectifiers:
-    @pytest.mark.parametrize("rectifiers", RECTIFIERS, ids=str)
-    @pytest.mark.parametrize("quantizer", GRIDS, ids=str)
-    def test_quantizers_cut_off_exactly_what_rectifiers_do(self, rectifiers, quantizer):
-        plain, absorbed = behind_rectifiers(quantizer, *rectifiers)
-        targets = [node.target for node in absorbed.graph.nodes if node.op == "call_function"]
-        assert targets == [FAKE_QUANTIZE]
-        edges = (torch.arange(-3, 260) - quantizer.zero_point + 0.5) * quantizer.scale  # between any two codes, and next to it
-        x = torch.cat([edges, torch.nextafter(edges, edges + 1), torch.nextafter(edges, edges - 1), torch.linspace(-9, 9, 2001)])
-        assert torch.equal(plain(x), absorbed(x))
-
-    def test_a_rectifier_that_others_need_stays_for_them(self):
-        graph = fx.Graph()
-        relu = graph.call_function(aten.relu.default, (graph.placeholder("x"),))
-        node = graph.call_function(FAKE_QUANTIZE, (relu, 1.0, 128.0, 0, 255))
-        graph.output((node, relu))
-        _absorb_rectifiers(graph)
-        assert list(relu.users) == [next(iter(graph.find_nodes(op="output")))] and grid_of(node).qmin == 128
 
     @pytest.mark.parametrize(
-        ("rectifier", "source", "needed"),
+        ("given", "needed"),
         [
-            (aten.relu.default, grid(), False),
-            (aten.relu.default, grid(zero_point=128.0), True),
-            (aten.relu.default, grid(zero_point=128.0, qmin=128), False),
-            (aten.relu6.default, grid(6 / 255), False),
-            (aten.relu6.default, grid(6.1 / 255), True),
-            (aten.relu6.default, grid(6.1 / 255, qmax=250), False),
-            (aten.hardtanh.default, grid(1 / 127, 128.0, 1), False),
-            (aten.hardtanh.default, grid(1 / 127, 128.0), True),
+            (grid(zero_point=-0.6), 257),
+            (grid(zero_point=-3.2), 259),
+            (grid(zero_point=256.0), 257),
+            (grid(zero_point=-255.0, qmax=15), 271),
         ],
     )
-    def test_one_behind_a_quantizer_goes_if_it_cuts_off_nothing(self, rectifier, source, needed):
-        graph = fx.Graph()
-        node = graph.call_function(FAKE_QUANTIZE, (graph.placeholder("x"), 1.0, 0.0, 0, 255))
-        set_grid(node, source)
-        graph.output(graph.call_function(rectifier, (graph.call_function(aten.view.default, (node, [-1])),)))
-        _absorb_rectifiers(graph)
-        graph.eliminate_dead_code()
-        assert (rectifier in {node.target for node in graph.nodes}) is needed
+    def test_levels_too_far_from_zero_for_a_byte_are_refused_instead_of_cut(self, given, needed):
+        with pytest.raises(BitscapeError, match=rf"activation levels .*both take {needed} codes, .* have 256; give its input fewer bits"):
+            uint8_grid(given)
 
-    def test_padding_between_may_bring_a_zero_that_the_grid_lacks(self):
-        graph = fx.Graph()
-        node = graph.call_function(FAKE_QUANTIZE, (graph.placeholder("x"), 0.1, 0.0, 5, 255))
-        padded = graph.call_function(aten.constant_pad_nd.default, (node, [1, 1]))
-        graph.output(graph.call_function(aten.clamp_min.default, (padded, 0.5)))
-        _absorb_rectifiers(graph)
-        assert aten.clamp_min.default in {node.target for node in graph.nodes if node.users}
-
-
-class TestLimits:
-    """Limits of quantizers that repeat others'."""
-
-    def limits(self, first: ActivationGrid, second: ActivationGrid, between=()) -> tuple[int, int]:
-        graph = fx.Graph()
-        x = graph.call_function(FAKE_QUANTIZE, (graph.placeholder("x"), 1.0, 0.0, 0, 255))
-        set_grid(x, first)
-        for target, *settings in between:
-            x = graph.call_function(target, (x, *settings))
-        again = graph.call_function(FAKE_QUANTIZE, (x, 1.0, 0.0, 0, 255))
-        set_grid(again, second)
-        _loosen(graph)
-        return grid_of(again).qmin, grid_of(again).qmax
-
-    def test_the_second_of_two_equal_ones_cuts_off_nothing(self):
-        few = grid(qmax=15)
-        assert self.limits(few, few) == (0, 255)
-        moved = [(aten.view.default, [-1]), (aten.constant_pad_nd.default, [1, 1])]
-        assert self.limits(few, few, moved) == (0, 255)
-        assert self.limits(grid(qmax=7), few) == (0, 255)
-
-    def test_it_keeps_limits_that_cut(self):
-        few = grid(qmax=15)
-        assert self.limits(grid(), few) == (0, 15)
-        assert self.limits(grid(scale=0.2, qmax=15), few) == (0, 15)
-        assert self.limits(grid(zero_point=1.0, qmax=15), few) == (0, 15)
-        assert self.limits(few, few, [(aten.sigmoid.default,)]) == (0, 15)
-        above = grid(qmin=3, qmax=15)
-        assert self.limits(above, above) == (3, 15)  # padding might bring zeros in
-
-    def test_all_parts_of_a_concatenation_count(self):
-        for parts, expected in (([grid(qmax=15)] * 2, (0, 255)), ([grid(qmax=15), grid()], (0, 15))):
-            graph = fx.Graph()
-            nodes = [graph.call_function(FAKE_QUANTIZE, (graph.placeholder(name), 1.0, 0.0, 0, 255)) for name in "ab"]
-            for node, part in zip(nodes, parts, strict=True):
-                set_grid(node, part)
-            again = graph.call_function(FAKE_QUANTIZE, (graph.call_function(aten.cat.default, (nodes, 1)), 1.0, 0.0, 0, 255))
-            set_grid(again, grid(qmax=15))
-            _loosen(graph)
-            assert (grid_of(again).qmin, grid_of(again).qmax) == expected
-
-
-def folded_cases() -> nn.Module:
-    """Norms that can be folded, with every kind of gamma, and such that cannot."""
-
-    def forward(net, x):
-        vector = net.after_linear(net.linear(net.plain(x).mean((2, 3))))
-        x = F.relu(net.biased(x))
-        shared = F.relu(net.norm(net.shared(F.relu(net.shared(x)))))
-        twice = net.twice(x)
-        x = shared + F.relu(net.second(twice)) + twice
-        return vector, net.last(F.relu(net.in_front(x)))
-
-    plain = nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6, affine=False))
-    layers = {"plain": plain, "linear": nn.Linear(6, 5), "after_linear": nn.BatchNorm1d(5), "biased": nn.Sequential(*conv_norm(3, 6, 3))}
-    layers |= {"shared": nn.Conv2d(6, 6, 1), "norm": nn.BatchNorm2d(6), "twice": nn.Conv2d(6, 6, 1, groups=2), "second": nn.BatchNorm2d(6)}
-    network = Applied(forward, **layers, in_front=nn.BatchNorm2d(6), last=nn.Conv2d(6, 4, 1))
-    network.biased[0].bias = nn.Parameter(torch.randn(6))
-    return network
-
-
-@pytest.fixture(scope="module", params=QUANTIZERS, ids=repr)
-def folded(request):
-    torch.manual_seed(0)
-    network = quantized(folded_cases(), bits=[(4, 8)], quantizer=request.param)
-    norm = network.biased[1]
-    norm.weight.data[:4] = torch.tensor([0.0, -2.0, 1e-36, -1e-3])
-    return network, integer_network(network, images())
-
-
-class TestNorms:
-    def test_norms_behind_layers_go_and_others_stay(self, folded):
-        norms = [node for node in folded[1].module.graph.nodes if "batch_norm" in str(node.target)]
-        assert [str(node.args[1]) for node in norms] == ["norm_weight", "second_weight", "in_front_weight"]
-
-    def test_scales_are_those_of_the_layer_times_gamma_over_sigma(self, folded):
-        network, integer = folded
-        norm = network.biased[1]
-        layer = quantized_layers(network)["biased.0"]
-        codes = _integer_weight("w", layer.weight_quantizer.codes(layer.weight))
-        weight = integer.weights["biased.0.weight"]
-        factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        expected = (codes.scale * factor).float()
-        alive = expected.abs() > 1e-30
-        assert alive.tolist() == [False, True, False, True, True, True]
-        torch.testing.assert_close(weight.scale[alive], expected[alive], rtol=3e-7, atol=0)
-        assert torch.equal(weight.q[alive], codes.q[alive]) and not weight.q[~alive].any()
-        assert bool((weight.scale[1] < 0) and (weight.scale[3] < 0) and (weight.scale[4] > 0))
-
-    def test_biases_are_whole_units_of_input_scale_times_weight_scale(self, folded):
-        network, integer = folded
-        layer, norm = network.biased
-        expected = (layer.bias.double() - norm.running_mean) * norm.weight / (norm.running_var.double() + norm.eps).sqrt() + norm.bias
-        spacing = integer.weights["biased.0.weight"].scale.double() * input_scale(integer.module.graph, "biased.0.weight")
-        codes = integer.biases["biased.0.weight"]
-        assert codes.dtype == torch.int64 and codes.abs().max() <= LARGEST_BIAS
-        assert ((codes * spacing - expected).abs() <= spacing.abs() * 0.51 + expected.abs() * 1e-6).all()
-        assert torch.equal(integer.module.get_parameter("biased.0.bias"), codes.float() * spacing.float())
-
-    def test_layers_without_a_bias_get_one_from_their_norm_alone(self, folded):
-        assert set(folded[1].biases) == {f"{name}.weight" for name in ("plain.0", "biased.0", "linear", "shared", "twice", "last")}
-
-    def test_the_simulation_is_near_the_network(self, folded):
-        network, integer = folded
+    def test_the_layer_of_such_levels_is_named(self):
+        body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), SameConv2d(4, 4, 2), nn.Flatten(), nn.Linear(256, 2))
+        network = quantized(nn.Sequential(body), bits=[(8, 8)], quantizer=LsqPlus())
+        quantizer = quantized_layers(network)["0.2"].input_quantizer
         with torch.no_grad():
-            for found, expected in zip(integer.module(images()), network(images()), strict=True):
-                assert (found - expected).norm() < 0.12 * expected.norm()  # 4 bits: one code more or less moves the layers behind
+            quantizer.offset.copy_(3 * quantizer.scale)  # as training may leave it
+        with pytest.raises(BitscapeError, match=r"^layer 0\.2: its 256 activation levels .*both take 259 codes"):
+            integer_network(network, images())
+
+    def test_a_layer_with_one_bit_of_signed_input_is_refused(self):
+        with pytest.raises(BitscapeError, match=r"^layer 0: activations of one signed bit"):
+            integer_network(quantized(nn.Sequential(nn.Conv2d(3, 2, 1)), bits=[(4, 1)]), images())
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -314,41 +98,6 @@ def test_where_nothing_is_added_the_simulation_is_the_network_exactly():
         assert not integer.added and not integer.biases
         with torch.no_grad():
             assert torch.equal(integer.module(images(9, seed=4)), ready(images(9, seed=4)))
-
-
-class TestBiases:
-    def integer(self, scales: list[float], biases: list[float]):
-        torch.manual_seed(0)
-        network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2)), bits=[(8, 8)])
-        with torch.no_grad():
-            network[1].weight.copy_(torch.tensor(scales) * (network[1].running_var + network[1].eps).sqrt())
-            network[1].bias.copy_(torch.tensor(biases))
-            network[1].running_mean.zero_()
-            network[0].bias.zero_()
-            network[0].weight[:, 0] = -1.0  # a code of -128 somewhere
-            network[0].weight_quantizer.scale.fill_(1 / 128)
-        return network, integer_network(network, images())
-
-    def test_a_bias_that_32_bits_cannot_hold_widens_the_spacing_of_its_channel_alone(self):
-        _, plain = self.integer([1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0])
-        _, integer = self.integer([1.0, -1.0, -1e-9, 1e-9], [1.0, 1.0, 50.0, -50.0])
-        weight, biases = integer.weights["0.weight"], integer.biases["0.weight"]
-        assert torch.equal(weight.q[:2], plain.weights["0.weight"].q[:2])  # a negative scale keeps its sign, and -128 its code
-        assert torch.equal(weight.scale[:2], plain.weights["0.weight"].scale[:2])
-        assert weight.q.min() == -128 and weight.q.abs().max() <= 128
-        assert biases.abs().max() <= LARGEST_BIAS + 64 and biases.abs()[2:].min() > 2**29
-        spacing = weight.scale * input_scale(integer.module.graph, "0.weight")
-        torch.testing.assert_close((biases * spacing)[2:], torch.tensor([50.0, -50.0]), rtol=1e-6, atol=0)
-        assert weight.scale[2] < 0 < weight.scale[3]
-
-    def test_layers_may_share_a_bias(self):
-        a, b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        b.bias = a.bias
-        network = quantized(nn.Sequential(a, nn.ReLU(), b, nn.Flatten(), nn.Linear(192, 2, bias=False)), bits=[(8, 8)])
-        integer = integer_network(network, images())
-        assert {bias_name(key) for key in integer.biases} == {"0.bias", "2.bias"}
-        with torch.no_grad():
-            torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.01, atol=0.01)
 
 
 class TestFloatLayers:

@@ -8,8 +8,9 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.export.graph import grid_of, is_quantizer
-from bitscape.export.integer_graph import input_scale, integer_network
-from bitscape.export.onnx_qdq import CONTAINERS, OPSETS, PORTABLE, container, save_onnx, write_onnx
+from bitscape.export.integer_graph import integer_network
+from bitscape.export.integer_weights import input_scale
+from bitscape.export.onnx_qdq import CONTAINERS, OPSETS, PORTABLE, save_onnx, write_onnx
 from tests.export.networks import CASES, ZOO, Applied, exported, images, integers, quantized
 from tests.networks import conv_norm
 
@@ -115,11 +116,12 @@ def test_a_network_is_saved_in_one_step(tmp_path):
         save_onnx(nn.Sequential(nn.Conv2d(3, 5, 3)), tmp_path / "float.onnx", images())
 
 
+def test_a_network_that_is_one_layer_goes_by_the_policy_s_name_for_it(tmp_path):
+    network = quantized(torch.nn.Conv2d(3, 4, 1), bits=[(4, 8)])
+    assert save_onnx(network, tmp_path / "one.onnx", images()).containers == {"": 4}
+
+
 def test_containers_that_do_not_serve_are_refused(tmp_path):
-    weight = next(iter(integers("plain")[1].weights.values()))
-    assert container(weight, (8, 4)) == 8
-    with pytest.raises(BitscapeError, match=r"containers = \(2, 4\): weights need 8 bits; allow 8 as well"):
-        container(weight, (2, 4))
     for widths in ((), (3, 8), (16,)):
         with pytest.raises(BitscapeError, match="ONNX stores integers of 2, 4, 8 bits"):
             write_onnx(integers("plain")[1], tmp_path / "net.onnx", images(), containers=widths)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.export.containers import packed_bytes
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
-from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, packed_bytes, save_openvino, write_openvino
+from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, save_openvino, write_openvino
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import Applied, images, made, mobile, plain, quantized, residual
 
@@ -35,19 +36,29 @@ def tokens() -> nn.Module:
 
 
 def joined() -> nn.Module:
-    """Branches of other ranges, joined: a clamped quantizer stands behind the concatenation."""
+    """Unsigned branches of other ranges, joined: OpenVINO computes wrongly if the quantizer behind does not round for itself."""
 
     def forward(net: Any, x: Tensor) -> Tensor:
         x = net.stem(x).clamp(0, 6)
-        x = torch.cat([net.branch(x), nn.functional.avg_pool2d(x, 3, 1, 1), nn.functional.max_pool2d(x, 3, 1, 1)], 1)
+        x = torch.cat([net.branch(x).clamp(0, 6), nn.functional.avg_pool2d(x, 3, 1, 1), nn.functional.max_pool2d(x, 3, 1, 1)], 1)
         return net.head(net.last(x).relu().mean((2, 3)))
 
-    return Applied(
-        forward, stem=nn.Conv2d(3, 8, 3), branch=nn.Conv2d(8, 8, 3, padding=1), last=nn.Conv2d(24, 8, 1), head=nn.Linear(8, 5)
-    )
+    return Applied(forward, stem=nn.Conv2d(3, 8, 3), branch=nn.Conv2d(8, 8, 3, padding=1), last=nn.Conv2d(24, 8, 1), head=nn.Linear(8, 5))
 
 
-NETWORKS = {build.__name__: build for build in (plain, mobile, residual, tokens, joined)}
+def normed() -> nn.Module:
+    """Norms that stay float behind products: one of tokens, and one of channels that something else takes, too."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        rows = net.first(net.patches(x).flatten(2).transpose(1, 2))
+        rows = net.second(net.of_tokens(rows))
+        return net.last(rows + net.of_channels(rows.transpose(1, 2)).transpose(1, 2)).mean(1)
+
+    norms = {"of_tokens": nn.BatchNorm1d(16), "of_channels": nn.BatchNorm1d(12)}
+    return Applied(forward, patches=nn.Conv2d(3, 8, 2, 2), first=nn.Linear(8, 8), second=nn.Linear(8, 12), last=nn.Linear(12, 5), **norms)
+
+
+NETWORKS = {build.__name__: build for build in (plain, mobile, residual, tokens, joined, normed)}
 
 
 @cache

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import SplitAttention, split_attention
+from bitscape.models.attention import SplitAttention, split_attention, with_split_attention
 from bitscape.models.layers import quantizable_layers
+from bitscape.policy import LayerBits, uniform_policy
+from bitscape.quant.convert import calibrate, quantize
 
 N, L, S, E, HEADS = 2, 5, 7, 8, 2
 
@@ -103,9 +105,7 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(split(*inputs, need_weights=need_weights)[0], split(*inputs, need_weights=need_weights)[0])
     split.train()
     for need_weights in (True, False):
-        assert not torch.equal(
-            split(*inputs, need_weights=need_weights)[0], split(*inputs, need_weights=need_weights)[0]
-        )
+        assert not torch.equal(split(*inputs, need_weights=need_weights)[0], split(*inputs, need_weights=need_weights)[0])
 
 
 def test_keeps_dtype_mode_and_what_is_frozen():
@@ -238,3 +238,58 @@ def test_autocast_with_a_mask():
             output, _ = split(x, x, x, key_padding_mask=padding, need_weights=need_weights)
         exact, _ = split(x, x, x, key_padding_mask=padding, need_weights=need_weights)
         torch.testing.assert_close(output.float(), exact, atol=0.1, rtol=0.1)
+
+
+class ShiftedWindowAttention(nn.Module):
+    """What torchvision's module of this name does with its layers."""
+
+    __module__ = "torchvision.models.swin_transformer"
+
+    def __init__(self, *, clears: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.clears = nn.Linear(E, 3 * E), nn.Linear(E, E), clears
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.qkv.bias
+        if self.clears:
+            bias = bias.clone()
+            bias[E : 2 * E].zero_()
+        q, k, v = nn.functional.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        return nn.functional.linear((q @ k.mT).softmax(-1) @ v, self.proj.weight, self.proj.bias)
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_module_that_reads_weights_calls_its_layers_instead(clears: bool):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(E, E), ShiftedWindowAttention(clears=clears))
+    x = torch.randn(N, L, E)
+    called = with_split_attention(original)
+    torch.testing.assert_close(called(x), original(x))
+    for name in ("qkv", "proj"):
+        layer, inputs = called[1].get_submodule(name), []
+        layer.register_forward_hook(lambda layer, args, output, inputs=inputs: inputs.append(args[0]))
+        called(x)
+        assert len(inputs) == 1
+    uncalled: list[Tensor] = []
+    original[1].qkv.register_forward_hook(lambda *_: uncalled.append(x))
+    original(x)
+    assert uncalled == []  # the original is as it was
+
+
+def test_layers_that_are_called_keep_their_names_and_weights_and_can_be_copied():
+    original = nn.Sequential(nn.Linear(E, E), ShiftedWindowAttention())
+    called = split_attention(copy.deepcopy(original))
+    assert called.state_dict().keys() == original.state_dict().keys()
+    assert list(quantizable_layers(called)) == ["0", "1.qkv", "1.proj"]
+    assert type(split_attention(copy.deepcopy(called))[1]) is type(called[1])
+
+
+def test_layers_that_are_called_compute_with_their_quantized_weights():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(E, E), ShiftedWindowAttention())
+    x = torch.randn(64, L, E)
+    quantized = calibrate(quantize(original, uniform_policy(quantizable_layers(original), LayerBits(2, 8))), x)
+    with torch.no_grad():
+        at_two_bits = quantized(x)
+        quantized[1].qkv.weight_quantizer = nn.Identity()
+        assert not torch.equal(quantized(x), at_two_bits)

@@ -151,6 +151,22 @@ def test_commands_say_what_the_files_record(everything: list[Path]) -> None:
     assert "torch 2.11" in said and "0, 1, 2" in said
 
 
+def test_a_recorded_command_machine_and_commit_are_shown_as_they_are(tmp_path: Path) -> None:
+    folder, old = run(tmp_path / "new"), run(tmp_path / "old", seed=1)
+    about = json.loads((folder / "run.json").read_text())
+    given = {"command": "bitscape train --data 'my photos' --out new", "hardware": "Some CPU, 2 cores", "commit": "abc123"}
+    (folder / "run.json").write_text(json.dumps({**about, **given}))
+    shown = page(folder, old)
+    said = shown.said(AGAIN)
+    assert given["command"] in said and "as run.json records them" in said
+    assert "--out old" in said and said.count("bitscape train") == 2  # the old one is put together from its settings
+    rows = shown.table("Software, hardware, seeds")
+    assert [(row["ran on"], row["seeds"], row["commit"]) for row in rows.values()] == [
+        ("cpu: Some CPU, 2 cores", "0", "abc123"),
+        ("cpu", "1", "not recorded"),
+    ]
+
+
 def test_bits_that_images_decide_are_no_static_policy(tmp_path: Path) -> None:
     folder = run(tmp_path / "dynamic", policy=policy("4/8", "4/8"), step={"kind": "Dqmq", "bitops": 15_000})
     about = {"format": 1, "low": 2, "high": 8, "weights": False, "static": None, "input_shape": [1, 4, 4]}

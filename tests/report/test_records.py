@@ -2,10 +2,8 @@ import datetime
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -135,36 +133,3 @@ def test_identity_does_not_depend_on_how_values_are_written():
     other = {"settings": {"widths": [2, 4], "images": 256.0}}
     assert identity(one, ["settings"]) == identity(other, ["settings"])
     assert identity(one, ["settings"]) != identity({"settings": {"images": 256}}, ["settings"])
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A repository that holds a copy of the module, and git isolated from the user's settings."""
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
-    monkeypatch.setattr(records, "__file__", str(shutil.copy(records.__file__, tmp_path)))
-    git(tmp_path, "init")
-    return tmp_path
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_the_commit_is_that_of_the_code(checkout):
-    assert records._commit() == "unknown"
-    git(checkout, "add", "records.py")
-    git(checkout, "commit", "-m", "first")
-    commit = git(checkout, "rev-parse", "HEAD")
-    assert re.fullmatch("[0-9a-f]{40}", commit)
-    (checkout / "results.jsonl").write_text("{}\n")
-    assert records._commit() == commit
-    (checkout / "benchmark.py").write_text("\n")
-    assert records._commit() == f"{commit}-dirty"
-
-
-def test_a_copy_that_git_does_not_know_has_no_commit(checkout):
-    (checkout / "other.txt").write_text("a user's own project")
-    git(checkout, "add", "other.txt")
-    git(checkout, "commit", "-m", "first")
-    assert records._commit() == "unknown"

@@ -1,6 +1,7 @@
 import pytest
 
-from bitscape.report.words import NO_BREAK, amount, cost_text, counted, listed, percent
+from bitscape.cost.policy_cost import CAPS
+from bitscape.report.words import NAMES, NO_BREAK, amount, cost_text, counted, listed, percent
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,13 @@ from bitscape.report.words import NO_BREAK, amount, cost_text, counted, listed, 
 )
 def test_costs_have_their_units(kind: str, value: float | None, words: str) -> None:
     assert cost_text(kind, value).replace(NO_BREAK, " ") == words
+
+
+def test_every_kind_of_cost_has_its_name_and_the_unit_that_costs_have() -> None:
+    assert list(NAMES) == list(CAPS)
+    endings = {"": "1 M", "bytes": "1 MB", "bits": "1e+06", "ms": "1e+06 ms"}
+    for kind, cap in CAPS.items():
+        assert cost_text(kind, 1e6).replace(NO_BREAK, " ") == endings[cap.unit]
 
 
 def test_amounts_change_their_prefix_where_four_digits_end() -> None:

@@ -164,11 +164,11 @@ def _check_batches(contenders: "Sequence[Contender]", batch_sizes: Sequence[int]
 
 
 def _rows(found: "Sequence[Measured]", batch_size: int, labels: "Tensor | None") -> list[dict[str, Any]]:
-    """Figures of each file at one batch size."""
+    """Figures of each file at one batch size, beside what the first row runs, in the same runtime."""
     first = found[0]
     rows = []
     for measured in found:
-        timing = measured.timings[batch_size]
+        timing, beside = measured.timings[batch_size], _beside(first, measured, found)
         row = {
             "file": measured.contender.name,
             "runtime": measured.contender.runtime.version,
@@ -179,13 +179,19 @@ def _rows(found: "Sequence[Measured]", batch_size: int, labels: "Tensor | None")
             "cpu_spread": timing.spread,
             "wall_ms": timing.wall_ms,
             "images_per_s": measured.images_per_s(batch_size),
-            "times_faster": first.ms(batch_size) / measured.ms(batch_size),
+            "times_faster": None if beside is None else beside.ms(batch_size) / measured.ms(batch_size),
         }
         if measured.classes is not None and first.classes is not None:
             top1 = {} if labels is None else {"top1": 100 * float((measured.classes == labels.numpy()).mean())}
             row |= {"images": len(measured.classes), **top1, "agreement": 100 * float((measured.classes == first.classes).mean())}
         rows.append(row)
     return rows
+
+
+def _beside(first: "Measured", measured: "Measured", found: "Sequence[Measured]") -> "Measured | None":
+    """What the first row runs, in the runtime of `measured`: float, or the first file; None where it was not timed there."""
+    name, runtime = first.contender.name, measured.contender.runtime.version
+    return next((each for each in found if (each.contender.name, each.contender.runtime.version) == (name, runtime)), None)
 
 
 def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads: int, rounds: int) -> None:
@@ -196,6 +202,7 @@ def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads:
     columns += [name for name, key in (("top-1", "top1"), ("agrees", "agreement")) if key in first]
     print_table(columns, [_texts(row) for row in rows], left=2)
     by = "CPU time" if threads == 1 else "wall-clock time"
+    by += ", within each runtime" if any(row["runtime"] != first["runtime"] for row in rows) else ""
     click.echo(f"\n{environment()['cpu']}, threads: {threads}; median of {rounds} rounds, each visiting every file; x: by {by}")
     if "images" in first:
         click.echo(f"top-1 and agreement with {first['file']} on {first['images']} images")
@@ -204,7 +211,7 @@ def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads:
 def _texts(row: dict[str, Any]) -> list[str]:
     texts = [row["file"], row["runtime"], str(row["batch_size"]), amount(row["file_bytes"], "B"), str(row["float_layers"])]
     texts += [f"{row['cpu_ms']:.4g}", f"{100 * row['cpu_spread']:.0f} %", f"{row['wall_ms']:.4g}"]
-    texts += [f"{row['images_per_s']:,.0f}", f"{row['times_faster']:.2f}"]
+    texts += [f"{row['images_per_s']:,.0f}", "" if row["times_faster"] is None else f"{row['times_faster']:.2f}"]
     return texts + [f"{row[key]:.2f} %" for key in ("top1", "agreement") if key in row]
 
 

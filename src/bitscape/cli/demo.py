@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.network import POLICY_FILE, WEIGHTS_FILE, calibrated
-from bitscape.cli.output import amount, print_table
+from bitscape.cli.output import amount, print_table, size_ratio
 from bitscape.cli.packed import check_same_outputs
 from bitscape.policy import Policy
 
@@ -219,7 +219,7 @@ def _pack(digits: Digits, fisher: Trained, path: Path, float_bytes: int) -> None
     weights = info.weight_bytes
     click.echo(
         f"packed file {amount(info.file_bytes, 'B')}, float file {amount(float_bytes, 'B')}: "
-        f"{float_bytes / info.file_bytes:.1f} times smaller; {amount(weights, 'B')} of it are weights and scales"
+        f"{size_ratio(float_bytes / info.file_bytes, digits=1)}; {amount(weights, 'B')} of it are weights and scales"
     )
 
 

@@ -14,11 +14,12 @@ from bitscape.cli.network import (
     calibrated,
     load_batches,
     load_folder,
+    load_latency,
     load_network,
     measure_network,
     normalized_images,
 )
-from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_options, network_options, seed_option
+from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_options, latency_option, network_options, seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
 from bitscape.cli.parsing import writable
@@ -30,6 +31,7 @@ from bitscape.policy import Policy
 if TYPE_CHECKING:
     from torch import nn
 
+    from bitscape.cost.latency import LatencyTable
     from bitscape.data.batches import Batches
     from bitscape.engine.quality_grid import Cell, QualityGrid
 
@@ -77,6 +79,7 @@ def _check_beside(option: str, path: Path) -> None:
     metavar="FILE",
     help="Also measure ten corruptions at five severities; heat map, .svg, and its cells beside it, .json.",
 )
+@latency_option
 @seed_option
 def evaluate(
     model: str,
@@ -95,6 +98,7 @@ def evaluate(
     checkpoint: Path | None,
     decisions: str | None,
     corruptions: Path | None,
+    latency: Path | None,
     seed: int,
 ) -> None:
     """Measure top-1 and top-5 accuracy, and what an image costs.
@@ -109,7 +113,7 @@ def evaluate(
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    network = load_network(model, weights, device, seed)
+    network, times = load_network(model, weights, device, seed), load_latency(latency)
     settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
     batches = load_batches(data, split or "test", settings, batch_size)
     shape = tuple(batches.dataset.images.shape[1:])
@@ -125,7 +129,9 @@ def evaluate(
     elif checkpoint is not None:
         network, policy = load_folder(network, checkpoint, shape)
     _set_decisions(network, decisions)
-    _report(network, policy, batches, shape)
+    if times is not None and policy is None:
+        raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
+    _report(network, policy, batches, shape, times)
     if corruptions is not None:
         _report_corruptions(network, batches, corruptions, seed)
 
@@ -142,10 +148,14 @@ def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
     network.decisions = "per_image" if decisions == "per-image" else "per_batch"
 
 
-def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...]) -> None:
+def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...], times: "LatencyTable | None") -> None:
+    from bitscape.cost.latency import with_latency
+    from bitscape.cost.policy_cost import policy_cost
     from bitscape.engine import evaluate as accuracy_of
     from bitscape.engine.spending import noting_spent
 
+    if times is not None and policy is not None:  # a table that does not fit is refused before the images are classified
+        policy_cost(with_latency(measure_network(network, shape), times), policy)
     with noting_spent(network) as noted:
         accuracy = accuracy_of(network, batches)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
@@ -157,7 +167,9 @@ def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", sha
         click.echo(f"float: {amount(cost.total_macs)} MACs an image, {amount(4 * parameters, 'B')} of parameters")
         return
     click.echo()
-    print_within_budget(policy, cost)
+    print_within_budget(policy, cost if times is None else with_latency(cost, times))
+    if times is not None:
+        click.echo(f"latency_ms: {times.where}")
 
 
 def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:

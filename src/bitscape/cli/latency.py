@@ -1,4 +1,4 @@
-"""`bitscape latency`: times measured on the machine that a network shall run on."""
+"""`bitscape latency`: times measured on the machine that a network shall run on; and what other commands read of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.bench import RUNTIME_NAMES, random_images, threads_option
-from bitscape.cli.network import ImageSettings, load_network, measure_network, normalized_images
+from bitscape.cli.network import ImageSettings, load_latency, load_network, measure_network, normalized_images
 from bitscape.cli.options import FILE, image_options, model_option, seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_candidates, parse_shape, writable
-from bitscape.cost.profiles import PROFILES
+from bitscape.cost.profiles import PROFILES, Profile
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 OWN_PROFILE = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
 MOST_COLUMNS = 8
+
+
+def load_target(table_file: Path | None, profile_name: str | None) -> "tuple[LatencyTable | None, Profile | None]":
+    """Return what --latency and --profile name; that they are of two targets is told on stderr, before any time is spent on a search."""
+    table, profile = load_latency(table_file), None if profile_name is None else PROFILES[profile_name]
+    if table is not None and profile is not None and (note := profile.runtime_note(table)):
+        click.echo(f"warning: {note}", err=True)
+    return table, profile
 
 
 @click.group(invoke_without_command=True)

@@ -8,9 +8,9 @@ from contextlib import contextmanager, redirect_stdout
 
 import click
 
+from bitscape.report import words
+
 PIPED_WIDTH = 240  # wide enough that no name is cut in a file or a pipe
-_PREFIXES = ("", "k", "M", "G", "T")
-_UNITS = {"bitops": "", "weight_bytes": "B", "peak_activation_bytes": "B"}
 
 
 class _Lines(logging.Handler):
@@ -68,15 +68,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 def amount(value: float, unit: str = "") -> str:
     """Write a number with 4 digits and a decimal prefix: 34.71 G, 1.2 MB."""
-    step = 0
-    while abs(value) >= 999.95 and step < len(_PREFIXES) - 1:
-        value, step = value / 1000, step + 1
-    return f"{value:.4g} {_PREFIXES[step]}{unit}".rstrip()
+    return words.amount(value, unit).replace(words.NO_BREAK, " ")
 
 
-def cost_text(kind: str, value: float) -> str:
-    """Write a cost of a policy in its unit; mean bits are plain numbers."""
-    return amount(value, _UNITS[kind]) if kind in _UNITS else f"{value:.4g}"
+def cost_text(kind: str, value: float | None) -> str:
+    """Write a cost of a policy in its unit; mean bits are plain numbers, and a dash stands for none."""
+    return words.cost_text(kind, value).replace(words.NO_BREAK, " ")
+
+
+def size_ratio(ratio: float, digits: int = 2) -> str:
+    """Say how much smaller, or larger, a file is than another one that is `ratio` times its size."""
+    smaller, larger = f"{ratio:.{digits}f}", f"{1 / ratio:.{digits}f}"
+    return f"{smaller} times smaller" if ratio >= 1 else f"{larger} times larger"
 
 
 def print_costs(costs: Mapping[str, Mapping[str, float]]) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from bitscape.cli.network import load_network, measure_network, network_shapes, policy_shape
-from bitscape.cli.options import FILE, model_option, shape_option
+from bitscape.cli.network import load_latency, load_network, measure_network, network_shapes, policy_shape
+from bitscape.cli.options import FILE, latency_option, model_option, shape_option
 from bitscape.cli.output import cost_text, print_costs, print_table
 from bitscape.cli.parsing import parse_shape
 from bitscape.cli.tables import print_bits, print_layers, print_within_budget
+from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
 
@@ -24,7 +25,8 @@ def policy(context: click.Context) -> None:
 @click.argument("file", type=FILE)
 @click.option("--model", metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
 @shape_option
-def show(file: Path, model: str | None, input_shape: str | None) -> None:
+@latency_option
+def show(file: Path, model: str | None, input_shape: str | None, latency: Path | None) -> None:
     """Show the bits of each layer, and where the policy comes from.
 
     \b
@@ -32,11 +34,13 @@ def show(file: Path, model: str | None, input_shape: str | None) -> None:
       bitscape policy show policy.json
       bitscape policy show policy.json --model timm:resnet18 --input-shape 3x224x224
     """
+    if latency is not None and model is None:
+        raise BitscapeError("--latency needs --model: the network whose layers take these times")
     shown = Policy.load(file)
     if model is None:
         print_bits(shown)
     else:
-        _print_costs(shown, model, parse_shape(input_shape))
+        _print_costs(shown, model, parse_shape(input_shape), latency)
     if model is None and shown.cost:
         click.echo()
         print_costs({"as saved": shown.cost})
@@ -84,13 +88,18 @@ def check(file: Path, model: str) -> None:
     click.echo(f"fits {model}: {len(checked.layers)} layers, {mark}")
 
 
-def _print_costs(shown: Policy, model: str, given: tuple[int, int, int] | None) -> None:
-    loaded = load_network(model, None, "cpu")
+def _print_costs(shown: Policy, model: str, given: tuple[int, int, int] | None, latency: Path | None) -> None:
+    from bitscape.cost.latency import with_latency
+
+    loaded, times = load_network(model, None, "cpu"), load_latency(latency)
     shown.check(network_shapes(loaded))
     network = measure_network(loaded, policy_shape(shown, given))
+    network = network if times is None else with_latency(network, times)
     print_layers(shown, network)
     click.echo()
     print_within_budget(shown, network)
+    if times is not None:
+        click.echo(f"latency_ms: {times.where}")
 
 
 def _bits(bits: LayerBits | None) -> str:
@@ -98,7 +107,7 @@ def _bits(bits: LayerBits | None) -> str:
 
 
 def _cost(shown: Policy, kind: str) -> str:
-    return cost_text(kind, shown.cost[kind]) if kind in shown.cost else "-"
+    return cost_text(kind, shown.cost.get(kind))
 
 
 def _word(value: object) -> str:

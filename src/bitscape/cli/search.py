@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitscape.cli.network import ImageSettings, draw_images, load_latency, load_network, measure_network, with_pins
+from bitscape.cli.latency import load_target
+from bitscape.cli.network import ImageSettings, draw_images, load_network, measure_network, with_pins
 from bitscape.cli.options import (
     all_of,
     budget_option,
@@ -21,7 +22,6 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, writable
 from bitscape.cli.tables import print_layers, print_within_budget
-from bitscape.cost.profiles import PROFILES
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ def search(
     offered = {} if candidates is None else {"candidates": parse_candidates(candidates)}
     if scores is not None and not hasattr(method, "score"):
         raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
-    target = {"latency": load_latency(latency), "profile": None if profile is None else PROFILES[profile]}
+    times, target = load_target(latency, profile)
     network = load_network(model, weights, device, seed)
     seen = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
     proxy = draw_images(data, split or "train", images, seen, seed)
     common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
-    common |= {**offered, **target}
+    common |= {**offered, "latency": times, "profile": target}
     problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import load_latency, load_network, measure_network, with_pins
-from bitscape.cli.options import FILE, budget_option, latency_option, model_option, pin_option, shape_option
+from bitscape.cli.latency import load_target
+from bitscape.cli.network import load_network, measure_network, with_pins
+from bitscape.cli.options import FILE, budget_option, latency_option, model_option, pin_option, profile_option, shape_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape, writable
 from bitscape.cli.tables import print_layers, print_within_budget
@@ -16,6 +17,7 @@ from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
     from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.profiles import Profile
     from bitscape.search.scores import ScoreTable
 
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--front", type=click.IntRange(min=2), metavar="N", help="Instead of --budget: up to N best policies by cost.")
 @click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
 @latency_option
+@profile_option
 @pin_option
 @click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json.")
 def solve(
@@ -37,6 +40,7 @@ def solve(
     front: int | None,
     along: str,
     latency: Path | None,
+    profile: str | None,
     pins: tuple[str, ...],
     out: Path | None,
 ) -> None:
@@ -61,16 +65,31 @@ def solve(
         raise BitscapeError("give --budget for one policy, or --front N for many; exactly one of the two")
     if front is not None and out is not None:
         raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
-    table, times = ScoreTable.load(scores), load_latency(latency)
+    table, (times, target) = ScoreTable.load(scores), load_target(latency, profile)
     network = measure_network(load_network(model, None, "cpu"), shape)
     source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
     if times is not None:
         network, source = with_latency(network, times), {**source, "latency": times.source()}
     pinned = with_pins(network, *parse_pins(pins))
+    if target is not None:
+        table, pinned = _kept_to(target, table, network, pinned)
+        source["profile"] = target.name
     if front is not None:
         _print_front(table, network, pinned, along, front)
     else:
-        _solve(table, network, pinned, budgets, source, out)
+        _solve(table, network, pinned, budgets, source, target, out)
+
+
+def _kept_to(
+    profile: "Profile", table: "ScoreTable", network: "NetworkCost", pinned: dict[str, LayerBits]
+) -> "tuple[ScoreTable, dict[str, LayerBits]]":
+    """Leave the scores of pairs that the target has, and pin the layers to which it gives 8 bits."""
+    kept = [at for at, pair in enumerate(table.candidates) if profile.allows(pair)]
+    if not kept:
+        profile.check("--scores", table.candidates)
+    profile.check_pinned(pinned, network)
+    candidates = tuple(table.candidates[at] for at in kept)
+    return replace(table, candidates=candidates, values=table.values[:, kept]), {**profile.pins(network), **pinned}
 
 
 def _solve(
@@ -79,6 +98,7 @@ def _solve(
     pinned: dict[str, LayerBits],
     budgets: tuple[str, ...],
     source: dict[str, object],
+    target: "Profile | None",
     out: Path | None,
 ) -> None:
     from bitscape.cost.budget import parse_budget
@@ -90,6 +110,8 @@ def _solve(
     print_layers(policy, network)
     click.echo()
     print_within_budget(policy, network, budget)
+    if target is not None:
+        click.echo(f"\n{target.note(policy)}")
     if out is not None:
         policy.save(out)
         click.echo(f"\npolicy: {out}")

@@ -21,15 +21,16 @@ def print_layers(policy: Policy, network: "NetworkCost") -> None:
     from bitscape.cost.policy_cost import layer_cost
 
     rows = []
+    times = {each.name: layer_cost("latency_ms", each, policy.layers[each.name]) for each in network.layers if network.has_latency}
     for layer in network.layers:
         bits = policy.layers[layer.name]
         work = amount(layer_cost("bitops", layer, bits))
         stored = amount(layer_cost("weight_bytes", layer, bits), "B")
         counts = [amount(layer.weights), amount(layer.macs), str(bits.weight), str(bits.activation)]
-        time = [f"{layer_cost('latency_ms', layer, bits) / 1e6:.4g}"] if network.has_latency else []
+        time = [f"{times[layer.name] / 1e6:.4g}", f"{100 * times[layer.name] / max(1, sum(times.values())):.1f} %"] if times else []
         rows.append([layer.name, layer.kind, *counts, work, stored, *time])
     columns = ["layer", "kind", "weights", "MACs", "weight bits", "activation bits", "BitOps", "bytes"]
-    columns += ["ms"] if network.has_latency else []
+    columns += ["ms", "of all"] if times else []
     print_table(columns, rows, left=2)
 
 

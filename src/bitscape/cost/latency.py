@@ -29,6 +29,7 @@ and the network at 8 bits everywhere takes what was measured, but for rounding t
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ FORMAT = 1
 EIGHT = "8/8"
 FLAT = 0.97
 """From this share of the 8-bit time on, `LatencyTable.note` calls a table flat: measured times scatter by a percent or two."""
+ERRORS = 2
+"""Standard errors within which a saving may be noise."""
 MOST_MS = 1e9  # twelve days; more is a mistake, and would not fit a float once scaled
 
 
@@ -121,18 +124,55 @@ class LatencyTable:
             )
 
     def spread(self) -> float:
-        """Return the time with each layer at its fastest measured bits, as a share of that at 8/8; both are sums over the layers."""
-        return sum(min(times.values()) for times in self.layers.values()) / sum(times[EIGHT] for times in self.layers.values())
+        """Return the time with every layer at the fastest pair of bits, as a share of that at 8/8; both are sums over the layers.
+
+        One pair for all layers: the fastest of each layer would add up what noise takes off each.
+        """
+        return self._fastest().share
 
     def note(self) -> str | None:
-        """Say so if fewer bits save less than 3 % of the time: a cap on it is then out of reach; else None."""
-        if (share := self.spread()) < FLAT:
+        """Say so if fewer bits save less than 3 % of the time, or no more than noise may: a cap on it is then out of reach; else None."""
+        fastest = self._fastest()
+        if fastest.share + fastest.margin < FLAT:
             return None
+        found = f"with every layer at {fastest.pair}, the fastest, the network takes {100 * fastest.share:.1f} % of its time at 8/8"
+        if fastest.share >= FLAT:
+            return (
+                f"latency table ({self.where}) is flat below 8 bits: {found}, so a cap in ms cannot be met by fewer bits; "
+                "a bytes cap is what fewer bits buy here, e.g. weight_bytes=0.5x"
+            )
         return (
-            f"latency table ({self.where}) is flat below 8 bits: with every layer at its fastest measured bits the network takes "
-            f"{100 * share:.1f} % of its time at 8/8, so a cap in ms cannot be met by fewer bits; "
-            "a bytes cap is what fewer bits buy here, e.g. weight_bytes=0.5x"
+            f"latency table ({self.where}) does not tell fewer bits from noise: {found}, give or take {100 * fastest.margin:.1f} points "
+            "by how its layers differ; measure again with more --rounds and nothing else running, and cap bytes until then, "
+            "e.g. weight_bytes=0.5x"
         )
+
+    def _fastest(self) -> "_Uniform":
+        pairs = dict.fromkeys(pair for times in self.layers.values() for pair in times if pair != EIGHT)
+        uniform = [self._uniform(pair) for pair in pairs]
+        return min(uniform, key=lambda each: each.share + each.margin, default=_Uniform(pair=EIGHT, share=1.0, margin=0.0))
+
+    def _uniform(self, pair: str) -> "_Uniform":
+        """All layers at `pair`; those that were not measured there, such as layers that a target keeps at 8 bits, at 8/8."""
+        # Layers that agree in every time are of one form, and were measured once: their errors do not average out.
+        forms = [(dict(form), count) for form, count in Counter(tuple(times.items()) for times in self.layers.values()).items()]
+        eight = [count * times[EIGHT] for times, count in forms]
+        own = [count * times.get(pair, times[EIGHT]) for times, count in forms]
+        share = math.fsum(own) / math.fsum(eight)
+        squares = math.fsum((a - share * b) ** 2 for a, b in zip(own, eight, strict=True))
+        error = math.sqrt(squares * len(forms) / max(1, len(forms) - 1)) / math.fsum(eight)  # of a ratio of sums
+        return _Uniform(pair=pair, share=share, margin=ERRORS * error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Uniform:
+    """A network with every layer at one pair of bits."""
+
+    pair: str
+    share: float
+    """Its time, as a share of that at 8/8."""
+    margin: float
+    """What noise may make of the share, by how much the layers' own shares differ."""
 
 
 _ENTRIES = tuple(field.name for field in fields(LatencyTable))

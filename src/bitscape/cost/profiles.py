@@ -24,6 +24,7 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import MAX_BITS, LayerBits, Policy
 
 if TYPE_CHECKING:  # it would bring torch, and the command line lists profiles in its help
+    from bitscape.cost.latency import LatencyTable
     from bitscape.cost.layers import LayerCost, NetworkCost
 
 EIGHT = LayerBits(8, 8)
@@ -48,6 +49,8 @@ class Profile:
     """What fewer than 8 weight bits do there."""
     narrow: "Callable[[LayerCost], bool]" = lambda layer: True
     """Whether a layer may have fewer than 8 weight bits; those that may not are pinned at 8/8."""
+    runtimes: tuple[str, ...] = ()
+    """Runtimes of `bitscape latency build` that stand for the target."""
 
     def __post_init__(self) -> None:
         for argument, widths in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
@@ -89,6 +92,18 @@ class Profile:
                     "pin it at 8/8, or leave it out"
                 )
 
+    def runtime_note(self, table: "LatencyTable") -> str | None:
+        """Say so if `table` was measured in a runtime that stands for other targets; None where it fits, or is of a runtime of its own."""
+        runtime = table.runtime.partition(" ")[0]
+        fitting = [each.name for each in PROFILES.values() if runtime in each.runtimes]
+        if not fitting or runtime in self.runtimes:
+            return None
+        there = f"measure there: bitscape latency build --runtime {self.runtimes[0]}" if self.runtimes else "leave the table out"
+        return (
+            f"latency table ({table.where}) was measured in {runtime}, and profile {self.name} is of another target ({self.what}): "
+            f"its milliseconds are not those of that target; {there}, or take profile {' or '.join(fitting)}"
+        )
+
     def note(self, policy: Policy) -> str:
         """Say what the bits of `policy` do on the target, and what they do not."""
         layers = policy.layers.values()
@@ -121,16 +136,23 @@ def _on_htp(layer: "LayerCost") -> bool:
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile(name="cpu-int8", what="plain int8 files on CPUs: every layer at 8/8", weight_bits=(8,)),
+        Profile(
+            name="cpu-int8",
+            what="plain int8 files on CPUs: every layer at 8/8",
+            weight_bits=(8,),
+            runtimes=("onnxruntime", "openvino"),
+        ),
         Profile(
             name="onnx-container",
             what="ONNX files with weights in 2, 4 or 8 bits, widened to int8 when ONNX Runtime loads them",
             weight_bits=(2, 4, 8),
+            runtimes=("onnxruntime",),
         ),
         Profile(
             name="openvino",
             what="OpenVINO files with weights in 2, 3, 4, 6 or 8 bits, computed in int8",
             weight_bits=(2, 3, 4, 6, 8),
+            runtimes=("openvino",),
         ),
         Profile(
             name="fpga-bitops",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine import workers
+from bitscape.engine import origin, workers
 from bitscape.engine.describe import versions
 from bitscape.engine.evaluate import evaluate
 from bitscape.engine.feed import feed, images_of_all
@@ -71,11 +71,22 @@ class Loop:
             self.state.restore(checkpoint)
             if workers.is_first():
                 _log.info("resuming %s at epoch %d, batch %d", checkpoint, self.state.epoch + 1, self.state.batch)
-        about = {"format": 1, "settings": self.state.settings, "versions": versions(), "device": str(self.state.device)}
-        about["workers"] = workers.world_size()
         if workers.is_first():
-            write_atomic(self.folder / RUN, json.dumps(about, indent=2) + "\n")
+            write_atomic(self.folder / RUN, json.dumps(self._about(), indent=2) + "\n")
             self._write_metrics()
+
+    def _about(self) -> dict[str, Any]:
+        commit = origin.commit()
+        return {
+            "format": 1,
+            "settings": self.state.settings,
+            "versions": versions(),
+            **({} if commit is None else {"commit": commit}),
+            "device": str(self.state.device),
+            "hardware": origin.hardware(self.state.device),
+            "workers": workers.world_size(),
+            "command": origin.command(),
+        }
 
     def _seen_by_all(self, checkpoint: Path) -> bool:
         there = torch.tensor(float(checkpoint.exists()), device=self.state.device)

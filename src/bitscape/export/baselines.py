@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError, needs_extra
+from bitscape.engine.forward import device_of
+from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.export.graph import quiet
 from bitscape.export.onnx_qdq import OPSETS
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
@@ -31,23 +32,24 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
     Args:
         network: on the CPU or a GPU; it stays as it is.
         path: the file, usually `.onnx`.
-        images: normalized float32 (n, c, h, w), two at least; two are traced.
+        images: normalized float32 (n, c, h, w), on any device, two at least; two are traced.
 
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing, or torch.export cannot follow the network's forward.
     """
     if len(images) < 2:
         raise BitscapeError(f"images: {len(images)} image; give two at least, so that the batch size stays free")
-    folded = _folded(copy.deepcopy(network).eval(), images[:2])
+    traced = images[:2].to(device_of(network))
+    folded = _folded(copy.deepcopy(network).eval(), traced)
     with quiet(), torch.no_grad():
         try:
-            program = torch.export.export(folded, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(folded, (traced,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         except Exception as error:
             raise BitscapeError(
-                f"network: torch.export cannot follow its forward ({type(error).__name__}: {str(error).splitlines()[0]}); write it without "
+                f"network: torch.export cannot follow its forward ({type(error).__name__}: {first_line(error)}); write it without "
                 "branches on values"
             ) from error
-        model = onnx_graph(program.module(), images[:2], {}, opset=OPSETS[8][0], free_batch=True)
+        model = onnx_graph(program.module(), traced, {}, opset=OPSETS[8][0], free_batch=True)
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -101,7 +103,9 @@ def save_onnxruntime_int8(float_onnx: str | os.PathLike[str], path: str | os.Pat
                 activation_type=ort.QuantType.QUInt8,
             )
         except Exception as error:
-            raise BitscapeError(f"{os.fspath(float_onnx)}: ONNX Runtime cannot quantize it ({type(error).__name__}: {error})") from error
+            raise BitscapeError(
+                f"{os.fspath(float_onnx)}: ONNX Runtime cannot quantize it ({type(error).__name__}: {first_line(error)})"
+            ) from error
         write_atomic(path, made.read_bytes())
     return Path(path)
 

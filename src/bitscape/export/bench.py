@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitscape.errors import BitscapeError, needs_extra
+from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.export.runtime import Runtime, Session, Timing, time_alternately
 from bitscape.progress import track
 
@@ -112,8 +112,9 @@ def _run(contender: Contender, session: Session, images: Array) -> list[Array]:
     try:
         return session.run(images)
     except Exception as error:  # each runtime has its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BitscapeError(f"{contender.name}: {contender.runtime.version} fails on images of shape {images.shape}: {reason}") from error
+        raise BitscapeError(
+            f"{contender.name}: {contender.runtime.version} fails on images of shape {images.shape}: {first_line(error)}"
+        ) from error
 
 
 def input_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:

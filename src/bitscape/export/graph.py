@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from bitscape.errors import BitscapeError, explained_forward
+from bitscape.errors import BitscapeError, explained_forward, first_line, prefixed
 from bitscape.export.codes import weight_codes
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import batches_of
@@ -107,6 +107,11 @@ class Traced:
         return self.weight_name(node) is not None
 
 
+def layer_of(weight: str) -> str:
+    """Name of the layer of a weight; of the weight "weight" the network itself, ""."""
+    return weight.removesuffix("weight").removesuffix(".")
+
+
 def trace(network: nn.Module, example: Tensor) -> Traced:
     """Trace a calibrated network of static bits; the batch size stays free.
 
@@ -128,8 +133,8 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         if not getattr(layer.input_quantizer, "initialized", True):
             layer.input_quantizer = _NeverCalibrated(name)  # no obstacle where the layer never runs
             continue
-        key = f"{name}.weight" if name else "weight"
-        with _naming(name):
+        key = f"{name}.weight" if name else "weight"  # see `layer_of`
+        with prefixed(f"layer {name}"):
             codes[key], grid = weight_codes(layer), activation_grid(layer.input_quantizer)
         bits[key] = layer.bits
         _make_traceable(layer, codes[key], grid)
@@ -137,14 +142,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         (images,) = batches_of(example[:2], model)
         with explained_forward(images):
             model(images)
-        try:
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise BitscapeError(
-                f"network: torch.export cannot follow its forward ({reason}); write it without branches on values and with x.shape[0] for "
-                "len(x), or use `bitscape export packed`, which needs no tracing"
-            ) from error
+        program = export_program(model, images, otherwise=", or use `bitscape export packed`, which needs no tracing")
         # Functional form: without in-place operators, one value has one name.
         module = program.run_decompositions({}).module()
     _without_guards(module)
@@ -153,12 +151,19 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     return Traced(module, codes, bits)
 
 
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
+def export_program(network: nn.Module, images: Tensor, *, otherwise: str = "") -> torch.export.ExportedProgram:
+    """What torch.export makes of `network` on `images` (n, c, h, w), two at least; the batch size stays free.
+
+    Raises:
+        BitscapeError: a forward that it cannot follow; the advice ends in `otherwise`.
+    """
     try:
-        yield
-    except BitscapeError as error:
-        raise BitscapeError(f"layer {layer}: {error}") from error
+        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:
+        raise BitscapeError(
+            f"network: torch.export cannot follow its forward ({type(error).__name__}: {first_line(error)}); write it without branches on "
+            f"values and with x.shape[0] for len(x){otherwise}"
+        ) from error
 
 
 def _make_traceable(layer: QuantizedLayer, codes: Codes, grid: ActivationGrid) -> None:

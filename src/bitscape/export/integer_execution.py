@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from bitscape.export.graph import LINEAR, grid_of, is_quantizer
-from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, input_scale
+from bitscape.export.integer_graph import IntegerNetwork
+from bitscape.export.integer_weights import IntegerWeight, input_scale
 from bitscape.quant.chains import tensors_in
 from bitscape.quant.convert import batches_of
 
@@ -18,7 +19,7 @@ from bitscape.quant.convert import batches_of
 def run_integers(network: IntegerNetwork, images: Tensor, batch_size: int = 32) -> Tensor:
     """First output of the network for normalized float32 images (n, c, h, w), its layers computed in integers."""
     executor = _Executor(network)
-    outputs = [executor.run_batch(batch) for batch in batches_of(images, network.module, batch_size)]
+    outputs = [executor.run(batch) for batch in batches_of(images, network.module, batch_size)]
     return torch.cat([next(tensors_in(output)) for output in outputs])
 
 
@@ -30,14 +31,15 @@ class _Executor(fx.Interpreter):
         self._scales = {key: input_scale(graph, key) for key in network.weights}
         self._exact = {key: _exact_type(weight) for key, weight in network.weights.items()}
         self._sums: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-
-    def run_batch(self, images: Tensor) -> object:
-        try:
-            return self.run(images)
-        finally:
-            self._sums.clear()
+        """Layer -> its exact sums, float64, and their spacing; until its last user has run."""
 
     def run_node(self, n: fx.Node) -> object:
+        value = self._run_node(n)
+        for used in self.user_to_last_uses.get(n, []):  # as the interpreter does with the values themselves
+            self._sums.pop(used, None)
+        return value
+
+    def _run_node(self, n: fx.Node) -> object:
         key = str(n.args[1].target) if len(n.args) > 1 and isinstance(n.args[1], fx.Node) else ""
         if key in self._network.weights:
             return self._run_layer(n, key)

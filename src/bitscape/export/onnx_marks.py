@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from bitscape.export.graph import quiet
-from bitscape.export.integer_graph import IntegerNetwork, bias_name
+from bitscape.export.integer_graph import IntegerNetwork
+from bitscape.export.integer_weights import bias_name
 
 DOMAIN, MARK = "bitscape", "Mark"
 """The operator in the ONNX graph; its attribute "name" is the weight's or bias's."""

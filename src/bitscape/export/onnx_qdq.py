@@ -22,8 +22,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.graph import FAKE_QUANTIZE
-from bitscape.export.integer_graph import IntegerNetwork, IntegerWeight, bias_name, input_scale, integer_network
+from bitscape.export.containers import container, container_bytes
+from bitscape.export.graph import FAKE_QUANTIZE, layer_of
+from bitscape.export.integer_graph import IntegerNetwork, integer_network
+from bitscape.export.integer_weights import bias_name, input_scale
 from bitscape.export.onnx_marks import DOMAIN, MARK, MARKED, mark_node, with_marks
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
@@ -83,18 +85,8 @@ def write_onnx(
     chosen = {key: container(weight, containers) for key, weight in network.weights.items()}
     content = checked_bytes(_without_names(model))
     write_atomic(path, content)
-    sizes = [-(-w.q.numel() * chosen[key] // 8) + 4 * len(w.scale) for key, w in network.weights.items()]
-    stored = sum(sizes) + sum(4 * len(bias) for bias in network.biases.values())
-    names = {key.removesuffix(".weight"): bits for key, bits in chosen.items()}
-    return OnnxInfo(Path(path), len(content), stored, names, len(network.added))
-
-
-def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
-    """Bits of the smallest of `containers` that holds the codes."""
-    fitting = [width for width in containers if width >= weight.bits]
-    if not fitting:
-        raise BitscapeError(f"containers = {containers!r}: weights need {weight.bits} bits; allow 8 as well")
-    return min(fitting)
+    names = {layer_of(key): bits for key, bits in chosen.items()}
+    return OnnxInfo(Path(path), len(content), container_bytes(network, chosen), names, len(network.added))
 
 
 def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
@@ -164,7 +156,7 @@ class _Writer:
             return
         key = mark.attributes["name"].as_string()
         self.uses[key] += 1
-        node.name = key.removesuffix(".weight") + (f":{self.uses[key]}" if self.uses[key] > 1 else "")
+        node.name = layer_of(key) + (f":{self.uses[key]}" if self.uses[key] > 1 else "")
         # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
         node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
         if node.op_type == "Conv":

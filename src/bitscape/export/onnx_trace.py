@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from bitscape.errors import BitscapeError, needs_extra
+from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.export.graph import quiet
 
 if TYPE_CHECKING:
@@ -70,6 +70,5 @@ def checked_bytes(proto: "onnx.ModelProto") -> bytes:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except onnx.checker.ValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise BitscapeError(f"the ONNX graph is not valid ({reason}); this network cannot be exported to ONNX") from error
+        raise BitscapeError(f"the ONNX graph is not valid ({first_line(error)}); this network cannot be exported to ONNX") from error
     return bytes(proto.SerializeToString())

@@ -1,10 +1,11 @@
 """OpenVINO IR files: a network with integer layers for OpenVINO, weights in 2, 3, 4, 6 or 8 bits.
 
-The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in two places:
+The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in three places:
 
     weights     u2, u3, u4 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i8 for more bits. Folded when OpenVINO loads the file.
     quantizers  behind layers, sums and quantizers: Multiply(1 / scale) -> Round -> Clamp -> FakeQuantize with steps of one;
                 elsewhere a FakeQuantize alone
+    norms       behind products: a Clamp in front (`_hold_factors`)
 
 Why Round: OpenVINO's CPU plugin does not round a FakeQuantize that comes first behind a convolution if a sum and another FakeQuantize
 follow, as on residual edges; and every FakeQuantize adds the zero point before it rounds, which costs float32 the last bits of small
@@ -29,8 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.containers import container, container_bytes
+from bitscape.export.graph import layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
-from bitscape.export.onnx_qdq import container, onnx_model
+from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
 from bitscape.export.runtime import refused
 from bitscape.files import write_atomic
@@ -85,10 +88,8 @@ def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images
     for suffix, part in content.items():
         write_atomic(path.with_suffix(suffix), part)
     chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
-    stored = sum(packed_bytes(weight.q.numel(), chosen[key]) + 4 * len(weight.scale) for key, weight in network.weights.items())
-    stored += sum(4 * len(bias) for bias in network.biases.values())
-    names = {key.removesuffix(".weight"): bits for key, bits in chosen.items()}
-    return OpenvinoInfo(path, sum(map(len, content.values())), stored, names, len(network.added))
+    names = {layer_of(key): bits for key, bits in chosen.items()}
+    return OpenvinoInfo(path, sum(map(len, content.values())), container_bytes(network, chosen), names, len(network.added))
 
 
 def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
@@ -106,6 +107,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
     _fold_constants(model, [(node, _stored(node, container(weight, CONTAINERS))) for node, weight in weights])
     for node in model.get_ordered_ops():
         _rewrite_quantizer(node)
+        _hold_factors(node)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
     return model
@@ -130,11 +132,6 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     low = _joined(codes & (2**low_bits - 1), int(low_bits), reverse=True)
     high = _joined(codes >> low_bits, high_bits, reverse=True)
     return np.concatenate([low.reshape(-1, 2), high.reshape(-1, 1)], axis=1).reshape(-1)
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes take in a constant of `bits`; u3 and u6 come in whole groups of three bytes."""
-    return -(-count * bits // 8) if bits & (bits - 1) == 0 else 3 * -(-count * bits // 24)
 
 
 def _joined(codes: NDArray[np.uint8], width: int, reverse: bool = False) -> NDArray[np.uint8]:
@@ -241,9 +238,29 @@ def _quantizer_before(node: Any) -> tuple[Any, dict[str, float]]:
     return (node if node.get_type_name() == "FakeQuantize" and "Subtract" in constants else None), constants
 
 
+def _hold_factors(node: Any) -> None:
+    """If `node` multiplies a product's channels or tokens with constants, as norms do, put a Clamp in front of it that changes nothing.
+
+    OpenVINO would make them part of the product's own scales, which its integer kernel takes for those of the last axis whatever they are.
+    """
+    inputs = [value.get_node() for value in node.input_values()]
+    factors = [other.data.size for other in inputs if other.get_type_name() == "Constant"]
+    if node.get_type_name() not in ("Multiply", "BatchNormInference") or max(factors, default=1) == 1 or len(factors) == len(inputs):
+        return
+    at = next(index for index, other in enumerate(inputs) if other.get_type_name() != "Constant")
+    source = inputs[at]
+    while source.get_type_name() in ("Add", "Reshape", "Transpose"):
+        source = source.input_value(0).get_node()
+    if source.get_type_name() == "MatMul":
+        from openvino import opset13 as op
+
+        largest = float(np.finfo(np.float32).max)
+        node.input(at).replace_source_output(op.clamp(node.input_value(at), -largest, largest).output(0))
+
+
 def _rename(model: Any, network: IntegerNetwork) -> None:
     """Number the nodes that are no layers: OpenVINO's own numbers go on through a process, and the same network must give the same file."""
-    layers = {key.removesuffix(".weight") for key in network.weights}
+    layers = set(map(layer_of, network.weights))
     for index, node in enumerate(model.get_ordered_ops()):
         is_named = node.get_friendly_name().partition("/")[0] in layers or _weight_key(node, network) is not None
         if not is_named and node.get_type_name() not in ("Parameter", "Result"):

@@ -165,10 +165,11 @@ def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime |
     layers = read_layers(model)
     if not layers:
         raise BitscapeError(f"{os.fspath(path)}: it has no layer of integer weights; give a file of `bitscape export onnx`")
-    session = runtime.open(_with_outputs(model, layers))
+    content, names = _with_outputs(model, layers)
+    session = runtime.open(content)
     counts = {layer.name: [0, 0, 0] for layer in layers}
     for start in range(0, len(images), IMAGES_AT_ONCE):
-        tensors = dict(zip(session.outputs, session.run(images[start : start + IMAGES_AT_ONCE]), strict=True))
+        tensors = dict(zip(names, session.run(images[start : start + IMAGES_AT_ONCE]), strict=True))
         for layer in layers:
             _compare(layer, tensors, counts[layer.name])
     compared = (LayerParity(name=name, codes=n, differing=d, largest=m) for name, (n, d, m) in counts.items())
@@ -184,20 +185,20 @@ def _compare(layer: FileLayer, tensors: dict[str, Array], counts: list[int]) -> 
     counts[2] = max(counts[2], int(difference.max()))
 
 
-def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> bytes:
-    """The model with every layer's input and output among its outputs."""
+def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> tuple[bytes, list[str]]:
+    """The model with every layer's input and output among its outputs, and the names of all outputs in order."""
     import onnx
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    have = {output.name for output in copied.graph.output}
+    have = [output.name for output in copied.graph.output]
     for layer in layers:
         for name, is_float in ((layer.input, False), (layer.output, layer.output_scale is None)):
             if name not in have:
                 kind = onnx.TensorProto.FLOAT if is_float else onnx.TensorProto.UINT8
                 copied.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-                have.add(name)
-    return bytes(copied.SerializeToString())
+                have.append(name)
+    return bytes(copied.SerializeToString()), have
 
 
 def read_layers(model: "onnx.ModelProto") -> list[FileLayer]:

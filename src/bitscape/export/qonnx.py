@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bitscape.cost.layers import measure
 from bitscape.engine.forward import device_of
-from bitscape.export.graph import FAKE_QUANTIZE, Traced, grid_of, trace
+from bitscape.export.graph import FAKE_QUANTIZE, Traced, grid_of, layer_of, trace
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
 from bitscape.quant.grid import MID_RISE
@@ -82,17 +82,13 @@ def save_qonnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor)
     warn_of_zero_points(traced)
     content = checked_bytes(_model(traced, forms, images))
     write_atomic(path, content)
-    bits = {_layer_of(key): (form.bits, traced.bits[key].activation) for key, form in forms.items()}
+    bits = {layer_of(key): (form.bits, traced.bits[key].activation) for key, form in forms.items()}
     layers = [layer for layer in measure(network, tuple(images.shape[1:])).layers if layer.name in bits]
     macs: Counter[tuple[int, int]] = Counter()
     for layer in layers:
         macs[bits[layer.name]] += layer.macs
     weight_bits = sum(layer.weights * bits[layer.name][0] for layer in layers)
     return QonnxInfo(Path(path), len(content), bits, macs, weight_bits)
-
-
-def _layer_of(weight: str) -> str:
-    return weight.removesuffix("weight").removesuffix(".")
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,14 +73,13 @@ RUNTIMES: dict[str, type[Runtime]] = {"onnxruntime": OnnxRuntime, "openvino": Op
 
 
 class OnnxSession:
-    """A file in ONNX Runtime; `outputs` names what `run` returns."""
+    """A file in ONNX Runtime."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int) -> None:
         options = _onnxruntime().SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         self._model, self._options = model, options
         self._session = self._opened()
-        self.outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: Array) -> list[Array]:
         return list(self._session.run(None, {self._session.get_inputs()[0].name: images}))
@@ -119,7 +118,7 @@ class OnnxSession:
 
 
 class OpenVinoSession:
-    """A file in OpenVINO; `outputs` names what `run` returns."""
+    """A file in OpenVINO."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int) -> None:
         openvino = _openvino()
@@ -131,7 +130,6 @@ class OpenVinoSession:
         except Exception as error:
             raise refused("OpenVINO", model, error) from error
         self._request = self._compiled.create_infer_request()
-        self.outputs = [output.get_any_name() for output in self._compiled.outputs]
 
     def run(self, images: Array) -> list[Array]:
         results = self._request.infer([images])

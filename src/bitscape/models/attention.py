@@ -1,17 +1,20 @@
-"""Attention made of four nn.Linear layers, so that its weights and inputs can take bits.
+"""Attention whose projections are layers that are called, so that their weights and inputs can take bits.
 
 `nn.MultiheadAttention` keeps one bare parameter for the query, key and value projections and reads `out_proj.weight`
 without calling `out_proj`: a layer put in its place never runs. `split_attention` swaps the module; outputs stay equal.
+The windowed attention of torchvision's Swin hands the weights of its layers to a function: it is made to call them.
 """
 
 import copy
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import replace_module
@@ -35,9 +38,7 @@ class SplitAttention(nn.Module):
         super().__init__()
         if original.bias_k is not None or original.add_zero_attn:
             option = "add_bias_kv" if original.bias_k is not None else "add_zero_attn"
-            raise BitscapeError(
-                f"model: nn.MultiheadAttention with {option}=True cannot be split; build it with {option}=False"
-            )
+            raise BitscapeError(f"model: nn.MultiheadAttention with {option}=True cannot be split; build it with {option}=False")
         self.embed_dim = original.embed_dim
         self.num_heads = original.num_heads
         self.head_dim = original.head_dim
@@ -95,7 +96,8 @@ class SplitAttention(nn.Module):
 def split_attention(model: nn.Module) -> nn.Module:
     """Replace every nn.MultiheadAttention of `model` by a SplitAttention, in place, and return the model.
 
-    When `model` is itself one, its replacement is returned. A second call changes nothing. Subclasses of
+    torchvision's ShiftedWindowAttention, and its second version, are changed into modules that call their layers. When
+    `model` is itself an nn.MultiheadAttention, its replacement is returned. A second call changes nothing. Subclasses of
     nn.MultiheadAttention may compute something else: they are left as they are, and logged. The projections become
     new parameters, so build optimizers afterwards. Raises BitscapeError for add_bias_kv and add_zero_attn.
     """
@@ -105,11 +107,18 @@ def split_attention(model: nn.Module) -> nn.Module:
     for original, split in splits:
         replace_module(model, original, split)
     for name, module in model.named_modules():
+        if _reads_weights(module):
+            module.__class__ = _calling_layers(cast(Any, type(module)))
         if isinstance(module, nn.MultiheadAttention):
             _log.warning("%s: %s is no plain nn.MultiheadAttention and stays float", name, type(module).__name__)
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SplitAttention) for m in module.modules()):
             module.use_nested_tensor = False
     return model
+
+
+def _reads_weights(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith("ShiftedWindowAttention")
 
 
 def _projections(original: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -179,7 +188,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     return weights @ v, weights
 
 
+class _LayersCalled(TorchFunctionMode):
+    """Where a function multiplies by the weight of one of `layers`, the layer is called instead."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        layer = next((layer for layer in self.layers if func is F.linear and args[1] is layer.weight), None)
+        if layer is None:
+            return func(*args, **(kwargs or {}))
+        _, _, bias = args
+        # The second Swin clears a part of the bias first.
+        return layer(args[0]) if bias is layer.bias else layer(args[0]) + (bias - layer.bias)
+
+
+@cache
+def _calling_layers(kind: Any) -> type[nn.Module]:
+    """The class with a forward that calls the layers whose weights it reads."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        with _LayersCalled(self.children()):
+            output: Tensor = kind.forward(self, x)
+        return output
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
 def with_split_attention(model: nn.Module) -> nn.Module:
-    """Return `model` itself, or, where it holds an `nn.MultiheadAttention`, a copy with that split; `model` stays as it is."""
-    fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    """Return `model` itself, or, where its attention does not call its layers, a copy in which it does; `model` stays as it is."""
+    fused = any(isinstance(module, nn.MultiheadAttention) or _reads_weights(module) for module in model.modules())
     return split_attention(copy.deepcopy(model)) if fused else model

@@ -52,8 +52,8 @@ class BenchRow:
     """Wall-clock time of a batch."""
     images_per_s: float
     """By the wall clock."""
-    times_faster: float
-    """Than the first row of this batch size."""
+    times_faster: float | None
+    """Than the first row's file in the same runtime at this batch size; None where that was not timed."""
     top1: float | None = None
     """Percent, if images were classified."""
     agreement: float | None = None

@@ -49,7 +49,11 @@ class TrainedRun:
     versions: Mapping[str, Any] = field(default_factory=dict)
     """Package -> version."""
     device: str = ""
-    """What it ran on."""
+    """What torch calls what it ran on."""
+    hardware: str = ""
+    """Name of it, if it was recorded."""
+    command: str | None = None
+    """What started it, if it was recorded."""
     commit: str | None = None
     """Of the code, if it was recorded."""
     records: tuple[Mapping[str, float], ...]
@@ -159,12 +163,14 @@ def _run(folder: Path) -> TrainedRun:
         raise BitscapeError(f"{folder / RUN}: it has no settings, or another format; this version reads format 1")
     metrics, policy = folder / METRICS, folder / POLICY_FILE
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    commit = about.get("commit")
+    command, commit = (value if isinstance(value := about.get(name), str) else None for name in ("command", "commit"))
     return TrainedRun(
         settings=settings,
         versions=versions,
         device=str(about.get("device", "")),
-        commit=commit if isinstance(commit, str) else None,
+        hardware=str(about.get("hardware", "")),
+        command=command,
+        commit=commit,
         records=tuple(_record(metrics, number, line) for number, line in enumerate(lines, start=1)),
         policy=Policy.load(policy) if policy.is_file() else None,
         dynamic=read_dynamic(folder) if (folder / DYNAMIC_FILE).is_file() else None,

@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +44,11 @@ def environment() -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from bitscape.engine import origin
+
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": origin.cpu_model(),
+        "cores": origin.cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             "python": platform.python_version(),
@@ -67,6 +68,8 @@ def append_run(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
     Raises BitscapeError for an unknown or stamped field, a value that JSON cannot hold (NaN among them), or a file
     whose last line is incomplete.
     """
+    from bitscape.engine import origin
+
     for name, value in run.items():
         _check_field(name)
         if name in STAMPED:
@@ -75,7 +78,7 @@ def append_run(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
     here = environment()
     device = {"device": here["gpu"] or f"{here['cpu']}, {here['cores']} cores"}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {**device, **run, "versions": here["versions"], "commit": _commit(), "date": date}
+    line = {**device, **run, "versions": here["versions"], "commit": origin.commit() or "unknown", "date": date}
     _append_line(Path(path), json.dumps(line, allow_nan=False))
     return line
 
@@ -95,9 +98,7 @@ def read_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return runs
 
 
-def missing(
-    runs: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]], keys: Sequence[str]
-) -> list[Mapping[str, Any]]:
+def missing(runs: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> list[Mapping[str, Any]]:
     """Return the `wanted` runs to which no run is equal in all `keys`, in order.
 
     Args:
@@ -187,28 +188,3 @@ def _refuse_constant(constant: str) -> None:
 
 def _damaged(path: Path, number: int, reason: str) -> BitscapeError:
     return BitscapeError(f"{path}, line {number} is damaged: {reason}; delete the line, its run will be done again")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-def _commit() -> str:
-    try:
-        # Fails for an installed copy that merely lies inside another project's checkout.
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
-        commit = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", ":(top,glob)**/*.py")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-dirty" if changed else commit
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

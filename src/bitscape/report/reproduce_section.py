@@ -20,6 +20,7 @@ HOW = (
     "Commands, put together from what the files record. Not recorded, so to be added where they were used: candidates, pins, folders of "
     "weights, settings of training steps; <...> is to be filled in."
 )
+AS_GIVEN = "Commands of trainings as run.json records them: what was given last, so that a run that was continued has --resume in it."
 
 
 class Blank(str):
@@ -31,11 +32,15 @@ def reproduce(material: Material) -> Section:
     files = {each.name: _file_of(each) for each in material.policies}
     searches = [line for each in material.policies if (line := search_command(each.policy, files[each.name]))]
     file_of = {name: files[each.name] for each in material.policies for name in each.names if not each.is_widest}
-    trainings = [train_command(name, run, file_of.get(name, Blank("<policy>"))) for name, run in material.inputs.runs.items()]
+    runs = material.inputs.runs
+    given = [run.command for run in runs.values() if run.command is not None]
+    trainings = [train_command(name, run, file_of.get(name, Blank("<policy>"))) for name, run in runs.items() if run.command is None]
     blocks: list[Block] = []
     if searches or trainings:
         blocks.append(Text(HOW))
-    blocks += [Commands(lines) for lines in (searches, trainings, [material.command] if material.command else []) if lines]
+    blocks += [Commands(lines) for lines in (searches, trainings) if lines]
+    blocks += [Text(AS_GIVEN), Commands(given)] if given else []
+    blocks += [Commands([material.command])] if material.command else []
     columns = ["files", "software", "ran on", "seeds", "commit"]
     blocks.append(Table(caption="Software, hardware, seeds", columns=columns, rows=_origins(material), left=5))
     blocks.append(Text(f"Read: {listed(material.inputs.names)}. Report by bitscape {__version__}."))
@@ -61,7 +66,7 @@ def search_command(policy: Policy, name: str) -> str | None:
 
 
 def train_command(name: str, run: TrainedRun, policy_file: str) -> str:
-    """The training that left a folder, as far as run.json tells."""
+    """The training that left a folder, as far as the settings in run.json tell."""
     source: Mapping[str, Any] = run.policy.provenance if run.policy else {}
     words = ["bitscape", "train", "--model", source.get("model", Blank("<model>")), *_option("--weights", source.get("weights"))]
     words += [*_data_words(run.settings), *_option("--normalize", source.get("normalize"))]
@@ -107,7 +112,8 @@ def _origins(material: Material) -> list[list[str]]:
     found: list[tuple[str, tuple[str, str, str], object]] = []
     for name, run in material.inputs.runs.items():
         software = ", ".join(f"{package} {version}" for package, version in run.versions.items())
-        found.append((name, (software or unknown, run.device or unknown, run.commit or unknown), run.seed))
+        ran_on = ": ".join(filter(None, (run.device, run.hardware)))
+        found.append((name, (software or unknown, ran_on or unknown, run.commit or unknown), run.seed))
     for each in material.policies:
         told = each.policy.provenance
         software = f"bitscape {told['version']}" if "version" in told else unknown

@@ -109,7 +109,8 @@ def _bench(name: str, bench: BenchDocument) -> list[Block]:
     rows = [
         [
             *(row.file, row.runtime, str(row.batch_size), amount(row.file_bytes, "B"), str(row.float_layers)),
-            *(f"{row.cpu_ms:.4g}", f"{row.wall_ms:.4g}", f"{row.images_per_s:,.0f}", f"{row.times_faster:.2f}"),
+            *(f"{row.cpu_ms:.4g}", f"{row.wall_ms:.4g}", f"{row.images_per_s:,.0f}"),
+            NONE if row.times_faster is None else f"{row.times_faster:.2f}",
             *(value(row) or NONE for _, value in kept),
         ]
         for row in bench.rows

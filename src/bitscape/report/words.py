@@ -1,8 +1,6 @@
-"""Numbers as a report writes them."""
+"""Numbers as reports and the command line write them. Imports no torch."""
 
 from collections.abc import Iterable
-
-from bitscape.cost.policy_cost import CAPS
 
 NONE = "-"
 """Stands where a value is not known."""
@@ -15,6 +13,8 @@ NAMES = {
     "peak_activation_bytes": "peak activation bytes",
     "latency_ms": "predicted milliseconds",
 }
+_UNITS = {"bitops": "", "weight_bytes": "B", "peak_activation_bytes": "B"}
+"""Of costs that are written with a prefix."""
 _PREFIXES = ("", "k", "M", "G", "T")
 
 
@@ -30,10 +30,9 @@ def cost_text(kind: str, value: float | None) -> str:
     """A cost in its unit; a dash for none."""
     if value is None:
         return NONE
-    unit = CAPS[kind].unit if kind in CAPS else "bits"
-    if unit in ("", "bytes"):
-        return amount(value, "B" if unit else "")
-    return f"{value:.4g}{NO_BREAK}ms" if unit == "ms" else f"{value:.4g}"
+    if kind in _UNITS:
+        return amount(value, _UNITS[kind])
+    return f"{value:.4g}{NO_BREAK}ms" if kind == "latency_ms" else f"{value:.4g}"
 
 
 def cost_name(kind: str) -> str:

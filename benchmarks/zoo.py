@@ -1,0 +1,154 @@
+"""The networks of the compatibility matrix: families of timm, torchvision and Hugging Face, built with random weights."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.data.batches import IMAGENET, Normalization
+from bitscape.errors import BitscapeError
+from bitscape.models.find import find_model, import_torchvision
+from bitscape.models.preprocessing import image_config
+from bitscape.quant.convert import recalibrate_norms
+
+IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One network."""
+
+    family: str
+    """What it stands for."""
+    size: int
+    """Side of its images in pixels: small where the family allows it, to be quick."""
+    hf: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its Hugging Face configuration; networks of timm and torchvision have none."""
+
+
+def _small(family: str, size: int = 96) -> Entry:
+    return Entry(family=family, size=size)
+
+
+_VIT = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 96, "patch_size": 16}
+ENTRIES: dict[str, Entry] = {
+    "timm:resnet18": _small("ResNet"),
+    "timm:resnet50": _small("ResNet, bottleneck"),
+    "timm:resnetv2_50": _small("ResNet, norms first"),
+    "timm:resnext50_32x4d": _small("ResNeXt"),
+    "timm:seresnet18": _small("SE-ResNet"),
+    "timm:mobilenetv2_100": _small("MobileNetV2"),
+    "timm:mobilenetv3_small_100": _small("MobileNetV3"),
+    "timm:mobilenetv4_conv_small": _small("MobileNetV4"),
+    "timm:mnasnet_100": _small("MnasNet"),
+    "timm:efficientnet_b0": _small("EfficientNet"),
+    "timm:tf_efficientnetv2_b0": _small("EfficientNetV2, padding as in TensorFlow"),
+    "timm:ghostnet_100": _small("GhostNet"),
+    "timm:rexnet_100": _small("ReXNet"),
+    "timm:regnetx_002": _small("RegNetX"),
+    "timm:regnety_002": _small("RegNetY"),
+    "timm:convnext_atto": _small("ConvNeXt"),
+    "timm:convnextv2_atto": _small("ConvNeXtV2"),
+    "timm:vgg11_bn": _small("VGG with norms"),
+    "timm:densenet121": _small("DenseNet"),
+    "timm:inception_v3": _small("Inception", 128),
+    "timm:xception41": _small("Xception"),
+    "timm:repvgg_a0": _small("RepVGG"),
+    "timm:mobileone_s0": _small("MobileOne"),
+    "timm:dla34": _small("DLA"),
+    "timm:hrnet_w18_small": _small("HRNet"),
+    "timm:mixer_s32_224": _small("MLP-Mixer", 224),
+    "timm:poolformer_s12": _small("PoolFormer"),
+    "timm:vit_tiny_patch16_224": _small("ViT", 224),
+    "timm:deit_tiny_patch16_224": _small("DeiT", 224),
+    "timm:deit_tiny_distilled_patch16_224": _small("DeiT, distilled", 224),
+    "timm:swin_tiny_patch4_window7_224": _small("Swin", 224),
+    "timm:swinv2_tiny_window8_256": _small("SwinV2", 256),
+    "timm:levit_128s": _small("LeViT", 224),
+    "timm:mobilevit_xxs": _small("MobileViT", 128),
+    "timm:efficientformer_l1": _small("EfficientFormer", 224),
+    "timm:fastvit_t8": _small("FastViT", 128),
+    "timm:maxvit_rmlp_pico_rw_256": _small("MaxViT", 256),
+    "torchvision:alexnet": _small("AlexNet", 128),
+    "torchvision:resnet18": _small("ResNet"),
+    "torchvision:mobilenet_v2": _small("MobileNetV2"),
+    "torchvision:mobilenet_v3_small": _small("MobileNetV3"),
+    "torchvision:efficientnet_b0": _small("EfficientNet"),
+    "torchvision:convnext_tiny": _small("ConvNeXt"),
+    "torchvision:regnet_y_400mf": _small("RegNetY"),
+    "torchvision:densenet121": _small("DenseNet"),
+    "torchvision:squeezenet1_1": _small("SqueezeNet"),
+    "torchvision:shufflenet_v2_x1_0": _small("ShuffleNetV2"),
+    "torchvision:mnasnet0_5": _small("MnasNet"),
+    "torchvision:googlenet": _small("GoogLeNet"),
+    "torchvision:vit_b_32": _small("ViT", 224),
+    "torchvision:swin_t": _small("Swin"),
+    "hf:vit": Entry(family="ViT", size=96, hf=_VIT),
+    "hf:deit": Entry(family="DeiT", size=96, hf={**_VIT, "architectures": ["DeiTForImageClassification"]}),
+    "hf:beit": Entry(family="BEiT", size=96, hf=_VIT),
+    "hf:dinov2": Entry(family="DINOv2", size=96, hf=_VIT),
+    "hf:swin": Entry(
+        family="Swin", size=96, hf={"image_size": 96, "embed_dim": 48, "depths": [2, 2], "num_heads": [2, 4], "window_size": 6}
+    ),
+    "hf:resnet": Entry(family="ResNet", size=96, hf={"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 128, 256], "layer_type": "basic"}),
+    "hf:mobilenet_v2": Entry(family="MobileNetV2", size=96, hf={"image_size": 96}),
+    "hf:mobilevit": Entry(family="MobileViT", size=128, hf={"image_size": 128, "hidden_sizes": [48, 64, 80]}),
+    "hf:convnext": Entry(family="ConvNeXt", size=96, hf={"depths": [2, 2, 2, 2], "hidden_sizes": [24, 48, 96, 192]}),
+    "hf:regnet": Entry(family="RegNet", size=96, hf={"depths": [1, 2, 2, 1], "hidden_sizes": [32, 64, 128, 256], "groups_width": 16}),
+    "hf:efficientnet": Entry(family="EfficientNet", size=96, hf={"image_size": 96, "width_coefficient": 1.0, "depth_coefficient": 1.0}),
+    "hf:levit": Entry(family="LeViT", size=224, hf={"architectures": ["LevitForImageClassification"]}),
+    "hf:pvt": Entry(family="PVT", size=96, hf={"image_size": 96}),
+}
+"""Name -> network; `hf:` is followed by the type of a configuration."""
+
+
+def build(name: str, folder: Path) -> tuple[str, nn.Module]:
+    """Build the network with random weights and return it after the name that finds it; `folder` is for what that name needs."""
+    entry = ENTRIES[name]
+    torch.manual_seed(0)
+    found = _configured(name.removeprefix("hf:"), entry, folder) if entry.hf else name
+    network = find_model(found).eval()
+    _enliven(network)
+    # In eval mode a deep random network drifts off unless its norms know just these images.
+    recalibrate_norms(network, normalization_of(network).apply(images(entry.size)))
+    return found, network
+
+
+def normalization_of(network: nn.Module) -> Normalization:
+    """What the network's own configuration says, else ImageNet's."""
+    try:
+        own = image_config(network)
+    except BitscapeError:
+        return IMAGENET
+    return Normalization(own.mean, own.std)
+
+
+def images(size: int) -> Tensor:
+    """Colored clouds: uint8 (16, 3, size, size)."""
+    coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(coarse, size, mode="bicubic").mul(255).clamp(0, 255).to(torch.uint8)
+
+
+def _configured(kind: str, entry: Entry, folder: Path) -> str:
+    """Save a network of a Hugging Face configuration as the hub has them, and return its name."""
+    with suppress(BitscapeError):  # where it is installed, transformers imports it
+        import_torchvision()
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind, num_labels=1000, **entry.hf)
+    transformers.AutoModelForImageClassification.from_config(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": entry.size, "width": entry.size}).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@torch.no_grad()
+def _enliven(network: nn.Module) -> None:
+    """Redraw parameters that start out constant: networks whose branches end in zeros compute next to nothing."""
+    for name, parameter in network.named_parameters():
+        if parameter.min() == parameter.max():
+            is_shift = name.endswith(("bias", "beta", "token", "embed", "embeddings"))
+            parameter.normal_(0, 0.1) if is_shift else parameter.uniform_(0.5, 1.5)

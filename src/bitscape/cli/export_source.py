@@ -1,0 +1,93 @@
+"""What `bitscape export` writes: the network, quantized as the options say, its policy and the images of --calibration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitscape.cli.evaluate import calibration_options
+from bitscape.cli.network import ImageSettings, calibrated, load_network, load_trained, normalized_images
+from bitscape.cli.options import FILE, FOLDER, all_of, image_options, network_options
+from bitscape.cli.packed import load_packed_network
+from bitscape.errors import BitscapeError
+from bitscape.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bitscape.export.integer_graph import IntegerNetwork
+
+source_options = all_of(
+    network_options,
+    image_options,
+    click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration."),
+    calibration_options,
+    click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there."),
+)
+packed_option = click.option("--packed", type=FILE, metavar="FILE", help="Instead: a packed file of this network.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """What the options name."""
+
+    float_network: "nn.Module"
+    network: "nn.Module"
+    """Quantized."""
+    policy: Policy
+    images: "Tensor | None"
+    """Of --calibration, normalized."""
+    folded: bool
+    """Whether the quantized network's norms were folded before it was quantized."""
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "ExportSource":
+        """Load the network and quantize it. Raises BitscapeError for options that do not go together."""
+        policy_file, checkpoint, packed = options["policy_file"], options["checkpoint"], options.get("packed")
+        if sum(option is not None for option in (policy_file, checkpoint, packed)) != 1:
+            others = "--checkpoint or --packed" if "packed" in options else "or --checkpoint"
+            raise BitscapeError(f"give --policy with --calibration, {others}; exactly one of them")
+        if policy_file is not None and options["calibration"] is None:
+            raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+        if options["repair"] and policy_file is None:
+            raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
+        network = load_network(options["model"], options["weights"], options["device"], options["seed"])
+        settings = ImageSettings(input_size=options["input_size"], normalize=options["normalize"]).of_model(network)
+        images = None
+        if options["calibration"] is not None:
+            images = normalized_images(options["calibration"], options["calibration_images"], settings, options["seed"], network)
+        quantized, policy, folded = _quantized(network, images, policy_file, checkpoint, packed, options["repair"])
+        return cls(float_network=network, network=quantized, policy=policy, images=images, folded=folded)
+
+    def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
+        """Bring the network into integer form, on the CPU; the images, too."""
+        from bitscape.export.integer_graph import integer_network
+
+        images = self.required_images()
+        return integer_network(self.network.cpu(), images), images
+
+    def required_images(self) -> "Tensor":
+        """The images of --calibration, on the CPU."""
+        if self.images is None:
+            raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
+        return self.images.cpu()
+
+
+def _quantized(
+    network: "nn.Module", images: "Tensor | None", policy_file: Path | None, checkpoint: Path | None, packed: Path | None, repair: bool
+) -> tuple["nn.Module", Policy, bool]:
+    """The quantized network, its policy, and whether norms were folded."""
+    if policy_file is not None:
+        assert images is not None
+        policy = Policy.load(policy_file)
+        return calibrated(network, policy, images, repair=repair), policy, repair
+    if packed is not None:
+        if images is None:
+            raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
+        return (*load_packed_network(packed, network, tuple(images.shape[1:])), False)
+    assert checkpoint is not None
+    quantized, found = load_trained(network, checkpoint)
+    if found is None:
+        raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
+    return quantized, found, False

@@ -1,0 +1,109 @@
+import json
+import sys
+
+import pytest
+
+from benchmarks import compatibility, zoo
+from benchmarks.compatibility import PARTS, measure, travel
+from benchmarks.compatibility_summaries import compatibility as table
+from benchmarks.zoo import Entry, images
+from bitscape.errors import BitscapeError
+
+SOURCE = """
+from torch import nn
+
+def net():
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), *head)
+"""
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path) -> str:
+    (tmp_path / "net.py").write_text(SOURCE)
+    name = f"{tmp_path}/net.py:net"
+    monkeypatch.setitem(zoo.ENTRIES, name, Entry(family="small", size=12))
+    return name
+
+
+def ended(run: dict, part: str) -> str:
+    return run["extra"]["parts"][part]["outcome"]
+
+
+def test_a_network_goes_all_the_way(small):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    found = {result["part"]: result for result in travel(small)}
+    assert list(found) == list(PARTS)
+    assert {name: result["outcome"] for name, result in found.items()} == dict.fromkeys(PARTS, "works"), found
+    assert found["cost"]["counted_macs"] == 1 and found["search"]["mean_weight_bits"] <= 8
+
+
+def test_a_part_that_others_need_ends_the_way(small, monkeypatch):
+    def refuse(self):
+        raise BitscapeError("layer conv: not today")
+
+    monkeypatch.setattr(compatibility.Journey, "search", refuse)
+    *_, last = travel(small)
+    assert (last["part"], last["outcome"], last["reason"]) == ("search", "refused", "layer conv: not today")
+
+
+def test_a_crash_is_told_from_a_refusal_and_the_way_goes_on(small, monkeypatch):
+    def crash(self):
+        raise KeyError("val_13")
+
+    monkeypatch.setattr(compatibility.Journey, "train", crash)
+    monkeypatch.setattr(compatibility.Journey, "_export", lambda self, kind, name: {})
+    found = {result["part"]: result for result in travel(small)}
+    assert found["train"]["outcome"] == "fails" and "val_13" in found["train"]["reason"]
+    assert found["openvino"]["outcome"] == "works"
+
+
+def stub_process(monkeypatch, *parts: str, code: int) -> None:
+    """Let the process print these parts, all of them working, and end."""
+    lines = "".join(json.dumps({"part": part, "outcome": "works"}) + "\\n" for part in parts)
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    real = compatibility.subprocess.run
+
+    def run(command, **settings):
+        return real(["/bin/sh", "-c", f"printf '{lines}'; exit {code}"], **settings)
+
+    monkeypatch.setattr(compatibility.subprocess, "run", run)
+
+
+@pytest.mark.parametrize("reached", [0, 1, 4])
+def test_the_part_in_which_the_process_ends_fails(small, monkeypatch, reached):
+    stub_process(monkeypatch, *PARTS[:reached], code=139)
+    run = measure({"network": small, "seed": 0})
+    assert [ended(run, part) for part in PARTS[: reached + 1]] == ["works"] * reached + ["fails"]
+    assert "139" in run["extra"]["parts"][PARTS[reached]]["reason"]
+
+
+def test_a_process_that_does_all_parts_fails_none(small, monkeypatch):
+    stub_process(monkeypatch, *PARTS, code=0)
+    assert {ended(measure({"network": small}), part) for part in PARTS} == {"works"}
+
+
+def test_images_are_the_same_each_time_and_fill_the_range():
+    first = images(32)
+    assert first.shape == (16, 3, 32, 32) and first.float().std() > 40
+    assert first.equal(images(32))
+
+
+def a_run(network: str, **parts: dict) -> dict:
+    cost = {"outcome": "works", "layers": 21, "counted_macs": 0.987}
+    return {"network": network, "extra": {"family": "Net", "size": 96, "parts": {"build": {"outcome": "works"}, "cost": cost, **parts}}}
+
+
+def test_the_table_numbers_each_reason_once_and_counts_what_works():
+    works, refused = {"outcome": "works"}, {"outcome": "refused", "reason": "layer a | b:\nnot so"}
+    done = dict.fromkeys(("search", "train", "packed", "onnx"), works)
+    rows, _, reason = table([a_run("timm:a", **done, openvino=refused), a_run("timm:b", **{**done, "openvino": refused})]).partition("\n\n")
+    assert rows.splitlines()[2] == "| `timm:a` | Net | 96 | 21 | 99 % | yes | yes | yes | yes | refused (1) |"
+    assert rows.splitlines()[-1].endswith("| 2 of 2 | 2 of 2 | 2 of 2 | 2 of 2 | 0 of 2 |")
+    assert reason == "1. layer a / b: not so"
+
+
+def test_parts_that_were_not_tried_name_the_part_that_stopped_them():
+    text = table([a_run("timm:a", search={"outcome": "fails", "reason": "no"})])
+    assert "| fails (1) | fails (1) | fails (1) | fails (1) | fails (1) |" in text

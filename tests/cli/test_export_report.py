@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitscape.cli.export_report import report_agreement, report_file
+from bitscape.cli.export_source import ExportSource
+from bitscape.errors import BitscapeError
+from bitscape.export.integer_execution import run_integers
+from bitscape.export.integer_graph import IntegerNetwork, integer_network
+from tests.export.networks import images, policy_for, quantized
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[ExportSource, IntegerNetwork]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    policy, ready = policy_for(network, [(4, 8)]), quantized(network, bits=[(4, 8)])
+    return ExportSource(float_network=network, network=ready, policy=policy, images=images(), folded=False), integer_network(
+        ready, images()
+    )
+
+
+class Answering:
+    """A session whose outputs are those of exact integers, but for the classes of so many images."""
+
+    def __init__(self, network: IntegerNetwork, wrong: int) -> None:
+        self.network, self.wrong = network, wrong
+
+    def run(self, x: np.ndarray) -> list[np.ndarray]:
+        outputs: Tensor = run_integers(self.network, torch.from_numpy(x))
+        outputs[: self.wrong] *= -1
+        return [outputs.numpy()]
+
+
+def test_bytes_of_a_file_by_hand(case, capsys):
+    report_file(*case, 700 + 72, 1000, Path("net.onnx"))
+    rows = {name.strip(): count for name, _, count in (line.rpartition(" ") for line in capsys.readouterr().out.splitlines())}
+    assert rows["weights, as the policy's bits"] == str((4 * 3 + 5 * 256) * 4 // 8)
+    assert rows["of it scales and biases"] == str(4 * 2 * (4 + 5))
+    assert (rows["weights, scales and biases, in the file"], rows["graph"], rows["file"]) == ("772", "228", "1,000")
+    assert rows["float32 tensors"] == f"{4 * (4 * 3 + 4 + 5 * 256 + 5):,}"
+
+
+def test_a_runtime_that_gives_other_classes_is_refused(case, capsys):
+    source, network = case
+    report_agreement(source, network, images(16), Answering(network, 3), "some runtime 1.0")
+    assert "class of the exact integer network on 81.2 %, equal to the\nlast bit on 81.2 %" in capsys.readouterr().out
+    with pytest.raises(
+        BitscapeError, match=r"some runtime 1\.0 gives the class of the exact integer network on 75\.0 % of the images only"
+    ):
+        report_agreement(source, network, images(16), Answering(network, 4), "some runtime 1.0")
