@@ -1,9 +1,7 @@
 """What `bitscape export` prints of a file: its bytes, its containers, and how a runtime's results agree with exact integers."""
 
 import math
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from bitscape.export.integer_graph import IntegerNetwork
     from bitscape.export.packed import PackedInfo
     from bitscape.export.parity import ParityReport
-    from bitscape.export.runtime import OpenVino, Session
+    from bitscape.export.runtime import Session
 
 BATCH = 32
 LEAST_SAME_CLASS = 0.8
@@ -71,19 +69,6 @@ def report_containers(containers: dict[str, int], policy: Policy, profile: str) 
     if floats := [name for name in policy.layers if name not in containers]:
         click.echo(f"in float: {', '.join(floats)}")
     click.echo(PROFILES[profile].note(policy))
-
-
-def parity_of_layers(network: "IntegerNetwork", images: "Tensor", runtime: "OpenVino") -> "ParityReport":
-    """Parity of an ONNX file with the same layers: OpenVINO's own files cannot be asked for codes between layers without changing them.
-
-    Whether a layer runs in float there says nothing of OpenVINO's own file, and is left out.
-    """
-    from bitscape.export.onnx_qdq import PORTABLE, write_onnx
-    from bitscape.export.parity import check_parity
-
-    with tempfile.TemporaryDirectory() as folder:
-        info = write_onnx(network, Path(folder) / "layers.onnx", images, containers=PORTABLE)
-        return replace(check_parity(info.path, images[:PARITY_IMAGES].numpy(), runtime), float_layers=())
 
 
 def report_parity(report: "ParityReport", allowed: float) -> None:

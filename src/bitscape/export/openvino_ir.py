@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,13 @@ from bitscape.files import write_atomic
 _log = logging.getLogger("bitscape.export")
 CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
-ROUNDED = {"Convolution", "GroupConvolution", "MatMul", "Add", "FakeQuantize", "Concat"}
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+"""What layers become."""
+ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat"}
 """Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly. Behind
 other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
+LAYER_NAME = re.compile("[:/]")
+"""What follows a layer's name in that of a node: the number of its use, and which of its two nodes it is."""
 DEQUANTIZER = {"Multiply", "Subtract", "Convert", "Minimum", "Maximum"}
 """What OpenVINO makes of a DequantizeLinear and the Clip of codes in front of it."""
 
@@ -259,9 +263,32 @@ def _hold_factors(node: Any) -> None:
 
 
 def _rename(model: Any, network: IntegerNetwork) -> None:
-    """Number the nodes that are no layers: OpenVINO's own numbers go on through a process, and the same network must give the same file."""
-    layers = set(map(layer_of, network.weights))
-    for index, node in enumerate(model.get_ordered_ops()):
-        is_named = node.get_friendly_name().partition("/")[0] in layers or _weight_key(node, network) is not None
-        if not is_named and node.get_type_name() not in ("Parameter", "Result"):
+    """Give nodes names that tell their layer, or number them.
+
+    OpenVINO's own numbers go on through a process, and the same network must give the same file. Of a layer's nodes it keeps a name,
+    so those from its product to its quantizer all have the layer's.
+    """
+    layers, made = set(map(layer_of, network.weights)), 0
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
+    kept = {node.get_friendly_name() for node in nodes if LAYER_NAME.split(node.get_friendly_name())[0] in layers}
+    for node in nodes:
+        name = node.get_friendly_name()
+        if name in kept:
+            for behind in _until_quantized(node):
+                if behind.get_friendly_name() not in kept:
+                    made += 1
+                    behind.set_friendly_name(f"{name.partition('/')[0]}/{made}")
+                    kept.add(behind.get_friendly_name())
+    for index, node in enumerate(nodes):
+        if node.get_friendly_name() not in kept and _weight_key(node, network) is None:
             node.set_friendly_name(f"n{index}")
+
+
+def _until_quantized(node: Any) -> Iterator[Any]:
+    """What alone takes the node's results, and so on, to the next quantizer."""
+    while node.get_type_name() != "FakeQuantize":
+        users = [target.get_node() for target in node.output(0).get_target_inputs()] if node.get_output_size() == 1 else []
+        if len(users) != 1 or users[0].get_type_name() in (*PRODUCTS, "Result"):
+            return
+        node = users[0]
+        yield node

@@ -11,7 +11,7 @@ and y is the rounding of what they add up to.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,22 +167,23 @@ def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime |
         raise BitscapeError(f"{os.fspath(path)}: it has no layer of integer weights; give a file of `bitscape export onnx`")
     content, names = _with_outputs(model, layers)
     session = runtime.open(content)
+    compared = compare_layers(layers, images, lambda batch: dict(zip(names, session.run(batch), strict=True)))
+    in_float = {node.name for node in model.graph.node} - {layer.name for layer in layers}  # in the file, too
+    found = tuple(name for name in runtime.open(path).float_layers() if name not in in_float)
+    return ParityReport(runtime=runtime.version, layers=compared, float_layers=found)
+
+
+def compare_layers(layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]]) -> tuple[LayerParity, ...]:
+    """Compare every layer with the reference; `run` returns, for some images, the inputs and outputs that the layers name."""
     counts = {layer.name: [0, 0, 0] for layer in layers}
     for start in range(0, len(images), IMAGES_AT_ONCE):
-        tensors = dict(zip(names, session.run(images[start : start + IMAGES_AT_ONCE]), strict=True))
+        tensors = run(images[start : start + IMAGES_AT_ONCE])
         for layer in layers:
-            _compare(layer, tensors, counts[layer.name])
-    compared = (LayerParity(name=name, codes=n, differing=d, largest=m) for name, (n, d, m) in counts.items())
-    in_float = {node.name for node in model.graph.node} - set(counts)  # in the file, too
-    found = tuple(name for name in runtime.open(path).float_layers() if name not in in_float)
-    return ParityReport(runtime=runtime.version, layers=tuple(compared), float_layers=found)
-
-
-def _compare(layer: FileLayer, tensors: dict[str, Array], counts: list[int]) -> None:
-    difference = layer.difference(tensors[layer.input], tensors[layer.output])
-    counts[0] += difference.size
-    counts[1] += int(np.count_nonzero(difference))
-    counts[2] = max(counts[2], int(difference.max()))
+            difference, count = layer.difference(tensors[layer.input], tensors[layer.output]), counts[layer.name]
+            count[0] += difference.size
+            count[1] += int(np.count_nonzero(difference))
+            count[2] = max(count[2], int(difference.max()))
+    return tuple(LayerParity(name=name, codes=n, differing=d, largest=m) for name, (n, d, m) in counts.items())
 
 
 def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> tuple[bytes, list[str]]:

@@ -141,7 +141,9 @@ class OpenVinoSession:
             information = node.get_rt_info()
             kind, precision = (information[key].astype(str) for key in ("layerType", "runtimePrecision"))
             if kind in ("Convolution", "FullyConnected", "MatMul") and precision in _FLOAT_PRECISIONS:
-                found.append(node.get_friendly_name().partition("/")[0])  # behind it stands what OpenVINO made of the layer
+                parts = information["originalLayersNames"].astype(str).split(",")  # the node's own name may be new
+                name = next((part for part in parts if "/" in part), node.get_friendly_name())
+                found.append(name.partition("/")[0])  # behind it stands what OpenVINO made of the layer
         return found
 
 
