@@ -31,6 +31,7 @@ from bitscape.cli.app import commands
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
+from bitscape.models.attention import with_split_attention
 from bitscape.models.find import save_weights
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.report.records import missing, read_runs
@@ -63,7 +64,7 @@ class Journey:
 
     def cost(self) -> Mapping[str, Any]:
         """Count layers and multiplications, and those that bits do not reach."""
-        self.layers = measure_layers(self.network, (3, self.size, self.size))
+        self.layers = measure_layers(with_split_attention(self.network), (3, self.size, self.size))
         counted = self.layers.covered_macs / self.layers.total_macs
         return {"layers": len(self.layers.layers), "never_called": len(self.layers.uncalled), "counted_macs": counted}
 

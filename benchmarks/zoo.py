@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.data.batches import IMAGENET, Normalization
 from bitscape.errors import BitscapeError
@@ -68,6 +69,8 @@ ENTRIES: dict[str, Entry] = {
     "timm:deit_tiny_distilled_patch16_224": _small("DeiT, distilled", 224),
     "timm:swin_tiny_patch4_window7_224": _small("Swin", 224),
     "timm:swinv2_tiny_window8_256": _small("SwinV2", 256),
+    "timm:beit_base_patch16_224": _small("BEiT", 224),
+    "timm:eva02_tiny_patch14_224": _small("EVA-02", 224),
     "timm:levit_128s": _small("LeViT", 224),
     "timm:mobilevit_xxs": _small("MobileViT", 128),
     "timm:efficientformer_l1": _small("EfficientFormer", 224),
@@ -99,8 +102,9 @@ ENTRIES: dict[str, Entry] = {
     "hf:mobilevit": Entry(family="MobileViT", size=128, hf={"image_size": 128, "hidden_sizes": [48, 64, 80]}),
     "hf:convnext": Entry(family="ConvNeXt", size=96, hf={"depths": [2, 2, 2, 2], "hidden_sizes": [24, 48, 96, 192]}),
     "hf:regnet": Entry(family="RegNet", size=96, hf={"depths": [1, 2, 2, 1], "hidden_sizes": [32, 64, 128, 256], "groups_width": 16}),
-    "hf:efficientnet": Entry(family="EfficientNet", size=96, hf={"image_size": 96, "width_coefficient": 1.0, "depth_coefficient": 1.0}),
-    "hf:levit": Entry(family="LeViT", size=224, hf={"architectures": ["LevitForImageClassification"]}),
+    "hf:efficientnet": Entry(
+        family="EfficientNet", size=96, hf={"image_size": 96, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+    ),
     "hf:pvt": Entry(family="PVT", size=96, hf={"image_size": 96}),
 }
 """Name -> network; `hf:` is followed by the type of a configuration."""
@@ -113,9 +117,19 @@ def build(name: str, folder: Path) -> tuple[str, nn.Module]:
     found = _configured(name.removeprefix("hf:"), entry, folder) if entry.hf else name
     network = find_model(found).eval()
     _enliven(network)
-    # In eval mode a deep random network drifts off unless its norms know just these images.
-    recalibrate_norms(network, normalization_of(network).apply(images(entry.size)))
+    _settle_norms(network, normalization_of(network).apply(images(entry.size)))
     return found, network
+
+
+def _settle_norms(network: nn.Module, x: Tensor) -> None:
+    """Let the norms know just these images, else a deep random network drifts off in eval mode.
+
+    What hardly varies among so few images is not blown up to unit variance: behind such norms all is noise.
+    """
+    recalibrate_norms(network, x)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
+            module.running_var.copy_(module.running_var.maximum(0.1 * module.running_mean.square()))
 
 
 def normalization_of(network: nn.Module) -> Normalization:
@@ -128,9 +142,11 @@ def normalization_of(network: nn.Module) -> Normalization:
 
 
 def images(size: int) -> Tensor:
-    """Colored clouds: uint8 (16, 3, size, size)."""
-    coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return nn.functional.interpolate(coarse, size, mode="bicubic").mul(255).clamp(0, 255).to(torch.uint8)
+    """Colored clouds, from few and large to many and small ones: uint8 (16, 3, size, size)."""
+    generator = torch.Generator().manual_seed(0)
+    clouds = [torch.rand(1, 3, 2 + n, 2 + n, generator=generator) for n in range(IMAGES)]
+    grown = torch.cat([nn.functional.interpolate(cloud, size, mode="bicubic") for cloud in clouds])
+    return grown.mul(255).clamp(0, 255).to(torch.uint8)
 
 
 def _configured(kind: str, entry: Entry, folder: Path) -> str:
@@ -147,8 +163,12 @@ def _configured(kind: str, entry: Entry, folder: Path) -> str:
 
 @torch.no_grad()
 def _enliven(network: nn.Module) -> None:
-    """Redraw parameters that start out constant: networks whose branches end in zeros compute next to nothing."""
+    """Redraw parameters that start out constant: networks whose branches end in zeros compute next to nothing.
+
+    Gently: a deep network of strong branches is chaotic, and tells nothing of rounding.
+    """
     for name, parameter in network.named_parameters():
         if parameter.min() == parameter.max():
-            is_shift = name.endswith(("bias", "beta", "token", "embed", "embeddings"))
-            parameter.normal_(0, 0.1) if is_shift else parameter.uniform_(0.5, 1.5)
+            is_scale = parameter.flatten()[0] != 0 or name.endswith(("weight", "gamma"))
+            strength = 1.0 if parameter.flatten()[0] == 1 else 0.2
+            parameter.uniform_(0.5 * strength, 1.5 * strength) if is_scale else parameter.normal_(0, 0.1)

@@ -34,7 +34,7 @@ def prefixed(place: object) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another package says first; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

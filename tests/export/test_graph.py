@@ -199,3 +199,21 @@ def test_functional_forms_keep_values_apart():
     network = quantized(Applied(forward, conv=nn.Conv2d(3, 2, 1)))
     with torch.no_grad():
         assert torch.equal(trace(network, images(2)).module(images(3)), network(images(3)))
+
+
+def test_padding_by_nothing_is_left_out():
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, [0, 0, 0, 0]))
+
+    network = quantized(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Padded(8, 8, 1), nn.Flatten(), nn.Linear(512, 5)))
+    traced = trace(network, images(2))
+    assert not [node for node in traced.module.graph.nodes if "pad" in str(node.target)]
+    with torch.no_grad():
+        assert torch.equal(traced.module(images(3)), network(images(3)))
+
+
+def test_views_become_reshapes():
+    network = quantized(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(512, 5)))
+    targets = {str(node.target) for node in trace(network, images(2)).module.graph.nodes}
+    assert "aten.reshape.default" in targets and "aten.view.default" not in targets

@@ -14,7 +14,7 @@ from bitscape.export.integer_graph import (
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
-from tests.export.networks import ZOO, Applied, SameConv2d, StandardConv2d, head, images, integers, quantized
+from tests.export.networks import ZOO, Applied, SameConv2d, StandardConv2d, head, images, integers, made, quantized
 from tests.networks import conv_norm
 
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(restore_scale=False), Liq()]
@@ -116,7 +116,21 @@ class TestFloatLayers:
         with caplog.at_level(logging.WARNING, "bitscape.export"):
             integer = integer_network(network, images())
         assert set(integer.weights) == {"0.weight", "10.weight"}
-        assert [record.args for record in caplog.records] == [("2.weight",), ("4.weight",), ("6.weight",)]
+        assert [record.args for record in caplog.records] == [("2",), ("4",), ("6",)]
+        with torch.no_grad():
+            torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
+
+    def test_a_layer_whose_input_is_the_same_for_every_image_stays_float(self, caplog):
+        def forward(net, x):
+            bias = net.late(net.early(net.table.weight).relu())
+            return net.head(net.stem(x).relu().mean((2, 3)) + bias)
+
+        layers = {"stem": nn.Conv2d(3, 8, 3), "table": nn.Embedding(1, 4), "early": nn.Linear(4, 6), "late": nn.Linear(6, 8)}
+        network = quantized(made(lambda: Applied(forward, **layers, head=nn.Linear(8, 5))), bits=[(8, 8)])
+        with caplog.at_level(logging.WARNING, "bitscape.export"):
+            integer = integer_network(network, images())
+        assert set(integer.weights) == {"stem.weight", "head.weight"}
+        assert [record.args for record in caplog.records] == [("early",), ("late",)]
         with torch.no_grad():
             torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
 

@@ -258,6 +258,41 @@ class ShiftedWindowAttention(nn.Module):
         return nn.functional.linear((q @ k.mT).softmax(-1) @ v, self.proj.weight, self.proj.bias)
 
 
+class BiasedAttention(nn.Module):
+    """What the attention of timm's BEiT does: the bias of `qkv` is put together from parts, `proj` is called."""
+
+    __module__ = "timm.models.beit"
+
+    def __init__(self, *, biased: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(E, 3 * E, bias=False), nn.Linear(E, E)
+        self.parts = nn.ParameterList(torch.randn(E) for _ in range(3)) if biased else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = None if self.parts is None else torch.cat(list(self.parts))
+        joined = self.qkv(x) if bias is None else nn.functional.linear(x, weight=self.qkv.weight, bias=bias)
+        q, k, v = joined.chunk(3, dim=-1)
+        scores = q @ k.mT if mask is None else q @ k.mT + mask
+        return self.proj(scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_layer_is_called_once_also_where_some_were_called_before(biased: bool):
+    torch.manual_seed(0)
+    original = nn.Sequential(BiasedAttention(biased=biased))
+    called, x, counts = with_split_attention(original), torch.randn(N, L, E), {"qkv": 0, "proj": 0}
+    torch.testing.assert_close(called(x), original(x))
+    torch.testing.assert_close(called[0](x, mask=torch.ones(L, L).tril()), original[0](x, mask=torch.ones(L, L).tril()))
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    for name in counts:
+        called[0].get_submodule(name).register_forward_hook(lambda *_, name=name: count(name))
+    called(x)
+    assert counts == {"qkv": 1, "proj": 1}
+
+
 @pytest.mark.parametrize("clears", [False, True])
 def test_a_module_that_reads_weights_calls_its_layers_instead(clears: bool):
     torch.manual_seed(0)

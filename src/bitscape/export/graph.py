@@ -27,6 +27,8 @@ _log = logging.getLogger("bitscape.export")
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
 LINEAR = aten.linear.default
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         program = export_program(model, images, otherwise=", or use `bitscape export packed`, which needs no tracing")
         # Functional form: without in-place operators, one value has one name.
         module = program.run_decompositions({}).module()
-    _without_guards(module)
+    _tidy(module)
     _use_first_names(model, module)
     _warn_of_lost(codes, module)
     return Traced(module, codes, bits)
@@ -212,9 +214,17 @@ def activation_grid(quantizer: nn.Module) -> ActivationGrid:
     return ActivationGrid(scale=scale, zero_point=float(zero_point), qmin=qmin, qmax=qmax)
 
 
-def _without_guards(module: fx.GraphModule) -> None:
-    """Take out torch.export's check of the input's shape: the graph will be changed and exported again."""
+def _tidy(module: fx.GraphModule) -> None:
+    """Make the graph one that can be changed and exported again.
+
+    torch.export's check of the input's shape goes, and padding by nothing, which keeps runtimes from their integer kernels. A view asks for
+    strides that the tensor may not have the second time; a reshape does not.
+    """
     for node in list(module.graph.nodes):
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
+        if node.target in PADDINGS and not any(node.args[1]):
+            node.replace_all_uses_with(node.args[0])
         if node.op == "call_module" and not node.users:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError, prefixed
-from bitscape.export.graph import ActivationGrid, Traced, grid_of, is_quantizer, set_grid, trace
+from bitscape.export.graph import ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.export.integer_weights import IntegerWeight, integer_bias, integer_weight, write_back
 from bitscape.export.norms import fold_norms
 from bitscape.export.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
@@ -78,14 +78,23 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
 
 
 def _of_integers(traced: Traced) -> Traced:
-    """Without the codes of layers that are to stay float, for their own forward changes the weight or the quantized input."""
-    floats = set()
+    """Without the codes of layers that are to stay float.
+
+    Their own forward changes the weight or the quantized input; or nothing in the input is of the image (tables of positions), and runtimes
+    compute them once, when the file is loaded.
+    """
+    floats, of_images = set(), set(traced.module.graph.find_nodes(op="placeholder"))
     for node in traced.module.graph.nodes:
+        if of_images.intersection(node.all_input_nodes):
+            of_images.add(node)
+        elif (key := traced.weight_name(node)) is not None:
+            floats.add(key)
+            _log.warning("layer %s: its input is the same for every image; it stays float", layer_of(key))
         if node.op == "get_attr" and node.target in traced.codes:
             layers = [user for user in node.users if traced.weight_name(user) and quantized_source(user.all_input_nodes[0]) is not None]
             if len(layers) < len(node.users):
                 floats.add(node.target)
-                _log.warning("layer %s: its forward changes the quantized weight or input; it stays float", node.target)
+                _log.warning("layer %s: its forward changes the quantized weight or input; it stays float", layer_of(node.target))
     return replace(traced, codes={key: codes for key, codes in traced.codes.items() if key not in floats})
 
 

@@ -27,22 +27,31 @@ def onnx_graph(
         free_batch: leave the batch size open; otherwise it is that of `images`.
 
     Raises:
-        BitscapeError: the packages of the extra "onnx" are missing.
+        BitscapeError: the packages of the extra "onnx" are missing, or torch.onnx does not know an operator of the graph.
     """
     with needs_extra("onnx"):
         import onnxscript  # noqa: F401 # torch.onnx needs it
-    with quiet():
-        program = torch.onnx.export(
-            module,
-            (images,),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["images"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},) if free_batch else None,
-            custom_translation_table=dict(operators),
-            verbose=False,
-            optimize=True,
-        )
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if free_batch else None,
+                custom_translation_table=dict(operators),
+                verbose=False,
+                optimize=True,
+            )
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise BitscapeError(
+            f"network: torch.onnx cannot write it ({type(cause).__name__}: {first_line(cause)}); use `bitscape export packed`, which "
+            "needs no graph"
+        ) from error
     assert program is not None
     model: ir.Model = program.model
     return model

@@ -2,7 +2,8 @@
 
 `nn.MultiheadAttention` keeps one bare parameter for the query, key and value projections and reads `out_proj.weight`
 without calling `out_proj`: a layer put in its place never runs. `split_attention` swaps the module; outputs stay equal.
-The windowed attention of torchvision's Swin hands the weights of its layers to a function: it is made to call them.
+The attention of torchvision's Swin, and of timm's SwinV2, BEiT and EVA, hands the weights of its layers to functions: it
+is made to call the layers.
 """
 
 import copy
@@ -20,6 +21,15 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import replace_module
 
 _log = logging.getLogger("bitscape.models")
+
+
+_READ_WEIGHTS = {
+    "torchvision.models.swin_transformer": False,
+    "timm.models.swin_transformer_v2": True,
+    "timm.models.beit": True,
+    "timm.models.eva": True,
+}
+"""Modules of Python whose attention hands the weights of its layers to functions -> whether it calls some of its layers, too."""
 
 
 class SplitAttention(nn.Module):
@@ -96,8 +106,8 @@ class SplitAttention(nn.Module):
 def split_attention(model: nn.Module) -> nn.Module:
     """Replace every nn.MultiheadAttention of `model` by a SplitAttention, in place, and return the model.
 
-    torchvision's ShiftedWindowAttention, and its second version, are changed into modules that call their layers. When
-    `model` is itself an nn.MultiheadAttention, its replacement is returned. A second call changes nothing. Subclasses of
+    Attention of torchvision and timm that reads its layers' weights is changed so that it calls the layers. When `model`
+    is itself an nn.MultiheadAttention, its replacement is returned. A second call changes nothing. Subclasses of
     nn.MultiheadAttention may compute something else: they are left as they are, and logged. The projections become
     new parameters, so build optimizers afterwards. Raises BitscapeError for add_bias_kv and add_zero_attn.
     """
@@ -117,8 +127,7 @@ def split_attention(model: nn.Module) -> nn.Module:
 
 
 def _reads_weights(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith("ShiftedWindowAttention")
+    return type(module).__module__ in _READ_WEIGHTS and "Attention" in type(module).__name__
 
 
 def _projections(original: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -189,29 +198,43 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 
 
 class _LayersCalled(TorchFunctionMode):
-    """Where a function multiplies by the weight of one of `layers`, the layer is called instead."""
+    """Where a function multiplies by the weight of one of `layers`, the layer is called instead; not where the layer itself does so."""
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module], never_called: bool) -> None:
         super().__init__()
         self.layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self.never_called = never_called
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        layer = next((layer for layer in self.layers if func is F.linear and args[1] is layer.weight), None)
-        if layer is None:
-            return func(*args, **(kwargs or {}))
-        _, _, bias = args
-        # The second Swin clears a part of the bias first.
-        return layer(args[0]) if bias is layer.bias else layer(args[0]) + (bias - layer.bias)
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
+            layer = next((layer for layer in self.layers if weight is layer.weight), None)
+            if layer is not None and (self.never_called or bias is not layer.bias):
+                return _with_bias(layer, x, bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _with_bias(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layer makes of `x`, with another bias than its own."""
+    output: Tensor = layer(x)
+    if bias is layer.bias:
+        return output
+    difference = (0 if bias is None else bias) - (0 if layer.bias is None else layer.bias)
+    return output + difference
 
 
 @cache
 def _calling_layers(kind: Any) -> type[nn.Module]:
     """The class with a forward that calls the layers whose weights it reads."""
+    never_called = not _READ_WEIGHTS[kind.__module__]
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        with _LayersCalled(self.children()):
-            output: Tensor = kind.forward(self, x)
-        return output
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _LayersCalled(self.children(), never_called):
+            return kind.forward(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
