@@ -33,8 +33,9 @@ from bitscape.export.integer_execution import run_integers
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import OnnxInfo, write_onnx
 from bitscape.export.openvino_ir import write_openvino
+from bitscape.export.openvino_parity import check_openvino_parity
 from bitscape.export.parity import check_parity
-from bitscape.export.runtime import RUNTIMES, Runtime, Session, time_alternately
+from bitscape.export.runtime import RUNTIMES, OpenVino, Runtime, Session, time_alternately
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.report.records import missing, read_runs
@@ -166,7 +167,7 @@ def measure(name: str, runtime: Runtime, key: str, methods: tuple[tuple[str, str
             extra = {"times": timed, **_ratios(timed, times), "float_layers": len(sessions[method].float_layers())}
             extra |= {"file_bytes": file.file_bytes, "container_bytes": file.container_bytes, "runtime": runtime.version}
             if file.integers is not None:
-                extra |= _exactness(name, file, sessions[method], runtime, key)
+                extra |= _exactness(name, file, sessions[method], runtime)
             yield {
                 "network": name,
                 "weights": WEIGHTS[name].file if name in WEIGHTS else "random",
@@ -197,18 +198,19 @@ def _ratios(timed: dict[str, Any], times: dict[int, dict[str, Any]]) -> dict[str
     return found
 
 
-def _exactness(name: str, file: Made, session: Session, runtime: Runtime, key: str) -> dict[str, Any]:
+def _exactness(name: str, file: Made, session: Session, runtime: Runtime) -> dict[str, Any]:
     """Codes against the reference, classes against exact integers."""
     assert file.integers is not None
     tests = normalized(name, data(name)[1].images[: EXACT.get(name, 200)])
     found = agreement(run_integers(file.integers, tests).numpy(), _outputs(session, tests))
     shared = {"same_class": 100 * found.same_class, "identical": 100 * found.identical, "exact_images": found.images}
     shared["added_quantizers"] = len(file.integers.added)
-    if key != "onnxruntime":
-        return shared
-    report = check_parity(file.path, tests[:PARITY].numpy(), runtime)
+    if isinstance(runtime, OpenVino):
+        report = check_openvino_parity(file.path, file.integers, tests[:PARITY], runtime)
+    else:
+        report = check_parity(file.path, tests[:PARITY].numpy(), runtime)
     differing, codes = (sum(getattr(layer, name) for layer in report.layers) for name in ("differing", "codes"))
-    return {**shared, "differing_codes": differing, "codes": codes}
+    return {**shared, "differing_codes": differing, "codes": codes, "largest_difference": max(layer.largest for layer in report.layers)}
 
 
 def _accuracy(name: str, session: Session) -> dict[str, Any]:

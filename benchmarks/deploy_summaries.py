@@ -46,7 +46,13 @@ def _weights(group: Sequence[Run]) -> str:
 
 
 def _parity(runs: Sequence[Run]) -> str:
-    compared = [run["extra"] for run in runs if run["extra"].get("codes")]
-    codes, differing = (sum(extra[name] for extra in compared) for name in ("codes", "differing_codes"))
-    share = f" ({differing / codes:.1e})" if differing else ""
-    return f"Codes of all layers against exact integers: {len(compared)} files, {codes / 1e6:,.1f} M codes, {differing:,} differ{share}."
+    """A sentence for each runtime."""
+    sentences = []
+    for runtime in dict.fromkeys(run["settings"]["runtime"] for run in runs):
+        compared = [run["extra"] for run in runs if run["settings"]["runtime"] == runtime and run["extra"].get("codes")]
+        if compared:
+            codes, differing = (sum(extra[name] for extra in compared) for name in ("codes", "differing_codes"))
+            largest = max(extra.get("largest_difference", 0) for extra in compared)
+            off = f" ({differing / codes:.1e}), by up to {largest}" if differing else ""
+            sentences.append(f"{runtime}: {len(compared)} files, {codes / 1e6:,.1f} M codes, {differing:,} differ{off}.")
+    return f"Codes of all layers against exact integers. {' '.join(sentences)}"
