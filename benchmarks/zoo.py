@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bitscape.data.batches import IMAGENET, Normalization
 from bitscape.errors import BitscapeError
 from bitscape.models.find import find_model, import_torchvision
+from bitscape.models.layers import quantizable_layers
 from bitscape.models.preprocessing import image_config
 from bitscape.quant.convert import recalibrate_norms
 
-IMAGES = 16
+IMAGES, CLASSES = 16, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,9 @@ def build(name: str, folder: Path) -> tuple[str, nn.Module]:
     found = _configured(name.removeprefix("hf:"), entry, folder) if entry.hf else name
     network = find_model(found).eval()
     _enliven(network)
-    _settle_norms(network, normalization_of(network).apply(images(entry.size)))
+    x = normalization_of(network).apply(images(entry.size))
+    _settle_norms(network, x)
+    _fit_head(network, x)
     return found, network
 
 
@@ -130,6 +133,34 @@ def _settle_norms(network: nn.Module, x: Tensor) -> None:
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
             module.running_var.copy_(module.running_var.maximum(0.1 * module.running_mean.square()))
+
+
+@torch.no_grad()
+def _fit_head(network: nn.Module, x: Tensor) -> None:
+    """Give each image a class of its own: among the thousand classes of a random head any rounding decides."""
+    inputs: dict[nn.Module, Tensor] = {}
+    layers = quantizable_layers(network).values()
+    handles = [layer.register_forward_hook(lambda layer, args, _: inputs.update({layer: args[0]})) for layer in layers]
+    network(x)
+    for handle in handles:
+        handle.remove()
+    for layer, features in inputs.items():
+        if len(layer.get_parameter("weight")) == CLASSES:
+            _fit(layer, features)
+
+
+def _fit(head: nn.Module, features: Tensor) -> None:
+    """Ridge regression of the first classes on the mean features of each image."""
+    channel = 1 if isinstance(head, nn.Conv2d) else -1
+    features = features.movedim(channel, -1).reshape(len(features), -1, features.shape[channel]).mean(1)
+    n, centered = len(features), features - features.mean(0)
+    products = centered @ centered.T
+    ridge = 0.02 * products.trace() / n * torch.eye(n)
+    weight, bias = head.get_parameter("weight"), head.get_parameter("bias")
+    weight[n:] *= 0.01
+    weight[:n] = torch.linalg.solve(products + ridge, centered).reshape(n, *weight.shape[1:])
+    bias.copy_(-weight.flatten(1) @ features.mean(0))
+    bias[n:] -= 1
 
 
 def normalization_of(network: nn.Module) -> Normalization:
@@ -155,7 +186,7 @@ def _configured(kind: str, entry: Entry, folder: Path) -> str:
         import_torchvision()
     import transformers
 
-    config = transformers.AutoConfig.for_model(kind, num_labels=1000, **entry.hf)
+    config = transformers.AutoConfig.for_model(kind, num_labels=CLASSES, **entry.hf)
     transformers.AutoModelForImageClassification.from_config(config).save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": entry.size, "width": entry.size}).save_pretrained(folder)
     return f"hf:{folder}"

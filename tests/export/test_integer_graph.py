@@ -120,7 +120,7 @@ class TestFloatLayers:
         with torch.no_grad():
             torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
 
-    def test_a_layer_whose_input_is_the_same_for_every_image_stays_float(self, caplog):
+    def test_a_layer_whose_input_is_the_same_for_every_image_gives_way_to_its_output(self, caplog):
         def forward(net, x):
             bias = net.late(net.early(net.table.weight).relu())
             return net.head(net.stem(x).relu().mean((2, 3)) + bias)
@@ -131,6 +131,8 @@ class TestFloatLayers:
             integer = integer_network(network, images())
         assert set(integer.weights) == {"stem.weight", "head.weight"}
         assert [record.args for record in caplog.records] == [("early",), ("late",)]
+        linears = [node for node in integer.module.graph.nodes if node.target is torch.ops.aten.linear.default]
+        assert len(linears) == 1
         with torch.no_grad():
             torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
 

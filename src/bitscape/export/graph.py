@@ -218,13 +218,17 @@ def _tidy(module: fx.GraphModule) -> None:
     """Make the graph one that can be changed and exported again.
 
     torch.export's check of the input's shape goes, and padding by nothing, which keeps runtimes from their integer kernels. A view asks for
-    strides that the tensor may not have the second time; a reshape does not.
+    strides that the tensor may not have the second time; a reshape does not, and attention, whose strides depend on the kernel, is copied.
     """
     for node in list(module.graph.nodes):
         if node.target in VIEWS:
             node.target = aten.reshape.default
         if node.target in PADDINGS and not any(node.args[1]):
             node.replace_all_uses_with(node.args[0])
+        if node.target is aten.scaled_dot_product_attention.default:
+            with module.graph.inserting_after(node):
+                copied = module.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
         if node.op == "call_module" and not node.users:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()

@@ -6,6 +6,7 @@ It still runs in torch, in float, and is then the simulation of what a runtime c
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,24 +79,43 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
 
 
 def _of_integers(traced: Traced) -> Traced:
-    """Without the codes of layers that are to stay float.
+    """Without the codes of layers that compute no integers for an image.
 
-    Their own forward changes the weight or the quantized input; or nothing in the input is of the image (tables of positions), and runtimes
-    compute them once, when the file is loaded.
+    Those whose own forward changes the weight or the quantized input stay float. Those to which nothing of the image comes (tables of
+    positions) give way to what they compute.
     """
-    floats, of_images = set(), set(traced.module.graph.find_nodes(op="placeholder"))
-    for node in traced.module.graph.nodes:
+    graph, dropped = traced.module.graph, set()
+    of_images = set(graph.find_nodes(op="placeholder"))
+    for node in list(graph.nodes):
+        key = traced.weight_name(node)
         if of_images.intersection(node.all_input_nodes):
             of_images.add(node)
-        elif (key := traced.weight_name(node)) is not None:
-            floats.add(key)
-            _log.warning("layer %s: its input is the same for every image; it stays float", layer_of(key))
+        elif key is not None:
+            _replace_by_value(traced.module, node)
+            dropped.add(key)
+            _log.warning("layer %s: its input is the same for every image; what it computes is stored in its place", layer_of(key))
         if node.op == "get_attr" and node.target in traced.codes:
             layers = [user for user in node.users if traced.weight_name(user) and quantized_source(user.all_input_nodes[0]) is not None]
             if len(layers) < len(node.users):
-                floats.add(node.target)
+                dropped.add(node.target)
                 _log.warning("layer %s: its forward changes the quantized weight or input; it stays float", layer_of(node.target))
-    return replace(traced, codes={key: codes for key, codes in traced.codes.items() if key not in floats})
+    graph.eliminate_dead_code()
+    return replace(traced, codes={key: codes for key, codes in traced.codes.items() if key not in dropped})
+
+
+def _replace_by_value(module: fx.GraphModule, node: fx.Node) -> None:
+    """Put what a node computes, from nothing of the images, into the module, and the node's users read that."""
+    interpreter = fx.Interpreter(module)
+
+    def value_of(given: fx.Node) -> Any:
+        arguments, keywords = fx.map_arg(given.args, value_of), fx.map_arg(given.kwargs, value_of)
+        return getattr(interpreter, given.op)(given.target, arguments, keywords)
+
+    with torch.no_grad():
+        module.register_buffer(f"{node.name}_value", value_of(node))
+    with module.graph.inserting_before(node):
+        node.replace_all_uses_with(module.graph.get_attr(f"{node.name}_value"))
+    module.graph.erase_node(node)
 
 
 def _place(quantizer: fx.Node) -> str:
