@@ -151,10 +151,10 @@ def test_commands_say_what_the_files_record(everything: list[Path]) -> None:
     assert "torch 2.11" in said and "0, 1, 2" in said
 
 
-def test_a_recorded_command_machine_and_commit_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_a_recorded_command_and_machine_are_shown_as_they_are_and_the_commit_in_short(tmp_path: Path) -> None:
     folder, old = run(tmp_path / "new"), run(tmp_path / "old", seed=1)
     about = json.loads((folder / "run.json").read_text())
-    given = {"command": "bitscape train --data 'my photos' --out new", "hardware": "Some CPU, 2 cores", "commit": "abc123"}
+    given = {"command": "bitscape train --data 'my photos' --out new", "hardware": "Some CPU, 2 cores", "commit": f"{'abc123' * 6}abcd-dirty"}
     (folder / "run.json").write_text(json.dumps({**about, **given}))
     shown = page(folder, old)
     said = shown.said(AGAIN)
@@ -162,7 +162,7 @@ def test_a_recorded_command_machine_and_commit_are_shown_as_they_are(tmp_path: P
     assert "--out old" in said and said.count("bitscape train") == 2  # the old one is put together from its settings
     rows = shown.table("Software, hardware, seeds")
     assert [(row["ran on"], row["seeds"], row["commit"]) for row in rows.values()] == [
-        ("cpu: Some CPU, 2 cores", "0", "abc123"),
+        ("cpu: Some CPU, 2 cores", "0", "abc123abc123-dirty"),
         ("cpu", "1", "not recorded"),
     ]
 

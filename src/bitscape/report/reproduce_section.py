@@ -1,5 +1,6 @@
 """Section 10: the commands, versions, seeds and machines behind a report, as far as its files tell."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,7 +114,8 @@ def _origins(material: Material) -> list[list[str]]:
     for name, run in material.inputs.runs.items():
         software = ", ".join(f"{package} {version}" for package, version in run.versions.items())
         ran_on = ": ".join(filter(None, (run.device, run.hardware)))
-        found.append((name, (software or unknown, ran_on or unknown, run.commit or unknown), run.seed))
+        commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", run.commit or unknown)  # as long as telling them apart takes
+        found.append((name, (software or unknown, ran_on or unknown, commit), run.seed))
     for each in material.policies:
         told = each.policy.provenance
         software = f"bitscape {told['version']}" if "version" in told else unknown
