@@ -107,6 +107,17 @@ def test_a_damaged_file_is_named_with_what_to_do(folder, cache, what):
         load_dataset(str(folder), size=4)
 
 
+def test_a_file_that_cannot_be_read_for_no_told_reason_is_named_too(folder, cache, monkeypatch):
+    load_dataset(str(folder), size=4)
+
+    def fail(*_, **__):
+        raise EOFError
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(BitscapeError, match=r"damaged \(EOFError\); remove it"):
+        load_dataset(str(folder), size=4)
+
+
 def test_a_disk_without_room_says_how_much_it_would_take(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(

@@ -154,7 +154,11 @@ def test_commands_say_what_the_files_record(everything: list[Path]) -> None:
 def test_a_recorded_command_and_machine_are_shown_as_they_are_and_the_commit_in_short(tmp_path: Path) -> None:
     folder, old = run(tmp_path / "new"), run(tmp_path / "old", seed=1)
     about = json.loads((folder / "run.json").read_text())
-    given = {"command": "bitscape train --data 'my photos' --out new", "hardware": "Some CPU, 2 cores", "commit": f"{'abc123' * 6}abcd-dirty"}
+    given = {
+        "command": "bitscape train --data 'my photos' --out new",
+        "hardware": "Some CPU, 2 cores",
+        "commit": "abc123" * 6 + "abcd-dirty",
+    }
     (folder / "run.json").write_text(json.dumps({**about, **given}))
     shown = page(folder, old)
     said = shown.said(AGAIN)

@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from bitscape.data.decoding import EncodedImage, decode_images
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, first_line
 
 _log = logging.getLogger("bitscape.data")
 MEMORY_BYTES = 2_000_000_000  # above, decoded images are mapped
@@ -79,7 +79,7 @@ def _read(file: Path, kept_file: Path, shape: tuple[int, ...]) -> tuple[Any, Any
     except OSError:
         raise
     except Exception as error:  # numpy's reader raises what its tokenizer does, and more
-        why = str(error)
+        why = first_line(error)
     if why:
         raise BitscapeError(f"{file}: damaged ({why}); remove it, and the images are decoded again")
     return images, kept
