@@ -13,6 +13,7 @@ skipped.
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from benchmarks.common import RESULTS, record
 from benchmarks.zoo import ENTRIES, IMAGES, build, images
@@ -41,6 +43,8 @@ KEYS = ("network", "method", "seed")
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
 LIMIT_S = 1200
 PARTS = ("build", "cost", "search", "train", "packed", "onnx", "openvino")
+NEEDED = PARTS[:3]
+"""Parts without which there are no others."""
 WORKS, REFUSED, FAILS = "works", "refused", "fails"
 
 
@@ -80,9 +84,13 @@ class Journey:
         return {"mean_weight_bits": policy_cost(self.layers, policy)["mean_weight_bits"]}
 
     def train(self) -> Mapping[str, Any]:
-        """Take one step at the policy's bits; the loss is a number, and every layer's weights have moved."""
+        """Take one step at the policy's bits; every layer's weight must have moved."""
         recipe = ("--epochs", 1, "--batch-size", IMAGES, "--lr", 0.01, "--out", self.folder / "run")
         self._run("train", *self._data("--data"), "--policy", self.folder / "policy.json", *recipe)
+        before, after = with_split_attention(self.network).state_dict(), load_file(self.folder / "run" / "model.safetensors")
+        still = [name for name in self.layers.by_name if torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])]
+        if still:
+            raise RuntimeError(f"weights of {len(still)} layers are as before: {', '.join(still[:3])}")
         epoch = json.loads((self.folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
         return {"loss": epoch["loss"], "gradient_norm": epoch["gradient_norm"]}
 
@@ -102,7 +110,9 @@ class Journey:
         given = ("--policy", self.folder / "policy.json", *self._data("--calibration"), "--calibration-images", IMAGES)
         said = self._run("export", kind, *given, "--out", self.folder / name)
         written = sum(path.stat().st_size for path in self.folder.glob(f"{Path(name).stem}.*"))  # OpenVINO writes two files
-        return {"file_bytes": written, "checked": [line for line in said.splitlines() if "exact" in line]}
+        found = re.search(r"weights of (\d+) of", said)
+        integers = {} if found is None else {"integer_layers": int(found[1])}
+        return {"file_bytes": written, **integers, "checked": [line for line in said.splitlines() if "exact" in line]}
 
     def _data(self, option: str) -> tuple[object, ...]:
         tells = self.name.partition(":")[0] in ("timm", "hf")
@@ -126,7 +136,7 @@ def travel(name: str) -> Iterator[dict[str, Any]]:
             started = time.perf_counter()
             found = _outcome(getattr(journey, part), f"{folder}/")
             yield {"part": part, **found, "seconds": time.perf_counter() - started}
-            if found["outcome"] != WORKS and part in ("build", "cost", "search"):
+            if found["outcome"] != WORKS and part in NEEDED:
                 return
 
 
@@ -140,20 +150,25 @@ def _outcome(part: Callable[[], Mapping[str, Any]], folder: str) -> dict[str, An
 
 
 def measure(run: dict[str, Any]) -> dict[str, Any]:
-    """Take one network through a process of its own; a part in which the process ends, or lasts too long, fails."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compatibility", "--travel", run["network"]]
-    with tempfile.TemporaryFile("w+") as output:
+    """Take one network through a process of its own; where that ends, or lasts too long, what was not reached has failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.jsonl"
+        results.touch()
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compatibility", "--travel", run["network"], "--to", str(results)]
         try:
-            ended = f"the process ended with {subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=LIMIT_S).returncode}"
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+            ended = f"the process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}"
         except subprocess.TimeoutExpired:
             ended = f"not done after {LIMIT_S} s"
-        output.seek(0)
-        parts = {found.pop("part"): found for found in map(json.loads, output)}
-    reached = [part for part in PARTS if part in parts]
-    if not reached or (reached != list(PARTS) and parts[reached[-1]]["outcome"] == WORKS):
-        parts[PARTS[len(reached)]] = {"outcome": FAILS, "reason": ended}
+        parts = {found.pop("part"): found for found in map(json.loads, results.read_text().splitlines())}
+    if not _stopped_on_purpose(parts):
+        parts |= {part: {"outcome": FAILS, "reason": ended} for part in PARTS if part not in parts}
     entry = ENTRIES[run["network"]]
     return {**run, "clock": "wall", "extra": {"family": entry.family, "size": entry.size, "parts": parts, "versions": _versions()}}
+
+
+def _stopped_on_purpose(parts: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(name in parts and parts[name]["outcome"] != WORKS for name in NEEDED)
 
 
 def _versions() -> dict[str, str]:
@@ -169,11 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=list(ENTRIES), metavar="NAME")
     parser.add_argument("--travel", choices=list(ENTRIES), help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=Path, default=Path("/dev/stdout"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.travel:
-        for found in travel(options.travel):
-            print(json.dumps(found), flush=True)
+        with options.to.open("a") as results:
+            for found in travel(options.travel):
+                print(json.dumps(found), file=results, flush=True)
         return
     runs = list(missing(read_runs(RESULTS / f"{NAME}.jsonl"), wanted(tuple(options.network or ENTRIES)), KEYS))
     for package in {PACKAGES[run["network"].partition(":")[0]] for run in runs}:

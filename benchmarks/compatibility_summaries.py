@@ -30,10 +30,10 @@ def _row(run: Run, reasons: dict[str, int]) -> list[str]:
 
 def _cell(run: Run, part: str, reasons: dict[str, int]) -> str:
     """ "yes", or how it ended and the number of the reason; of a part that was not tried, the reason of the one that it needs."""
-    tried = next(name for name in (part, "search", "cost", "build") if _part(run, name))
-    found = _part(run, tried)
+    found = _part(run, part) or next(each for name in ("build", "cost", "search") if (each := _part(run, name))["outcome"] != "works")
     if found["outcome"] == "works":
-        return "yes"
+        layers = _part(run, "cost").get("layers")
+        return "yes" if found.get("integer_layers", layers) == layers else f"yes, {found['integer_layers']} layers"
     number = reasons.setdefault(found["reason"], len(reasons) + 1)
     return f"{found['outcome']} ({number})"
 

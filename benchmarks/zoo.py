@@ -17,7 +17,7 @@ from bitscape.models.layers import quantizable_layers
 from bitscape.models.preprocessing import image_config
 from bitscape.quant.convert import recalibrate_norms
 
-IMAGES, CLASSES = 16, 1000
+IMAGES, CLASSES = 8, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +173,9 @@ def normalization_of(network: nn.Module) -> Normalization:
 
 
 def images(size: int) -> Tensor:
-    """Colored clouds, from few and large to many and small ones: uint8 (16, 3, size, size)."""
+    """Colored clouds, from few and large to many and small ones: uint8 (n, 3, size, size)."""
     generator = torch.Generator().manual_seed(0)
-    clouds = [torch.rand(1, 3, 2 + n, 2 + n, generator=generator) for n in range(IMAGES)]
+    clouds = [torch.rand(1, 3, 2 + 2 * n, 2 + 2 * n, generator=generator) for n in range(IMAGES)]
     grown = torch.cat([nn.functional.interpolate(cloud, size, mode="bicubic") for cloud in clouds])
     return grown.mul(255).clamp(0, 255).to(torch.uint8)
 

@@ -136,6 +136,47 @@ class TestFloatLayers:
         with torch.no_grad():
             torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
 
+    def test_a_layer_of_images_and_of_a_table_stays_one_of_integers(self):
+        def forward(net, x):
+            return net.head(net.q(net.stem(x).relu().mean((2, 3))) + net.q(net.table.weight))
+
+        layers = {"stem": nn.Conv2d(3, 8, 3), "table": nn.Embedding(1, 8), "q": nn.Linear(8, 8), "head": nn.Linear(8, 5)}
+        network = quantized(made(lambda: Applied(forward, **layers)), bits=[(8, 8)])
+        integer = integer_network(network, images())
+        assert set(integer.weights) == {"stem.weight", "q.weight", "head.weight"}
+        with torch.no_grad():
+            torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
+
+    def test_a_layer_whose_forward_changes_the_bias_stays_float(self):
+        class Doubled(nn.Linear):
+            def forward(self, x):
+                return F.linear(x, self.weight, self.bias * 2)
+
+        network = quantized(made(lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), Doubled(4, 6), nn.Linear(6, 5))), bits=[(8, 8)])
+        integer = integer_network(network, images())
+        assert set(integer.weights) == {"0.weight", "3.weight"}
+        with torch.no_grad():
+            torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.02, atol=0.02)
+
+    def test_a_network_without_a_layer_of_integers_is_refused(self):
+        network = quantized(nn.Sequential(StandardConv2d(3, 4, 8), nn.Flatten()), bits=[(8, 8)])
+        with pytest.raises(BitscapeError, match="none of its layers can be computed in integers"):
+            integer_network(network, images())
+
+    def test_norms_behind_attention_and_tables_can_be_folded(self):
+        def forward(net, x):
+            tokens = net.patches(x).flatten(2).mT
+            tokens = F.scaled_dot_product_attention(tokens[:, None], tokens[:, None], tokens[:, None]).squeeze(1)
+            tokens = net.norm(net.mix(tokens).reshape(-1, 8)).reshape(x.shape[0], -1, 8)
+            return net.head((tokens + net.late(net.early(net.table.weight).reshape(-1, 8))).mean(1))
+
+        layers = {"patches": nn.Conv2d(3, 8, 4, 4), "mix": nn.Linear(8, 8), "norm": nn.BatchNorm1d(8), "table": nn.Embedding(1, 8)}
+        layers |= {"early": nn.Linear(8, 8), "late": nn.BatchNorm1d(8), "head": nn.Linear(8, 5)}
+        network = quantized(made(lambda: Applied(forward, **layers)), bits=[(8, 8)])
+        integer = integer_network(network, images())
+        with torch.no_grad():
+            torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.05, atol=0.05)
+
 
 class TestCalibration:
     def test_added_quantizers_have_the_ranges_of_the_folded_network(self):

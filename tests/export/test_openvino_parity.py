@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from bitscape.errors import BitscapeError
+from bitscape.export.agreement import agreement
+from bitscape.export.integer_execution import run_integers
+from bitscape.export.integer_graph import integer_network
 from bitscape.export.openvino_ir import write_openvino
 from bitscape.export.openvino_parity import check_openvino_parity
 from bitscape.export.parity import ALLOWED, ParityReport
+from bitscape.export.runtime import OpenVino
 from tests.export.networks import CASES, Applied, images, integers, made, other_images, quantized
 
 openvino = pytest.importorskip("openvino")
@@ -114,11 +118,32 @@ def test_a_token_joined_to_patches_by_the_batch_size_is_computed_as_integers_say
         parts = {"embed": torch.nn.Conv2d(3, 8, 4, 4), "token": torch.nn.Embedding(1, 8), "norm": torch.nn.LayerNorm(8)}
         return Applied(forward, **parts, head=torch.nn.Linear(8, 5))
 
-    from bitscape.export.integer_graph import integer_network
-
     network = integer_network(quantized(made(build)), images())
     info = write_openvino(network, tmp_path / "net.xml", images())
     check_openvino_parity(info.path, network, other_images()).require(ALLOWED["openvino"])
+
+
+@pytest.mark.parametrize("kind", ["gated", "scaled", "norm"])
+def test_a_mean_of_what_constants_scale_is_computed_as_integers_say(kind, tmp_path):
+    """OpenVINO moves the constants through the mean into the quantizer behind it; only the whole outputs tell."""
+
+    def forward(net, x):
+        tokens = net.embed(x).flatten(2).mT
+        gain = net.gain.weight[0]
+        tokens = {"gated": tokens.sigmoid() * gain, "scaled": net.mix(tokens) * gain, "norm": net.norm(tokens)}[kind]
+        return net.head(tokens.mean(1))
+
+    def build():
+        parts = {"embed": torch.nn.Conv2d(3, 8, 2, 2), "gain": torch.nn.Embedding(1, 8), "norm": torch.nn.RMSNorm(8)}
+        return Applied(forward, **parts, mix=torch.nn.Linear(8, 8), head=torch.nn.Linear(8, 5))
+
+    network = made(build)
+    with torch.no_grad():
+        network.norm.weight.uniform_(0.2, 3)
+    ready = integer_network(quantized(network, bits=[(8, 8)]), images())
+    info = write_openvino(ready, tmp_path / "net.xml", images())
+    found = OpenVino().open(info.path).run(other_images().numpy())[0]
+    assert agreement(run_integers(ready, other_images()).numpy(), found).difference < 0.01
 
 
 def test_a_file_of_another_network_is_refused(file_of):

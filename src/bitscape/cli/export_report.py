@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from bitscape.export.runtime import Session
 
 BATCH = 32
-LEAST_SAME_CLASS = 0.8
-"""Share of images below which a runtime must have computed something else; roundings of additions differ in OpenVINO, which costs less."""
+LEAST_SAME_CLASS, LARGEST_DIFFERENCE = 0.8, 0.25
+"""Share of images with the class of exact integers, and difference of the outputs to their norm, beyond which a runtime must have computed
+something else; roundings of additions differ in OpenVINO, which costs less."""
 PARITY_IMAGES = 16
 """Images whose every code is compared: the reference computes exactly, and slowly."""
 
@@ -94,10 +95,11 @@ def report_agreement(source: ExportSource, network: "IntegerNetwork", images: "T
     with torch.no_grad():
         simulated = torch.cat([next(tensors_in(source.network(batch))) for batch in images.split(BATCH)])
     exact, before = (agreement(outputs.numpy(), found) for outputs in (run_integers(network, images), simulated))
-    click.echo(f"{runtime}, {exact.images} images: class of the exact integer network on {100 * exact.same_class:.1f} %, equal to the")
-    click.echo(f"last bit on {100 * exact.identical:.1f} %; class of the network before the export on {100 * before.same_class:.1f} %")
-    if exact.same_class < LEAST_SAME_CLASS:
+    same, off, equal = 100 * exact.same_class, 100 * exact.difference, 100 * exact.identical
+    click.echo(f"{runtime}, {exact.images} images: class of the exact integer network on {same:.1f} %; outputs {off:.2g} % off,")
+    click.echo(f"equal to the last bit on {equal:.1f} %; class of the network before the export on {100 * before.same_class:.1f} %")
+    if exact.same_class < LEAST_SAME_CLASS or exact.difference > LARGEST_DIFFERENCE:
         raise BitscapeError(
-            f"{runtime} gives the class of the exact integer network on {100 * exact.same_class:.1f} % of the images only: it computes "
-            "the file otherwise than it says; do not use it with this version, or export for another runtime"
+            f"{runtime} gives the class of the exact integer network on {same:.1f} % of the images, and outputs that are {off:.2g} % off: "
+            "it computes the file otherwise than it says; do not use it with this version, or export for another runtime"
         )

@@ -149,7 +149,7 @@ def load_latency(path: Path | None) -> "LatencyTable | None":
 
     table = None if path is None else LatencyTable.load(path)
     if table is not None and (note := table.note()):
-        click.echo(note, err=True)
+        click.echo(f"warning: {note}", err=True)
     return table
 
 

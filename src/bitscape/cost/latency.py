@@ -49,6 +49,8 @@ FLAT = 0.97
 """From this share of the 8-bit time on, `LatencyTable.note` calls a table flat: measured times scatter by a percent or two."""
 ERRORS = 2
 """Standard errors within which a saving may be noise."""
+NAMED = 3
+"""Layers that `LatencyTable.note` names at most."""
 MOST_MS = 1e9  # twelve days; more is a mistake, and would not fit a float once scaled
 
 
@@ -131,7 +133,10 @@ class LatencyTable:
         return self._fastest().share
 
     def note(self) -> str | None:
-        """Say so if fewer bits save less than 3 % of the time, or no more than noise may: a cap on it is then out of reach; else None."""
+        """Say so if fewer bits save less than 3 % of the time, which a cap cannot make use of, or no more than noise may; else None.
+
+        Times that differ from layer to layer look alike whether few layers gain or the measurement is noisy: the note tells both.
+        """
         fastest = self._fastest()
         if fastest.share + fastest.margin < FLAT:
             return None
@@ -142,9 +147,10 @@ class LatencyTable:
                 "a bytes cap is what fewer bits buy here, e.g. weight_bytes=0.5x"
             )
         return (
-            f"latency table ({self.where}) does not tell fewer bits from noise: {found}, give or take {100 * fastest.margin:.1f} points "
-            "by how its layers differ; measure again with more --rounds and nothing else running, and cap bytes until then, "
-            "e.g. weight_bytes=0.5x"
+            f"latency table ({self.where}) leaves open whether fewer bits are faster: {found}, give or take "
+            f"{100 * fastest.margin:.1f} points by how its layers differ; the {100 * (1 - fastest.share):.1f} % saved are from some layers "
+            f"(most: {', '.join(self._gaining(fastest.pair))}), or noise; measure again with more --rounds and nothing else running to tell, "
+            "and cap bytes until then, e.g. weight_bytes=0.5x"
         )
 
     def _fastest(self) -> "_Uniform":
@@ -152,16 +158,25 @@ class LatencyTable:
         uniform = [self._uniform(pair) for pair in pairs]
         return min(uniform, key=lambda each: each.share + each.margin, default=_Uniform(pair=EIGHT, share=1.0, margin=0.0))
 
+    def _gaining(self, pair: str) -> list[str]:
+        """The layers that gain most at `pair`: as many as make up what the network gains."""
+        gains = {name: times[EIGHT] - times.get(pair, times[EIGHT]) for name, times in self.layers.items()}
+        total, named = math.fsum(gains.values()), list[str]()
+        for name in sorted(gains, key=lambda name: -gains[name])[:NAMED]:
+            if math.fsum(gains[before] for before in named) < total:
+                named.append(name)
+        return named
+
     def _uniform(self, pair: str) -> "_Uniform":
         """All layers at `pair`; those that were not measured there, such as layers that a target keeps at 8 bits, at 8/8."""
+        total = math.fsum(times[EIGHT] for times in self.layers.values())
         # Layers that agree in every time are of one form, and were measured once: their errors do not average out.
-        forms = [(dict(form), count) for form, count in Counter(tuple(times.items()) for times in self.layers.values()).items()]
-        eight = [count * times[EIGHT] for times, count in forms]
-        own = [count * times.get(pair, times[EIGHT]) for times, count in forms]
-        share = math.fsum(own) / math.fsum(eight)
-        squares = math.fsum((a - share * b) ** 2 for a, b in zip(own, eight, strict=True))
-        error = math.sqrt(squares * len(forms) / max(1, len(forms) - 1)) / math.fsum(eight)  # of a ratio of sums
-        return _Uniform(pair=pair, share=share, margin=ERRORS * error)
+        forms = Counter(tuple(times.items()) for times in self.layers.values() if pair in times)
+        both = [(count * dict(form)[pair], count * dict(form)[EIGHT]) for form, count in forms.items()]
+        own, eight = map(math.fsum, zip(*both, strict=True))
+        squares = math.fsum((a - own / eight * b) ** 2 for a, b in both)
+        error = math.sqrt(squares * len(both) / max(1, len(both) - 1)) / total  # of a ratio of sums
+        return _Uniform(pair=pair, share=(total - eight + own) / total, margin=ERRORS * error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +187,7 @@ class _Uniform:
     share: float
     """Its time, as a share of that at 8/8."""
     margin: float
-    """What noise may make of the share, by how much the layers' own shares differ."""
+    """What noise may make of the share, by how much the own shares of the layers that were measured at the pair differ."""
 
 
 _ENTRIES = tuple(field.name for field in fields(LatencyTable))

@@ -76,16 +76,15 @@ class Loop:
             self._write_metrics()
 
     def _about(self) -> dict[str, Any]:
-        commit = origin.commit()
+        made_by = {"commit": origin.commit(), "command": origin.command()}
         return {
             "format": 1,
             "settings": self.state.settings,
             "versions": versions(),
-            **({} if commit is None else {"commit": commit}),
             "device": str(self.state.device),
             "hardware": origin.hardware(self.state.device),
             "workers": workers.world_size(),
-            "command": origin.command(),
+            **{name: value for name, value in made_by.items() if value is not None},
         }
 
     def _seen_by_all(self, checkpoint: Path) -> bool:

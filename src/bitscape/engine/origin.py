@@ -9,14 +9,34 @@ from pathlib import Path
 
 import torch
 
+from bitscape.engine import workers
 
-def command() -> str:
-    """Return what started this process, as a shell takes it: the program without its folder, with all arguments."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
-    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+NOTEBOOKS = ("ipykernel_launcher", "ipykernel")
+"""Modules that run the cells of a notebook."""
+
+
+def command() -> str | None:
+    """Return what started this process, as a shell takes it: the program without its folder, with all arguments; torchrun before it.
+
+    None where no command would start it again: in a notebook, at a prompt, or with the code given by `python -c` or on stdin.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    module = spec.name.removesuffix(".__main__") if spec else None
+    if sys.argv[0] in ("", "-", "-c") or module in NOTEBOOKS:
+        return None
+    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
     if program[-1].endswith(".py"):
         program.insert(0, "python")
-    return shlex.join([*program, *sys.argv[1:]])
+    return shlex.join([*_torchrun(), *program, *sys.argv[1:]])
+
+
+def _torchrun() -> list[str]:
+    """What starts a command once for each worker; nothing for one alone, or where something other than torchrun did."""
+    size, here = workers.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if size == 1 or here == 0:
+        return []
+    machines = ["--nnodes", str(size // here)] if size > here else []
+    return ["torchrun", "--nproc-per-node", str(here), *machines, "--no-python"]
 
 
 def commit() -> str | None:

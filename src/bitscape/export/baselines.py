@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitscape.engine.forward import device_of
 from bitscape.errors import BitscapeError, first_line, needs_extra
-from bitscape.export.graph import quiet
+from bitscape.export.graph import export_program, quiet
 from bitscape.export.onnx_qdq import OPSETS
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
@@ -42,13 +42,7 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
     traced = images[:2].to(device_of(network))
     folded = _folded(copy.deepcopy(network).eval(), traced)
     with quiet(), torch.no_grad():
-        try:
-            program = torch.export.export(folded, (traced,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        except Exception as error:
-            raise BitscapeError(
-                f"network: torch.export cannot follow its forward ({type(error).__name__}: {first_line(error)}); write it without "
-                "branches on values"
-            ) from error
+        program = export_program(folded, traced)
         model = onnx_graph(program.module(), traced, {}, opset=OPSETS[8][0], free_batch=True)
     import onnx_ir as ir
 

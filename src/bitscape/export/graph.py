@@ -228,6 +228,7 @@ def _tidy(module: fx.GraphModule) -> None:
         if node.target is aten.scaled_dot_product_attention.default:
             with module.graph.inserting_after(node):
                 copied = module.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+                copied.meta = dict(node.meta)
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
         if node.op == "call_module" and not node.users:
             module.graph.erase_node(node)

@@ -69,9 +69,12 @@ class _Executor(fx.Interpreter):
 
 
 def _exact_type(weight: IntegerWeight) -> torch.dtype:
-    """The faster float type in which no sum of products of this weight with codes from -255 to 255 is rounded."""
+    """The faster float type in which no sum of products of this weight with codes from -255 to 255 is rounded.
+
+    On a GPU never float32: its convolutions may go through transforms that round.
+    """
     largest = 255 * int(weight.q.abs().flatten(1).sum(1).max())
-    return torch.float32 if largest < 2**24 else torch.float64
+    return torch.float32 if largest < 2**24 and weight.q.device.type == "cpu" else torch.float64
 
 
 def _by_channel(values: Tensor, like: Tensor, node: fx.Node) -> Tensor:

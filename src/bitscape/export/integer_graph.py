@@ -81,10 +81,37 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
 def _of_integers(traced: Traced) -> Traced:
     """Without the codes of layers that compute no integers for an image.
 
-    Those whose own forward changes the weight or the quantized input stay float. Those to which nothing of the image comes (tables of
-    positions) give way to what they compute.
+    Those whose own forward changes the weight, the bias or the quantized input stay float. Those to which nothing of the image comes
+    (tables of positions) give way to what they compute.
+
+    Raises:
+        BitscapeError: none is left.
     """
-    graph, dropped = traced.module.graph, set()
+    graph = traced.module.graph
+    _replace_what_sees_no_image(traced)
+    floats = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in traced.codes and not all(_is_plain(traced, user) for user in node.users):
+            floats.add(node.target)
+            _log.warning("layer %s: its forward changes the quantized weight, bias or input; it stays float", layer_of(node.target))
+    used = {key for node in graph.nodes if (key := traced.weight_name(node)) is not None}
+    kept = {key: codes for key, codes in traced.codes.items() if key in used - floats}
+    if not kept:
+        raise BitscapeError("network: none of its layers can be computed in integers; `bitscape export packed` needs none")
+    return replace(traced, codes=kept)
+
+
+def _is_plain(traced: Traced, node: fx.Node) -> bool:
+    """Whether a node that takes a quantized weight is a layer of quantized input and stored bias."""
+    if not traced.is_layer(node) or quantized_source(node.all_input_nodes[0]) is None:
+        return False
+    bias = node.args[2] if len(node.args) > 2 else None
+    return not isinstance(bias, fx.Node) or bias.op == "get_attr"
+
+
+def _replace_what_sees_no_image(traced: Traced) -> None:
+    """Put what layers compute from nothing of the images in their place."""
+    graph = traced.module.graph
     of_images = set(graph.find_nodes(op="placeholder"))
     for node in list(graph.nodes):
         key = traced.weight_name(node)
@@ -92,15 +119,8 @@ def _of_integers(traced: Traced) -> Traced:
             of_images.add(node)
         elif key is not None:
             _replace_by_value(traced.module, node)
-            dropped.add(key)
             _log.warning("layer %s: its input is the same for every image; what it computes is stored in its place", layer_of(key))
-        if node.op == "get_attr" and node.target in traced.codes:
-            layers = [user for user in node.users if traced.weight_name(user) and quantized_source(user.all_input_nodes[0]) is not None]
-            if len(layers) < len(node.users):
-                dropped.add(node.target)
-                _log.warning("layer %s: its forward changes the quantized weight or input; it stays float", layer_of(node.target))
     graph.eliminate_dead_code()
-    return replace(traced, codes={key: codes for key, codes in traced.codes.items() if key not in dropped})
 
 
 def _replace_by_value(module: fx.GraphModule, node: fx.Node) -> None:
@@ -114,7 +134,9 @@ def _replace_by_value(module: fx.GraphModule, node: fx.Node) -> None:
     with torch.no_grad():
         module.register_buffer(f"{node.name}_value", value_of(node))
     with module.graph.inserting_before(node):
-        node.replace_all_uses_with(module.graph.get_attr(f"{node.name}_value"))
+        stored = module.graph.get_attr(f"{node.name}_value")
+    stored.meta = dict(node.meta)
+    node.replace_all_uses_with(stored)
     module.graph.erase_node(node)
 
 

@@ -43,9 +43,9 @@ CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 """What layers become."""
-ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat"}
-"""Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly. Behind
-other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
+ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat", "ReduceMean"}
+"""Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly, and one
+behind a mean of what constants scale. Behind other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
 LAYER_NAME = re.compile("[:/]")
 """What follows a layer's name in that of a node: the number of its use, and which of its two nodes it is."""
 DEQUANTIZER = {"Multiply", "Subtract", "Convert", "Minimum", "Maximum"}

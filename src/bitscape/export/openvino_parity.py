@@ -47,6 +47,8 @@ def check_openvino_parity(
     import openvino
 
     layers = read_layers(ir.to_proto(onnx_model(network, images, containers=(8,))))
+    if not layers:
+        raise BitscapeError(f"{os.fspath(path)}: the network has no layer of integer weights, so that nothing can be compared")
     model = openvino.Core().read_model(os.fspath(path))
     tapped = _taps(model, layers)
     model.add_outputs([port for port, _ in tapped.values()])  # of two equal ones, or one that is an output already, one is there
@@ -60,7 +62,7 @@ def check_openvino_parity(
         values = session.run(batch)
         return {name: read(values[position[_key(port)]]) for name, (port, read) in tapped.items()}
 
-    compared = compare_layers(layers, images.numpy(), run)
+    compared = compare_layers(layers, images.cpu().numpy(), run)
     names = {layer.name for layer in layers}
     found = tuple(name for name in runtime.open(path).float_layers() if name in names)  # others are in float in the network, too
     return ParityReport(runtime=runtime.version, layers=compared, float_layers=found)

@@ -24,12 +24,12 @@ _log = logging.getLogger("bitscape.models")
 
 
 _READ_WEIGHTS = {
-    "torchvision.models.swin_transformer": False,
-    "timm.models.swin_transformer_v2": True,
-    "timm.models.beit": True,
-    "timm.models.eva": True,
+    "torchvision.models.swin_transformer": True,
+    "timm.models.swin_transformer_v2": False,
+    "timm.models.beit": False,
+    "timm.models.eva": False,
 }
-"""Modules of Python whose attention hands the weights of its layers to functions -> whether it calls some of its layers, too."""
+"""Modules of Python whose attention hands the weights of its layers to functions -> whether it never calls a layer itself."""
 
 
 class SplitAttention(nn.Module):
@@ -230,7 +230,7 @@ def _with_bias(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def _calling_layers(kind: Any) -> type[nn.Module]:
     """The class with a forward that calls the layers whose weights it reads."""
-    never_called = not _READ_WEIGHTS[kind.__module__]
+    never_called = _READ_WEIGHTS[kind.__module__]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _LayersCalled(self.children(), never_called):
