@@ -25,11 +25,13 @@ from benchmarks.first_policy import (
     megabytes,
     outside,
     pinned,
+    used,
     user_files,
     wanted,
 )
 from bitscape.data.sources import Dataset, load_dataset
-from bitscape.models.find import find_model
+from bitscape.models.find import find_model, load_weights
+from bitscape.policy import LayerBits, Policy
 from bitscape.report.records import identity, read_runs
 
 
@@ -76,7 +78,7 @@ def test_steps_run_in_their_folder_and_are_timed(tmp_path: Path):
     assert set(steps.seconds) == {"wait"}
 
 
-def test_the_users_files_are_a_network_and_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_users_files_are_a_network_its_weights_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = Dataset("drawn", images, torch.tensor([0, 1, 1, 0, 1]), ("cat", "dog"))
     monkeypatch.setattr(first_policy, "load_dataset", lambda *_, **__: data)
@@ -86,6 +88,7 @@ def test_the_users_files_are_a_network_and_its_images(tmp_path: Path, monkeypatc
     read = load_dataset(str(tmp_path / "images"))
     assert read.class_names == ("cat", "dog") and sorted(read.labels.tolist()) == [0, 0, 1, 1, 1]
     network = find_model(f"{tmp_path}/my_net.py:my_net").eval()
+    load_weights(network, tmp_path / "own.safetensors")
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sum(isinstance(module, torch.nn.Conv2d) for module in network.modules()) == 6
 
@@ -99,6 +102,32 @@ def test_what_was_loaded_is_written_whatever_the_command_does(tmp_path: Path):
     assert any(name.endswith("bitscape/cli/__init__.py") for name in loaded)
     assert outside(loaded, [Path(sys.prefix), first_policy.ROOT, tmp_path.resolve()]) == []
     assert outside(loaded, []) != []
+
+
+class Written(Steps):
+    """Runs nothing, but writes what the searches would: policies of the given weight bits, in turn."""
+
+    def do(self, name: str, *command: object) -> str:
+        if "search" in name:
+            Policy({"0": LayerBits(BITS.pop(0), 8)}).save(self.folder / str(command[-1]))
+            (self.folder / "loaded.json").write_text("[]")
+        DONE.append(name)
+        return ""
+
+
+BITS: list[int] = []
+DONE: list[str] = []
+
+
+def test_the_search_comes_before_all_that_would_import_torch_and_its_policy_must_come_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_policy, "user_files", lambda folder: None)
+    monkeypatch.setattr(first_policy, "Steps", Written)
+    BITS[:], DONE[:] = [4, 4], []
+    assert used(Written(folder=tmp_path), tmp_path, "bitops=w4a4").layers == {"0": LayerBits(4, 8)}
+    assert DONE[0] == "bitscape search" and DONE[-1] == "the search again"
+    BITS[:] = [4, 8]
+    with pytest.raises(SystemExit, match="the same search found another policy"):
+        used(Written(folder=tmp_path), tmp_path, "bitops=w4a4")
 
 
 def test_sizes_count_each_file_once(tmp_path: Path):

@@ -59,6 +59,48 @@ def test_the_command_is_what_a_shell_takes(module, argv, expected, monkeypatch):
     assert origin.command() == expected
 
 
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        (None, [""]),
+        (None, ["-", "a"]),
+        (None, ["-c", "a"]),
+        ("ipykernel_launcher", ["/there/ipykernel_launcher.py", "-f", "kernel.json"]),
+        ("ipykernel.__main__", ["/there/ipykernel/__main__.py"]),
+    ],
+)
+def test_what_a_shell_cannot_start_again_has_no_command(module, argv, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None if module is None else SimpleNamespace(name=module))
+    monkeypatch.setattr(sys, "argv", argv)
+    assert origin.command() is None
+
+
+def test_code_given_to_python_has_no_command():
+    code = "from bitscape.engine import origin; print(origin.command())"
+    assert subprocess.run([sys.executable, "-c", code, "a"], capture_output=True, text=True, check=True).stdout == "None\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "here", "argv", "expected"),
+    [
+        (2, "2", ["/bin/bitscape", "train"], "torchrun --nproc-per-node 2 --no-python bitscape train"),
+        (2, "2", ["train.py"], "torchrun --nproc-per-node 2 --no-python python train.py"),
+        (8, "4", ["/bin/bitscape", "train"], "torchrun --nproc-per-node 4 --nnodes 2 --no-python bitscape train"),
+        (1, "1", ["/bin/bitscape", "train"], "bitscape train"),
+        (2, None, ["/bin/bitscape", "train"], "bitscape train"),  # not by torchrun
+    ],
+)
+def test_the_command_of_workers_starts_them_all(size, here, argv, expected, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(origin.workers, "world_size", lambda: size)
+    if here is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert origin.command() == expected
+
+
 def test_the_hardware_is_the_processor_with_its_cores_or_the_gpu(monkeypatch):
     assert origin.hardware(torch.device("cpu")) == f"{origin.cpu_model()}, {origin.cores()} cores"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")

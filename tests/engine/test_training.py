@@ -347,6 +347,12 @@ def test_run_json_holds_settings_and_versions(tmp_path: Path) -> None:
     assert run.get("commit") == origin.commit()
 
 
+def test_run_json_holds_no_command_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [""])  # as at Python's prompt
+    train(tiny_net(), tiny_batches(), **USUAL, folder=tmp_path)
+    assert "command" not in json.loads((tmp_path / RUN).read_text())
+
+
 @pytest.mark.parametrize("kind", [str, Path, os.fspath])
 def test_a_folder_is_a_path_or_a_text(tmp_path: Path, kind: Callable[[Path], str | Path]) -> None:
     train(tiny_net(), tiny_batches(), **{**USUAL, "epochs": 1}, folder=kind(tmp_path / "run"))

@@ -157,7 +157,7 @@ def test_images_go_to_the_device_of_the_network(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(BitscapeError, match="1 image; give two at least"):
         save_float_onnx(digits_net(), tmp_path / "no.onnx", IMAGES[:1])
-    with pytest.raises(BitscapeError, match=r"torch\.export cannot follow its forward"):
+    with pytest.raises(BitscapeError, match=r"torch\.export cannot follow its forward .* and with x\.shape\[0\] for len\(x\)$"):
         save_float_onnx(Branching(), tmp_path / "no.onnx", IMAGES)
     (tmp_path / "text.onnx").write_text("no network")
     with pytest.raises(BitscapeError, match=r"text\.onnx: ONNX Runtime cannot quantize it"):

@@ -1,5 +1,8 @@
 import copy
+import importlib.util
 import logging
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import SplitAttention, split_attention, with_split_attention
+from bitscape.models.find import import_torchvision
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
@@ -328,3 +332,71 @@ def test_layers_that_are_called_compute_with_their_quantized_weights():
         at_two_bits = quantized(x)
         quantized[1].qkv.weight_quantizer = nn.Identity()
         assert not torch.equal(quantized(x), at_two_bits)
+
+
+def _assert_each_layer_is_called_once(original: nn.Module, *inputs: Tensor, already: bool = False) -> None:
+    """And the outputs stay; `already` by the original."""
+    original.eval()
+    before, after = Counter[str](), Counter[str]()
+    split = split_attention(copy.deepcopy(original))
+    with torch.no_grad():
+        expected = original(*inputs)
+        torch.testing.assert_close(split(*inputs), expected, rtol=1e-4, atol=1e-5)
+        for network, calls in ((copy.deepcopy(original), before), (split, after)):
+            for name, layer in network.named_modules():
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+            network(*inputs)
+    linears = [name for name, layer in original.named_modules() if isinstance(layer, nn.Linear)]
+    assert after == dict.fromkeys(linears, 1)
+    assert (before == after) == already
+
+
+def _randomized(module: nn.Module) -> nn.Module:
+    """With every parameter drawn, for biases start at zero."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+@pytest.fixture
+def torchvision() -> Any:
+    if importlib.util.find_spec("torchvision") is None:  # pytest.importorskip fails where its compiled part does not load
+        pytest.skip("torchvision is not installed")
+    return import_torchvision()
+
+
+@pytest.fixture
+def timm(torchvision: Any) -> Any:
+    return pytest.importorskip("timm")
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+def test_swin_of_torchvision(name: str, torchvision: Any) -> None:
+    torch.manual_seed(0)
+    _assert_each_layer_is_called_once(torchvision.models.get_model(name), torch.randn(1, 3, 64, 64))
+
+
+def test_swin_v2_of_timm(timm: Any) -> None:
+    torch.manual_seed(0)
+    _assert_each_layer_is_called_once(timm.create_model("swinv2_tiny_window8_256"), torch.randn(1, 3, 256, 256))
+
+
+def test_attention_of_beit(timm: Any) -> None:
+    torch.manual_seed(0)
+    attention = timm.models.beit.Attention(16, num_heads=2, qkv_bias=True, window_size=(2, 2))
+    _assert_each_layer_is_called_once(_randomized(attention), torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"gated": True, "scale_norm": True, "norm_layer": nn.LayerNorm}], ids=str)
+def test_attention_of_eva(options: dict[str, Any], timm: Any) -> None:
+    torch.manual_seed(0)
+    attention = timm.models.eva.EvaAttention(16, num_heads=2, **{"scale_norm": False, **options})
+    _assert_each_layer_is_called_once(_randomized(attention), torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias_separate": True}, {"qkv_bias": False}, {"qkv_fused": False}], ids=str)
+def test_attention_of_eva_that_calls_its_layers_itself(options: dict[str, Any], timm: Any) -> None:
+    torch.manual_seed(0)
+    attention = timm.models.eva.EvaAttention(16, num_heads=2, scale_norm=False, **options)
+    _assert_each_layer_is_called_once(_randomized(attention), torch.randn(2, 5, 16), already=True)

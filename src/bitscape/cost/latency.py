@@ -149,8 +149,8 @@ class LatencyTable:
         return (
             f"latency table ({self.where}) leaves open whether fewer bits are faster: {found}, give or take "
             f"{100 * fastest.margin:.1f} points by how its layers differ; the {100 * (1 - fastest.share):.1f} % saved are from some layers "
-            f"(most: {', '.join(self._gaining(fastest.pair))}), or noise; measure again with more --rounds and nothing else running to tell, "
-            "and cap bytes until then, e.g. weight_bytes=0.5x"
+            f"(most: {', '.join(self._gaining(fastest.pair))}), or noise; measure again with more --rounds and nothing else running to "
+            "tell, and cap bytes until then, e.g. weight_bytes=0.5x"
         )
 
     def _fastest(self) -> "_Uniform":
@@ -159,11 +159,11 @@ class LatencyTable:
         return min(uniform, key=lambda each: each.share + each.margin, default=_Uniform(pair=EIGHT, share=1.0, margin=0.0))
 
     def _gaining(self, pair: str) -> list[str]:
-        """The layers that gain most at `pair`: as many as make up what the network gains."""
+        """The layers that gain most at `pair`: as many as make up half of what the network gains, at most `NAMED`."""
         gains = {name: times[EIGHT] - times.get(pair, times[EIGHT]) for name, times in self.layers.items()}
-        total, named = math.fsum(gains.values()), list[str]()
+        half, named = math.fsum(gains.values()) / 2, list[str]()
         for name in sorted(gains, key=lambda name: -gains[name])[:NAMED]:
-            if math.fsum(gains[before] for before in named) < total:
+            if math.fsum(gains[before] for before in named) < half:
                 named.append(name)
         return named
 
