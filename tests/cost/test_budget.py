@@ -136,3 +136,19 @@ def test_limits_are_whole_numbers_of_the_layer_costs():
     limits = parse_budget("bitops=1000.9,mean_weight_bits=4", NETWORK).limits(NETWORK)
     assert limits == {"bitops": 1000, "mean_weight_bits": 4 * weights}
     assert cost("mean_weight_bits", NETWORK, uniform(4, 4, pinned={})) == 4
+
+
+def test_layers_that_are_never_called_are_stored_in_8_bits_in_relative_caps_as_in_policies():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.aside = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(1000, 100)
+
+        def forward(self, x):
+            return self.last(self.first(x).mean((2, 3)))
+
+    network = measure(Auxiliary(), (3, 6, 6))
+    policy = uniform_policy(["first", "last", "aside"], LayerBits(4, 8), {"aside": LayerBits(8, 8)})
+    assert parse_budget("weight_bytes=w4", network).caps["weight_bytes"] == cost("weight_bytes", network, policy) > 100_000
+    eight = uniform_policy(["first", "last", "aside"], LayerBits(8, 8))
+    assert parse_budget("weight_bytes=0.5x", network).caps["weight_bytes"] == 0.5 * cost("weight_bytes", network, eight)

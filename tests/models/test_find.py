@@ -241,6 +241,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         load_weights(_network(), _saved(tmp_path, state))
 
 
+def test_modules_that_ask_for_the_version_of_a_state_dict_load(tmp_path):
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            if local_metadata.get("version") != 2:
+                raise ValueError("version should be set")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    source, target = nn.Sequential(Versioned(2, 2)), nn.Sequential(Versioned(2, 2))
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(target, tmp_path / "w.safetensors")
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
 def test_half_precision_weights_load(tmp_path):
     source, target = _network(), _network()
     load_weights(

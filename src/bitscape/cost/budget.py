@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NO_EFFECT, NetworkCost
 from bitscape.cost.policy_cost import CAPS, NO_TABLE, cap, cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, uniform_policy
@@ -99,14 +99,20 @@ def _absolute(kind: str, value: float | str, network: NetworkCost, pinned: Mappi
 def _from_text(kind: str, text: str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float | None:
     if (uniform := _UNIFORM.fullmatch(text)) and text:
         bits = _uniform_bits(kind, text, uniform.group(1), uniform.group(2))
-        return cost(kind, network, uniform_policy(network.by_name, bits, pinned))
+        return cost(kind, network, _uniform(network, bits, pinned))
     if not (number := _NUMBER.fullmatch(text)):
         return None
     amount, suffix = float(number.group(1)), number.group(2)
     if suffix == "x":
-        return amount * cost(kind, network, uniform_policy(network.by_name, LayerBits(8, 8)))
+        return amount * cost(kind, network, _uniform(network, LayerBits(8, 8), {}))
     units = _SUFFIXES[CAPS[kind].unit]
     return amount * units[suffix] if suffix in units else None
+
+
+def _uniform(network: NetworkCost, bits: LayerBits, pinned: Mapping[str, LayerBits]) -> Policy:
+    """The uniform policy as a search would write it: layers that are never called have 8 bits, too."""
+    names = [*network.by_name, *network.uncalled]
+    return uniform_policy(names, bits, {**dict.fromkeys(network.uncalled, NO_EFFECT), **pinned})
 
 
 def _uniform_bits(kind: str, text: str, weight: str | None, activation: str | None) -> LayerBits:

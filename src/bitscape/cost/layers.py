@@ -20,6 +20,8 @@ from bitscape.policy import LayerBits
 
 _log = logging.getLogger("bitscape.cost")
 
+NO_EFFECT = LayerBits(8, 8)
+"""Bits of layers that the forward never calls: a policy must name them all the same."""
 LOW_COVERAGE = 0.99
 """Below this share of MACs in counted layers, `measure` logs a warning."""
 

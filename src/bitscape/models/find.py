@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,13 +84,20 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     other = [text for name in weights if name in state for text in _other_kind(name, weights[name], state[name])]
     _complain(path, "of another kind", other)
     try:
-        result = model.load_state_dict(weights, strict=False)
+        result = model.load_state_dict(_versioned(weights, model), strict=False)
     except RuntimeError as error:
         raise BitscapeError(f"path: {str(path)!r} does not fit the network; {error}") from error
     loaded = {id(state[key]) for key in state.keys() - set(result.missing_keys)}
     missing = [key for key in result.missing_keys if id(state[key]) not in loaded]
     _complain(path, "missing in the file", _uncounted(missing, result.unexpected_keys))
     _complain(path, "not in the network", _uncounted(result.unexpected_keys, state))
+
+
+def _versioned(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights as of the network's own version: a file keeps none, and some modules ask which one a state dict has."""
+    versioned = OrderedDict(weights)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # how torch keeps versions
+    return versioned
 
 
 def _timm(model: str, kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitscape.cost.budget import Budget
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NO_EFFECT, NetworkCost
 from bitscape.cost.policy_cost import cap, layer_cost, policy_cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, fingerprint
@@ -22,7 +22,6 @@ from bitscape.search.problem import FreeLayers, free_layers
 from bitscape.search.scores import ScoreTable
 from bitscape.version import __version__
 
-NO_EFFECT = LayerBits(8, 8)  # for layers the forward never calls: a policy must name them all the same
 SHOWN_LAYERS = 3
 
 

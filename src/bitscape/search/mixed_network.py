@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from bitscape.cost.layers import NO_EFFECT
 from bitscape.engine import Batch, Sgd, Step, StepRecord
 from bitscape.engine.settings import sgd_with_rate
 from bitscape.engine.step import restore_step, step_state
@@ -13,7 +14,6 @@ from bitscape.engine.workers import part
 from bitscape.quant.convert import calibrate
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import Mixture, mix
-from bitscape.search.allocation import NO_EFFECT
 from bitscape.search.problem import SearchProblem
 from bitscape.search.proxy_task import ProxyTask
 from bitscape.search.sensitivity import widths
