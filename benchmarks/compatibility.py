@@ -77,7 +77,7 @@ class Journey:
         budget = ("--budget", "weight_bytes=w4", "--candidates", "w=2,4,8;a=8")
         self._run("search", *self._data("--data"), *budget, "--images", IMAGES, "--out", self.folder / "policy.json")
         policy = Policy.load(self.folder / "policy.json")
-        ends = dict.fromkeys(self.layers.ends, LayerBits(8, 8))
+        ends = dict.fromkeys((*self.layers.ends, *self.layers.uncalled), LayerBits(8, 8))
         cap = policy_cost(self.layers, uniform_policy(self.layers.shapes, LayerBits(4, 8), ends))["weight_bytes"]
         if policy_cost(self.layers, policy)["weight_bytes"] > cap:
             raise RuntimeError(f"the policy has more than {cap} bytes")

@@ -15,6 +15,7 @@ from torch import nn
 
 import bitscape
 from bitscape.errors import BitscapeError
+from bitscape.export.packed import load_packed, save_packed
 from bitscape.models.attention import split_attention
 from bitscape.models.find import find_model, import_torchvision, load_weights
 from bitscape.models.preprocessing import ImageConfig, image_config
@@ -241,19 +242,27 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         load_weights(_network(), _saved(tmp_path, state))
 
 
+class Versioned(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
 def test_modules_that_ask_for_the_version_of_a_state_dict_load(tmp_path):
-    class Versioned(nn.Linear):
-        _version = 2
-
-        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-            if local_metadata.get("version") != 2:
-                raise ValueError("version should be set")
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
     source, target = nn.Sequential(Versioned(2, 2)), nn.Sequential(Versioned(2, 2))
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     load_weights(target, tmp_path / "w.safetensors")
     assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_modules_that_ask_for_the_version_of_a_state_dict_are_read_from_packed_files(tmp_path):
+    source, x = nn.Sequential(nn.Linear(2, 2), Versioned(2, 2)), torch.randn(8, 2)
+    quantized = calibrate(quantize(source, uniform_policy(["0", "1"], LayerBits(4, 8))), x).eval()
+    info = save_packed(quantized, tmp_path / "p.safetensors")
+    assert torch.equal(load_packed(info.path, source).eval()(x), quantized(x))
 
 
 def test_half_precision_weights_load(tmp_path):

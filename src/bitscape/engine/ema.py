@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitscape.models.find import versioned
+
 
 @dataclass
 class Ema:
@@ -35,8 +37,8 @@ class Ema:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give `model` the averaged state inside the block, and its own back afterwards, bit for bit."""
         own = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(self.values)
+        model.load_state_dict(versioned(self.values, model))
         try:
             yield
         finally:
-            model.load_state_dict(own)
+            model.load_state_dict(versioned(own, model))

@@ -12,6 +12,7 @@ from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, 
 from bitscape.engine.ema import Ema
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
 from bitscape.errors import BitscapeError
+from bitscape.models.find import versioned
 
 
 @dataclass(kw_only=True)
@@ -86,7 +87,7 @@ class RunState:
         tensors, header = load_checkpoint(path)
         check_same_settings(path, header["settings"], self.settings)
         check_same_tensors(path, _part("model", tensors), tensors_of(self.model), "model")
-        self.model.load_state_dict(_part("model", tensors))
+        self.model.load_state_dict(versioned(_part("model", tensors), self.model))
         self._restore_optimizer(_part("optimizer", tensors))
         if self.ema:
             self.ema.values = {name: value.to(self.device) for name, value in _part("ema", tensors).items()}

@@ -28,6 +28,7 @@ from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import check_seal, sealed, write_atomic
 from bitscape.models.attention import split_attention
+from bitscape.models.find import versioned
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers
@@ -261,4 +262,4 @@ def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise BitscapeError(f"float_model has no tensor {key}{nearest(key, expected)}; {advice}")
         _expect(key, (*tensor.shape, tensor.dtype), (*expected[key].shape, expected[key].dtype))
     _check_ranges(tensors)
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(versioned(tensors, model), strict=False)

@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     other = [text for name in weights if name in state for text in _other_kind(name, weights[name], state[name])]
     _complain(path, "of another kind", other)
     try:
-        result = model.load_state_dict(_versioned(weights, model), strict=False)
+        result = model.load_state_dict(versioned(weights, model), strict=False)
     except RuntimeError as error:
         raise BitscapeError(f"path: {str(path)!r} does not fit the network; {error}") from error
     loaded = {id(state[key]) for key in state.keys() - set(result.missing_keys)}
@@ -93,8 +93,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     _complain(path, "not in the network", _uncounted(result.unexpected_keys, state))
 
 
-def _versioned(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights as of the network's own version: a file keeps none, and some modules ask which one a state dict has."""
+def versioned(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights as of the network's own version: files keep none, and some modules ask which one a state dict has."""
     versioned = OrderedDict(weights)
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # how torch keeps versions
     return versioned
