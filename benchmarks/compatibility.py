@@ -30,18 +30,19 @@ from safetensors.torch import load_file
 from benchmarks.common import RESULTS, record
 from benchmarks.zoo import ENTRIES, IMAGES, build, images
 from bitscape.cli.app import commands
+from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import with_split_attention
 from bitscape.models.find import save_weights
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import LayerBits, Policy
 from bitscape.report.records import missing, read_runs
 
 NAME = "compatibility"
 KEYS = ("network", "method", "seed")
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
-LIMIT_S = 1200
+BUDGET, LIMIT_S = "weight_bytes=w4", 1200
 PARTS = ("build", "cost", "search", "train", "packed", "onnx", "openvino")
 NEEDED = PARTS[:3]
 """Parts without which there are no others."""
@@ -74,13 +75,12 @@ class Journey:
 
     def search(self) -> Mapping[str, Any]:
         """Search among the widths that ONNX files store."""
-        budget = ("--budget", "weight_bytes=w4", "--candidates", "w=2,4,8;a=8")
-        self._run("search", *self._data("--data"), *budget, "--images", IMAGES, "--out", self.folder / "policy.json")
+        offered = ("--budget", BUDGET, "--candidates", "w=2,4,8;a=8")
+        self._run("search", *self._data("--data"), *offered, "--images", IMAGES, "--out", self.folder / "policy.json")
         policy = Policy.load(self.folder / "policy.json")
-        ends = dict.fromkeys((*self.layers.ends, *self.layers.uncalled), LayerBits(8, 8))
-        cap = policy_cost(self.layers, uniform_policy(self.layers.shapes, LayerBits(4, 8), ends))["weight_bytes"]
-        if policy_cost(self.layers, policy)["weight_bytes"] > cap:
-            raise RuntimeError(f"the policy has more than {cap} bytes")
+        budget = parse_budget(BUDGET, self.layers, dict.fromkeys(self.layers.ends, LayerBits(8, 8)))
+        if exceeded := budget.exceeded(self.layers, policy):
+            raise RuntimeError(f"the policy costs {exceeded}, over {budget}")
         return {"mean_weight_bits": policy_cost(self.layers, policy)["mean_weight_bits"]}
 
     def train(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from bitscape.errors import BitscapeError
 from bitscape.export.agreement import agreement
 from bitscape.export.integer_execution import run_integers
 from bitscape.export.integer_graph import integer_network
-from bitscape.export.openvino_ir import write_openvino
+from bitscape.export.openvino_ir import OpenvinoInfo, write_openvino
 from bitscape.export.openvino_parity import check_openvino_parity
 from bitscape.export.parity import ALLOWED, ParityReport
 from bitscape.export.runtime import OpenVino
@@ -21,16 +21,16 @@ REFUSED = {"excited", "repeated"}
 
 @pytest.fixture
 def file_of(tmp_path):
-    def write(name: str, bits=((8, 8),)) -> Path:
-        return write_openvino(integers(name, bits)[1], tmp_path / f"{name}.xml", images()).path
+    def write(name: str, bits=((8, 8),)) -> OpenvinoInfo:
+        return write_openvino(integers(name, bits)[1], tmp_path / f"{name}.xml", images())
 
     return write
 
 
 @pytest.mark.parametrize(("name", "bits"), [case for case in CASES if case[0] not in REFUSED])
 def test_every_layer_is_compared_and_nearly_every_code_is_that_of_integers(name, bits, file_of):
-    network = integers(name, bits)[1]
-    report = check_openvino_parity(file_of(name, bits), network, other_images())
+    network, info = integers(name, bits)[1], file_of(name, bits)
+    report = check_openvino_parity(info.path, info.source, other_images())
     report.require(ALLOWED["openvino"])
     assert report.runtime.startswith("openvino ")
     uses = {layer.name.partition(":")[0] for layer in report.layers}
@@ -39,7 +39,8 @@ def test_every_layer_is_compared_and_nearly_every_code_is_that_of_integers(name,
 
 
 def test_layers_in_float_are_named(file_of):
-    report = check_openvino_parity(file_of("repeated"), integers("repeated")[1], other_images())
+    info = file_of("repeated")
+    report = check_openvino_parity(info.path, info.source, other_images())
     assert set(report.float_layers) == {"twice", "twice:2"}
     assert wrong(report) == []
     with pytest.raises(BitscapeError, match=r"computes 2 layers in float \(twice"):
@@ -98,9 +99,9 @@ def feeds(layer: str, kind: str):
     ids=["a weight", "weight scales", "biases", "biases of float results"],
 )
 def test_a_file_that_computes_one_layer_otherwise_is_found_out(layer, kind, change, file_of):
-    path, network = file_of("mobile"), integers("mobile")[1]
-    edited(path, feeds(layer, kind), change)
-    report = check_openvino_parity(path, network, other_images())
+    info = file_of("mobile")
+    edited(info.path, feeds(layer, kind), change)
+    report = check_openvino_parity(info.path, info.source, other_images())
     assert wrong(report) == [layer]  # others are judged by the codes they got
     with pytest.raises(BitscapeError, match=rf"computes 1 of 8 layers otherwise .* worst {layer}: \d+ of \d+ codes differ"):
         report.require(ALLOWED["openvino"])
@@ -120,7 +121,7 @@ def test_a_token_joined_to_patches_by_the_batch_size_is_computed_as_integers_say
 
     network = integer_network(quantized(made(build)), images())
     info = write_openvino(network, tmp_path / "net.xml", images())
-    check_openvino_parity(info.path, network, other_images()).require(ALLOWED["openvino"])
+    check_openvino_parity(info.path, info.source, other_images()).require(ALLOWED["openvino"])
 
 
 @pytest.mark.parametrize("kind", ["gated", "scaled", "norm"])
@@ -148,4 +149,4 @@ def test_a_mean_of_what_constants_scale_is_computed_as_integers_say(kind, tmp_pa
 
 def test_a_file_of_another_network_is_refused(file_of):
     with pytest.raises(BitscapeError, match=r"layer stem: the OpenVINO file has no such layer"):
-        check_openvino_parity(file_of("mobile"), integers("fire")[1], images())
+        check_openvino_parity(file_of("mobile").path, file_of("fire").source, images())

@@ -154,20 +154,22 @@ def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", sha
     from bitscape.engine import evaluate as accuracy_of
     from bitscape.engine.spending import noting_spent
 
+    timed = None
     if times is not None and policy is not None:  # a table that does not fit is refused before the images are classified
-        policy_cost(with_latency(measure_network(network, shape), times), policy)
+        timed = with_latency(measure_network(network, shape), times)
+        policy_cost(timed, policy)
     with noting_spent(network) as noted:
         accuracy = accuracy_of(network, batches)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
     if print_spent(network, noted):
         return
-    cost = measure_network(network, shape)
+    cost = timed or measure_network(network, shape)
     if policy is None:
         parameters = sum(parameter.numel() for parameter in network.parameters())
         click.echo(f"float: {amount(cost.total_macs)} MACs an image, {amount(4 * parameters, 'B')} of parameters")
         return
     click.echo()
-    print_within_budget(policy, cost if times is None else with_latency(cost, times))
+    print_within_budget(policy, cost)
     if times is not None:
         click.echo(f"latency_ms: {times.where}")
 

@@ -123,7 +123,7 @@ def openvino(out: Path, **options: Any) -> None:
     with _replaced_if_good(out, out.with_suffix(".bin")) as draft:
         info = write_openvino(network, draft, images)
         report_file(source, network, info.weight_bytes, info.file_bytes, out)
-        report_parity(check_openvino_parity(draft, network, images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
+        report_parity(check_openvino_parity(draft, info.source, images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
         report_agreement(source, network, images, runtime.open(draft), runtime.version)
     report_containers(info.containers, source.policy, "openvino")
 

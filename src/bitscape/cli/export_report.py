@@ -75,8 +75,8 @@ def report_containers(containers: dict[str, int], policy: Policy, profile: str) 
 
 def report_parity(report: "ParityReport", allowed: float) -> None:
     """Print how many codes differ. Raises BitscapeError if more than the share `allowed` of a layer does."""
-    codes, differing = (sum(getattr(layer, name) for layer in report.layers) for name in ("codes", "differing"))
-    click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing} of {amount(codes)} codes differ from exact integers")
+    found = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
+    click.echo(f"{report.runtime}: {len(report.layers)} layers, {found}")
     report.require(allowed)
 
 

@@ -54,7 +54,7 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
         observer: how these ranges are chosen; mean squared error by default.
 
     Raises:
-        BitscapeError: as `trace`; or weights and activations that no 8-bit integer can hold.
+        BitscapeError: as `trace`; no layer that can be computed in integers; or weights and activations that no 8-bit integer can hold.
     """
     traced = _of_integers(trace(network, images))
     module, graph = traced.module, traced.module.graph

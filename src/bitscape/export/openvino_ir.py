@@ -21,9 +21,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
 from bitscape.export.runtime import refused
 from bitscape.files import write_atomic
+
+if TYPE_CHECKING:
+    import onnx
 
 _log = logging.getLogger("bitscape.export")
 CONTAINERS = (2, 3, 4, 6, 8)
@@ -66,6 +69,8 @@ class OpenvinoInfo:
     """Layer -> bits of the container of its weights."""
     added: int
     """Quantizers of 8 bits that the network's own do not include."""
+    source: "onnx.ModelProto" = field(repr=False)
+    """The ONNX graph that the file was made of: the same layers, with int8 weights."""
 
 
 def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
@@ -88,23 +93,29 @@ def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tens
 def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
     """As `save_openvino`, for a network in integer form; two of `images` are traced."""
     path = _checked(path)
-    content = _contents(openvino_model(network, images))
+    model, source = openvino_model(network, images)
+    content = _contents(model)
     for suffix, part in content.items():
         write_atomic(path.with_suffix(suffix), part)
     chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
     names = {layer_of(key): bits for key, bits in chosen.items()}
-    return OpenvinoInfo(path, sum(map(len, content.values())), container_bytes(network, chosen), names, len(network.added))
+    file_bytes = sum(map(len, content.values()))
+    return OpenvinoInfo(path, file_bytes, container_bytes(network, chosen), names, len(network.added), source)
 
 
-def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
-    """The network as an openvino.Model. Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing."""
+def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.ModelProto]":
+    """The network as an openvino.Model, and the ONNX graph that this was made of.
+
+    Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing.
+    """
     with needs_extra("openvino"):
         import openvino
-    proto = onnx_model(network, images, containers=(8,))
+    graph = onnx_model(network, images, containers=(8,))
     import onnx_ir as ir
 
+    source = ir.to_proto(graph)
     try:
-        model = openvino.Core().read_model(checked_bytes(ir.to_proto(proto)))
+        model = openvino.Core().read_model(checked_bytes(source))
     except RuntimeError as error:
         raise refused("OpenVINO", "the network", error) from error
     weights = [(node, network.weights[key]) for node in model.get_ops() if (key := _weight_key(node, network)) is not None]
@@ -114,7 +125,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> Any:
         _hold_factors(node)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
-    return model
+    return model, source
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -287,8 +298,14 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
 def _until_quantized(node: Any) -> Iterator[Any]:
     """What alone takes the node's results, and so on, to the next quantizer."""
     while node.get_type_name() != "FakeQuantize":
-        users = [target.get_node() for target in node.output(0).get_target_inputs()] if node.get_output_size() == 1 else []
-        if len(users) != 1 or users[0].get_type_name() in (*PRODUCTS, "Result"):
+        user = only_user(node)
+        if user is None or user.get_type_name() in (*PRODUCTS, "Result"):
             return
-        node = users[0]
+        node = user
         yield node
+
+
+def only_user(node: Any) -> Any | None:
+    """The one node that takes what `node` gives; None if there are others, or none."""
+    users = [target.get_node() for target in node.output(0).get_target_inputs()] if node.get_output_size() == 1 else []
+    return users[0] if len(users) == 1 else None

@@ -1,26 +1,27 @@
 """Does OpenVINO compute its own files as integers say it must?
 
 Every layer is compared with the reference of `parity`, which works on the codes that OpenVINO fed to the layer. The integers are those
-of the network that was exported, not read from the file: a weight that is stored wrongly is found, too. Layers and quantizers are asked
-for their results by further outputs of the same graph; this costs OpenVINO some of the fusions, so that whole networks must be compared
-as well (`agreement`).
+of the graph that the file was made of, not read from the file: a weight that is stored wrongly is found, too. Layers and quantizers are
+asked for their results by further outputs of the same graph; this costs OpenVINO some of the fusions, so that whole networks must be
+compared as well (`agreement`).
 """
 
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
-from bitscape.export.integer_graph import IntegerNetwork
-from bitscape.export.onnx_qdq import onnx_model
-from bitscape.export.openvino_ir import PRODUCTS
+from bitscape.export.openvino_ir import PRODUCTS, only_user
 from bitscape.export.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.export.runtime import OpenVino
+
+if TYPE_CHECKING:
+    import onnx
 
 PRODUCT = "/WithoutBiases"
 """Ends the name of a layer's product where a bias is added behind it, by a node of the layer's name."""
@@ -29,24 +30,23 @@ BETWEEN = 1e-3
 
 
 def check_openvino_parity(
-    path: str | os.PathLike[str], network: IntegerNetwork, images: Tensor, runtime: OpenVino | None = None
+    path: str | os.PathLike[str], source: "onnx.ModelProto", images: Tensor, runtime: OpenVino | None = None
 ) -> ParityReport:
     """Run an exported OpenVINO file on images and compare every layer with the reference.
 
     Args:
-        path: the .xml file that `write_openvino` wrote of `network`.
-        network: in integer form.
-        images: normalized float32 (n, c, h, w), two or more.
+        path: the .xml file that `write_openvino` wrote.
+        source: the graph that it was made of, of the `OpenvinoInfo`.
+        images: normalized float32 (n, c, h, w).
         runtime: with one thread by default.
 
     Raises:
         BitscapeError: a layer of the network that the file does not have, values that lie between codes, or a file that OpenVINO refuses.
     """
     runtime = runtime or OpenVino()
-    import onnx_ir as ir
     import openvino
 
-    layers = read_layers(ir.to_proto(onnx_model(network, images, containers=(8,))))
+    layers = read_layers(source)
     if not layers:
         raise BitscapeError(f"{os.fspath(path)}: the network has no layer of integer weights, so that nothing can be compared")
     model = openvino.Core().read_model(os.fspath(path))
@@ -94,13 +94,10 @@ def _key(port: Any) -> tuple[str, int]:
 def _behind(node: Any, kind: str) -> Any:
     """The next operator of a kind on the only way on."""
     name = node.get_friendly_name()
-    while True:
-        users = [target.get_node() for target in node.output(0).get_target_inputs()]
-        if len(users) != 1:
-            raise BitscapeError(f"layer {name}: the OpenVINO file has no {kind} behind it; export the network again")
-        node = users[0]
+    while (node := only_user(node)) is not None:
         if node.get_type_name() == kind:
             return node
+    raise BitscapeError(f"layer {name}: the OpenVINO file has no {kind} behind it; export the network again")
 
 
 def _reader(layer: str, scale: np.float32, zero_point: int) -> Any:

@@ -121,9 +121,19 @@ class ParityReport:
     """Layers of integer weights that the runtime computes in float."""
 
     @property
+    def codes(self) -> int:
+        """Values compared, of all layers."""
+        return sum(layer.codes for layer in self.layers)
+
+    @property
+    def differing_codes(self) -> int:
+        """Of these, other than the reference."""
+        return sum(layer.differing for layer in self.layers)
+
+    @property
     def differing(self) -> float:
         """Share of all codes that differ."""
-        return sum(layer.differing for layer in self.layers) / max(1, sum(layer.codes for layer in self.layers))
+        return self.differing_codes / max(1, self.codes)
 
     def require(self, allowed: float) -> None:
         """Raise BitscapeError unless no layer runs in float and at most the share `allowed` of a layer's codes differs, by one."""
