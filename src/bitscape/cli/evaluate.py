@@ -19,7 +19,17 @@ from bitscape.cli.network import (
     measure_network,
     normalized_images,
 )
-from bitscape.cli.options import FILE, FOLDER, all_of, data_options, image_options, latency_option, network_options, seed_option
+from bitscape.cli.options import (
+    FILE,
+    FOLDER,
+    all_of,
+    channels_last_option,
+    data_options,
+    image_options,
+    latency_option,
+    network_options,
+    seed_option,
+)
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
 from bitscape.cli.parsing import writable
@@ -80,6 +90,7 @@ def _check_beside(option: str, path: Path) -> None:
     help="Also measure ten corruptions at five severities; heat map, .svg, and its cells beside it, .json.",
 )
 @latency_option
+@channels_last_option
 @seed_option
 def evaluate(
     model: str,
@@ -99,6 +110,7 @@ def evaluate(
     decisions: str | None,
     corruptions: Path | None,
     latency: Path | None,
+    channels_last: bool | None,
     seed: int,
 ) -> None:
     """Measure top-1 and top-5 accuracy, and what an image costs.
@@ -131,7 +143,7 @@ def evaluate(
     _set_decisions(network, decisions)
     if times is not None and policy is None:
         raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
-    _report(network, policy, batches, shape, times)
+    _report(network, policy, batches, shape, times, channels_last)
     if corruptions is not None:
         _report_corruptions(network, batches, corruptions, seed)
 
@@ -148,7 +160,14 @@ def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
     network.decisions = "per_image" if decisions == "per-image" else "per_batch"
 
 
-def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", shape: tuple[int, ...], times: "LatencyTable | None") -> None:
+def _report(
+    network: "nn.Module",
+    policy: Policy | None,
+    batches: "Batches",
+    shape: tuple[int, ...],
+    times: "LatencyTable | None",
+    channels_last: bool | None,
+) -> None:
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
     from bitscape.engine import evaluate as accuracy_of
@@ -159,7 +178,7 @@ def _report(network: "nn.Module", policy: Policy | None, batches: "Batches", sha
         timed = with_latency(measure_network(network, shape), times)
         policy_cost(timed, policy)
     with noting_spent(network) as noted:
-        accuracy = accuracy_of(network, batches)
+        accuracy = accuracy_of(network, batches, channels_last=channels_last)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
     if print_spent(network, noted):
         return

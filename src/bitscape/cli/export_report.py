@@ -87,7 +87,7 @@ def report_agreement(source: ExportSource, network: "IntegerNetwork", images: "T
 
     from bitscape.export.agreement import agreement
     from bitscape.export.integer_execution import run_integers
-    from bitscape.quant.chains import tensors_in
+    from bitscape.models.trial import tensors_in
 
     found = np.concatenate([session.run(batch.numpy())[0] for batch in images.split(BATCH)])
     if found.ndim != 2:

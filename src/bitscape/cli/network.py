@@ -53,13 +53,15 @@ def load_network(model: str, weights: Path | None, device: str | None, seed: int
     import torch
 
     from bitscape.models.find import find_model, load_weights
+    from bitscape.models.modes import in_eval_mode
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = find_model(model)
     if weights is not None:
         load_weights(network, weights)
-    return network.to(pick_device(device)).eval()
+    network.to(pick_device(device))
+    return in_eval_mode(network)
 
 
 def pick_device(name: str | None) -> "torch.device":
@@ -134,13 +136,10 @@ def with_mixed_quality(dataset: "Dataset", source: str, seed: int) -> "Dataset":
 
 
 def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkCost":
-    """Count what each layer of the network does, attention split as the search does it."""
-    import copy
-
+    """Count what each layer of the network does."""
     from bitscape.cost.layers import measure
-    from bitscape.models.attention import split_attention
 
-    return measure(split_attention(copy.deepcopy(model)), shape)
+    return measure(model, shape)
 
 
 def load_latency(path: Path | None) -> "LatencyTable | None":
@@ -154,13 +153,10 @@ def load_latency(path: Path | None) -> "LatencyTable | None":
 
 
 def network_shapes(model: "nn.Module") -> dict[str, tuple[int, ...]]:
-    """Return layer name -> weight shape, attention split."""
-    import copy
-
-    from bitscape.models.attention import split_attention
+    """Return layer name -> weight shape."""
     from bitscape.models.layers import layer_shapes
 
-    return layer_shapes(split_attention(copy.deepcopy(model)))
+    return layer_shapes(model)
 
 
 def policy_shape(policy: Policy, given: tuple[int, int, int] | None) -> tuple[int, ...]:
@@ -191,6 +187,7 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
     """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
     from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE
     from bitscape.models.find import load_weights
+    from bitscape.models.modes import in_eval_mode
     from bitscape.quant.convert import quantize
 
     if (folder / DYNAMIC_FILE).is_file():
@@ -203,7 +200,7 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
     policy = Policy.load(saved) if saved.is_file() else None
     trained = model if policy is None else quantize(model, policy)
     load_weights(trained, weights)
-    return trained.eval(), policy
+    return in_eval_mode(trained), policy
 
 
 def load_folder(model: "nn.Module", folder: Path, shape: tuple[int, ...]) -> tuple["nn.Module", Policy | None]:
@@ -230,13 +227,14 @@ def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]
 
 def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
     """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
+    from bitscape.models.modes import in_eval_mode
     from bitscape.quant.convert import calibrate, quantize
     from bitscape.quant.repair import repair as repaired
 
     if repair:
         model = folded(model, tuple(images.shape[1:]), images.device)
     quantized = calibrate(quantize(model, policy), images)
-    return repaired(quantized, model, images).eval() if repair else quantized.eval()
+    return in_eval_mode(repaired(quantized, model, images) if repair else quantized)
 
 
 def folded(model: "nn.Module", shape: tuple[int, ...], device: "torch.device") -> "nn.Module":

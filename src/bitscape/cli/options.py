@@ -64,6 +64,12 @@ shape_option = click.option("--input-shape", metavar="CxHxW", help="Shape of one
 mixed_option = click.option(
     "--mixed-quality", is_flag=True, help="Of the images five in six are corrupted: noise, blur, JPEG, brightness or contrast."
 )
+channels_last_option = click.option(
+    "--channels-last/--no-channels-last",
+    default=None,
+    help="Memory format of the convolutions. Default: channels_last in search and training where the network takes it, "
+    "contiguous in evaluate.",
+)
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 budget_option = click.option(
     "--budget",

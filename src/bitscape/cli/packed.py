@@ -41,8 +41,10 @@ def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor"
     """Raise BitscapeError unless both networks give the same bits on images."""
     import torch
 
-    with torch.no_grad():
-        same = torch.equal(saved.eval()(images), loaded.eval()(images))
+    from bitscape.models.modes import evaluating
+
+    with evaluating(saved), evaluating(loaded):
+        same = torch.equal(saved(images), loaded(images))
     if not same:
         raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
     click.echo(f"read back: outputs on {len(images)} images are the same, bit for bit")

@@ -12,6 +12,7 @@ from bitscape.cli.network import ImageSettings, draw_images, load_network, measu
 from bitscape.cli.options import (
     all_of,
     budget_option,
+    channels_last_option,
     data_options,
     image_options,
     latency_option,
@@ -75,6 +76,7 @@ _outputs = all_of(
 @latency_option
 @profile_option
 @pin_option
+@channels_last_option
 @seed_option
 @_outputs
 def search(
@@ -95,6 +97,7 @@ def search(
     latency: Path | None,
     profile: str | None,
     pins: tuple[str, ...],
+    channels_last: bool | None,
     seed: int,
     folder: Path | None,
     out: Path | None,
@@ -121,7 +124,7 @@ def search(
     seen = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
     proxy = draw_images(data, split or "train", images, seen, seed)
     common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
-    common |= {**offered, "latency": times, "profile": target}
+    common |= {**offered, "latency": times, "profile": target, "channels_last": channels_last}
     problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:

@@ -17,7 +17,7 @@ from bitscape.cli.network import (
     load_network,
     with_mixed_quality,
 )
-from bitscape.cli.options import FILE, all_of, data_options, image_options, mixed_option, network_options, seed_option
+from bitscape.cli.options import FILE, all_of, channels_last_option, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_step, make_trackers, parse_normalization
 from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
@@ -66,6 +66,7 @@ _recipe = all_of(
 @_recipe
 @mixed_option
 @dynamic_options
+@channels_last_option
 @seed_option
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
@@ -144,12 +145,11 @@ class StaticTraining:
 
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
         """A copy of the float network, or the network at the policy's bits with scales from training images."""
-        import copy
-
+        from bitscape.models.copies import copied
         from bitscape.quant.convert import calibrate, quantize
 
         if self.policy is None:
-            return copy.deepcopy(float_model)
+            return copied(float_model)
         return calibrate(quantize(float_model, self.policy), calibration_images(batches, seed))
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
@@ -229,6 +229,7 @@ def _train(
         loss=loss,
         autocast=torch.bfloat16 if recipe["autocast"] else None,
         compile=recipe["compiled"],
+        channels_last=recipe["channels_last"],
         accumulate=recipe["accumulate"],
         ema_decay=recipe["ema"],
         validation=validation,

@@ -5,7 +5,6 @@ that is impossible (a forward that reads values, a network that cannot be copied
 own device, and its state is put back.
 """
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.meta import meta_copy
+from bitscape.models.modes import unchanged
 
 _log = logging.getLogger("bitscape.cost")
 
@@ -47,27 +48,18 @@ def dry_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Module
     before afterwards. Raises BitscapeError when the forward fails.
     """
     try:
-        copied = _meta_copy(model)
+        copied = meta_copy(model)
         return _record(copied, _image(copied, input_shape))
     except Exception as error:
         _log.debug("no dry pass on the meta device, the network itself runs: %s", error)
     try:
-        with _unchanged(model):
+        with unchanged(model):
             return _record(model, _image(model, input_shape))
     except Exception as error:
         raise BitscapeError(
             f"input_shape={input_shape}: the network's forward fails on an input of shape {(1, *input_shape)} with "
             f"{type(error).__name__}: {error}; input_shape is the shape of one image, without the batch dimension"
         ) from error
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy in which every parameter and buffer is on the meta device; no storage is copied."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
@@ -77,31 +69,6 @@ def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
         return torch.empty(1, *input_shape, dtype=like.dtype, device="meta")
     values = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     return values.to(device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Freeze the parameters; at the end put them, the training modes and buffers back, also after an exception."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    # The counter hooks gradients of what modules take and return, and fails on views of trainable parameters.
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, value in values:
-                # A buffer that is left alone is not written: it may be an expanded view, which cannot be.
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        for module, training, buffers in modules:
-            module.training = training
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 @contextmanager

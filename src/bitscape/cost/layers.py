@@ -16,6 +16,7 @@ from torch import nn
 from bitscape.cost.dry_pass import ModuleRun, dry_pass
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE, layer_shapes, quantizable_layers
+from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits
 
 _log = logging.getLogger("bitscape.cost")
@@ -145,16 +146,19 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkCost:
 
     A layer run several times counts its MACs each time and its weights once; a linear layer on (n, tokens, c) counts
     every token. The model is unchanged afterwards. Logs a warning when layers are never called, or when the layers
-    cover less than 99 % of the MACs. Raises BitscapeError when the forward fails on that shape or runs no such layer.
+    cover less than 99 % of the MACs. Attention is counted as the four layers that `quantize` makes of it.
+    Raises BitscapeError when the forward fails on that shape or runs no such layer, and for a layer that cannot take bits
+    (a computed weight, a forward set on the instance).
     """
     shape = _checked_shape(input_shape)
+    model = as_prepared(model)
     runs = dry_pass(model, shape)
     modules = quantizable_layers(model)
     layers = _layer_costs(modules, runs)
     if not layers:
         raise BitscapeError(
             f"model {type(model).__name__} runs no Conv1d, Conv2d or Linear layer on input_shape={shape}, so there is "
-            "nothing to give bits to; nn.MultiheadAttention must first be split into layers (split_attention)"
+            "nothing to give bits to"
         )
     called = {layer.name for layer in layers}
     uncalled = tuple(name for name in modules if name not in called)

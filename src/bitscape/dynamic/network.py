@@ -25,10 +25,11 @@ from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURE
 from bitscape.dynamic.widths import Widths
 from bitscape.engine.spending import Spent
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import groups_of
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, quantized_layers, static_bits
 
 Sampling = Literal["continuous", "gumbel", "whole"]
 FEATURES = (*IMAGE_FEATURES, *LAYER_FEATURES, "share of the largest cost spent so far")
@@ -106,7 +107,7 @@ class DynamicNetwork(nn.Module):
         self.sampling: Sampling = "continuous"
         self.decision = Decision(torch.zeros(0, len(cost.layers)), torch.zeros(0, len(cost.layers)))
         self.log_density, self.softness = torch.zeros(0), torch.zeros(())
-        self._static = {name: layer.bits for name, layer in layers.items() if name not in self.names}
+        self._static = {name: static_bits(layer) for name, layer in layers.items() if name not in self.names}
         self._rows: Tensor
         self.register_buffer("_rows", self._static_widths(), persistent=False)
         self._given: Decision | None = None
@@ -190,7 +191,7 @@ class DynamicNetwork(nn.Module):
 
     def _channels(self, layer: LayerCost) -> int:
         """Of the layer's input; a grouped convolution's weight tells those of one group."""
-        return layer.weight_shape[1] * cast(int, getattr(self.model.get_submodule(layer.name), "groups", 1))
+        return layer.weight_shape[1] * groups_of(self.model.get_submodule(layer.name))
 
     def policy(self, decision: Decision) -> Policy:
         """The static policy of one row, (1, layers) each, rounded."""

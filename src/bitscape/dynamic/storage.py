@@ -4,7 +4,6 @@ A dynamic network is `dynamic.json`, `policy.json` and `model.safetensors`. Tier
 folder `tier1`, `tier2`, ... as `bitscape train` leaves it for a static network. Folders hold no float network: that comes from its code.
 """
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,6 @@ from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.dynamic.tiers import Gate, TieredNetwork
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.files import write_atomic
-from bitscape.models.attention import split_attention
 from bitscape.models.find import load_weights, save_weights
 from bitscape.policy import Policy
 from bitscape.quant.convert import quantize
@@ -172,7 +170,7 @@ def load_tiers(model: nn.Module, folder: Path) -> TieredNetwork:
     for made, file in [*zip(networks, [own / WEIGHTS_FILE for own in folders], strict=True), (gate, folder / GATE_FILE)]:
         load_weights(made, file)
     with prefixed(folder / TIERS_FILE):
-        cost = measure(split_attention(copy.deepcopy(model)), about.input_shape)
+        cost = measure(model, about.input_shape)
     return TieredNetwork(networks, policies, gate, cost).to(next(model.parameters()).device).eval()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.engine.feed import own_part
-from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of
+from bitscape.engine.forward import as_logits, autocast_on, check_autocast, device_of, lay_out
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError, explained_forward
@@ -40,21 +40,25 @@ def evaluate(
     *,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    channels_last: bool | None = None,
     together: bool = False,
 ) -> Accuracy:
     """Return the accuracy of `model`, in eval mode, over epoch 0 of `batches`.
 
     device: where to run; the model is moved there. None = where the model is.
     autocast: None or torch.bfloat16.
+    channels_last: memory format of the convolutions, in which the model is left; None = as it is.
     together: of several workers (`engine.workers`), all of which must call this, each takes its part of every batch.
     Every module's training flag has its former value afterwards. Raises BitscapeError when there are no labels or no
-    images, when a label is not below the number of the model's outputs, when the output is not (n, classes), or when the
-    network fails on the images; NonFiniteError when outputs are NaN or infinite.
+    images, when a label is not below the number of the model's outputs, when the output is not (n, classes), when the network
+    does not take channels_last=True, or when it fails on the images; NonFiniteError when outputs are NaN or infinite.
     """
     check_autocast(autocast)
     highest = highest_label(batches)
     if device is not None:
         model.to(device)
+    if channels_last is not None:
+        lay_out(model, batches, channels_last, training=False)
     where = device_of(model)
     sums = torch.zeros(5, dtype=torch.float64, device=where)
     made = own_part(batches, 0) if together else batches.epoch(0)

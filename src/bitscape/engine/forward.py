@@ -6,12 +6,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.memory_format import set_memory_format
+from bitscape.quant.convert import bypassed
+
+if TYPE_CHECKING:
+    from bitscape.data.batches import Batches
 
 _log = logging.getLogger("bitscape.engine")
 
@@ -58,6 +63,13 @@ def as_logits(output: object, images: int, highest_label: int) -> Tensor:
             "use the dataset the model was made for, or give the model a head of the right size"
         )
     return output.float()
+
+
+def lay_out(model: nn.Module, batches: "Batches", channels_last: bool | None, *, training: bool) -> bool:
+    """Set the memory format by images of the first batch, as `set_memory_format` does; return whether it is channels_last."""
+    images, _ = next(iter(batches.epoch(0)))
+    with bypassed(model, "input_quantizer"):  # a rounded activation would turn float noise into steps
+        return set_memory_format(model, images, channels_last, training=training)
 
 
 def check_autocast(autocast: torch.dtype | None) -> None:

@@ -16,7 +16,7 @@ from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
 from bitscape.engine.feed import check_shared
-from bitscape.engine.forward import check_autocast, device_of, loop_forward
+from bitscape.engine.forward import check_autocast, device_of, lay_out, loop_forward
 from bitscape.engine.loop import Loop
 from bitscape.engine.settings import Cosine, OptimizerSettings
 from bitscape.engine.state import RunState
@@ -49,7 +49,7 @@ def train(
     schedule: Cosine | None = None,
     loss: LossFunction | None = None,
     autocast: torch.dtype | None = None,
-    channels_last: bool = True,
+    channels_last: bool | None = None,
     compile: bool = False,
     accumulate: int = 1,
     ema_decay: float | None = None,
@@ -64,7 +64,9 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
-    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. compile: the model's
+    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. channels_last: memory format of the
+    convolutions, None = channels_last, which is faster, where two images of the first batch show that the network takes it.
+    compile: the model's
     forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose
     gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty. ema_decay: in (0, 1), average the
     state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
@@ -93,6 +95,7 @@ def train(
     if len(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
     schedule, loss = schedule or Cosine(), loss or CrossEntropy()
+    laid_out = lay_out(model, batches, channels_last, training=True)
     settings: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,
@@ -102,7 +105,7 @@ def train(
         "schedule": describe(schedule),
         "loss": describe(loss),
         "autocast": describe(autocast),
-        "channels_last": channels_last,
+        "channels_last": laid_out,
         "compile": compile,
         "accumulate": accumulate,
         "ema_decay": ema_decay,
@@ -115,8 +118,6 @@ def train(
     workers.join(device)
     check_shared(batches)
     workers.same_start(model)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     state = RunState(
         model=model,
         optimizer=optimizer.build(model),
@@ -133,7 +134,7 @@ def train(
         schedule=schedule,
         loss=loss,
         autocast=autocast,
-        channels_last=channels_last,
+        channels_last=laid_out,
         accumulate=accumulate,
         clip_norm=clip_norm,
         folder=None if folder is None else Path(folder),

@@ -1,6 +1,5 @@
 """What an exported network is compared with: the float network as a file, and the int8 file that ONNX Runtime makes of it."""
 
-import copy
 import logging
 import os
 import tempfile
@@ -19,6 +18,8 @@ from bitscape.export.graph import export_program, quiet
 from bitscape.export.onnx_qdq import OPSETS
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
+from bitscape.models.copies import copied
+from bitscape.models.modes import in_eval_mode
 from bitscape.quant.fold import fold_norms
 
 _log = logging.getLogger("bitscape.export")
@@ -40,7 +41,7 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
     if len(images) < 2:
         raise BitscapeError(f"images: {len(images)} image; give two at least, so that the batch size stays free")
     traced = images[:2].to(device_of(network))
-    folded = _folded(copy.deepcopy(network).eval(), traced)
+    folded = _folded(in_eval_mode(copied(network)), traced)
     with quiet(), torch.no_grad():
         program = export_program(folded, traced)
         model = onnx_graph(program.module(), traced, {}, opset=OPSETS[8][0], free_batch=True)

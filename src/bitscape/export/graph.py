@@ -3,7 +3,6 @@
 Only exporting traces a network, with `torch.export`; searching and training do not.
 """
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError, explained_forward, first_line, prefixed
 from bitscape.export.codes import weight_codes
+from bitscape.models.copies import copied
+from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import batches_of
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, quantized_layers, static_bits
 from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
@@ -124,7 +125,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     Raises:
         BitscapeError: no quantized layer, scales that are not set, or a forward that torch.export cannot follow.
     """
-    model = copy.deepcopy(network).eval()
+    model = in_eval_mode(copied(network))
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
@@ -138,7 +139,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         key = f"{name}.weight" if name else "weight"  # see `layer_of`
         with prefixed(f"layer {name}"):
             codes[key], grid = weight_codes(layer), activation_grid(layer.input_quantizer)
-        bits[key] = layer.bits
+        bits[key] = static_bits(layer)
         _make_traceable(layer, codes[key], grid)
     with quiet(), torch.no_grad():
         (images,) = batches_of(example[:2], model)

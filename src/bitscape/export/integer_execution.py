@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from bitscape.export.graph import LINEAR, grid_of, is_quantizer
 from bitscape.export.integer_graph import IntegerNetwork
 from bitscape.export.integer_weights import IntegerWeight, input_scale
-from bitscape.quant.chains import tensors_in
+from bitscape.models.trial import tensors_in
 from bitscape.quant.convert import batches_of
 
 

@@ -9,7 +9,6 @@ timed beside one another, and of the rounds the quickest counts: on a shared mac
 fall on either side. Bits with the same container and the same operators are the same model, measured once: 3 bits are stored in 4.
 """
 
-import copy
 import logging
 import math
 import os
@@ -29,9 +28,9 @@ from bitscape.export.layer_model import LayerForm, LayerModel, form_of, without_
 from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE, save_onnx
 from bitscape.export.runtime import OnnxRuntime, Runtime, Session, time_alternately
 from bitscape.files import json_text, parse_json, write_atomic
-from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
-from bitscape.models.modes import evaluating
+from bitscape.models.modes import evaluating, in_eval_mode
+from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.progress import track
 from bitscape.quant.convert import calibrate, quantize
@@ -71,7 +70,7 @@ def build_table(
     Raises:
         BitscapeError: packages of the runtime's extra are missing; or the network cannot be exported, see `save_onnx`.
     """
-    network = split_attention(copy.deepcopy(network)).eval()
+    network = in_eval_mode(prepare(network))
     shapes = layer_shapes(network)
     batch = images[torch.arange(batch_size) % len(images)]
     calls = layer_calls(network, batch)

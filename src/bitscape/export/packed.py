@@ -11,7 +11,6 @@ and every other tensor of the state dict (biases, norms, activation scales, buff
 stored under the first. The metadata has one entry, "bitscape" (header.py). Equal networks give equal bytes.
 """
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from bitscape.export.bits import pack_bits, unpack_bits, words_of
 from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import check_seal, sealed, write_atomic
-from bitscape.models.attention import split_attention
 from bitscape.models.find import versioned
 from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.modes import in_eval_mode
+from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
 from bitscape.quant.quantizers.base import Codes
 
 _METADATA = "bitscape"  # one entry: safetensors writes several in random order
@@ -80,7 +80,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     weights: dict[str, Tensor] = {}
     for name, code in codes.items():
         if stored[name].same_weight_as is None:
-            weights |= _weight_tensors(name, code, layers[name].bits.weight)
+            weights |= _weight_tensors(name, code, static_bits(layers[name]).weight)
     others = _other_tensors(model)
     _check_ranges(others)
     # Copies: safetensors refuses views of one storage.
@@ -108,12 +108,11 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
         BitscapeError: a file that is damaged, of another kind or another format; tensors that are missing, unknown or
             of another shape; scales that are not finite.
     """
-    if quantized_layers(float_model):
-        raise BitscapeError("float_model: it is quantized already; give the float network that the file was made from")
+    require_float(float_model, "float_model")
     header = read_header(path)
     with prefixed(os.fspath(path)):
         tensors = safetensors.torch.load_file(path)
-        model = split_attention(copy.deepcopy(float_model))
+        model = prepare(float_model)
         header.policy.check(layer_shapes(model))
         layers = quantizable_layers(model)
         owned = {name: layer for name, layer in layers.items() if header.layers[name].same_weight_as is None}
@@ -124,7 +123,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             owner = stored.owner(name)
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
         _load_others(model, tensors)
-    return model.eval()
+    return in_eval_mode(model)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -166,7 +165,7 @@ def _same(a: Codes, b: Codes) -> bool:
 
 def _checked_policy(model: nn.Module, policy: Policy | None) -> Policy:
     shapes = layer_shapes(model)
-    own = Policy({name: layer.bits for name, layer in quantized_layers(model).items()}, fingerprint(shapes))
+    own = Policy({name: static_bits(layer) for name, layer in quantized_layers(model).items()}, fingerprint(shapes))
     policy = own if policy is None else policy
     policy.check(shapes)
     for name, given, has in policy.difference(own):

@@ -6,7 +6,6 @@ The attention of torchvision's Swin, and of timm's SwinV2, BEiT and EVA, hands t
 is made to call the layers.
 """
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import replace_module
+from bitscape.models.replace import replace_module
 
 _log = logging.getLogger("bitscape.models")
 
@@ -124,6 +123,11 @@ def split_attention(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SplitAttention) for m in module.modules()):
             module.use_nested_tensor = False
     return model
+
+
+def reads_weights(model: nn.Module) -> bool:
+    """Whether `model` has attention that reads the weights of its layers, which `split_attention` would change."""
+    return any(type(module) is nn.MultiheadAttention or _reads_weights(module) for module in model.modules())
 
 
 def _reads_weights(module: nn.Module) -> bool:
@@ -237,9 +241,3 @@ def _calling_layers(kind: Any) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
-
-
-def with_split_attention(model: nn.Module) -> nn.Module:
-    """Return `model` itself, or, where its attention does not call its layers, a copy in which it does; `model` stays as it is."""
-    fused = any(isinstance(module, nn.MultiheadAttention) or _reads_weights(module) for module in model.modules())
-    return split_attention(copy.deepcopy(model)) if fused else model

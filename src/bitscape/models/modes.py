@@ -2,9 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def in_eval_mode(model: Model) -> Model:
+    """Put `model` in eval mode and return it: its own `eval` or `train` need not return anything."""
+    model.eval()
+    return model
 
 
 @contextmanager
@@ -18,3 +27,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Freeze the parameters; at the end put them, the training modes and buffers back, also after an exception."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # The counter hooks gradients of what modules take and return, and fails on views of trainable parameters.
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for buffer, value in values:
+                # A buffer that is left alone is not written: it may be an expanded view, which cannot be.
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for module, training, buffers in modules:
+            module.training = training
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -10,7 +10,7 @@ and after: `require_same`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,8 @@ from torch.overrides import TorchFunctionMode
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
+from bitscape.models.trial import TOLERANCE, tensors_in
 from bitscape.quant.layers import QuantizedLayer
-
-TOLERANCE = 1e-3
-"""Largest difference of two outputs that counts as rounding, relative to the largest output: float32 after a hundred layers."""
 
 
 @dataclass(eq=False)
@@ -110,17 +108,6 @@ class _Recorder(TorchFunctionMode):
             self._maker[id(tensor)] = call
         self._alive.append((taken, made))
         self.calls.append(call)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
 
 
 def only_user(call: Call) -> Call | None:

@@ -1,20 +1,21 @@
 """A float network and a policy in, a quantized network out; calibration and norm statistics."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.prepare import prepare
+from bitscape.models.trial import check_weight_uses
 from bitscape.policy import Policy
-from bitscape.quant.layers import quantized_class, quantized_layers
+from bitscape.quant.layers import quantized_class, quantized_layers, require_float
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
 
@@ -43,14 +44,14 @@ def quantize(
 
     Raises:
         PolicyError: unknown or missing layers, or a policy of another network.
-        BitscapeError: a model that is quantized already; weights that are not finite (the layer is named).
+        BitscapeError: a model that is quantized already, or that `models.prepare` refuses;
+            weights that are not finite (the layer is named).
     """
-    if quantized_layers(model):
-        raise BitscapeError("model: it is quantized already; give the float network (also to change a quantized one's bits)")
+    require_float(model)
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
-    model = split_attention(model if inplace else copy.deepcopy(model))
+    model = prepare(model, inplace=inplace)
     policy.check(layer_shapes(model))
     layers = quantizable_layers(model)
     weight_quantizers = _weight_quantizers(layers, policy, quantizer, observer)
@@ -69,23 +70,13 @@ def _weight_quantizers(
     made: dict[tuple[nn.Parameter, int], FakeQuantizer] = {}
     by_name = {}
     for name, layer in layers.items():
-        weight, bits = _own_weight(name, layer), policy.layers[name].weight
+        weight, bits = layer.get_parameter("weight"), policy.layers[name].weight
         if (weight, bits) not in made:
             made[weight, bits] = quantizer.for_weight(weight, bits)
             with _naming(name, "weight"):
                 made[weight, bits].initialize(weight, observer)
         by_name[name] = made[weight, bits].to(weight.device)
     return by_name
-
-
-def _own_weight(name: str, layer: nn.Module) -> nn.Parameter:
-    weight = dict(layer.named_parameters(recurse=False)).get("weight")
-    if weight is None:
-        raise BitscapeError(
-            f"layer {name}: its weight is computed (parametrized, weight_norm, spectral_norm); remove that first, for instance with "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-        )
-    return weight
 
 
 @contextmanager
@@ -111,12 +102,18 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Obs
         observer: how a range is chosen from the values seen.
 
     Raises:
-        BitscapeError: no quantized layer, or activations that are not finite (the layer is named).
+        BitscapeError: no quantized layer, a weight that is used outside of its layer too, or
+            activations that are not finite (the layer is named).
     """
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
-    inputs = record_inputs(model, layers, images)
+    batches = batches_of(images, model)
+    first = list(islice(batches, 1))
+    for batch in first:
+        with bypassed(model):
+            check_weight_uses(model, batch)
+    inputs = record_inputs(model, layers, chain(first, batches))
     for name, layer in layers.items():
         if name not in inputs:
             _log.warning("layer %s never ran during calibration: its activation scale is not set", name)

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import QUANTIZABLE, replace_module
+from bitscape.models.copies import copied
+from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
+from bitscape.models.prepare import check_layers
+from bitscape.models.replace import replace_module
+from bitscape.models.trial import check_repeatable
 from bitscape.quant.chains import (
     Call,
     called_once,
@@ -46,11 +50,15 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
         inplace: change `model` itself.
 
     Raises:
-        BitscapeError: the output on `example` changed, because the network uses a layer in a way that the pass could
+        BitscapeError: a layer that cannot take bits; outputs that differ from run to run; the
+            output on `example` changed, because the network uses a layer in a way that the pass could
             not show; or a quantized layer cannot be folded exactly (another quantizer, one scale per tensor, or the
             code -2^(b-1) where gamma is negative), in which case `model` is unchanged even with `inplace`.
     """
-    model = model if inplace else copy.deepcopy(model)
+    check_layers(model)
+    model = model if inplace else copied(model)
+    with bypassed(model, "input_quantizer"):
+        check_repeatable(model, example)
     pairs = norm_pairs(model, example)
     obstacles = [f"{pair.name}: {reason}" for pair in pairs if (reason := _obstacle(pair))]
     if obstacles:

@@ -16,6 +16,8 @@ from bitscape.models.layers import QUANTIZABLE
 from bitscape.policy import LayerBits
 from bitscape.quant.quantizers import FakeQuantizer
 
+_QUANTIZERS = ("weight_quantizer", "input_quantizer")
+
 
 class QuantizedLayer(nn.Module):
     """What the quantized layers share; `isinstance(layer, QuantizedLayer)` tells them."""
@@ -24,11 +26,12 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
-    @property
-    def bits(self) -> LayerBits:
-        """Static bit-widths of weight and input."""
-        weight, activation = (cast(FakeQuantizer, q).bits for q in (self.weight_quantizer, self.input_quantizer))
-        return LayerBits(int(weight), int(activation))
+
+def static_bits(layer: QuantizedLayer) -> LayerBits:
+    """Bit-widths of weight and input, the same for every image."""
+    # No attribute of the layer: its own class may have one of any name.
+    weight, activation = (cast(FakeQuantizer, q).bits for q in (layer.weight_quantizer, layer.input_quantizer))
+    return LayerBits(int(weight), int(activation))
 
 
 class QuantConv1d(QuantizedLayer, nn.Conv1d):
@@ -88,6 +91,21 @@ def _derived(first: Any, kind: Any) -> type[QuantizedLayer]:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Name -> quantized layer; a layer reachable by several names once, under its first."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+
+
+def require_float(model: nn.Module, argument: str = "model") -> None:
+    """Raise BitscapeError for a layer that is quantized already, by bitscape or by something else."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            raise BitscapeError(
+                f"{argument}: its layer {name!r} is quantized already (it has its bits); give the float network"
+            )
+        taken = [attribute for attribute in _QUANTIZERS if hasattr(layer, attribute)]
+        if isinstance(layer, QUANTIZABLE) and taken:
+            raise BitscapeError(
+                f"{argument}: its layer {name!r} ({type(layer).__name__}) has an attribute {taken[0]} of its own, "
+                "where bitscape puts its quantizer; rename it, or take it out if it quantizes the layer"
+            )
 
 
 def apply_layer(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class Differentiable:
             step=step if held_out is None else Alternating(step=step, held_out=held_out, mixed=mixed),
             optimizer=MixtureSgd(sgd=Sgd(lr=self.lr), logit_lr=self.logit_lr),
             loss=learned.loss,
+            channels_last=problem.channels_last,
             epochs=self.epochs,
             folder=None if folder is None else folder / "search",
             after_epoch=Progress(problem, self, mixed, folder).after_epoch,

@@ -14,8 +14,9 @@ from torch.nn import functional
 from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
 from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers, replace_module
+from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.replace import replace_module
 from bitscape.search.problem import SearchProblem
 
 _log = logging.getLogger("bitscape.search")
@@ -148,6 +149,7 @@ def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, ep
         step=_HeadStep(),
         optimizer=AdamW(lr=HEAD_RATE, weight_decay=0.0),
         epochs=epochs,
+        channels_last=problem.channels_last,
         folder=None if folder is None else folder / "head",
         seed=problem.seed,
     )

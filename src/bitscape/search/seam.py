@@ -64,8 +64,7 @@ def feature_layers(model: nn.Module, head: str, which: Features) -> list[nn.Modu
 
 
 def _stride(layer: nn.Module) -> int:
-    stride = getattr(layer, "stride", (1,))
-    return max(stride) if isinstance(stride, tuple) else int(stride)
+    return max(layer.stride) if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
 
 
 def margins(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:

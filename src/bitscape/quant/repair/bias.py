@@ -27,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.models.attention import with_split_attention
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
@@ -60,7 +60,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
-    float_model = with_split_attention(float_model)
+    float_model = as_prepared(float_model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
     shared = shared_parameters(model)
     partners = quantizable_layers(float_model)

@@ -12,7 +12,6 @@ Measured  MobileNetV2 1.0, 8-bit weights with one scale per tensor, 8-bit activa
           run: 7.3 % correct without, 84.4 % with (float 86 %); 0.5 % if factors are not bounded.
 """
 
-import copy
 import logging
 from dataclasses import dataclass
 
@@ -21,7 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import replace_module
+from bitscape.models.copies import copied
+from bitscape.models.layers import groups_of
+from bitscape.models.prepare import check_layers
+from bitscape.models.replace import replace_module
+from bitscape.models.trial import check_repeatable
 from bitscape.quant.chains import (
     Call,
     Chain,
@@ -83,11 +86,14 @@ def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, s
         inplace: change `model` itself.
 
     Raises:
-        BitscapeError: a quantized model, or an output that changed (the network uses a layer in a way that the pass could not show).
+        BitscapeError: a quantized model, a layer that cannot take bits, outputs that differ from
+            run to run, or an output that changed (the network uses a layer in a way that the pass could not show).
     """
     if quantized_layers(model):
         raise BitscapeError("model: it is quantized; equalize the float network, then quantize it")
-    model = model if inplace else copy.deepcopy(model)
+    check_layers(model)
+    model = model if inplace else copied(model)
+    check_repeatable(model, example)
     before = outputs_of(model, example)
     calls = record_calls(model, example)
     once, shared = called_once(calls), shared_parameters(model)
@@ -121,7 +127,7 @@ def _is_rescalable(chain: Chain, shared: set[nn.Parameter]) -> bool:
         return False
     if isinstance(last, nn.Linear) and isinstance(first, nn.Linear) is False:
         return False  # between them channels become features
-    return weights[0].shape[0] == weights[1].shape[1] * getattr(last, "groups", 1)
+    return weights[0].shape[0] == weights[1].shape[1] * groups_of(last)
 
 
 def _balance(chains: list[Chain], sweeps: int) -> list[Tensor]:
@@ -144,7 +150,7 @@ def _rescale(chain: Chain, total: Tensor) -> Tensor:
     assert chain.first.module is not None and chain.last.module is not None
     first, last = (m.get_parameter("weight") for m in (chain.first.module, chain.last.module))
     bias = chain.first.module.bias
-    columns = _by_input(last, getattr(chain.last.module, "groups", 1))
+    columns = _by_input(last, groups_of(chain.last.module))
     scale = channel_scales(first.flatten(1).abs().amax(1), columns.abs().amax((1, 3)).flatten())
     total = total.to(scale)
     scale = (total * scale).clamp(1 / LIMIT, LIMIT) / total

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import with_split_attention
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.prepare import as_prepared
 from bitscape.quant.convert import batches_of
 
 _log = logging.getLogger("bitscape.quant.repair")
@@ -40,7 +40,7 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
     Raises:
         BitscapeError: no images, or inputs that are not finite (the layer is named).
     """
-    model = with_split_attention(model)
+    model = as_prepared(model)
     names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
