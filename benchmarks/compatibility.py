@@ -34,8 +34,8 @@ from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import with_split_attention
 from bitscape.models.find import save_weights
+from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits, Policy
 from bitscape.report.records import missing, read_runs
 
@@ -69,7 +69,7 @@ class Journey:
 
     def cost(self) -> Mapping[str, Any]:
         """Count layers and multiplications, and those that bits do not reach."""
-        self.layers = measure_layers(with_split_attention(self.network), (3, self.size, self.size))
+        self.layers = measure_layers(self.network, (3, self.size, self.size))
         counted = self.layers.covered_macs / self.layers.total_macs
         return {"layers": len(self.layers.layers), "never_called": len(self.layers.uncalled), "counted_macs": counted}
 
@@ -87,7 +87,7 @@ class Journey:
         """Take one step at the policy's bits; every layer's weight must have moved."""
         recipe = ("--epochs", 1, "--batch-size", IMAGES, "--lr", 0.01, "--out", self.folder / "run")
         self._run("train", *self._data("--data"), "--policy", self.folder / "policy.json", *recipe)
-        before, after = with_split_attention(self.network).state_dict(), load_file(self.folder / "run" / "model.safetensors")
+        before, after = as_prepared(self.network).state_dict(), load_file(self.folder / "run" / "model.safetensors")
         still = [name for name in self.layers.by_name if torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])]
         if still:
             raise RuntimeError(f"weights of {len(still)} layers are as before: {', '.join(still[:3])}")

@@ -118,14 +118,16 @@ def test_never_called_layer_is_listed_with_its_parameters_and_macs(caplog):
     assert "cover 50.0 % of the MACs" in caplog.text and "(network) (Reader, 3.6e-05 M)" in caplog.text
 
 
-def test_attention_that_is_not_split_shows_as_uncounted():
+def test_attention_counts_as_the_four_layers_that_take_bits():
     width, tokens = 8, 5
     layer = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
     cost = measure(layer, (tokens, width))
-    attention = next(entry for entry in cost.uncounted if entry.name == "self_attn")
-    assert attention.what == "MultiheadAttention"
-    assert attention.macs == 4 * tokens * width * width + 2 * tokens * tokens * width
-    assert [layer.name for layer in cost.layers] == ["linear1", "linear2"]
+    projections = [f"self_attn.{letter}_proj" for letter in "qkv"] + ["self_attn.out_proj"]
+    assert [entry.name for entry in cost.layers] == [*projections, "linear1", "linear2"]
+    assert [cost.by_name[name].macs for name in projections] == [tokens * width * width] * 4
+    products = next(entry for entry in cost.uncounted if entry.name == "self_attn")
+    assert products.macs == 2 * tokens * tokens * width
+    assert isinstance(layer.self_attn, nn.MultiheadAttention)  # the network stays as it is
 
 
 def test_attention_products_of_a_split_module_are_uncounted_macs():

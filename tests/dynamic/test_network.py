@@ -21,7 +21,7 @@ from bitscape.engine.spending import Spending
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers
+from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers, static_bits
 from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of, set_heads, vary_heads, whole_widths
 from tests.networks import resnet20
 
@@ -336,7 +336,7 @@ def test_the_static_network_of_a_policy_is_the_dynamic_one_at_it(bits: DynamicBi
         expected = network(images)
     assert torch.equal(made(images), expected)
     layers = quantized_layers(made)
-    assert {name: layer.bits for name, layer in layers.items()} == policy.layers
+    assert {name: static_bits(layer) for name, layer in layers.items()} == policy.layers
     assert {type(layer) for layer in layers.values()} == {QuantConv2d, QuantLinear}
     assert not any(layer._forward_pre_hooks for layer in layers.values())
     assert policy_cost(network.cost, policy)["bitops"] == float(decision.bitops(network.cost))

@@ -11,7 +11,7 @@ from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
 from bitscape.dynamic.tiers import Gate, TieredNetwork, distill_tiers
 from bitscape.engine.spending import Spending, noting_spent
 from bitscape.errors import BitscapeError
-from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers
+from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers, static_bits
 from tests.dynamic.small import NAMES, dynamic, mixed_images, policy_of, set_heads
 
 RESIDUAL, MEAN = 1, 3
@@ -117,7 +117,7 @@ def test_tiers_are_ordinary_quantized_networks_of_their_policies(bits: DynamicBi
     assert len(tiers.networks) == len(tiers.policies) == 2 and not tiers.training
     for made, policy in zip(tiers.networks, tiers.policies, strict=True):
         layers = quantized_layers(made)
-        assert {name: layer.bits for name, layer in layers.items()} == policy.layers
+        assert {name: static_bits(layer) for name, layer in layers.items()} == policy.layers
         assert {type(layer) for layer in layers.values()} == {QuantConv2d, QuantLinear}
         assert not any(layer._forward_pre_hooks for layer in layers.values())
         for name in (NAMES[0], NAMES[-1]):
@@ -194,7 +194,7 @@ def test_where_the_gate_errs_tiers_still_keep_the_cost_and_static_bits(share: fl
     assert float((tiers.spent.bitops - tiers.gate_bitops).double().mean()) <= mean_cost(network, images) * (1 + 1e-6)
     for made, policy in zip(tiers.networks, tiers.policies, strict=True):
         assert policy.layers["11"] == policy_of(made).layers["11"]
-        assert {name: layer.bits for name, layer in quantized_layers(made).items()} == policy.layers
+        assert {name: static_bits(layer) for name, layer in quantized_layers(made).items()} == policy.layers
 
 
 # Decisions that do not differ

@@ -12,7 +12,7 @@ from bitscape.policy import LayerBits
 from bitscape.quant.convert import quantize
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.grid import grid
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from bitscape.quant.quantizers.lsq import LsqActivation
@@ -56,7 +56,7 @@ def test_the_traced_network_computes_the_same_for_every_batch_size(quantizer):
     assert network.training == training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     layers = quantized_layers(network)
-    assert traced.bits == {f"{name}.weight": layer.bits for name, layer in layers.items()}
+    assert traced.bits == {f"{name}.weight": static_bits(layer) for name, layer in layers.items()}
     for key, codes in traced.codes.items():
         assert torch.equal(traced.module.get_parameter(key), codes.dequantize())
 

@@ -16,7 +16,7 @@ from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, PolicyError
 from bitscape.quant.convert import bypassed, calibrate, quantize
 from bitscape.quant.fold import fold_norms
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerChannel, PerTensor
 from recipes.networks import resnet18
 
@@ -93,7 +93,7 @@ def test_a_trained_network_comes_back_bit_for_bit(quantizer, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images(9)), model.eval()(images(9)))
         assert torch.equal(loaded.train()(images(9)), model.train()(images(9)))
-    assert {n: layer.bits for n, layer in quantized_layers(loaded).items()} == policy_for(model).layers
+    assert {n: static_bits(layer) for n, layer in quantized_layers(loaded).items()} == policy_for(model).layers
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)

@@ -17,7 +17,7 @@ from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from tests.networks import basic_block, conv_norm, inverted_residual
 
@@ -204,7 +204,7 @@ def test_every_quantizer_is_a_node_of_the_same_numbers(exported, qonnx):
 def test_without_a_zero_one_bit_more_is_counted_and_with_a_zero_point_float(exported, qonnx):
     network, info = exported(Every).network, exported(Every).info
     layers, counted = measure(network, (3, 16, 16)).layers, qonnx.cost(qonnx.load(info.path))
-    bits = {name: layer.bits for name, layer in quantized_layers(network).items()}
+    bits = {name: static_bits(layer) for name, layer in quantized_layers(network).items()}
     mid_rise = {name for name in bits if isinstance(network.quantizer_of(name), Dorefa | Pact | Liq)}
     wider = {name: (b.weight + (b.weight > 1 and name in mid_rise), b.activation) for name, b in bits.items()}
     assert info.bits == wider

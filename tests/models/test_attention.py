@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import SplitAttention, split_attention, with_split_attention
+from bitscape.models.attention import SplitAttention, split_attention
 from bitscape.models.find import import_torchvision
 from bitscape.models.layers import quantizable_layers
+from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 
@@ -284,7 +285,7 @@ class BiasedAttention(nn.Module):
 def test_every_layer_is_called_once_also_where_some_were_called_before(biased: bool):
     torch.manual_seed(0)
     original = nn.Sequential(BiasedAttention(biased=biased))
-    called, x, counts = with_split_attention(original), torch.randn(N, L, E), {"qkv": 0, "proj": 0}
+    called, x, counts = as_prepared(original), torch.randn(N, L, E), {"qkv": 0, "proj": 0}
     torch.testing.assert_close(called(x), original(x))
     torch.testing.assert_close(called[0](x, mask=torch.ones(L, L).tril()), original[0](x, mask=torch.ones(L, L).tril()))
 
@@ -302,7 +303,7 @@ def test_a_module_that_reads_weights_calls_its_layers_instead(clears: bool):
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(E, E), ShiftedWindowAttention(clears=clears))
     x = torch.randn(N, L, E)
-    called = with_split_attention(original)
+    called = as_prepared(original)
     torch.testing.assert_close(called(x), original(x))
     for name in ("qkv", "proj"):
         layer, inputs = called[1].get_submodule(name), []

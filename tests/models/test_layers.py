@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import layer_shapes, quantizable_layers, replace_module
+from bitscape.models.layers import layer_shapes, quantizable_layers
 
 
 class _Wider(nn.Linear):
@@ -48,26 +48,3 @@ def test_a_lazy_layer_is_an_error_until_it_has_a_shape():
         layer_shapes(model)
     model(torch.zeros(1, 5))
     assert layer_shapes(model) == {"0": (3, 5)}
-
-
-def test_replaces_a_shared_module_everywhere():
-    model, new = _Shared(), nn.Linear(4, 4)
-    replace_module(model, model.first, new)
-    assert model.first is new
-    assert model.stack[1] is new
-    assert list(quantizable_layers(model)) == ["first", "stack.2"]
-
-
-def test_replacing_keeps_the_order_of_the_state_dict():
-    model = _Shared()
-    before = list(model.state_dict())
-    replace_module(model, model.first, nn.Linear(4, 4))
-    assert list(model.state_dict()) == before
-
-
-def test_replacing_what_is_not_there_is_an_error():
-    model = _Shared()
-    with pytest.raises(BitscapeError, match="registered nowhere"):
-        replace_module(model, nn.Linear(4, 4), nn.ReLU())
-    with pytest.raises(BitscapeError, match="is the model itself"):
-        replace_module(model, model, nn.ReLU())

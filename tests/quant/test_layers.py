@@ -17,6 +17,7 @@ from bitscape.quant.layers import (
     apply_layer,
     quantized_class,
     quantized_layers,
+    static_bits,
 )
 
 
@@ -74,7 +75,7 @@ def test_it_stays_an_instance_of_its_class(case):
     layer, quantized, _ = made(case)
     assert isinstance(quantized, type(layer)) or CASES[case][2] in (QuantConv1d, QuantConv2d, QuantLinear)
     assert isinstance(quantized, CASES[case][2]) and isinstance(quantized, QuantizedLayer)
-    assert quantized.bits == LayerBits(3, 4)
+    assert static_bits(quantized) == LayerBits(3, 4)
     assert quantized.get_parameter("weight").shape == layer.weight.shape
 
 

@@ -10,7 +10,7 @@ from bitscape.quant import mixture as module
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.functional import _plain_fake_quantize, fake_quantize
 from bitscape.quant.grid import grid
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.mixture import PIECE, Mixture, mix, mixed
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers import Lsq
@@ -249,7 +249,7 @@ class TestMix:
     def test_free_layers_get_mixtures_and_pinned_ones_their_bits(self):
         layers = quantized_layers(mixed_net())
         assert list(layers) == ["0", "3", "5"]
-        assert layers["0"].bits == layers["5"].bits == LayerBits(8, 8)
+        assert static_bits(layers["0"]) == static_bits(layers["5"]) == LayerBits(8, 8)
         assert layers["3"].weight_quantizer.widths == WIDTHS and layers["3"].weight_quantizer.scale.shape == (4, 4)
         assert layers["3"].input_quantizer.widths == (2, 8) and layers["3"].input_quantizer.scale.shape == (2,)
         assert not layers["3"].input_quantizer.signed and layers["3"].weight_quantizer.signed

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from bitscape.engine import Sgd
 from bitscape.engine.step import CrossEntropy
 from bitscape.policy import LayerBits
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.mixture import Mixture
 from bitscape.search.mixed_network import Alternating, MixtureSgd, MixtureStep, mixed_network
 from bitscape.search.problem import SearchProblem
@@ -60,7 +60,7 @@ class TestMixedNetwork:
 
         network = mixed(model=Net(), pinned={"4": LayerBits(2, 4)})
         layers = quantized_layers(network.model)
-        assert layers["4"].bits == LayerBits(2, 4) and layers["idle"].bits == LayerBits(8, 8)
+        assert static_bits(layers["4"]) == LayerBits(2, 4) and static_bits(layers["idle"]) == LayerBits(8, 8)
         assert len(network.weights) == len(network.inputs) == 2
 
     def test_the_budget_is_kept_by_the_price_that_all_layers_of_a_group_see(self):

@@ -13,7 +13,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.search import pick as pick_file
 from bitscape.search.allocation import InfeasibleBudget, allocate, near_best
 from bitscape.search.pick import chosen, least_sharp
@@ -84,7 +84,7 @@ def test_each_policy_is_probed_as_a_calibrated_network_with_the_float_networks_d
     assert len(probe.asked) == 3
     for (model, images, labels, radius), policy in zip(probe.asked, policies, strict=True):
         layers = quantized_layers(model)
-        assert {name: layer.bits for name, layer in layers.items()} == dict(policy.layers)
+        assert {name: static_bits(layer) for name, layer in layers.items()} == dict(policy.layers)
         assert radius == 0.3
         assert torch.equal(images, given.images[:10])
         with torch.no_grad():

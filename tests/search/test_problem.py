@@ -89,7 +89,7 @@ def test_layers_tied_to_a_pinned_one_are_pinned() -> None:
         ({"images": [1.0]}, "images: list"),
         ({"images": torch.zeros(3, 8, 8)}, r"shape \(3, 8, 8\); give at least one image as \(n, c, h, w\)"),
         ({"images": torch.zeros(0, 3, 8, 8)}, "at least one image"),
-        ({"images": torch.zeros(2, 1, 8, 8)}, r"shape \(1, 1, 8, 8\)"),
+        ({"images": torch.zeros(2, 1, 8, 8)}, r"shape \(2, 1, 8, 8\), torch.float32: .*channels"),
         (
             {"labels": torch.zeros(3, dtype=torch.int64)},
             r"labels: torch.int64 \(3,\); give one int64 label per image, shape \(2,\)",

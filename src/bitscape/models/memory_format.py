@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bitscape.errors import BitscapeError, first_line
 from bitscape.models.modes import unchanged
-from bitscape.models.trial import Trial, differ, trial
+from bitscape.models.trial import Trial, differ, is_empty, trial
 
 _log = logging.getLogger("bitscape.models")
 
@@ -33,7 +33,7 @@ def set_memory_format(
     """
     weights = [m.weight for m in model.modules() if isinstance(m, _ConvNd) and m.weight.ndim == 4]
     _lay_out(weights, torch.contiguous_format)
-    if channels_last is False or not weights or images.ndim != 4:
+    if channels_last is False or not weights or images.ndim != 4 or is_empty(model):
         return False
     with trial(model, images) as run, unchanged(model):
         reason = _obstacle(run, weights, training)

@@ -32,6 +32,8 @@ def check_repeatable(model: nn.Module, images: Tensor) -> None:
 
     Two of the images (n, c, h, w) are used. The random states of Python, numpy and torch stay as they are.
     """
+    if is_empty(model):
+        return
     with trial(model, images) as run:
         before = run.random_state()
         outputs = run()
@@ -51,6 +53,8 @@ def check_weight_uses(model: nn.Module, images: Tensor) -> None:
     There it would be the float weight in a quantized network, and the rounded one in a file. Found by two
     passes on two of the images (n, c, h, w); in the second, layers have their weight only while they run.
     """
+    if is_empty(model):
+        return
     layers = quantizable_layers(model)
     with trial(model, images) as run:
         expected = run.again()
@@ -137,6 +141,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether the network has no values to run with."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
