@@ -17,8 +17,8 @@ from bitscape.errors import BitscapeError, explained_forward, first_line, prefix
 from bitscape.export.codes import weight_codes
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import batches_of
+from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
-from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
 from bitscape.quant.quantizers.pact import PactActivation

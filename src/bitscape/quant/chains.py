@@ -183,7 +183,7 @@ def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason
 
 
 def _difference(before: Tensor, after: Tensor) -> float:
-    return float((after - before).abs().max() / before.abs().max().clamp(min=1e-12))
+    return float((after - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
 
 
 def _on_device(example: Tensor, model: nn.Module) -> Tensor:
