@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
 from bitscape.quant.layers import QuantizedLayer
@@ -187,4 +188,6 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 
 def _on_device(example: Tensor, model: nn.Module) -> Tensor:
+    check_float32(model)
+    check_images(example, "example")
     return example.to(next((p.device for p in model.parameters()), example.device))
