@@ -44,13 +44,21 @@ def explained_forward(images: Any) -> Iterator[None]:
     """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
     try:
         yield
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # by name: no torch here
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, BitscapeError) or _lacks_memory(error):
             raise
+        advice = (
+            "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
+            if "more than 1 value per channel" in str(error)
+            else "check channels, size and normalization against what it was trained with"
+        )
         raise BitscapeError(
-            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; "
-            "check channels, size and normalization against what it was trained with"
+            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; {advice}"
         ) from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # by name: no torch here
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitscape.data.cuts import Cuts
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError, nearest
 
@@ -71,7 +72,7 @@ class Batches:
     normalization: Normalization
     """As many channels as the images."""
     batch_size: int = 128
-    """Images in a batch; the last one of an epoch may be smaller."""
+    """Images in a batch; the last one of an epoch may be smaller, or larger where what remains has joined it."""
     shuffle: bool = False
     """Another order in every epoch; otherwise the order of the dataset."""
     augment: Augmentation = "none"
@@ -80,6 +81,8 @@ class Batches:
     """Of the order and the augmentation."""
     drop_last: bool = False
     """Leave out a smaller last batch."""
+    fewest: int = 2
+    """A last batch of fewer images joins the one before it: norms find no variance in a single image with maps of one pixel."""
 
     def __post_init__(self) -> None:
         self.normalization.check_channels(self.dataset.images.shape[1])
@@ -97,8 +100,13 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        return len(self.cuts)
+
+    @property
+    def cuts(self) -> Cuts:
+        """The rows of each batch in the order of an epoch."""
+        images = len(self.dataset)
+        return Cuts(images - images % self.batch_size if self.drop_last else images, self.batch_size, self.fewest)
 
     def epoch(
         self, number: int, *, start: int = 0, rows: slice = ALL
@@ -114,8 +122,7 @@ class Batches:
 
     def _batches(self, number: int, start: int, rows: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
         order, labels = self._order(number), self.dataset.labels
-        for batch in range(start, len(self)):
-            whole = range(len(self.dataset))[batch * self.batch_size : (batch + 1) * self.batch_size]
+        for batch, whole in enumerate(self.cuts[start:], start):
             part = whole[rows]
             picked = slice(part.start, part.stop, part.step)
             index = picked if order is None else order[picked]

@@ -9,7 +9,7 @@ from torch.nn import functional
 LEAST_SPREAD = 0.1
 """Least deviation of a sampled width, in bits."""
 LEAST_VARIATION = 1e-3
-"""Of a feature over the calibration images: what varies less keeps its own scale, as it may vary later."""
+"""Of a feature over the calibration images, as a share of its largest value: what varies less keeps its own scale, as it may vary later."""
 EDGE = 1e-3
 """Probabilities nearer to 0 and 1 than this are moved there, so that logits stay finite."""
 START_SPREAD = -1.0
@@ -34,7 +34,7 @@ class Standardizing(nn.Module):
         """Take center and spread from features (n, features) of calibration images."""
         self.center.copy_(features.mean(0))
         deviation = features.std(0, correction=0)
-        self.spread.copy_(deviation.where(deviation > LEAST_VARIATION, 1.0))
+        self.spread.copy_(deviation.where(deviation > LEAST_VARIATION * features.abs().amax(0), 1.0))
 
     def standardized(self, features: Tensor) -> Tensor:
         """Return features (n, features) as distances from the center, in spreads."""

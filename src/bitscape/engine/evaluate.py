@@ -13,6 +13,7 @@ from bitscape.engine.forward import as_logits, autocast_on, check_autocast, devi
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.dtypes import check_float32
 from bitscape.models.modes import evaluating
 from bitscape.progress import track
 
@@ -54,6 +55,7 @@ def evaluate(
     does not take channels_last=True, or when it fails on the images; NonFiniteError when outputs are NaN or infinite.
     """
     check_autocast(autocast)
+    check_float32(model)
     highest = highest_label(batches)
     if device is not None:
         model.to(device)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -58,7 +59,18 @@ def images_of_all(batches: "Batches", batch: int, own: int) -> int:
     """Return how many images batch number `batch` has over all workers; `own` are this worker's."""
     if world_size() == 1:
         return own
+    from bitscape.data.batches import Batches
+
+    if isinstance(batches, Batches):
+        return len(batches.cuts[batch])
     return min(batches.batch_size, len(batches.dataset.images) - batch * batches.batch_size)
+
+
+def for_all_workers(batches: "Batches") -> "Batches":
+    """Return `batches` cut such that the last one has two images for every worker, as norms need."""
+    from bitscape.data.batches import Batches
+
+    return replace(batches, fewest=2 * world_size()) if isinstance(batches, Batches) and world_size() > 1 else batches
 
 
 def check_shared(batches: "Batches") -> None:

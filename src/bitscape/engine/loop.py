@@ -19,7 +19,7 @@ from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
-from bitscape.engine.step import Batch, LossFunction, pooled
+from bitscape.engine.step import Batch, LossFunction, least_part, pooled
 from bitscape.engine.trackers import Watched
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
@@ -169,7 +169,8 @@ class Loop:
         workers.seed_at(state.settings["seed"], state.epoch, state.batch)
         state.optimizer.zero_grad(set_to_none=True)
         whole = images_of_all(self.batches, state.batch, len(images))
-        parts = min(self.accumulate, whole // workers.world_size())  # as the worker with the fewest images: steps may talk in each part
+        own = whole // workers.world_size()  # as the worker with the fewest images: steps may talk in each part
+        parts = min(self.accumulate, max(1, own // least_part(state.model)))
         with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
             batch = Batch.of(images, labels, self.loss, parts, self._steps_done() / (self.epochs * len(self.batches)))
         share = len(images) / whole

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.engine import workers
 from bitscape.sharpness.probe import BatchLoss
@@ -115,6 +116,11 @@ class StepSettings(Protocol):
     def build(self) -> Step:
         """Return a step for one run."""
         ...
+
+
+def least_part(model: nn.Module) -> int:
+    """Return the fewest images of a part: two where norms take their statistics from it, which a single pixel does not have."""
+    return 2 if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()) else 1
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

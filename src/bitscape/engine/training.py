@@ -15,7 +15,7 @@ from bitscape.engine import workers
 from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
-from bitscape.engine.feed import check_shared
+from bitscape.engine.feed import check_shared, for_all_workers
 from bitscape.engine.forward import check_autocast, device_of, lay_out, loop_forward
 from bitscape.engine.loop import Loop
 from bitscape.engine.settings import Cosine, OptimizerSettings
@@ -23,6 +23,7 @@ from bitscape.engine.state import RunState
 from bitscape.engine.step import CrossEntropy, LossFunction, Step, StepSettings
 from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
+from bitscape.models.dtypes import check_float32
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Batches
@@ -68,7 +69,8 @@ def train(
     convolutions, None = channels_last, which is faster, where two images of the first batch show that the network takes it.
     compile: the model's
     forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose
-    gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty. ema_decay: in (0, 1), average the
+    gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty, nor has a part a single
+    image where batch norms would find no variance in it. ema_decay: in (0, 1), average the
     state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
     after each epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
     metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
@@ -114,8 +116,10 @@ def train(
         "validation": describe(validation),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
+    check_float32(model)
     device = device_of(model)
     workers.join(device)
+    batches = for_all_workers(batches)
     check_shared(batches)
     workers.same_start(model)
     state = RunState(

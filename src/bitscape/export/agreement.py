@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitscape.errors import BitscapeError
 
 Array = NDArray[Any]
+TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,5 +34,5 @@ def agreement(expected: Array, found: Array) -> Agreement:
         images=len(expected),
         same_class=float((expected.argmax(1) == found.argmax(1)).mean()),
         identical=float((expected == found).all(1).mean()),
-        difference=float(np.linalg.norm(found - expected)) / max(1e-12, float(np.linalg.norm(expected))),
+        difference=float(np.linalg.norm(found - expected)) / max(TINY, float(np.linalg.norm(expected))),
     )

@@ -18,8 +18,8 @@ from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import batches_of
+from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.layers import QuantizedLayer, quantized_layers, static_bits
-from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
 from bitscape.quant.quantizers.pact import PactActivation

@@ -17,9 +17,10 @@ from bitscape.export.integer_weights import IntegerWeight, integer_bias, integer
 from bitscape.export.norms import fold_norms
 from bitscape.export.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.export.rectifiers import absorb_rectifiers, loosen_limits
-from bitscape.quant.convert import batches_of, sample_values
+from bitscape.quant.convert import batches_of
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.export")
 SIGNED_ZERO = 128
@@ -173,8 +174,8 @@ def _calibrate(module: fx.GraphModule, added: list[fx.Node], images: Tensor, obs
     with torch.no_grad():
         for batch in batches_of(images, module):
             recorder.run(batch)
-    for node, samples in recorder.samples.items():
-        values = torch.cat(samples)
+    for node, sample in recorder.samples.items():
+        values = sample.values()
         signed = bool(values.min() < 0)
         scale = float(observer.scale(values[None], Grid(-128, 127) if signed else Grid(0, 255))[0])
         set_grid(node, replace(PLACEHOLDER, scale=scale, zero_point=float(SIGNED_ZERO if signed else 0)))
@@ -185,12 +186,12 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, added: list[fx.Node]) -> None:
         super().__init__(module)
-        self.samples: dict[fx.Node, list[Tensor]] = {node: [] for node in added}
+        self.samples = {node: ValueSample() for node in added}
         self._generator = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> object:
         if n not in self.samples:
             return super().run_node(n)
         value: Tensor = self.fetch_args_kwargs_from_env(n)[0][0]
-        self.samples[n].append(sample_values(value, self._generator))
+        self.samples[n].add(value, self._generator)
         return value

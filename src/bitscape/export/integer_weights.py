@@ -13,6 +13,8 @@ from bitscape.quant.quantizers.base import Codes
 
 LARGEST_BIAS = 2**30
 """Biases are int32, and sums of products are added to them."""
+LEAST_SPACING = 2.0**-125
+"""Twice the smallest normal float32: some runtimes take what is smaller for zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +51,10 @@ def integer_bias(graph: fx.Graph, weights: dict[str, IntegerWeight], key: str, b
     """Integers (int64) and the spacing (float32) of a layer's float64 bias: input scale times weight scale.
 
     Where a channel's spacing is so small that its bias needs more than 30 bits, its weights count for nothing beside the bias: they get the
-    spacing that the bias needs.
+    spacing that the bias needs. The same holds where the spacing would leave the range of float32, behind inputs that were all zero.
     """
     scale, weight = input_scale(graph, key), weights[key]
-    smallest = (bias.abs() / (scale * LARGEST_BIAS)).float()
+    smallest = (bias.abs() / (scale * LARGEST_BIAS)).clamp(min=LEAST_SPACING / scale).float()
     narrow = weight.scale.abs() < smallest
     if bool(narrow.any()):
         wider = torch.where(narrow, smallest.copysign(weight.scale), weight.scale)

@@ -10,11 +10,10 @@ from torch import Tensor, fx
 
 from bitscape.export.graph import LINEAR, Traced
 from bitscape.export.integer_weights import IntegerWeight
+from bitscape.quant.functional import MINIMUM_SCALE
 
 _log = logging.getLogger("bitscape.export")
 aten = torch.ops.aten
-DEAD = 1e-30
-"""Channels of smaller weight scales are nothing but their bias; products of such scales leave the range of float32."""
 
 
 def fold_norms(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, Tensor]:
@@ -103,7 +102,7 @@ def _folded(module: fx.GraphModule, norm: Mapping[str, object], weight: IntegerW
     factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
     # A negative gamma makes negative scales: turned codes would need one more bit, for -2^(b-1) has no opposite.
     scale = (weight.scale * factor).float()
-    dead = scale.abs() < DEAD
+    dead = scale.abs() < MINIMUM_SCALE  # such a channel is nothing but its bias
     codes = weight.q.masked_fill(dead.reshape(-1, *[1] * (weight.q.ndim - 1)), 0)
     shifted = ((0.0 if bias is None else bias) - mean) * factor + (0.0 if beta is None else beta)
     return IntegerWeight(codes, torch.where(dead, weight.scale, scale)), shifted

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
 from bitscape.models.trial import TOLERANCE, tensors_in
@@ -170,8 +171,10 @@ def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason
 
 
 def _difference(before: Tensor, after: Tensor) -> float:
-    return float((after - before).abs().max() / before.abs().max().clamp(min=1e-12))
+    return float((after - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
 
 
 def _on_device(example: Tensor, model: nn.Module) -> Tensor:
+    check_float32(model)
+    check_images(example, "example")
     return example.to(next((p.device for p in model.parameters()), example.device))

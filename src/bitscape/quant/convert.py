@@ -1,6 +1,7 @@
 """A float network and a policy in, a quantized network out; calibration and norm statistics."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bitscape.data.cuts import Cuts
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import prepare
@@ -18,12 +21,11 @@ from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers, require_float
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
+from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.quant")
 _DEFAULT_QUANTIZER = Lsq()
 _DEFAULT_OBSERVER = Mse()
-SAMPLES_PER_BATCH = 1 << 13
-"""Activation values kept of each layer and batch: eight batches are enough for a percentile of 99.9, and a range search is fast."""
 
 
 def quantize(
@@ -44,10 +46,11 @@ def quantize(
 
     Raises:
         PolicyError: unknown or missing layers, or a policy of another network.
-        BitscapeError: a model that is quantized already, or that `models.prepare` refuses;
+        BitscapeError: a model that is quantized already, not float32, or that `models.prepare` refuses;
             weights that are not finite (the layer is named).
     """
     require_float(model)
+    check_float32(model)
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
@@ -125,12 +128,12 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Obs
 
 def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
     """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes."""
-    samples: dict[str, list[Tensor]] = {}
+    samples: defaultdict[str, ValueSample] = defaultdict(ValueSample)
     generator = torch.Generator().manual_seed(0)
 
     def hook_for(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            samples.setdefault(name, []).append(sample_values(inputs[0] if inputs else named["input"], generator))
+            samples[name].add(inputs[0] if inputs else named["input"], generator)
 
         return record
 
@@ -142,28 +145,35 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in samples.items()}
-
-
-def sample_values(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw up to SAMPLES_PER_BATCH of the values, float32 (n,), both extremes among them."""
-    flat = values.detach().flatten()
-    extremes = torch.stack(flat.aminmax())
-    if flat.numel() > SAMPLES_PER_BATCH:
-        # Drawn, not every k-th: sizes of maps are powers of two, and a stride that divides them sees one column of every map.
-        flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator).to(flat.device)]
-    # The extremes always belong to the sample: they decide the sign, and min-max ranges.
-    return torch.cat([flat, extremes]).float()
+    return {name: sample.values() for name, sample in samples.items()}
 
 
 def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: int = 32) -> Iterator[Tensor]:
-    """Batches of `images` on the model's device."""
+    """Batches of `images` on the model's device. Raises BitscapeError for a model or images that are not float32."""
+    check_float32(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-        if not isinstance(batch, Tensor):
-            kind = type(batch).__name__
-            raise BitscapeError(f"images: a batch is a {kind}; give a tensor (n, c, h, w), or an iterable of them, without labels")
+    for batch in _cut(images, batch_size) if isinstance(images, Tensor) else images:
+        check_images(batch)
         yield batch.to(device)
+
+
+def _cut(images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    return (images[rows.start : rows.stop] for rows in Cuts(len(images), batch_size))
+
+
+def without_single_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`batches`, in which a batch of one image joins the next one, or the one before where it is the last."""
+    before: list[Tensor] = []  # the last two, the later one perhaps a single image
+    for batch in batches:
+        if before and len(before[-1]) == 1:
+            before[-1] = torch.cat([before[-1], batch])
+        else:
+            before.append(batch)
+        if len(before) > 2:
+            yield before.pop(0)
+    if len(before) > 1 and len(before[-1]) == 1:
+        before = [torch.cat(before)]
+    yield from before
 
 
 @contextmanager
@@ -178,7 +188,8 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
     """Replace the running statistics of every batch norm by the plain average over the batches of `images`, in place.
 
     For a network whose bits changed and that is not trained: quantized layers shift means and variances. About 50 batches are
-    enough. After an exception the former statistics are back.
+    enough. A batch of one image joins its neighbor, because a map of one pixel has no variance in it. After an exception the
+    former statistics are back.
 
     Raises:
         BitscapeError: `images` holds no batch.
@@ -193,7 +204,7 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over all batches
                 norm.train()
-            if not _run(model, batches_of(images, model, batch_size=128)):
+            if not _run(model, without_single_images(batches_of(images, model, batch_size=128))):
                 raise BitscapeError("images: no batch; give at least one, better about 50 batches of 128 images")
             _put_back_unused(norms, before)
         except BaseException:

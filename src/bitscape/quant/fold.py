@@ -27,8 +27,8 @@ from bitscape.quant.chains import (
     shared_parameters,
 )
 from bitscape.quant.convert import bypassed
+from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.layers import QuantizedLayer
-from bitscape.quant.observers import MINIMUM_SCALE
 from bitscape.quant.quantizers.lsq import LsqWeight
 
 _log = logging.getLogger("bitscape.quant")

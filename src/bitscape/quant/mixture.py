@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import quantize
-from bitscape.quant.functional import EDGE, at_least, clamp_, fake_quantize, is_dense, storage_order
+from bitscape.quant.functional import (
+    EDGE,
+    MINIMUM_SCALE,
+    at_least,
+    clamp_,
+    fake_quantize,
+    is_dense,
+    storage_order,
+    widened,
+)
 from bitscape.quant.grid import Grid, Number, grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
-from bitscape.quant.observers import MINIMUM_SCALE, Mse, Observer
+from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
 
@@ -93,11 +102,12 @@ def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], facto
         factors: what each scale's gradient is multiplied by.
     """
     if torch.compiler.is_compiling():  # the plain formula, for the compiler to fuse
+        wide = widened(x)
         parts = (
-            share * fake_quantize(x, one, levels, scale_gradient_factor=factor)
+            share * fake_quantize(wide, one, levels, scale_gradient_factor=factor)
             for share, one, levels, factor in zip(shares, scale, grids, factors, strict=True)
         )
-        return cast(Tensor, sum(parts))
+        return cast(Tensor, sum(parts)).to(x.dtype)
     return _Mixed.apply(x if is_dense(x) else x.contiguous(), scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
 
@@ -164,7 +174,7 @@ class _Candidate:
 
     def inner(self, a: Tensor, b: Tensor) -> Number:
         """Sum of a * b in float32, over what shares the scale."""
-        a, b = a.float(), b.float()  # bfloat16 dot products are several times slower than the conversion, and lose the sum
+        a, b = a.float(), b.float()
         if isinstance(self.scale, Tensor):
             return (a * b).sum_to_size(self.scale.shape) if self.scale.ndim else (a * b).sum()
         return torch.dot(a, b).item()
@@ -188,12 +198,18 @@ def _add(total: Tensor, x: Tensor, factor: Number, *, first: bool) -> None:
 
 
 def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching parts of tensors of one layout: flat and small enough for the cache on a CPU, else all at once."""
-    if scale.ndim > 1 or scale.device.type != "cpu":
-        yield tensors
-        return
-    flat = [storage_order(tensor) for tensor in tensors]
-    yield from zip(*(tensor.split(PIECE * torch.get_num_threads()) for tensor in flat), strict=True)
+    """Matching parts of tensors of one layout: flat and small enough for the cache on a CPU, else all at once.
+
+    Types of less than float32 are widened, part by part; what is written into the last of the parts is rounded back.
+    """
+    parts: Iterator[tuple[Tensor, ...]] = iter([tensors])
+    if scale.ndim == 1 and scale.device.type == "cpu":
+        parts = zip(*(storage_order(tensor).split(PIECE * torch.get_num_threads()) for tensor in tensors), strict=True)
+    for narrow in parts:
+        wide = tuple(map(widened, narrow))
+        yield wide
+        if wide[-1] is not narrow[-1]:
+            narrow[-1].copy_(wide[-1])
 
 
 def mix(

@@ -11,11 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.functional import MINIMUM_SCALE, dequantize, power_of_two, quantize
 from bitscape.quant.grid import Grid, Number
-
-MINIMUM_SCALE = 1e-5
-"""Scales never get smaller: a dead channel still has a grid, and divisions stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +54,8 @@ class Mse:
 
     def scale(self, values: Float[Tensor, "groups n"], grid: Grid) -> Float[Tensor, " groups"]:
         widest, grid = MinMax().scale(values, grid), _by_group(grid, len(values))
+        unit = power_of_two(widest)  # errors are squared, and those of small values must not vanish
+        values, widest = values / unit[:, None], widest / unit
         best, best_error = widest, _squared_error(values, widest, grid)
         for fraction in torch.linspace(0.1, 0.96, self.points).tolist():
             best, best_error = _better(values, widest * fraction, grid, best, best_error)
@@ -64,7 +63,7 @@ class Mse:
             levels = quantize(values, best[:, None], grid) - grid.zero_point
             fitted = (values * levels).sum(1) / levels.square().sum(1).clamp(min=1e-12)
             best, best_error = _better(values, fitted, grid, best, best_error)
-        return best
+        return (best * unit).clamp(min=MINIMUM_SCALE)
 
 
 Observer = MinMax | Percentile | Mse

@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitscape.quant.fold import fold_norms
+from bitscape.quant.functional import power_of_two
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.search.sensitivity import LayerCall, LayerNoise, at_least_one, calls, layer_noise, score_table, solve, tracked_batches
 
 
 def relative_errors(call: LayerCall, noise: LayerNoise) -> Tensor:
     """||dY|| / ||Y|| of every pair and image: (R_w, R_a, n)."""
-    by_weight, by_input = (torch.stack([change.flatten(1) for change in changes]) for changes in noise.output_changes(call.input))
+    unit = power_of_two(call.output.abs().max())  # squares of small outputs are zero in float32
+    output = call.output.flatten(1) / unit
+    by_weight, by_input = (torch.stack([change.flatten(1) / unit for change in changes]) for changes in noise.output_changes(call.input))
     cross = torch.einsum("wni,ani->wan", by_weight, by_input)
     squares = by_weight.square().sum(2)[:, None] + by_input.square().sum(2)[None] + 2 * cross
-    return (squares.clamp(min=0) / call.output.flatten(1).square().sum(1).clamp(min=1e-20)).sqrt()
+    return (squares.clamp(min=0) / output.square().sum(1).clamp(min=1e-20)).sqrt()
 
 
 def upper_mean(errors: Tensor) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from bitscape.cost.policy_cost import layer_latency_ns
 from bitscape.cost.profiles import Profile
 from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.memory_format import set_memory_format
 from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
@@ -113,6 +114,7 @@ class SearchProblem:
         require_float(self.model)
         _check_budget(self.budget)
         check_candidates(self.candidates)
+        check_float32(self.model)
         _check_finite(self.model)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
@@ -303,11 +305,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.float32:
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise BitscapeError(
-            f"images: {kind}; give a float32 tensor, normalized for the network (Normalization.apply makes one from uint8 images)"
-        )
+    check_images(images)
     if images.ndim != 4 or not images.numel():
         raise BitscapeError(f"images: shape {tuple(images.shape)}; give at least one image as (n, c, h, w)")
     broken = ~images.isfinite()

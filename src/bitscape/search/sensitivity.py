@@ -25,7 +25,7 @@ from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, record_inputs
-from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.functional import dequantize, quantize, widened
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
@@ -110,7 +110,7 @@ def _weight_noise(weight: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One run of one layer on one batch: what came in and what went out."""
+    """One run of one layer on one batch: what came in and what went out; `calls` gives both in float32, also under autocast."""
 
     name: str
     input: Tensor
@@ -128,7 +128,8 @@ def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCa
     """Run `batch` without a graph and yield every run of the named layers."""
     with evaluating(model), Recorder(model, names) as recorder:
         model(batch)
-    yield from recorder.seen
+    for call in recorder.seen:
+        yield LayerCall(call.name, widened(call.input), widened(call.output))
 
 
 def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[GradedCall]:
@@ -143,8 +144,8 @@ def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, gene
         outputs = outputs_of(recorder.seen)
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
-        output = call.output.detach()
-        yield GradedCall(call.name, call.input.detach(), output, torch.zeros_like(output) if g is None else g)
+        output = widened(call.output.detach())
+        yield GradedCall(call.name, widened(call.input.detach()), output, torch.zeros_like(output) if g is None else widened(g))
 
 
 def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:

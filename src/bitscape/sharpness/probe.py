@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.modes import evaluating
 from bitscape.sharpness.ball import Ball
 
@@ -76,7 +77,7 @@ class FullBatch:
     """The mean loss over all images, a mini-batch at a time.
 
     Raises:
-        BitscapeError: no image, labels that do not match, or a batch_size below 1.
+        BitscapeError: no image, labels that do not match, a batch_size below 1, or a model or images that are not float32.
     """
 
     model: nn.Module
@@ -86,6 +87,8 @@ class FullBatch:
     batch_size: int
 
     def __post_init__(self) -> None:
+        check_float32(self.model)
+        check_images(self.images)
         if len(self.images) != len(self.labels) or not len(self.images) or self.batch_size < 1:
             raise BitscapeError(
                 f"{len(self.images)} images, {len(self.labels)} labels, batch_size = {self.batch_size}: give one label an image, at least "

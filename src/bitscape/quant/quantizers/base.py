@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import dequantize, fake_quantize, quantize
+from bitscape.quant.functional import dequantize, fake_quantize, quantize, widened, without_autocast
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
 
@@ -105,6 +105,7 @@ class FakeQuantizer(nn.Module, ABC):
             )
 
     @torch.no_grad()
+    @without_autocast()
     def initialize(self, values: Tensor, observer: Observer) -> None:
         """Set scales from `values`: the weight itself, or a sample of activations of any shape.
 
@@ -154,12 +155,15 @@ class WeightFakeQuantizer(FakeQuantizer):
         """Spacing of the grid for the transformed weight."""
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(self.transform(x), self.grid_scale(x), self.grid, scale_gradient_factor=self.gradient_factor)
+        wide = widened(x)
+        y = fake_quantize(self.transform(wide), self.grid_scale(wide), self.grid, scale_gradient_factor=self.gradient_factor)
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Codes:
         """The integers, scales and zero point of `weight`; needs integer bits."""
         self._require_scale()
+        weight = widened(weight)
         scale = self.grid_scale(weight).detach().clone()
         q = quantize(self.transform(weight), scale, self.grid)
         return Codes(q.to(torch.int8), scale, float(self.grid.zero_point))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitscape.quant.functional import fake_quantize
-from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.functional import MINIMUM_SCALE, fake_quantize
+from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import FakeQuantizer, WeightFakeQuantizer
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import at_least
-from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.functional import MINIMUM_SCALE, at_least, power_of_two
+from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import WeightFakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation
 
@@ -37,22 +37,26 @@ class LiqWeight(WeightFakeQuantizer):
         return scale
 
     def transform(self, weight: Tensor) -> Tensor:
-        mean, deviation = _moments(weight)
-        return weight - mean if self.restore_scale else (weight - mean) / deviation
+        centered = weight - weight.detach().mean()
+        return centered if self.restore_scale else centered / _deviation(weight)
 
     def grid_scale(self, weight: Tensor) -> Tensor:
-        return self.scale * _moments(weight)[1] if self.restore_scale else self.scale
+        return at_least(self.scale * _deviation(weight), MINIMUM_SCALE) if self.restore_scale else self.scale
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
-        mean, deviation = _moments(values)
-        normalized = (values - mean) / deviation
+        normalized = (values - values.mean()) / _deviation(values)
         scale = observer.scale(normalized.reshape(1, -1), self.grid)[0]
         self.clip.copy_(scale * ((2 ** int(self.bits) - 1) / 2))
 
 
-def _moments(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _deviation(weight: Tensor) -> Tensor:
+    """Standard deviation; that of equal weights is what their mean may be off by."""
     weight = weight.detach()
-    return weight.mean(), weight.std(unbiased=False).clamp(min=MINIMUM_SCALE)
+    low, high = weight.aminmax()
+    largest = high.maximum(-low)
+    unit = power_of_two(largest)  # squares of small weights are zero in float32
+    deviation = (weight / unit).std(unbiased=False) * unit
+    return deviation.maximum(largest * torch.finfo(weight.dtype).eps).clamp(min=MINIMUM_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)

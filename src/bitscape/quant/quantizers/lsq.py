@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import at_least, fake_quantize
-from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize
+from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import (
     FakeQuantizer,
     PerChannel,

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import at_least, fake_quantize, quantize, scale_gradient
+from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize, power_of_two, quantize, scale_gradient
 from bitscape.quant.grid import Grid
-from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import FakeQuantizer, PerChannel, Sharing
 from bitscape.quant.quantizers.lsq import LsqWeight, lsq_gradient_factor
 
@@ -48,6 +48,8 @@ def least_squares_range(values: Tensor, grid: Grid, observer: Observer, steps: i
 
     The way alternates offset = mean(v - s q) and s = <v - offset, q> / <q, q> (Eq. 6, least squares form), which may also lead astray.
     """
+    unit = power_of_two(values.abs().max())  # errors are squared, and those of small values must not vanish
+    values = values / unit
     offset = values.min().clamp(max=0)
     scale = observer.scale((values - offset)[None], grid)[0]
     met = []
@@ -57,7 +59,7 @@ def least_squares_range(values: Tensor, grid: Grid, observer: Observer, steps: i
         offset = (values - scale * q).mean()
         scale = ((values - offset) @ q / (q @ q).clamp(min=1e-12)).clamp(min=MINIMUM_SCALE)
     _, scale, offset = min(met, key=lambda step: step[0])
-    return scale, offset
+    return scale * unit, offset * unit
 
 
 @dataclass(frozen=True, kw_only=True)

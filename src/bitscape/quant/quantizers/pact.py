@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.functional import MINIMUM_SCALE, dequantize, quantize, widened
 from bitscape.quant.grid import Number
-from bitscape.quant.observers import MINIMUM_SCALE, Observer
+from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import FakeQuantizer
 from bitscape.quant.quantizers.dorefa import DorefaWeight
 
@@ -34,7 +34,7 @@ class PactActivation(FakeQuantizer):
     @property
     def scale(self) -> Tensor:
         """Float32 spacing of the grid, derived from the learned bound."""
-        return self.clip.detach().clamp(min=MINIMUM_SCALE) / self._reach
+        return (self.clip.detach() / self._reach).clamp(min=MINIMUM_SCALE)
 
     @property
     def _reach(self) -> Number:
@@ -42,11 +42,11 @@ class PactActivation(FakeQuantizer):
         return self.grid.qmax - self.grid.zero_point
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
-        clip = _WithL2.apply(self.clip, self.decay).to(x.dtype)  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
-        clipped = torch.clamp(x, -clip if self.signed else torch.zeros_like(clip), clip)
+        clip = _WithL2.apply(self.clip, self.decay)  # type: ignore[no-untyped-call]  # autograd.Function.apply is untyped
+        clipped = torch.clamp(widened(x), -clip if self.signed else torch.zeros_like(clip), clip)
         with torch.no_grad():
             on_grid = dequantize(quantize(clipped, self.scale, self.grid), self.scale, self.grid.zero_point)
-        return clipped + (on_grid - clipped).detach()
+        return (clipped + (on_grid - clipped).detach()).to(x.dtype)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         self.see_sign(values)

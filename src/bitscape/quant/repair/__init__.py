@@ -3,7 +3,7 @@
 `equalize` belongs before `quantize`, on the float network; `repair` does the rest afterwards.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -46,7 +46,8 @@ def repair(
     Args:
         model: what `quantize` and `calibrate` returned, by LSQ or LSQ+.
         float_model: the network that was quantized, norms folded.
-        images: normalized float32 (n, c, h, w), or batches of them; no labels. 128 are enough for most networks.
+        images: normalized float32 (n, c, h, w), or batches of them; no labels. 128 are enough for most networks. Batches are
+            gone through twice: those of an iterator are held in memory, those of a list or a loader are not.
         moments: `input_moments(float_model, images)`, if they are at hand from an earlier policy.
         rounding: "compensate" (seconds), "adaptive" (minutes), or None.
         bias: correct biases.
@@ -56,7 +57,7 @@ def repair(
     """
     if rounding is not None and rounding not in _ROUNDINGS:
         raise BitscapeError(f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None{nearest(rounding, _ROUNDINGS)}")
-    batches = images if isinstance(images, Tensor) else list(images)
+    batches = list(images) if isinstance(images, Iterator) else images  # twice through them
     if rounding is not None:
         _ROUNDINGS[rounding](model, input_moments(float_model, batches) if moments is None else moments)
     if bias:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.progress import track
+from bitscape.quant.functional import without_autocast
 from bitscape.quant.repair.rounding import RoundingError, RoundingTask, log_errors, rounding_tasks
 
 _FREE_SHARE = 0.2
@@ -29,6 +30,7 @@ _BETA = (20.0, 2.0)
 
 
 @torch.enable_grad()
+@without_autocast()
 def adaptive_rounding(
     model: nn.Module, moments: Mapping[str, Tensor], *, steps: int = 1000, learning_rate: float = 0.02, push: float = 0.1
 ) -> dict[str, RoundingError]:

@@ -134,7 +134,7 @@ class _Correction:
         if self.gain:
             _multiply_rows(self.layer, gain)
         moved = (self.expected[0] - self.seen[0]).norm()
-        return float(moved / _variance(self.expected).sum().sqrt().clamp(min=1e-12))
+        return float(moved / _variance(self.expected).sum().sqrt().clamp(min=torch.finfo(moved.dtype).tiny))
 
     def _moments(self, output: Tensor) -> Float[Tensor, "2 c"]:
         """Mean and mean square of each channel, float64."""

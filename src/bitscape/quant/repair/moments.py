@@ -15,6 +15,7 @@ from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.convert import batches_of
+from bitscape.quant.functional import without_autocast
 
 _log = logging.getLogger("bitscape.quant.repair")
 UNFOLDED_ELEMENTS = 1 << 24
@@ -75,7 +76,8 @@ class _Collector(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _add(self, name: str, rows: Float[Tensor, "groups k samples"]) -> None:
-        moments = rows @ rows.mT
+        with without_autocast():  # the network may compute in half precision within its forward
+            moments = rows @ rows.mT
         if name in self.sums:
             self.sums[name] += moments
             self.counts[name] += rows.shape[2]

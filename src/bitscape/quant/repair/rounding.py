@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.quant.functional import dequantize, quantize
+from bitscape.quant.functional import dequantize, power_of_two, quantize, without_autocast
 from bitscape.quant.grid import Grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.lsq import LsqWeight
@@ -43,6 +43,7 @@ class RoundingError:
 
 
 @torch.no_grad()
+@without_autocast()
 def compensate_rounding(
     model: nn.Module,
     moments: Mapping[str, Tensor],
@@ -87,6 +88,9 @@ class RoundingTask:
     scale: Float[Tensor, "g r k"]
     grid: Grid
     moments: Float[Tensor, "g k k"]
+    """In units of their size."""
+    unit: Tensor
+    """Size of the weights."""
 
     def nearest(self) -> Tensor:
         """Codes of nearest rounding."""
@@ -97,7 +101,8 @@ class RoundingTask:
         return codes.clamp(float(self.grid.qmin), float(self.grid.qmax))
 
     def output_error(self, difference: Float[Tensor, "g r k"]) -> Tensor:
-        """Squared output error of weights that differ by `difference`, of one row each: (g, r)."""
+        """Squared output error of weights that differ by `difference`, of one row each: (g, r); in units of weights and moments."""
+        difference = difference / self.unit
         return ((difference @ self.moments) * difference).sum(2)
 
     def write(self, codes: Float[Tensor, "g r k"]) -> RoundingError:
@@ -141,7 +146,10 @@ def _task(name: str, layer: QuantizedLayer, moments: Tensor) -> RoundingTask:
     if weight[0].numel() != moments.shape[1] or weight.shape[0] % moments.shape[0]:
         raise BitscapeError(f"moments: layer {name} has weights of {tuple(weight.shape)}, its moments {tuple(moments.shape)}")
     scale = quantizer.grid_scale(weight).detach().expand_as(weight).reshape(shape)
-    return RoundingTask(layer, weight.float().reshape(shape), scale, quantizer.grid, moments.to(weight.device))
+    weight, moments = weight.float().reshape(shape), moments.to(weight.device)
+    # Squares of small weights and inputs are zero in float32.
+    size = power_of_two(moments.diagonal(dim1=1, dim2=2).mean())
+    return RoundingTask(layer, weight, scale, quantizer.grid, moments / size, power_of_two(weight.abs().max()))
 
 
 def _ordered_codes(task: RoundingTask, activation_order: bool, damping: float, block: int) -> Tensor:

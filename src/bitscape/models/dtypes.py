@@ -1,0 +1,33 @@
+"""The types that networks and images must have, checked at the door."""
+
+import torch
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+
+
+def check_float32(model: nn.Module, argument: str = "model") -> None:
+    """Raise BitscapeError unless every floating-point parameter of `model` is float32.
+
+    Scales, codes and exported files are float32. A network may well autocast within its forward.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise BitscapeError(
+                f"{argument}: parameter {name} is {parameter.dtype}; the network must be float32: call {argument}.float() first "
+                "(to compute in bfloat16, train with autocast=torch.bfloat16)"
+            )
+
+
+def check_images(images: object, argument: str = "images") -> None:
+    """Raise BitscapeError unless `images` is a float32 tensor, of any shape and on any device."""
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise BitscapeError(f"{argument}: a batch is a {kind}; give a tensor (n, c, h, w), or an iterable of them, without labels")
+    if images.dtype != torch.float32:
+        advice = (
+            f"call {argument}.float()"
+            if images.is_floating_point()
+            else f"normalize them for the network (Normalization.apply makes them from uint8, {argument}.float() changes the type alone)"
+        )
+        raise BitscapeError(f"{argument}: {images.dtype}; give a float32 tensor: {advice}")
