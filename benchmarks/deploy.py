@@ -34,6 +34,7 @@ from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import OnnxInfo, write_onnx
 from bitscape.export.openvino_ir import write_openvino
 from bitscape.export.openvino_parity import check_openvino_parity
+from bitscape.export.packages import runtime_module
 from bitscape.export.parity import check_parity
 from bitscape.export.runtime import RUNTIMES, OpenVino, Runtime, Session, time_alternately
 from bitscape.models.layers import quantizable_layers
@@ -132,8 +133,8 @@ def _baseline(name: str, runtime: str, method: tuple[str, str], folder: Path, im
 
 
 def _nncf(source: Path, path: Path, images: Tensor) -> Made:
+    openvino = runtime_module("openvino")  # first: nncf imports it
     import nncf
-    import openvino
 
     calibration = nncf.Dataset([image[None].numpy() for image in images])
     quantized = nncf.quantize(openvino.Core().read_model(source), calibration, subset_size=len(images))

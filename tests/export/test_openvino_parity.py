@@ -13,8 +13,9 @@ from bitscape.export.openvino_parity import check_openvino_parity
 from bitscape.export.parity import ALLOWED, ParityReport
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import CASES, Applied, images, integers, made, other_images, quantized
+from tests.runtimes import runtime_or_skip
 
-openvino = pytest.importorskip("openvino")
+openvino = runtime_or_skip("openvino")
 REFUSED = {"excited", "repeated"}
 """OpenVINO reads no circular padding, and computes convolutions that are used twice in float."""
 

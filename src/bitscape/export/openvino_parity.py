@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.export.openvino_ir import PRODUCTS, only_user
+from bitscape.export.packages import runtime_module
 from bitscape.export.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.export.runtime import OpenVino
 
@@ -44,8 +45,7 @@ def check_openvino_parity(
         BitscapeError: a layer of the network that the file does not have, values that lie between codes, or a file that OpenVINO refuses.
     """
     runtime = runtime or OpenVino()
-    import openvino
-
+    openvino = runtime_module("openvino")
     layers = read_layers(source)
     if not layers:
         raise BitscapeError(f"{os.fspath(path)}: the network has no layer of integer weights, so that nothing can be compared")
