@@ -27,7 +27,7 @@ from benchmarks.common import DATA, RESULTS, bits_of, dataset, record
 from bitscape.cli.network import calibrated
 from bitscape.cost.profiles import PROFILES
 from bitscape.data.sources import Dataset
-from bitscape.export.agreement import agreement
+from bitscape.export.agreement import Comparison
 from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.export.integer_execution import run_integers
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
@@ -205,7 +205,12 @@ def _exactness(name: str, file: Made, session: Session, runtime: Runtime) -> dic
     """Codes against the reference, classes against exact integers."""
     assert file.integers is not None
     tests = normalized(name, data(name)[1].images[: EXACT.get(name, 200)])
-    found = agreement(run_integers(file.integers, tests).numpy(), _outputs(session, tests))
+    comparison = Comparison()
+    for batch in tests.split(20):
+        expected = {name: values.numpy() for name, values in run_integers(file.integers, batch).items()}
+        comparison.add(len(batch), expected, dict(zip(session.outputs, session.run(batch.numpy()), strict=True)))
+    (found,) = comparison.result().values()
+    assert found.same_class is not None
     shared = {"same_class": 100 * found.same_class, "identical": 100 * found.identical, "exact_images": found.images}
     shared["added_quantizers"] = len(file.integers.added)
     if isinstance(runtime, OpenVino):

@@ -1,6 +1,6 @@
 """From a traced graph to an ONNX model, and from the model to a file's content: what the ONNX exporters share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.export.graph import quiet
+from bitscape.export.outputs import named_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def onnx_graph(
     module: fx.GraphModule, images: Tensor, operators: Mapping[Any, Callable[..., Any]], *, opset: int, free_batch: bool
 ) -> "ir.Model":
-    """The ONNX model of a traced graph; its input is called "images".
+    """The ONNX model of a traced graph; its input is called as the network's forward calls it, its outputs as `named_outputs` does.
 
     Args:
         module: the module of a `Traced`.
@@ -38,7 +39,6 @@ def onnx_graph(
                 (images,),
                 dynamo=True,
                 opset_version=opset,
-                input_names=["images"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},) if free_batch else None,
                 custom_translation_table=dict(operators),
                 verbose=False,
@@ -54,7 +54,31 @@ def onnx_graph(
         ) from error
     assert program is not None
     model: ir.Model = program.model
+    with torch.no_grad():
+        names = list(named_outputs(module(images)))
+    (placeholder,) = module.graph.find_nodes(op="placeholder")
+    _name_ends(model.graph, str(placeholder.target), names)
     return model
+
+
+def _name_ends(graph: "ir.Graph", images: str, outputs: Sequence[str]) -> None:
+    """Name the input and the outputs; values within the graph make way, and so does an input of an output's name."""
+    import onnx_ir as ir
+
+    for index, value in enumerate(graph.outputs):
+        if value.producer() is None or value in graph.outputs[:index]:  # the images, a constant, or another output once more
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.outputs[index] = node.outputs[0]
+    ends = [*graph.inputs, *graph.outputs]
+    taken = {images, *outputs}
+    for value in [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]:
+        if value.name in taken or value in ends:
+            value.name = f"{value.name}.value"
+    graph.inputs[0].name = f"{images}.input" if images in outputs else images
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
 
 
 def pool_globally(node: "ir.Node") -> None:

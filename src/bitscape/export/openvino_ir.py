@@ -125,6 +125,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
         _hold_factors(node)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
+    _name_outputs(model, [output.name for output in source.graph.output])
     return model, source
 
 
@@ -286,6 +287,14 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     for index, node in enumerate(nodes):
         if node.get_friendly_name() not in kept and _weight_key(node, network) is None:
             node.set_friendly_name(f"n{index}")
+
+
+def _name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Give outputs the names that those of the ONNX graph have: what took a node's place has lost them."""
+    for output in model.outputs:
+        output.get_tensor().set_names(set())
+    for output, name in zip(model.outputs, names, strict=True):
+        output.get_tensor().add_names({name})
 
 
 def _until_quantized(node: Any) -> Iterator[Any]:

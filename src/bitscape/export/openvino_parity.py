@@ -62,10 +62,9 @@ def check_openvino_parity(
         values = session.run(batch)
         return {name: read(values[position[_key(port)]]) for name, (port, read) in tapped.items()}
 
-    compared = compare_layers(layers, images.cpu().numpy(), run)
     names = {layer.name for layer in layers}
-    found = tuple(name for name in runtime.open(path).float_layers() if name in names)  # others are in float in the network, too
-    return ParityReport(runtime=runtime.version, layers=compared, float_layers=found)
+    in_float = [name for name in runtime.open(path).float_layers() if name in names]  # others are in float in the network, too
+    return compare_layers(runtime.version, layers, images.cpu().numpy(), run, in_float)
 
 
 def _taps(model: Any, layers: list[FileLayer]) -> dict[str, tuple[Any, Any]]:

@@ -46,13 +46,13 @@ def returning_by_name(network: nn.Module) -> Iterator[None]:
         returned = inner(*args, **keywords)
         return returned if isinstance(returned, Tensor) else named_outputs(returned)
 
-    network.forward = forward  # type: ignore[method-assign]
+    network.forward = forward
     try:
         yield
     finally:
         del network.forward
         if shadowed is not None:
-            network.forward = shadowed  # type: ignore[method-assign]
+            network.forward = shadowed
 
 
 def _leaves(value: Any, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Tensor]]:

@@ -26,8 +26,11 @@ _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
 class Session(Protocol):
     """A file that a runtime has loaded."""
 
+    outputs: tuple[str, ...]
+    """Names of the outputs."""
+
     def run(self, images: Array) -> list[Array]:
-        """The outputs for float32 images (n, c, h, w)."""
+        """The outputs for float32 images (n, c, h, w), in the order of their names."""
         ...
 
     def float_layers(self) -> list[str]:
@@ -81,6 +84,7 @@ class OnnxSession:
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         self._model, self._options = model, options
         self._session = self._opened()
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, images: Array) -> list[Array]:
         return list(self._session.run(None, {self._session.get_inputs()[0].name: images}))
@@ -131,6 +135,9 @@ class OpenVinoSession:
         except Exception as error:
             raise refused("OpenVINO", model, error) from error
         self._request = self._compiled.create_infer_request()
+        self.outputs = tuple(
+            output.get_any_name() if output.get_names() else f"output{index}" for index, output in enumerate(self._compiled.outputs)
+        )
 
     def run(self, images: Array) -> list[Array]:
         results = self._request.infer([images])
