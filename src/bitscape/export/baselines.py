@@ -17,7 +17,7 @@ from bitscape.engine.forward import device_of
 from bitscape.errors import BitscapeError, first_line
 from bitscape.export.graph import export_program, quiet
 from bitscape.export.onnx_qdq import OPSETS
-from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
+from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.export.packages import runtime_module
 from bitscape.files import write_atomic
 from bitscape.quant.fold import fold_norms
@@ -49,6 +49,7 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
 
     for node in list(model.graph):
         pool_globally(node)
+        pad_circularly(node)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     model.opset_imports[""], model.ir_version = OPSETS[8]

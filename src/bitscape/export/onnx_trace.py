@@ -10,6 +10,9 @@ from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.export.graph import quiet
 from bitscape.export.outputs import named_outputs
 
+LAST = 2**63 - 1
+"""End of a slice that reaches to the last value."""
+
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
@@ -94,6 +97,37 @@ def pool_globally(node: "ir.Node") -> None:
     if sorted(axis % 4 for axis in axes.numpy().tolist()) == [2, 3]:
         pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], [pooled], node.outputs, pooled.outputs)
+
+
+def pad_circularly(node: "ir.Node") -> None:
+    """Write circular padding as slices of a tensor joined to it, which every runtime reads; leave other nodes as they are."""
+    import onnx_ir as ir
+
+    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "wrap" or node.graph is None:
+        return
+    widths = ir.convenience.get_const_tensor(node.inputs[1])  # type: ignore[arg-type]  # it has widths
+    assert widths is not None, "the widths of padding are numbers"
+    amounts: list[int] = widths.numpy().tolist()  # in front of every axis, then behind
+    if min(amounts) < 0 or not any(amounts):
+        return
+    padded, nodes = node.inputs[0], list[ir.Node]()
+    for axis, (before, behind) in enumerate(zip(amounts[: len(amounts) // 2], amounts[len(amounts) // 2 :], strict=True)):
+        last = [_slice(padded, axis, -before, LAST)] if before else []
+        first = [_slice(padded, axis, 0, behind)] if behind else []
+        if before or behind:
+            parts = [*(part[-1].outputs[0] for part in last), padded, *(part[-1].outputs[0] for part in first)]
+            nodes += [node for part in (*last, *first) for node in part] + [ir.node("Concat", parts, {"axis": axis})]
+            padded = nodes[-1].outputs[0]
+    nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
+
+
+def _slice(value: "ir.Value | None", axis: int, start: int, end: int) -> "list[ir.Node]":
+    """A Slice along one axis, behind the constants that it takes."""
+    import onnx_ir as ir
+
+    limits = [ir.node("Constant", [], {"value_ints": [number]}) for number in (start, end, axis)]
+    return [*limits, ir.node("Slice", [value, *(limit.outputs[0] for limit in limits)])]
 
 
 def checked_bytes(proto: "onnx.ModelProto") -> bytes:
