@@ -27,6 +27,7 @@ from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.search.scores import ScoreTable
 from tests.dynamic.small import float_net
+from tests.runtimes import runtime_or_skip
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("src", "benchmarks", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -174,7 +175,7 @@ def _with_weights_in(onnx: Any, location: str) -> bytes:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_an_onnx_file_reads_no_weights_outside_of_its_folder(runtime: str, tmp_path: Path) -> None:
-    pytest.importorskip(runtime)
+    runtime_or_skip(runtime)
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "given" / "net.onnx"
     path.parent.mkdir()

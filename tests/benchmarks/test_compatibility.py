@@ -7,6 +7,7 @@ from benchmarks.compatibility import PARTS, measure, travel
 from benchmarks.compatibility_summaries import compatibility as table
 from benchmarks.zoo import Entry, images
 from bitscape.errors import BitscapeError
+from tests.runtimes import runtime_or_skip
 
 SOURCE = """
 from torch import nn
@@ -30,8 +31,8 @@ def ended(run: dict, part: str) -> str:
 
 
 def test_a_network_goes_all_the_way(small):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("openvino")
+    runtime_or_skip("onnxruntime")
+    runtime_or_skip("openvino")
     found = {result["part"]: result for result in travel(small)}
     assert list(found) == list(PARTS)
     assert {name: result["outcome"] for name, result in found.items()} == dict.fromkeys(PARTS, "works"), found

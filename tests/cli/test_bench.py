@@ -9,9 +9,10 @@ from bitscape.export import bench
 from bitscape.export.runtime import Timing
 from bitscape.report.documents import load_bench
 from tests.cli.run import MODEL, run_cli
+from tests.runtimes import runtime_or_skip
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+runtime_or_skip("onnxruntime")
 
 PAIR = ("--input-shape", "1x8x8", "--rounds", 2)
 
@@ -104,7 +105,7 @@ def test_agreement_needs_no_labels(cli, clock, files, tmp_path):
 
 
 def test_a_file_runs_in_the_runtime_of_its_suffix_or_in_those_given(cli, clock, files, tmp_path):
-    openvino = pytest.importorskip("openvino")
+    openvino = runtime_or_skip("openvino")
     openvino.save_model(openvino.Core().read_model(files[0]), tmp_path / "a.xml")
     rows = _rows(cli("bench", files[0], tmp_path / "a.xml").out)
     assert [row["runtime"].split()[0] for row in rows] == ["onnxruntime", "openvino"]
@@ -115,7 +116,7 @@ def test_a_file_runs_in_the_runtime_of_its_suffix_or_in_those_given(cli, clock, 
 
 
 def test_each_runtime_is_divided_by_its_own_float(cli, clock, files, tmp_path):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     figures = ("--json", tmp_path / "figures.json")
     given = (*MODEL, "--images", 16, "--input-shape", "1x8x8", "--rounds", 2)
     shown = cli("bench", files[0], *given, "--runtime", "onnxruntime", "--runtime", "openvino", *figures).out
@@ -130,7 +131,7 @@ def test_each_runtime_is_divided_by_its_own_float(cli, clock, files, tmp_path):
 
 
 def test_what_has_no_float_in_its_runtime_is_divided_by_nothing(cli, clock, files, tmp_path):
-    openvino = pytest.importorskip("openvino")
+    openvino = runtime_or_skip("openvino")
     openvino.save_model(openvino.Core().read_model(files[0]), tmp_path / "a.xml")
     shown = cli("bench", files[0], tmp_path / "a.xml", *PAIR, "--json", tmp_path / "figures.json").out
     assert [row[f"x {files[0]}"] for row in _rows(shown)] == ["1.00", ""]

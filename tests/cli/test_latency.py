@@ -8,9 +8,10 @@ from bitscape.cost.latency import LatencyTable
 from bitscape.export import layer_times
 from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
+from tests.runtimes import runtime_or_skip
 
 pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+runtime_or_skip("onnxruntime")
 
 BUILD = ("latency", "build", *MODEL)
 QUICK = ("--input-shape", "1x8x8", "--rounds", 1)
@@ -108,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(cli, tiny, monkeypat
 
 
 def test_openvino_measures_its_own_profile_on_images(cli, tiny, tmp_path):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     out = tmp_path / "table.json"
     given = ("--data", "digits", "--images", 8, "--rounds", 1, "--runtime", "openvino", "--batch-size", 2)
     shown = cli(*tiny, *given, "--out", out)

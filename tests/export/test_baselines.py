@@ -10,9 +10,10 @@ from bitscape.export import baselines
 from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.export.runtime import RUNTIMES
 from bitscape.models.digits import digits_net
+from tests.runtimes import runtime_or_skip
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+runtime_or_skip("onnxruntime")
 
 IMAGES = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +47,7 @@ def expected(network):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_float_file_computes_what_the_network_does(runtime, files, expected):
-    pytest.importorskip(runtime)
+    runtime_or_skip(runtime)
     session = RUNTIMES[runtime]().open(files[0])
     for batch in (1, 7, 40):
         np.testing.assert_allclose(session.run(IMAGES[:batch].numpy())[0], expected[:batch], rtol=1e-4, atol=1e-5)
@@ -63,7 +64,7 @@ def test_the_float_file_has_no_norms_and_little_beside_its_weights(files, networ
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_int8_file_runs_in_integers_and_is_near(runtime, files, expected):
-    pytest.importorskip(runtime)
+    runtime_or_skip(runtime)
     session = RUNTIMES[runtime]().open(files[1])
     assert session.float_layers() == []
     found = session.run(IMAGES.numpy())[0]

@@ -8,6 +8,7 @@ from bitscape.errors import BitscapeError
 from bitscape.export import bench
 from bitscape.export.bench import Contender, input_shape, measure_files
 from bitscape.export.runtime import RUNTIMES, OnnxRuntime, Timing
+from tests.runtimes import runtime_or_skip
 
 IMAGES = np.random.default_rng(0).random((11, 1, 2, 2), np.float32)
 
@@ -96,7 +97,7 @@ def test_the_size_of_an_openvino_file_includes_its_weights(tmp_path):
 
 @pytest.mark.parametrize("batch", [4, "batch"])
 def test_the_shape_of_the_input_is_read_from_both_kinds_of_files(tmp_path, batch):
-    onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+    onnx, openvino = pytest.importorskip("onnx"), runtime_or_skip("openvino")
     kind = onnx.TensorProto.FLOAT
     values = [onnx.helper.make_tensor_value_info(name, kind, [batch, 3, 8, "width"]) for name in ("images", "y")]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["y"])], "g", values[:1], values[1:])

@@ -9,9 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitscape.export.graph import grid_of, is_quantizer
 from bitscape.export.integer_execution import run_integers
-from bitscape.export.integer_graph import integer_network
+from bitscape.export.integer_graph import IntegerNetwork, integer_network
+from bitscape.export.outputs import named_outputs
 from tests.export.networks import CASES, EXACT, Applied, exported, images, integers, other_images, quantized
 from tests.networks import conv_norm
+
+
+def first_output(network: IntegerNetwork, x: torch.Tensor) -> torch.Tensor:
+    return run_integers(network, x)["output0"]
 
 
 def test_a_convolution_is_computed_as_its_definition_says():
@@ -35,7 +40,7 @@ def test_a_convolution_is_computed_as_its_definition_says():
     multiplier = np.float32(second.scale) * weight.scale.numpy() / np.float32(last.scale)
     final = (np.rint(sums.astype(np.float32) * multiplier[:, None, None]) + last.zero_point).clip(0, 255) - last.zero_point
     assert len(np.unique(middle)) > 8 and len(np.unique(final)) > 50
-    assert np.array_equal(run_integers(integer, x).numpy(), (final.astype(np.float32) * np.float32(last.scale)).reshape(len(x), -1))
+    assert np.array_equal(first_output(integer, x).numpy(), (final.astype(np.float32) * np.float32(last.scale)).reshape(len(x), -1))
 
 
 def test_sums_that_float32_cannot_hold_are_exact():
@@ -51,7 +56,7 @@ def test_sums_that_float32_cannot_hold_are_exact():
     x = ((codes - grid.zero_point) * torch.tensor(grid.scale)).reshape(3, 3, 8, 8)
     sums = (codes.numpy().astype(np.int64) - int(grid.zero_point)) @ integer.weights[key].q.numpy().astype(np.int64).T
     spacing = integer.weights[key].scale.numpy() * np.float32(grid.scale)
-    assert np.array_equal(run_integers(integer, x).numpy(), sums.astype(np.float32) * spacing)
+    assert np.array_equal(first_output(integer, x).numpy(), sums.astype(np.float32) * spacing)
 
 
 class Alive(TorchDispatchMode):
@@ -86,13 +91,20 @@ def test_memory_does_not_grow_with_the_number_of_layers():
 def test_the_size_of_batches_does_not_matter(n):
     _, integer = integers("mobile")
     x = images(n, seed=7)
-    assert torch.equal(run_integers(integer, x), torch.cat([run_integers(integer, one) for one in x.split(1)]))
-    assert torch.equal(run_integers(integer, x), run_integers(integer, x, batch_size=3))
+    together = first_output(integer, x)
+    for size in (1, 3):
+        assert torch.equal(together, torch.cat([first_output(integer, batch) for batch in x.split(size)]))
 
 
-def test_the_first_of_several_outputs_is_returned():
+def test_all_outputs_are_returned_by_name():
     _, integer = integers("repeated")
-    assert run_integers(integer, images(3)).shape == (3, 5)
+    outputs = run_integers(integer, images(3))
+    assert {name: tuple(values.shape) for name, values in outputs.items()} == {"output0": (3, 5), "output1": (3, 8, 6, 6)}
+    with torch.no_grad():
+        simulated = integer.module(images(3))
+    assert list(simulated) == list(outputs)
+    for name, values in outputs.items():
+        torch.testing.assert_close(values, simulated[name], rtol=0, atol=0.02 * float(simulated[name].abs().max()))
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)
@@ -100,8 +112,8 @@ def test_integers_and_their_simulation_differ_by_rounding_alone(name, bits):
     _, integer = integers(name, bits)
     with torch.no_grad():
         simulated = integer.module(images(40, seed=8))
-    simulated = simulated[0] if isinstance(simulated, tuple) else simulated
-    found = run_integers(integer, images(40, seed=8))
+    simulated = named_outputs(simulated)["output0"]
+    found = first_output(integer, images(40, seed=8))
     differing = (found - simulated).abs().amax(1) > 1e-5 * simulated.abs().max()
     assert differing.float().mean() < 0.2  # of the images: one code in a million, and what follows from it
 
@@ -114,7 +126,7 @@ def test_onnx_runtime_computes_the_same(name, bits):
     case, x = exported(name, bits), other_images()
     session = OnnxRuntime().open(case.content)
     found = np.concatenate([session.run(part.numpy())[0] for part in x.split(5)])  # the last batch is a single image
-    expected = run_integers(case.integer, x).numpy()
+    expected = first_output(case.integer, x).numpy()
     if name in EXACT:
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())  # float operators behind the last layer
     differing = np.abs(found - expected) > 2e-6 * np.abs(expected).max()
@@ -147,7 +159,7 @@ def test_onnx_runtime_computes_every_pair_of_bits_exactly(every_pair_of_bits, tm
     info = write_onnx(every_pair_of_bits, tmp_path / "bits.onnx", images())
     x = other_images()
     (found,) = OnnxRuntime().open(info.path).run(x.numpy())
-    expected = run_integers(every_pair_of_bits, x).numpy()
+    expected = first_output(every_pair_of_bits, x).numpy()
     assert np.array_equal(found, expected)
     assert all(len(np.unique(part)) > 5 for part in np.split(expected, 8, axis=1))  # every branch is alive
     report = check_parity(info.path, x.numpy())
@@ -168,5 +180,5 @@ def test_onnx_runtime_adds_the_bias_of_tokens_in_float(tmp_path):
     network = Applied(forward, a=nn.Linear(3, 256), b=nn.Linear(256, 64))
     integer = integer_network(quantized(network, bits=[(8, 8)], x=images(size=32)), images(size=32))
     info, x = write_onnx(integer, tmp_path / "tokens.onnx", images(size=32)), images(8, size=32, seed=9)
-    assert np.array_equal(OnnxRuntime().open(info.path).run(x.numpy())[0], run_integers(integer, x).numpy())
+    assert np.array_equal(OnnxRuntime().open(info.path).run(x.numpy())[0], first_output(integer, x).numpy())
     assert check_parity(info.path, x.numpy()).differing == 0

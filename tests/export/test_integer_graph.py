@@ -11,6 +11,7 @@ from bitscape.export.integer_graph import (
     integer_network,
     uint8_grid,
 )
+from bitscape.export.outputs import named_outputs
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
@@ -79,10 +80,10 @@ def test_every_structure_keeps_what_it_computes(name):
     """At 8 bits the added quantizers round finely: whatever is misplaced, or has a wrong scale, shows."""
     network, integer = integers(name)
     with torch.no_grad():
-        found, expected = integer.module(images()), network(images())
-    if isinstance(found, tuple):
-        found, expected = found[0], expected[0]
-    assert (found - expected).norm() < 0.03 * expected.norm()
+        found, expected = named_outputs(integer.module(images())), named_outputs(network(images()))
+    assert list(found) == list(expected)
+    for output, values in expected.items():
+        assert (found[output] - values).norm() < 0.03 * values.norm()
 
 
 def test_where_nothing_is_added_the_simulation_is_the_network_exactly():

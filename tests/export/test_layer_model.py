@@ -9,6 +9,7 @@ from bitscape.export.layer_model import MOST_COPIES, MOST_WEIGHTS, LayerForm, La
 from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE
 from bitscape.export.runtime import RUNTIMES
 from bitscape.policy import LayerBits
+from tests.runtimes import runtime_or_skip
 
 CONV = {"operator": "Conv", "strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1)}
 FORMS = {
@@ -104,7 +105,7 @@ def test_a_model_holds_its_layer_as_exported_files_do(form, container):
 @pytest.mark.parametrize("clipped", [False, True])
 def test_no_runtime_computes_a_layer_in_float(runtime, form, clipped):
     pytest.importorskip("onnx")
-    pytest.importorskip(runtime)
+    runtime_or_skip(runtime)
     opened = RUNTIMES[runtime]().open
     codes = np.random.default_rng(0).integers(0, 256, form.input_shape, dtype=np.uint8)
     for container in CONTAINERS if runtime == "onnxruntime" else PORTABLE:
@@ -117,7 +118,7 @@ def test_no_runtime_computes_a_layer_in_float(runtime, form, clipped):
 
 def test_the_model_without_layers_takes_the_same_input():
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     content = without_layers(FORMS["conv"])
     assert {node.op_type for node in onnx.load_from_string(content).graph.node} == {"Slice", "Concat"}
     codes = np.full(FORMS["conv"].input_shape, 7, np.uint8)

@@ -16,8 +16,9 @@ from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, save_openvino, write_openvino
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import Applied, images, made, mobile, plain, quantized, residual
+from tests.runtimes import runtime_or_skip
 
-openvino: Any = pytest.importorskip("openvino")
+openvino: Any = runtime_or_skip("openvino")
 pytest.importorskip("onnxscript")
 
 X = images(64)

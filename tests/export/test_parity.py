@@ -6,6 +6,7 @@ from bitscape.export.parity import ALLOWED, LayerParity, ParityReport, check_par
 from bitscape.export.runtime import RUNTIMES, OnnxRuntime
 from tests.export.networks import CASES, MIXED, exported, other_images
 from tests.export.test_runtime import with_float_layer
+from tests.runtimes import runtime_or_skip
 
 onnx = pytest.importorskip("onnx")
 IMAGES = other_images().numpy()
@@ -85,7 +86,7 @@ def test_onnx_runtime_computes_every_layer_as_integers_say(name, bits, file_of):
 
 @pytest.mark.parametrize("name", ["mobile", "geometries", "products", "convnext", "signals", "floats", "repeated", "fire"])
 def test_openvino_computes_nearly_every_code_as_integers_say(name, file_of):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     report = check_parity(file_of(name), IMAGES, RUNTIMES["openvino"]())
     report.require(ALLOWED["openvino"])
     assert report.runtime.startswith("openvino ")
@@ -105,7 +106,7 @@ def test_openvino_computes_nearly_every_code_as_integers_say(name, file_of):
     ids=["a weight", "a weight scale", "a bias", "a bias of float results", "a weight of float results", "a limit"],
 )
 def test_a_runtime_that_computes_one_layer_otherwise_is_found_out(runtime, layer, change, file_of):
-    pytest.importorskip(runtime)
+    runtime_or_skip(runtime)
     path = file_of("mobile", MIXED)
     report = check_parity(path, IMAGES, Otherwise(RUNTIMES[runtime](), change))
     wrong = [found.name for found in report.layers if found.differing > ALLOWED[runtime] * found.codes or found.largest > 1]
@@ -123,7 +124,7 @@ def test_the_bias_behind_a_product_of_tokens_counts(file_of):
 
 
 def test_a_layer_in_float_is_reported(file_of):
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     path = file_of("plain")
     path.write_bytes(with_float_layer(path.read_bytes(), "3"))
     report = check_parity(path, IMAGES)

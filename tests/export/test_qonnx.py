@@ -20,6 +20,7 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from tests.networks import basic_block, conv_norm, inverted_residual
+from tests.runtimes import runtime_or_skip
 
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(), Liq(restore_scale=False)]
 FLOAT_BITS = 32
@@ -109,7 +110,7 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def qonnx(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Loads, executes and counts. qonnx 1.0 wraps single nodes in models of onnx's newest IR version, which ONNX Runtime refuses."""
-    pytest.importorskip("onnxruntime", reason="qonnx executes with ONNX Runtime")
+    runtime_or_skip("onnxruntime")
     execution = pytest.importorskip("qonnx.core.onnx_exec", reason="qonnx is the reference for QONNX files: pip install qonnx")
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.inference_cost import inference_cost

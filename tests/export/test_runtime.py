@@ -9,6 +9,7 @@ from bitscape.export.graph import quiet
 from bitscape.export.onnx_qdq import write_onnx
 from bitscape.export.runtime import RUNTIMES, OnnxRuntime, OpenVino, time_alternately
 from tests.export.networks import MIXED, exported, images, integers, other_images
+from tests.runtimes import runtime_or_skip
 
 ALL = sorted(RUNTIMES)
 
@@ -16,7 +17,7 @@ ALL = sorted(RUNTIMES)
 @pytest.fixture
 def opened(request):
     pytest.importorskip("onnx")
-    pytest.importorskip(request.param)
+    runtime_or_skip(request.param)
     return RUNTIMES[request.param]().open
 
 
@@ -44,7 +45,7 @@ def test_no_layer_of_integers_runs_in_float(opened, name):
 
 
 def test_a_float_layer_is_named_by_onnx_runtime():
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     content = with_float_layer(exported("plain").content, "3")
     session = OnnxRuntime().open(content)
     assert session.float_layers() == ["3"]
@@ -86,7 +87,7 @@ def test_what_a_runtime_refuses_is_an_error_with_the_reason(opened, tmp_path):
 
 
 def test_openvino_says_that_it_reads_no_2_bits(tmp_path):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     _, integer = integers("mobile", MIXED)
     info = write_onnx(integer, tmp_path / "net.onnx", images())
     with pytest.raises(BitscapeError, match=r"OpenVINO does not load it: .*Unsupported type"):
@@ -104,7 +105,7 @@ def test_a_missing_runtime_is_named_with_the_extra_that_brings_it(kind, package,
 
 def test_versions_are_a_name_and_a_number():
     for name in ALL:
-        pytest.importorskip(name)
+        runtime_or_skip(name)
         assert RUNTIMES[name]().version.split(" ")[0] == name
         assert all(part.isdigit() for part in RUNTIMES[name]().version.split(" ")[1].split("."))
 
@@ -171,7 +172,7 @@ def test_what_takes_no_time_is_no_division_by_zero(clock):
 
 
 def test_an_onnx_file_of_float_layers_only_names_them(tmp_path):
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = tmp_path / "float.onnx"
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()

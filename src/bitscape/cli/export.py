@@ -74,7 +74,8 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
     """Write an ONNX file for integer kernels of ONNX Runtime, weights in 2, 4 or 8 bits.
 
     Where layers alone are quantized, tensors between them (residual edges) get 8-bit quantizers, whose ranges come from --calibration; then
-    the file is run in ONNX Runtime, and every layer compared with exact integer arithmetic. A file that fails is not kept.
+    the file is run in ONNX Runtime, and every layer compared with exact integer arithmetic, and every output on images of --calibration
+    that set no range. A file that fails is not kept.
 
     \b
     Example:
@@ -91,8 +92,8 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
     with _replaced_if_good(out) as draft:
         info = write_onnx(network, draft, images, containers=CONTAINERS if int2 else PORTABLE)
         report_file(source, network, info.container_bytes, info.file_bytes, out)
-        report_parity(check_parity(draft, images[:PARITY_IMAGES].numpy(), runtime), ALLOWED["onnxruntime"])
-        report_agreement(source, network, images, runtime.open(draft), runtime.version)
+        report_parity(check_parity(draft, source.compared_images[:PARITY_IMAGES].numpy(), runtime), ALLOWED["onnxruntime"])
+        report_agreement(source, network, runtime.open(draft), runtime.version)
     report_containers(info.containers, source.policy, "onnx-container")
 
 
@@ -105,7 +106,8 @@ def openvino(out: Path, **options: Any) -> None:
     """Write an OpenVINO file, weights in 2, 3, 4, 6 or 8 bits, computed in int8.
 
     As for `export onnx`, tensors between layers get 8-bit quantizers, whose ranges come from --calibration; then the file is run in
-    OpenVINO, and every layer compared with exact integer arithmetic. A file that fails is not kept.
+    OpenVINO, and every layer compared with exact integer arithmetic, and every output on images of --calibration that set no range. A
+    file that fails is not kept.
 
     \b
     Example:
@@ -123,8 +125,8 @@ def openvino(out: Path, **options: Any) -> None:
     with _replaced_if_good(out, out.with_suffix(".bin")) as draft:
         info = write_openvino(network, draft, images)
         report_file(source, network, info.weight_bytes, info.file_bytes, out)
-        report_parity(check_openvino_parity(draft, info.source, images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
-        report_agreement(source, network, images, runtime.open(draft), runtime.version)
+        report_parity(check_openvino_parity(draft, info.source, source.compared_images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
+        report_agreement(source, network, runtime.open(draft), runtime.version)
     report_containers(info.containers, source.policy, "openvino")
 
 

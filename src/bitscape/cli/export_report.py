@@ -17,7 +17,7 @@ from bitscape.policy import Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitscape.export.agreement import Agreement
+    from bitscape.export.agreement import Agreement, Array
     from bitscape.export.integer_graph import IntegerNetwork
     from bitscape.export.packed import PackedInfo
     from bitscape.export.parity import ParityReport
@@ -75,37 +75,62 @@ def report_containers(containers: dict[str, int], policy: Policy, profile: str) 
 
 def report_parity(report: "ParityReport", allowed: float) -> None:
     """Print how many codes differ. Raises BitscapeError if more than the share `allowed` of a layer does."""
-    found = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
-    click.echo(f"{report.runtime}: {len(report.layers)} layers, {found}")
+    differing = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
+    click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing}")
+    if report.float_outputs:
+        click.echo(f"computed in float, for outputs stay float and it has no integer kernel for these: {', '.join(report.float_outputs)}")
     report.require(allowed)
 
 
-def report_agreement(source: ExportSource, network: "IntegerNetwork", images: "Tensor", session: "Session", runtime: str) -> None:
-    """Print on how many images the runtime's class is that of exact integers, and that of the network as it was simulated."""
-    import numpy as np
+def report_agreement(source: ExportSource, network: "IntegerNetwork", session: "Session", runtime: str) -> None:
+    """Print how far the runtime's outputs agree with exact integers, and with the network as it was simulated, and on which images.
+
+    Raises:
+        BitscapeError: an output is further from exact integers than roundings of additions explain.
+    """
     import torch
 
-    from bitscape.export.agreement import agreement
+    from bitscape.export.agreement import Comparison
     from bitscape.export.integer_execution import run_integers
-    from bitscape.models.trial import tensors_in
+    from bitscape.export.outputs import named_outputs
 
-    found = np.concatenate([session.run(batch.numpy())[0] for batch in images.split(BATCH)])
-    if found.ndim != 2:
-        click.echo(f"outputs of shape {found.shape[1:]} an image are no classes: the whole network is not compared")
-        return
-    with torch.no_grad():
-        simulated = torch.cat([next(tensors_in(source.network(batch))) for batch in images.split(BATCH)])
-    exact, before = (agreement(outputs.numpy(), found) for outputs in (run_integers(network, images), simulated))
-    same, off, equal = 100 * exact.same_class, 100 * exact.difference, 100 * exact.identical
-    click.echo(f"{runtime}, {exact.images} images: class of the exact integer network on {same:.1f} %; outputs {off:.2g} % off,")
-    click.echo(f"equal to the last bit on {equal:.1f} %; class of the network before the export on {100 * before.same_class:.1f} %")
-    if computed_otherwise(exact):
-        raise BitscapeError(
-            f"{runtime} gives the class of the exact integer network on {same:.1f} % of the images, and outputs that are {off:.2g} % off: "
-            "it computes the file otherwise than it says; do not use it with this version, or export for another runtime"
-        )
+    exact, simulated = Comparison(), Comparison()
+    for batch in source.compared_images.split(BATCH):
+        outputs = dict(zip(session.outputs, session.run(batch.numpy()), strict=True))
+        exact.add(len(batch), _arrays(run_integers(network, batch)), outputs)
+        with torch.no_grad():
+            simulated.add(len(batch), _arrays(named_outputs(source.network(batch))), outputs)
+    _print_agreement({"exact integers": exact.result(), "before the export": simulated.result()})
+    click.echo(f"{runtime}, compared on {source.compared_on}")
+    for name, agreement in exact.result().items():
+        if computed_otherwise(agreement):
+            raise BitscapeError(
+                f"{runtime} computes output {name} otherwise than the file says: {100 * agreement.difference:.2g} % off exact integers, "
+                f"and their class on {_percent(agreement.same_class)} of the images; do not use the file with this version, or export for "
+                "another runtime"
+            )
+
+
+def _arrays(outputs: "Mapping[str, Tensor]") -> "dict[str, Array]":
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def _print_agreement(results: "Mapping[str, Mapping[str, Agreement]]") -> None:
+    """Print, for each output, a row for each of the networks that it is compared with."""
+    names = next(iter(results.values()))
+    rows = [
+        [name, other, f"{100 * found.difference:.2g} %", _percent(found.same_class), _percent(found.identical)]
+        for name in names
+        for other, found in ((other, agreements[name]) for other, agreements in results.items())
+    ]
+    print_table(["output", "compared with", "off", "same class", "equal bits"], rows, left=2)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def computed_otherwise(exact: "Agreement") -> bool:
     """Whether a runtime's outputs are further from exact integers than roundings of additions explain."""
-    return exact.difference > (SMALL_DIFFERENCE if exact.same_class < LEAST_SAME_CLASS else LARGE_DIFFERENCE)
+    other_classes = exact.same_class is not None and exact.same_class < LEAST_SAME_CLASS
+    return exact.difference > (SMALL_DIFFERENCE if other_classes else LARGE_DIFFERENCE)

@@ -12,6 +12,7 @@ from bitscape.cli.options import FILE, FOLDER, all_of, image_options, network_op
 from bitscape.cli.packed import load_packed_network
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
+from bitscape.report.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +26,8 @@ source_options = all_of(
     calibration_options,
     click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there."),
 )
+HELD_OUT = 256
+"""Images of --calibration, at most, that set no range and that whole networks are compared on."""
 packed_option = click.option("--packed", type=FILE, metavar="FILE", help="Instead: a packed file of this network.")
 
 
@@ -37,7 +40,9 @@ class ExportSource:
     """Quantized."""
     policy: Policy
     images: "Tensor | None"
-    """Of --calibration, normalized."""
+    """Of --calibration, normalized; they set ranges."""
+    held_out: "Tensor | None"
+    """Others of --calibration, HELD_OUT at most, which set no range."""
     folded: bool
     """Whether the quantized network's norms were folded before it was quantized."""
 
@@ -54,11 +59,13 @@ class ExportSource:
             raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
         network = load_network(options["model"], options["weights"], options["device"], options["seed"])
         settings = ImageSettings(input_size=options["input_size"], normalize=options["normalize"]).of_model(network)
-        images = None
+        images = held_out = None
         if options["calibration"] is not None:
-            images = normalized_images(options["calibration"], options["calibration_images"], settings, options["seed"], network)
+            count, seed = options["calibration_images"], options["seed"]
+            drawn = normalized_images(options["calibration"], count, settings, seed, network, further=HELD_OUT)
+            images, held_out = drawn[:count], drawn[count:]
         quantized, policy, folded = _quantized(network, images, policy_file, checkpoint, packed, options["repair"])
-        return cls(float_network=network, network=quantized, policy=policy, images=images, folded=folded)
+        return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out, folded=folded)
 
     def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
         """Bring the network into integer form, on the CPU; the images, too."""
@@ -72,6 +79,22 @@ class ExportSource:
         if self.images is None:
             raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
         return self.images.cpu()
+
+    @property
+    def compared_images(self) -> "Tensor":
+        """The images on which whole networks are compared, on the CPU: held out, or those that set ranges where there are no others."""
+        return self.required_images() if self.held_out is None or not len(self.held_out) else self.held_out.cpu()
+
+    @property
+    def compared_on(self) -> str:
+        """What these images are, for people."""
+        count = len(self.compared_images)
+        if self.held_out is not None and len(self.held_out):
+            return f"{counted(count, 'image')} of --calibration held out from setting ranges"
+        return (
+            f"the {count} images that set the ranges, for --calibration has no others: on new images the network before the export may "
+            "agree less; hold some out with a smaller --calibration-images"
+        )
 
 
 def _quantized(

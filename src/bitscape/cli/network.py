@@ -100,20 +100,23 @@ def load_batches(source: str, split: str, settings: ImageSettings, batch_size: i
     return Batches(dataset=load_images(source, split, settings), normalization=normalization, batch_size=batch_size)
 
 
-def draw_images(source: str, split: str, images: int, settings: ImageSettings, seed: int) -> "Dataset":
-    """Draw a proxy or calibration set."""
+def draw_images(source: str, split: str, images: int, settings: ImageSettings, seed: int, *, further: int = 0) -> "Dataset":
+    """Draw a proxy or calibration set, and behind it up to so many `further` images; these change nothing in what comes first."""
     from bitscape.data.proxy import draw_proxy
 
     limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * images
-    return draw_proxy(load_images(source, split, settings, limit=limit, seed=seed), images=images, seed=seed)
+    dataset = load_images(source, split, settings, limit=limit, seed=seed)
+    return draw_proxy(dataset, images=max(images, min(images + further, len(dataset))), seed=seed)
 
 
-def normalized_images(source: str, images: int, settings: ImageSettings, seed: int, network: "nn.Module") -> "Tensor":
-    """Draw calibration images, normalized for the network, on its device."""
+def normalized_images(
+    source: str, images: int, settings: ImageSettings, seed: int, network: "nn.Module", *, further: int = 0
+) -> "Tensor":
+    """Draw calibration images, and `further` ones behind them where there are so many, normalized for the network, on its device."""
     from bitscape.engine.forward import device_of
 
     normalization = parse_normalization(settings.normalize, source)
-    drawn = draw_images(source, "train", images, settings, seed)
+    drawn = draw_images(source, "train", images, settings, seed, further=further)
     return normalization.apply(drawn.images).to(device_of(network))
 
 

@@ -1,5 +1,7 @@
-"""How far two networks agree on images: classes, and outputs to the last bit."""
+"""How far two networks agree on images, output by output: values, classes, and the last bit."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,30 +11,89 @@ from numpy.typing import NDArray
 from bitscape.errors import BitscapeError
 
 Array = NDArray[Any]
-TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What two networks' outputs for the same images have in common."""
+    """What two networks' values of one output have in common."""
 
     images: int
     """Images compared."""
-    same_class: float
-    """Share of images with the same largest output."""
-    identical: float
-    """Share of images with equal outputs, bit for bit."""
     difference: float
-    """Norm of the outputs' difference over the norm of the expected outputs."""
+    """Norm of the difference over the norm of the expected values; share of the values that differ where these are no floats."""
+    identical: float
+    """Share of images with equal values, bit for bit."""
+    same_class: float | None
+    """Share of images with the same largest value; None where an output is not (images, classes)."""
 
 
-def agreement(expected: Array, found: Array) -> Agreement:
-    """Compare outputs (n, classes). Raises BitscapeError for other or different shapes."""
-    if expected.shape != found.shape or expected.ndim != 2 or not len(expected):
-        raise BitscapeError(f"outputs of shapes {expected.shape} and {found.shape}: give two equal ones (images, classes)")
-    return Agreement(
-        images=len(expected),
-        same_class=float((expected.argmax(1) == found.argmax(1)).mean()),
-        identical=float((expected == found).all(1).mean()),
-        difference=float(np.linalg.norm(found - expected)) / max(TINY, float(np.linalg.norm(expected))),
-    )
+class Comparison:
+    """Compares outputs batch after batch, and keeps sums alone."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+
+    def add(self, images: int, expected: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
+        """Compare the outputs for a batch of so many images, by name.
+
+        Raises:
+            BitscapeError: other outputs than expected, by name or shape.
+        """
+        shapes = [{name: values.shape for name, values in outputs.items()} for outputs in (expected, actual)]
+        if shapes[0] != shapes[1]:
+            raise BitscapeError(f"outputs are {shapes[1]}, and {shapes[0]} were expected")
+        for name, values in expected.items():
+            self._sums.setdefault(name, _Sums()).add(images, values, actual[name])
+
+    def result(self) -> dict[str, Agreement]:
+        """Name of each output -> how far it agrees on all images so far."""
+        return {name: sums.agreement() for name, sums in self._sums.items()}
+
+
+@dataclass
+class _Sums:
+    images: int = 0
+    values: int = 0
+    differing: int = 0
+    squares: float = 0.0
+    squared_differences: float = 0.0
+    identical: int = 0
+    same_class: int = 0
+    has_classes: bool = False
+    has_floats: bool = False
+
+    def add(self, images: int, expected: Array, actual: Array) -> None:
+        has_images, both_nan = expected.shape[:1] == (images,), (expected != expected) & (actual != actual)
+        equal = (expected == actual) | both_nan
+        self.images += images
+        self.values += equal.size
+        self.differing += int(equal.size - equal.sum())
+        self.identical += int(equal.reshape(images, -1).all(1).sum()) if has_images else images * bool(equal.all())
+        self.has_floats = np.issubdtype(expected.dtype, np.floating)
+        self.has_classes = has_images and self.has_floats and expected.ndim == 2 and expected.shape[1] > 1
+        if self.has_classes:
+            self.same_class += int((expected.argmax(1) == actual.argmax(1)).sum())
+        if self.has_floats:
+            known = np.where(np.isfinite(expected), expected, 0).astype(np.float64)
+            self.squares += float((known**2).sum())
+            self.squared_differences += float((_differences(expected, actual, equal) ** 2).sum())
+
+    def agreement(self) -> Agreement:
+        return Agreement(
+            images=self.images,
+            difference=self._relative() if self.has_floats else self.differing / max(1, self.values),
+            identical=self.identical / self.images,
+            same_class=self.same_class / self.images if self.has_classes else None,
+        )
+
+    def _relative(self) -> float:
+        if not self.squares:
+            return math.inf if self.squared_differences else 0.0
+        return math.sqrt(self.squared_differences / self.squares)
+
+
+def _differences(expected: Array, actual: Array, equal: Array) -> Array:
+    """Float64 differences; infinite where one of two values is not a number or infinite, and the other is not the same."""
+    with np.errstate(invalid="ignore"):
+        off = np.where(equal, 0.0, actual.astype(np.float64) - expected.astype(np.float64))
+    return np.where(np.isnan(off), np.inf, off)

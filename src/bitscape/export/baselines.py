@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.engine.forward import device_of
-from bitscape.errors import BitscapeError, first_line, needs_extra
+from bitscape.errors import BitscapeError, first_line
 from bitscape.export.graph import export_program, quiet
 from bitscape.export.onnx_qdq import OPSETS
-from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
+from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
+from bitscape.export.packages import runtime_module
 from bitscape.files import write_atomic
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
@@ -49,6 +50,7 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
 
     for node in list(model.graph):
         pool_globally(node)
+        pad_circularly(node)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     model.opset_imports[""], model.ir_version = OPSETS[8]
@@ -81,13 +83,13 @@ def save_onnxruntime_int8(float_onnx: str | os.PathLike[str], path: str | os.Pat
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing, or ONNX Runtime cannot quantize the file.
     """
-    with needs_extra("onnx"), _quiet_root():
-        from onnxruntime import quantization as ort
-        from onnxruntime.quantization.shape_inference import quant_pre_process
+    with _quiet_root():
+        ort = runtime_module("onnxruntime.quantization")
+        preparation = runtime_module("onnxruntime.quantization.shape_inference")
     with tempfile.TemporaryDirectory() as folder, _quiet_root():
         prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         try:
-            quant_pre_process(os.fspath(float_onnx), prepared, skip_symbolic_shape=True)
+            preparation.quant_pre_process(os.fspath(float_onnx), prepared, skip_symbolic_shape=True)
             ort.quantize_static(
                 prepared,
                 made,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, first_line, needs_extra
+from bitscape.export.packages import runtime_module
 from bitscape.export.runtime import Runtime, Session, Timing, time_alternately
 from bitscape.progress import track
 
@@ -135,7 +136,5 @@ def _onnx_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:
 
 
 def _openvino_shape(path: str | os.PathLike[str]) -> tuple[int | None, ...]:
-    with needs_extra("openvino"):
-        import openvino
-    sizes = openvino.Core().read_model(os.fspath(path)).inputs[0].partial_shape
+    sizes = runtime_module("openvino").Core().read_model(os.fspath(path)).inputs[0].partial_shape
     return tuple(size.get_length() if size.is_static else None for size in sizes)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError, explained_forward, first_line, prefixed
 from bitscape.export.codes import weight_codes
+from bitscape.export.outputs import returning_by_name
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
@@ -157,11 +158,14 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
 def export_program(network: nn.Module, images: Tensor, *, otherwise: str = "") -> torch.export.ExportedProgram:
     """What torch.export makes of `network` on `images` (n, c, h, w), two at least; the batch size stays free.
 
+    It returns a tensor if the network does, and otherwise a dict by name (`outputs`).
+
     Raises:
         BitscapeError: a forward that it cannot follow; the advice ends in `otherwise`.
     """
     try:
-        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with returning_by_name(network):
+            return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:
         raise BitscapeError(
             f"network: torch.export cannot follow its forward ({type(error).__name__}: {first_line(error)}); write it without branches on "

@@ -11,16 +11,15 @@ from torch import Tensor, fx
 from bitscape.export.graph import LINEAR, grid_of, is_quantizer
 from bitscape.export.integer_graph import IntegerNetwork
 from bitscape.export.integer_weights import IntegerWeight, input_scale
-from bitscape.models.trial import tensors_in
+from bitscape.export.outputs import named_outputs
 from bitscape.quant.convert import batches_of
 
 
 @torch.no_grad()
-def run_integers(network: IntegerNetwork, images: Tensor, batch_size: int = 32) -> Tensor:
-    """First output of the network for normalized float32 images (n, c, h, w), its layers computed in integers."""
-    executor = _Executor(network)
-    outputs = [executor.run(batch) for batch in batches_of(images, network.module, batch_size)]
-    return torch.cat([next(tensors_in(output)) for output in outputs])
+def run_integers(network: IntegerNetwork, images: Tensor) -> dict[str, Tensor]:
+    """The network's outputs by name for one batch of normalized float32 images (n, c, h, w), its layers computed in integers."""
+    (batch,) = batches_of([images], network.module)
+    return named_outputs(_Executor(network).run(batch))
 
 
 class _Executor(fx.Interpreter):

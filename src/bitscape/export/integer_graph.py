@@ -32,7 +32,7 @@ class IntegerNetwork:
     """A network whose layers compute with integers."""
 
     module: fx.GraphModule
-    """The simulation: float32 images (n, c, h, w) in, the network's outputs out."""
+    """The simulation: float32 images (n, c, h, w) in; out a tensor where the network returns one, otherwise a dict by name (`outputs`)."""
     weights: Mapping[str, IntegerWeight]
     """Name of the weight -> its integers."""
     biases: Mapping[str, Tensor]

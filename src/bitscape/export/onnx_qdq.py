@@ -27,7 +27,7 @@ from bitscape.export.graph import FAKE_QUANTIZE, layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.integer_weights import bias_name, input_scale
 from bitscape.export.onnx_marks import DOMAIN, MARK, MARKED, mark_node, with_marks
-from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
+from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
 from bitscape.quant.convert import batches_of
 
@@ -106,6 +106,7 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
         elif node.op_type == MARK:
             writer.replace_bias(node)
         pool_globally(node)
+        pad_circularly(node)
     del model.opset_imports[DOMAIN]
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)

@@ -29,12 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError, needs_extra
+from bitscape.errors import BitscapeError
 from bitscape.export.containers import container, container_bytes
 from bitscape.export.graph import layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
+from bitscape.export.packages import runtime_module
 from bitscape.export.runtime import refused
 from bitscape.files import write_atomic
 
@@ -108,8 +109,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
 
     Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing.
     """
-    with needs_extra("openvino"):
-        import openvino
+    openvino = runtime_module("openvino")
     graph = onnx_model(network, images, containers=(8,))
     import onnx_ir as ir
 
@@ -125,6 +125,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
         _hold_factors(node)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
+    _name_outputs(model, [output.name for output in source.graph.output])
     return model, source
 
 
@@ -164,8 +165,7 @@ def _checked(path: str | os.PathLike[str]) -> Path:
 
 def _contents(model: Any) -> dict[str, bytes]:
     """Suffix -> content of the file; weights first, for a new graph must not meet old ones."""
-    import openvino
-
+    openvino = runtime_module("openvino")
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
         binary, graph = (Path(folder, f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
@@ -181,14 +181,13 @@ def _weight_key(node: Any, network: IntegerNetwork) -> str | None:
 
 def _stored(constant: Any, bits: int) -> Any:
     """What gives the same codes as an i8 constant from one of `bits`."""
-    import openvino
-    from openvino import opset13 as op
-
     if bits == 8:
         return constant
+    openvino = runtime_module("openvino")
     codes, offset = constant.data, 2 ** (bits - 1)
     memory = openvino.Tensor(getattr(openvino.Type, f"u{bits}"), list(codes.shape))
     memory.data[:] = pack((codes.astype(np.int16) + offset).astype(np.uint8).reshape(-1), bits)
+    op = openvino.opset13
     small = op.constant(memory, name=constant.get_friendly_name())
     return op.subtract(op.convert(small, "i8"), op.constant(np.int8(offset)))
 
@@ -198,15 +197,13 @@ def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
 
     Biases become float32 constants, the same values: read from ONNX, each comes with ten nodes that find its shape.
     """
-    from openvino import opset13 as op
-    from openvino.passes import ConstantFolding, Manager
-
+    op, passes = runtime_module("openvino.opset13"), runtime_module("openvino.passes")
     held = [op.parameter(node.get_output_shape(0), node.get_element_type()) for node, _ in weights]
     for parameter, (node, _) in zip(held, weights, strict=True):
         _replace(node, parameter)
     model.add_parameters(held)
-    manager = Manager()
-    manager.register_pass(ConstantFolding())
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
     manager.run_passes(model)
     for parameter, (_, stored) in zip(held, weights, strict=True):
         _replace(parameter, stored)
@@ -223,8 +220,7 @@ def _rewrite_quantizer(node: Any) -> None:
     quantizer, constants = _quantizer_before(node)
     if quantizer is None:
         return
-    from openvino import opset13 as op
-
+    op = runtime_module("openvino.opset13")
     scale, zero_point = np.float32(constants["Multiply"]), constants["Subtract"]
     x, step = quantizer.input_value(0), scale
     low, high = (constants.get(name, end) - zero_point for name, end in (("Maximum", 0), ("Minimum", 255)))
@@ -267,10 +263,8 @@ def _hold_factors(node: Any) -> None:
     while source.get_type_name() in ("Add", "Reshape", "Transpose"):
         source = source.input_value(0).get_node()
     if source.get_type_name() == "MatMul":
-        from openvino import opset13 as op
-
         largest = float(np.finfo(np.float32).max)
-        node.input(at).replace_source_output(op.clamp(node.input_value(at), -largest, largest).output(0))
+        node.input(at).replace_source_output(runtime_module("openvino.opset13").clamp(node.input_value(at), -largest, largest).output(0))
 
 
 def _rename(model: Any, network: IntegerNetwork) -> None:
@@ -293,6 +287,14 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     for index, node in enumerate(nodes):
         if node.get_friendly_name() not in kept and _weight_key(node, network) is None:
             node.set_friendly_name(f"n{index}")
+
+
+def _name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Give outputs the names that those of the ONNX graph have: what took a node's place has lost them."""
+    for output in model.outputs:
+        output.get_tensor().set_names(set())
+    for output, name in zip(model.outputs, names, strict=True):
+        output.get_tensor().add_names({name})
 
 
 def _until_quantized(node: Any) -> Iterator[Any]:

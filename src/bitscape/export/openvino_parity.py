@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.export.openvino_ir import PRODUCTS, only_user
+from bitscape.export.packages import runtime_module
 from bitscape.export.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.export.runtime import OpenVino
 
@@ -44,8 +45,7 @@ def check_openvino_parity(
         BitscapeError: a layer of the network that the file does not have, values that lie between codes, or a file that OpenVINO refuses.
     """
     runtime = runtime or OpenVino()
-    import openvino
-
+    openvino = runtime_module("openvino")
     layers = read_layers(source)
     if not layers:
         raise BitscapeError(f"{os.fspath(path)}: the network has no layer of integer weights, so that nothing can be compared")
@@ -62,10 +62,9 @@ def check_openvino_parity(
         values = session.run(batch)
         return {name: read(values[position[_key(port)]]) for name, (port, read) in tapped.items()}
 
-    compared = compare_layers(layers, images.cpu().numpy(), run)
     names = {layer.name for layer in layers}
-    found = tuple(name for name in runtime.open(path).float_layers() if name in names)  # others are in float in the network, too
-    return ParityReport(runtime=runtime.version, layers=compared, float_layers=found)
+    in_float = [name for name in runtime.open(path).float_layers() if name in names]  # others are in float in the network, too
+    return compare_layers(runtime.version, layers, images.cpu().numpy(), run, in_float)
 
 
 def _taps(model: Any, layers: list[FileLayer]) -> dict[str, tuple[Any, Any]]:

@@ -10,8 +10,9 @@ compared in units of the sums, up to float32's rounding. The bias behind a MatMu
 and y is the rounding of what they add up to.
 """
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,30 @@ class FileLayer:
     high: int = 255
     """Largest code of the output."""
 
-    def difference(self, codes: Array, output: Array) -> Array:
-        """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums."""
+    @property
+    def may_be_float(self) -> bool:
+        """Whether a runtime may compute it in float: ONNX Runtime has no integer convolution whose results are floats."""
+        return self.operator == "Conv" and self.output_scale is None
+
+    def difference(self, codes: Array, output: Array, *, in_float: bool = False) -> Array:
+        """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums.
+
+        In these units, what is computed `in_float` may be off by what float32 loses in a sum of so many products.
+        """
         products, bias, spacing = self._products(codes), self._by_channel(self.bias), self._by_channel(self.input_scale * self.weight_scale)
         if self.output_scale is not None:
             return np.abs(output.astype(np.int64) - self._output_codes(products, bias, spacing))
-        off = np.abs(output / spacing.astype(np.float64) - (products + bias)) - ROUNDING * (np.abs(products) + np.abs(bias))
+        allowed = ROUNDING * (np.abs(products) + np.abs(bias))
+        if in_float:
+            allowed = allowed + ROUNDING * max(1.0, math.sqrt(self.weight[0].size) / 4) * self._products(codes, absolute=True)
+        off = np.abs(output / spacing.astype(np.float64) - (products + bias)) - allowed
         return np.asarray(np.rint(off.clip(min=0)).astype(np.int64))
 
-    def _products(self, codes: Array) -> Array:
-        """The exact sums of products, int64: in float64 nothing below 2^53 is rounded."""
+    def _products(self, codes: Array, *, absolute: bool = False) -> Array:
+        """The exact sums of products, or of their absolute values, int64: in float64 nothing below 2^53 is rounded."""
         x = torch.from_numpy(codes.astype(np.float64) - self.input_zero_point)
         weight = torch.from_numpy(self.weight.astype(np.float64))
+        x, weight = (x.abs(), weight.abs()) if absolute else (x, weight)
         if self.operator != "Conv":
             return np.asarray(np.rint((x @ weight.T).numpy()).astype(np.int64))
         convolve = F.conv1d if weight.ndim == 3 else F.conv2d
@@ -118,7 +131,9 @@ class ParityReport:
     runtime: str
     layers: tuple[LayerParity, ...]
     float_layers: tuple[str, ...]
-    """Layers of integer weights that the runtime computes in float."""
+    """Layers of integer weights that the runtime computes in float, and should not."""
+    float_outputs: tuple[str, ...] = ()
+    """Convolutions that it computes in float because their results, outputs of the network, are floats."""
 
     @property
     def codes(self) -> int:
@@ -177,19 +192,41 @@ def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime |
         raise BitscapeError(f"{os.fspath(path)}: it has no layer of integer weights; give a file of `bitscape export onnx`")
     content, names = _with_outputs(model, layers)
     session = runtime.open(content)
-    compared = compare_layers(layers, images, lambda batch: dict(zip(names, session.run(batch), strict=True)))
-    in_float = {node.name for node in model.graph.node} - {layer.name for layer in layers}  # in the file, too
-    found = tuple(name for name in runtime.open(path).float_layers() if name not in in_float)
-    return ParityReport(runtime=runtime.version, layers=compared, float_layers=found)
+    in_file = {node.name for node in model.graph.node} - {layer.name for layer in layers}  # float in the file, too
+    in_float = [name for name in runtime.open(path).float_layers() if name not in in_file]
+    return compare_layers(runtime.version, layers, images, lambda batch: dict(zip(names, session.run(batch), strict=True)), in_float)
 
 
-def compare_layers(layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]]) -> tuple[LayerParity, ...]:
-    """Compare every layer with the reference; `run` returns, for some images, the inputs and outputs that the layers name."""
+def compare_layers(
+    runtime: str, layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]], in_float: Sequence[str]
+) -> ParityReport:
+    """Compare every layer with the reference.
+
+    Args:
+        runtime: its name and version.
+        layers: of the file.
+        images: normalized float32 (n, c, h, w).
+        run: returns, for some images, the inputs and outputs that the layers name.
+        in_float: layers of integer weights that the runtime computes in float.
+    """
+    allowed = {layer.name for layer in layers if layer.may_be_float}
+    return ParityReport(
+        runtime=runtime,
+        layers=_compared(layers, images, run, allowed.intersection(in_float)),
+        float_layers=tuple(name for name in in_float if name not in allowed),
+        float_outputs=tuple(name for name in in_float if name in allowed),
+    )
+
+
+def _compared(
+    layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]], in_float: Set[str]
+) -> tuple[LayerParity, ...]:
     counts = {layer.name: [0, 0, 0] for layer in layers}
     for start in range(0, len(images), IMAGES_AT_ONCE):
         tensors = run(images[start : start + IMAGES_AT_ONCE])
         for layer in layers:
-            difference, count = layer.difference(tensors[layer.input], tensors[layer.output]), counts[layer.name]
+            difference = layer.difference(tensors[layer.input], tensors[layer.output], in_float=layer.name in in_float)
+            count = counts[layer.name]
             count[0] += difference.size
             count[1] += int(np.count_nonzero(difference))
             count[2] = max(count[2], int(difference.max()))

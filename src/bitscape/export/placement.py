@@ -10,6 +10,7 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     several take it, one of 8 bits          all others read from that one; of several the widest takes the place of all, as a second
                                             rounding to 8 bits changes as much and costs time
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
+    it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
 
 Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
 tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.export.graph import CONVOLUTIONS, ActivationGrid, grid_of, insert_quantizer, is_quantizer
+from bitscape.export.graph import CONVOLUTIONS, LINEAR, ActivationGrid, grid_of, insert_quantizer, is_quantizer
 
 aten = torch.ops.aten
 RECTIFIERS = {
@@ -32,6 +33,20 @@ RECTIFIERS = {
     aten.clip.default,
 }
 POOLINGS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
+MIXING = CONVOLUTIONS | POOLINGS | {
+    LINEAR,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+}
+"""Operators that sum over many values, in which the rounding of one is lost."""
 CONCATENATION = aten.cat.default
 MOVES = {
     aten.max_pool1d.default,
@@ -110,6 +125,7 @@ class _Placer:
         self.graph = graph
         self.is_layer = is_layer
         self.added: list[fx.Node] = []
+        self._float_reads = float_reads(graph)
         self._integer: dict[fx.Node, bool] = {}
 
     def is_convolution(self, node: fx.Node) -> bool:
@@ -142,15 +158,30 @@ class _Placer:
         tail = site
         while len(tail.users) == 1 and (user := next(iter(tail.users))).target in RECTIFIERS:
             tail = user
-        if not self.hoist(tail) and (self.is_convolution(site) or any(self._wants_codes(user) for user in tail.users)):
+        takers = self._rounding_users(tail)
+        if takers and not self.hoist(tail) and (self.is_convolution(site) or any(map(self._wants_codes, takers))):
             self._read_from(self._shared_quantizer(tail), tail)
 
     def hoist(self, tail: fx.Node) -> bool:
         """Put the one quantizer that everything made of `tail` passes right behind it; False if there is none."""
-        sole = _sole_quantizer(tail)
+        sole = self._sole_quantizer(tail)
         if sole is not None and sole not in tail.users:
             self._read_from(insert_quantizer(self.graph, tail, grid_of(sole)), tail)
         return sole is not None
+
+    def _rounding_users(self, node: fx.Node) -> list[fx.Node]:
+        """Users that may take rounded values."""
+        return [user for user in node.users if user.target is not aten.sym_size.int and (node, user) not in self._float_reads]
+
+    def _sole_quantizer(self, node: fx.Node) -> fx.Node | None:
+        """The quantizer that all rounded values of `node` pass, with nothing but moves, maxima and rectifiers before it."""
+        while len(users := self._rounding_users(node)) == 1:
+            node = users[0]
+            if is_quantizer(node):
+                return node
+            if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):
+                return None
+        return None
 
     def _wants_codes(self, user: fx.Node) -> bool:
         return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
@@ -176,7 +207,7 @@ class _Placer:
     def _read_from(self, quantizer: fx.Node, tail: fx.Node) -> None:
         self._integer[quantizer] = True
         for user in list(tail.users):
-            if user is not quantizer:
+            if user is not quantizer and (tail, user) not in self._float_reads:
                 user.replace_input_with(tail, quantizer)
 
     def drop_behind_padding(self, node: fx.Node) -> None:
@@ -196,15 +227,25 @@ class _Placer:
             self._read_from(insert_quantizer(self.graph, node, grid_of(source)), node)
 
 
-def _sole_quantizer(node: fx.Node) -> fx.Node | None:
-    """The quantizer that everything made of `node` passes, with nothing but moves, maxima and rectifiers before it."""
-    while len(users := [user for user in node.users if user.target is not aten.sym_size.int]) == 1:
-        node = users[0]
-        if is_quantizer(node):
-            return node
-        if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):
-            return None
-    return None
+def float_reads(graph: fx.Graph) -> set[tuple[fx.Node, fx.Node]]:
+    """Pairs of a node and a user that takes its values as they are, since they become outputs of the network.
+
+    Between them and the output stands no quantizer, and no operator of MIXING. An addition is such a user only if outputs alone are made of
+    its result, and nothing else takes the operand: other additions are residual edges, which are quantized.
+    """
+    reads: set[tuple[fx.Node, fx.Node]] = set()
+    outputs_of: set[fx.Node] = set(graph.find_nodes(op="output"))  # nodes some of whose values become outputs
+    outputs_only = set(outputs_of)  # ... and nothing else
+    for node in reversed(graph.nodes):
+        for user in node.users:
+            if user in outputs_of and (not _is_addition(user) or (user in outputs_only and len(node.users) == 1)):
+                reads.add((node, user))
+        passes = not (is_quantizer(node) or node.target in MIXING or node.target is aten.sym_size.int)
+        if passes and any((node, user) in reads for user in node.users):
+            outputs_of.add(node)
+            if outputs_only.issuperset(node.users):
+                outputs_only.add(node)
+    return reads
 
 
 def _takers(node: fx.Node) -> Iterator[fx.Node]:

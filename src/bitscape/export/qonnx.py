@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bitscape.cost.layers import measure
 from bitscape.engine.forward import device_of
 from bitscape.export.graph import FAKE_QUANTIZE, Traced, grid_of, layer_of, trace
-from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
+from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
 from bitscape.quant.grid import MID_RISE
 from bitscape.quant.quantizers.base import Codes
@@ -205,6 +205,7 @@ def _finished(model: "ir.Model") -> Any:
 
     for node in list(model.graph):
         pool_globally(node)
+        pad_circularly(node)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION

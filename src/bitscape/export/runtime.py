@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, needs_extra
+from bitscape.export.packages import runtime_module
 
 Array = NDArray[Any]
 _FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
@@ -25,8 +26,11 @@ _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
 class Session(Protocol):
     """A file that a runtime has loaded."""
 
+    outputs: tuple[str, ...]
+    """Names of the outputs."""
+
     def run(self, images: Array) -> list[Array]:
-        """The outputs for float32 images (n, c, h, w)."""
+        """The outputs for float32 images (n, c, h, w), in the order of their names."""
         ...
 
     def float_layers(self) -> list[str]:
@@ -44,7 +48,7 @@ class OnnxRuntime:
     @property
     def version(self) -> str:
         """Name and version."""
-        return f"onnxruntime {_onnxruntime().__version__}"
+        return f"onnxruntime {runtime_module('onnxruntime').__version__}"
 
     def open(self, model: str | os.PathLike[str] | bytes) -> "OnnxSession":
         """Load an .onnx file, or its content. Raises BitscapeError if the runtime refuses it."""
@@ -61,7 +65,7 @@ class OpenVino:
     @property
     def version(self) -> str:
         """Name and version."""
-        return f"openvino {_openvino().__version__.partition('-')[0]}"
+        return f"openvino {runtime_module('openvino').__version__.partition('-')[0]}"
 
     def open(self, model: str | os.PathLike[str] | bytes) -> "OpenVinoSession":
         """Load an .xml or .onnx file, or the content of the latter. Raises BitscapeError if the runtime refuses it."""
@@ -76,10 +80,11 @@ class OnnxSession:
     """A file in ONNX Runtime."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int) -> None:
-        options = _onnxruntime().SessionOptions()
+        options = runtime_module("onnxruntime").SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         self._model, self._options = model, options
         self._session = self._opened()
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, images: Array) -> list[Array]:
         return list(self._session.run(None, {self._session.get_inputs()[0].name: images}))
@@ -87,7 +92,7 @@ class OnnxSession:
     def _opened(self) -> Any:
         source = self._model if isinstance(self._model, bytes) else os.fspath(self._model)
         try:
-            return _onnxruntime().InferenceSession(source, self._options, providers=["CPUExecutionProvider"])
+            return runtime_module("onnxruntime").InferenceSession(source, self._options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise refused("ONNX Runtime", self._model, error) from error
 
@@ -95,7 +100,7 @@ class OnnxSession:
         """The graph once operators are fused, before the last step: that changes layouts only, and names."""
         with needs_extra("onnx"):
             import onnx
-        level, levels = self._options.graph_optimization_level, _onnxruntime().GraphOptimizationLevel
+        level, levels = self._options.graph_optimization_level, runtime_module("onnxruntime").GraphOptimizationLevel
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "fused.onnx"
             self._options.graph_optimization_level, self._options.optimized_model_filepath = levels.ORT_ENABLE_EXTENDED, str(path)
@@ -121,7 +126,7 @@ class OpenVinoSession:
     """A file in OpenVINO."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int) -> None:
-        openvino = _openvino()
+        openvino = runtime_module("openvino")
         core = openvino.Core()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         try:
@@ -130,6 +135,9 @@ class OpenVinoSession:
         except Exception as error:
             raise refused("OpenVINO", model, error) from error
         self._request = self._compiled.create_infer_request()
+        self.outputs = tuple(
+            output.get_any_name() if output.get_names() else f"output{index}" for index, output in enumerate(self._compiled.outputs)
+        )
 
     def run(self, images: Array) -> list[Array]:
         results = self._request.infer([images])
@@ -145,18 +153,6 @@ class OpenVinoSession:
                 name = next((part for part in parts if "/" in part), node.get_friendly_name())
                 found.append(name.partition("/")[0])  # behind it stands what OpenVINO made of the layer
         return found
-
-
-def _onnxruntime() -> Any:
-    with needs_extra("onnx"):
-        import onnxruntime
-    return onnxruntime
-
-
-def _openvino() -> Any:
-    with needs_extra("openvino"):
-        import openvino
-    return openvino
 
 
 def refused(runtime: str, model: str | os.PathLike[str] | bytes, error: Exception) -> BitscapeError:

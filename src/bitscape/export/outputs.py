@@ -1,0 +1,80 @@
+"""What a network returns, by name: the one place where tuples, lists, mappings and what they hold are taken apart.
+
+    a tensor                              output0
+    a tuple or list                       output0, output1, ...
+    a mapping, named tuple or dataclass   its keys
+    structures within structures          joined by dots: {"boxes": [a, b]} has boxes.0 and boxes.1
+
+What is no tensor (None, numbers) is left out and keeps its number.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitscape.errors import BitscapeError
+
+
+def named_outputs(returned: Any) -> dict[str, Tensor]:
+    """The tensors that a network returned, by name and in order; a flat mapping of tensors keeps its names.
+
+    Raises:
+        BitscapeError: no tensor among them, or two of one name.
+    """
+    outputs: dict[str, Tensor] = {}
+    for path, tensor in _leaves(returned, ()):
+        name = _name(path)
+        if name in outputs:
+            raise BitscapeError(f"network: two of its outputs are called {name!r}; rename one")
+        outputs[name] = tensor
+    if not outputs:
+        raise BitscapeError(f"network: it returns no tensor but {type(returned).__name__}; return tensors, or a tuple or dict of them")
+    return outputs
+
+
+@contextmanager
+def returning_by_name(network: nn.Module) -> Iterator[None]:
+    """Within the block the network returns a tensor where it did so before, and otherwise its outputs as a dict by name."""
+    shadowed, inner = vars(network).get("forward"), network.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **keywords: Any) -> Any:
+        returned = inner(*args, **keywords)
+        return returned if isinstance(returned, Tensor) else named_outputs(returned)
+
+    network.forward = forward
+    try:
+        yield
+    finally:
+        del network.forward
+        if shadowed is not None:
+            network.forward = shadowed
+
+
+def _leaves(value: Any, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    else:
+        for key, item in _items(value):
+            yield from _leaves(item, (*path, key))
+
+
+def _items(value: Any) -> Iterator[tuple[object, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value):
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+
+
+def _name(path: tuple[object, ...]) -> str:
+    """The outputs of a tuple have no names of their own: the first part says what the number counts."""
+    first, *rest = path or (0,)
+    return ".".join([f"output{first}" if isinstance(first, int) else str(first), *map(str, rest)])

@@ -1,0 +1,53 @@
+"""The one place where packages of runtimes are imported: when they are needed, and with their telemetry off.
+
+ONNX Runtime and OpenVINO start telemetry as they are imported: they write an identifier into the user's folders and look up a host.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitscape.errors import needs_extra
+
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""Package -> the extra of bitscape that brings it."""
+_TELEMETRY = "openvino_telemetry"
+
+
+def runtime_module(name: str) -> Any:
+    """Import "onnxruntime", "openvino" or a module within them; a choice that the user made about telemetry stands.
+
+    ONNX Runtime's is the environment variable ORT_DISABLE_TELEMETRY (0 or 1); OpenVINO's the file that its `opt_in_out` writes.
+
+    Raises:
+        BitscapeError: the package is missing.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    with needs_extra(EXTRAS[name.partition(".")[0]]), _without_openvino_telemetry():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _without_openvino_telemetry() -> Iterator[None]:
+    """Hide the package that sends OpenVINO's telemetry, which OpenVINO replaces by a stub then; it has no other switch."""
+    if _openvino_choice().is_file():
+        yield
+        return
+    loaded = sys.modules.get(_TELEMETRY)
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[_TELEMETRY]
+        if loaded is not None:
+            sys.modules[_TELEMETRY] = loaded
+
+
+def _openvino_choice() -> Path:
+    """Where OpenVINO keeps the user's consent."""
+    home = os.environ.get("LOCALAPPDATA", "") if os.name == "nt" else os.path.expanduser("~")
+    return Path(home, "Intel Corporation" if os.name == "nt" else "intel", _TELEMETRY)
