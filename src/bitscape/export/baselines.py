@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from bitscape.export.graph import export_program, quiet
 from bitscape.export.onnx_qdq import OPSETS
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 from bitscape.files import write_atomic
+from bitscape.folders import scratch_folder
 from bitscape.quant.fold import fold_norms
 
 _log = logging.getLogger("bitscape.export")
@@ -83,8 +83,8 @@ def save_onnxruntime_int8(float_onnx: str | os.PathLike[str], path: str | os.Pat
     with needs_extra("onnx"), _quiet_root():
         from onnxruntime import quantization as ort
         from onnxruntime.quantization.shape_inference import quant_pre_process
-    with tempfile.TemporaryDirectory() as folder, _quiet_root():
-        prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+    with scratch_folder() as folder, _quiet_root():
+        prepared, made = folder / "prepared.onnx", folder / "int8.onnx"
         try:
             quant_pre_process(os.fspath(float_onnx), prepared, skip_symbolic_shape=True)
             ort.quantize_static(
