@@ -39,13 +39,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # by name: no torch here
+
+
 @contextmanager
 def explained_forward(images: Any) -> Iterator[None]:
     """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, BitscapeError) or _lacks_memory(error):
+        if isinstance(error, BitscapeError) or is_out_of_memory(error):
             raise
         advice = (
             "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
@@ -56,9 +61,6 @@ def explained_forward(images: Any) -> Iterator[None]:
             f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; {advice}"
         ) from error
 
-
-def _lacks_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # by name: no torch here
 
 
 @contextmanager

@@ -85,7 +85,6 @@ def test_the_seed_decides_everything(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume",), "leave --resume out"),
         (("--lr", "-1"), "lr is -1"),
         (("--distill", "0.5"), "no --weights"),
         (("--ema", "2"), "ema_decay is 2"),

@@ -1,9 +1,11 @@
 """The group of commands, its log lines on stderr, and how errors end it."""
 
 import os
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import click
 
@@ -19,30 +21,54 @@ from bitscape.cli.policy import policy
 from bitscape.cli.report import report
 from bitscape.cli.search import search
 from bitscape.cli.solve import solve
+from bitscape.cli.streams import outlived_streams
 from bitscape.cli.tiers import tiers
 from bitscape.cli.train import train
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, first_line, is_out_of_memory
 from bitscape.version import __version__
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR = 2
+EXIT_SIGNAL = 128
+"""Plus the number of the signal, as shells count."""
 
 
-def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and leave the process with its exit code: 0, 2 for an error, 130 after Ctrl-C."""
+def run(args: Sequence[str] | None) -> int:
+    """Run a command; return the exit code of the process."""
     # Read when torch is imported. Beside other busy processes, threads that spin made a search 5 to 60 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
-    code: object = 0
+    with sigterm_as_interrupt() as terminated:
+        try:
+            with outlived_streams(), logging_to_stderr(), stdout_of_first_worker():
+                code: object = commands.main(args, prog_name="bitscape", standalone_mode=False)
+        except click.Abort as interrupt:  # what click makes of Ctrl-C
+            _complain(f"interrupted: {str(interrupt) or 'no result was written; run the command again'}")
+            return EXIT_SIGNAL + (signal.SIGTERM if terminated else signal.SIGINT)
+        except Exception as error:
+            if (message := _message(error)) is None:
+                raise
+            _complain(f"error: {message}")
+            return EXIT_ERROR
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, and its number is noted in the list."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with logging_to_stderr(), stdout_of_first_worker():
-            code = commands.main(args, prog_name="bitscape", standalone_mode=False)
-    except (BitscapeError, OSError, click.ClickException) as error:
-        click.echo(f"error: {_message(error)}", err=True)
-        code = EXIT_ERROR
-    except click.Abort as interrupt:  # what click makes of Ctrl-C
-        click.echo(f"interrupted: {str(interrupt) or 'no result was written; run the command again'}", err=True)
-        code = EXIT_INTERRUPTED
-    sys.exit(code if isinstance(code, int) else 0)
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.group(invoke_without_command=True)
@@ -59,14 +85,22 @@ def commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _message(error: Exception) -> str:
+def _complain(line: str) -> None:
+    with suppress(OSError):  # nobody reads it
+        click.echo(line, err=True)
+
+
+def _message(error: Exception) -> str | None:
+    """One line for what a user can mend; None for a fault of the program, whose traceback is needed."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
         return f"{error.format_message()} See `{error.ctx.command_path} --help`."
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        return f"not enough memory: {first_line(error)}; use fewer or smaller images, or a smaller --batch-size"
+    return str(error) if isinstance(error, BitscapeError | OSError) else None
 
 
 for command in (demo, search, solve, train, evaluate, tiers, export, bench, latency, report, policy, methods):

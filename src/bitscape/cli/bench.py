@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.cli.network import ImageSettings, load_images, load_network, normalized_images
-from bitscape.cli.options import FILE, all_of, image_options, seed_option
+from bitscape.cli.options import COUNT, MOST, all_of, image_options, seed_option
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.parsing import parse_normalization, parse_shape, writable
+from bitscape.cli.parsing import parse_normalization, parse_shape
+from bitscape.cli.paths import FILE, MODEL, SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
+from bitscape.folders import scratch_folder
 from bitscape.version import __version__
 
 if TYPE_CHECKING:
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
     from bitscape.export.bench import Contender, Measured
 
 RUNTIME_NAMES = ("onnxruntime", "openvino")
-threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")
+IMAGES = 128
+"""Images that calibrate, where nobody says how many."""
+threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024), help="Threads of the runtime.")
 _network_options = all_of(
-    click.option("--model", metavar="NAME", help="Also time this network in float, and as ONNX Runtime's own int8."),
-    click.option("--weights", type=FILE, metavar="FILE", help="Its float weights, .safetensors. Default: as built."),
-    click.option("--data", metavar="SOURCE", help="Images: digits, a .parquet or .npz file, a folder, hf:name."),
-    click.option("--split", metavar="NAME", help="Split of --data for --accuracy.  [default: test]"),
-    click.option("--calibration", metavar="SOURCE", help="Images that set the ranges of ONNX Runtime's int8.  [default: --data, train]"),
-    click.option("--images", default=128, show_default=True, type=click.IntRange(min=2), help="Images drawn for it."),
+    click.option("--model", type=MODEL, metavar="NAME", help="Also time this network in float, and as ONNX Runtime's own int8."),
+    click.option("--weights", type=FILE, metavar="FILE", help="Its float weights, .safetensors or .pt. Default: as built."),
+    click.option("--data", type=SOURCE, metavar="SOURCE", help="Images: digits, a .parquet or .npz file, a folder, hf:name."),
+    click.option("--split", metavar="NAME", help="Split of --data for --accuracy.  [default: test, or val]"),
+    click.option(
+        "--calibration",
+        type=SOURCE,
+        metavar="SOURCE",
+        help="Images that set the ranges of ONNX Runtime's int8.  [default: --data, train]",
+    ),
+    click.option("--images", type=click.IntRange(2, MOST), help=f"Images drawn for it.  [default: {IMAGES}]"),
 )
 
 
@@ -39,12 +47,12 @@ _network_options = all_of(
 @click.option("--runtime", "runtimes", multiple=True, type=click.Choice(RUNTIME_NAMES), help="Repeatable.  [default: by the file's suffix]")
 @click.option("--batch-size", "batch_sizes", default="1", show_default=True, metavar="N,N", help="Images at once, several to time each.")
 @threads_option
-@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Visits of each file; the median counts.")
+@click.option("--rounds", default=15, show_default=True, type=COUNT, help="Visits of each file; the median counts.")
 @_network_options
 @image_options
 @click.option("--input-shape", metavar="CxHxW", help="Shape of one image.  [default: of the file or --data]")
-@click.option("--accuracy", type=click.IntRange(min=1), metavar="N", help="Also classify N images of --data with each file.")
-@click.option("--json", "json_file", callback=writable, metavar="FILE", help="Where the figures go, .json.")
+@click.option("--accuracy", type=COUNT, metavar="N", help="Also classify N images of --data with each file.")
+@click.option("--json", "json_file", type=OutputFile(".json"), metavar="FILE", help="Where the figures go, .json.")
 @seed_option
 def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json_file: Path | None, **given: Any) -> None:
     """Time exported files in a runtime on this machine's CPU, beside one another.
@@ -65,23 +73,25 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
         raise BitscapeError("FILE is missing; give exported files, or --model to time a float network")
     if given["accuracy"] is not None and given["data"] is None:
         raise BitscapeError("--accuracy needs --data: the images to classify")
-    batch_sizes = _batch_sizes(given["batch_sizes"])
-    settings = ImageSettings(input_size=given["input_size"], normalize=given["normalize"])
-    with tempfile.TemporaryDirectory() as folder:
+    batch_sizes, input_shape = _batch_sizes(given["batch_sizes"]), parse_shape(given["input_shape"])
+    settings = ImageSettings.checked(given["input_size"], given["normalize"], given["data"], given["calibration"])
+    with scratch_folder() as folder:
         network = None if given["model"] is None else load_network(given["model"], given["weights"], "cpu", given["seed"])
         settings = settings if network is None else settings.of_model(network)
         test, labels = _test_images(given, settings)
         images = None if network is None else _calibration_images(given, settings, network)
-        shape = _image_shape(files, parse_shape(given["input_shape"]), images if test is None else test)
+        shape = _image_shape(files, input_shape, images if test is None else test)
         if network is not None and images is None:
-            images = random_images(given["images"], shape, given["seed"])
-        contenders = _contenders(files, runtimes, threads, network, images, Path(folder))
+            images = random_images(given["images"] or IMAGES, shape, given["seed"])
+        contenders = _contenders(files, runtimes, threads, network, images, folder)
         _check_batches(contenders, batch_sizes)
         found = measure_files(contenders, shape, batch_sizes, rounds=given["rounds"], test=None if test is None else test.numpy())
         rows = [row for size in batch_sizes for row in _rows(found, size, labels)]
-    _print(rows, found, threads, given["rounds"])
     if json_file is not None:
         _write(json_file, rows, threads, given["rounds"], shape)
+    _print(rows, found, threads, given["rounds"])
+    if json_file is not None:
+        click.echo(f"figures: {json_file}")
 
 
 def random_images(images: int, shape: Sequence[int], seed: int) -> "Tensor":
@@ -102,14 +112,16 @@ def _test_images(given: dict[str, Any], settings: ImageSettings) -> "tuple[Tenso
     """Images of --accuracy, normalized, and their labels, where there are any."""
     if given["accuracy"] is None:
         return None, None
-    drawn = load_images(given["data"], given["split"] or "test", settings, limit=given["accuracy"], seed=given["seed"])
+    from bitscape.data.splits import EVALUATION
+
+    drawn = load_images(given["data"], given["split"] or EVALUATION, settings, limit=given["accuracy"], seed=given["seed"])
     return parse_normalization(settings.normalize, given["data"]).apply(drawn.images), drawn.labels
 
 
 def _calibration_images(given: dict[str, Any], settings: ImageSettings, network: "nn.Module") -> "Tensor | None":
     """The images that calibrate the network, where options name them."""
     source = given["calibration"] or given["data"]
-    return None if source is None else normalized_images(source, given["images"], settings, given["seed"], network)
+    return None if source is None else normalized_images(source, given["images"], settings, given["seed"], network, usual=IMAGES)
 
 
 def _image_shape(files: Sequence[Path], given: tuple[int, ...] | None, images: "Tensor | None") -> tuple[int, ...]:
@@ -229,4 +241,3 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], threads: int, rounds: int
         "rows": list(rows),
     }
     write_atomic(path, json.dumps(document, indent=1) + "\n")
-    click.echo(f"figures: {path}")

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import POLICY_FILE, WEIGHTS_FILE, calibrated
+from bitscape.cli.network import calibrated
 from bitscape.cli.output import amount, print_table, size_ratio
 from bitscape.cli.packed import check_same_outputs
+from bitscape.cli.paths import OUTPUT_FOLDER
+from bitscape.errors import BitscapeError
+from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, results_in
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ PACKED_FILE = "packed.safetensors"
     "--out",
     default="bitscape-demo",
     show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OUTPUT_FOLDER,
     metavar="FOLDER",
     help="Where weights, policy and packed file go.",
 )
@@ -47,8 +50,9 @@ def demo(out: Path) -> None:
       bitscape demo --out /tmp/digits
     """
     start = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), _quiet():
+    if (held := results_in(out)) and (CHECKPOINT in held or not (out / PACKED_FILE).is_file()):
+        raise BitscapeError(f"--out {out}: it holds {', '.join(held)}, and not of a demo; give another folder")
+    with locked(out), _one_thread(), _quiet():
         _run(out)
     click.echo(f"\n{time.monotonic() - start:.0f} s in all; next:")
     click.echo(f"  bitscape policy show {out / POLICY_FILE} --model {MODEL}")

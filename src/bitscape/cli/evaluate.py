@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.network import (
+    CALIBRATION_IMAGES,
     ImageSettings,
     calibrated,
     load_batches,
@@ -20,8 +21,7 @@ from bitscape.cli.network import (
     normalized_images,
 )
 from bitscape.cli.options import (
-    FILE,
-    FOLDER,
+    COUNT,
     all_of,
     channels_last_option,
     data_options,
@@ -32,7 +32,7 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import load_packed_network
-from bitscape.cli.parsing import writable
+from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
@@ -46,38 +46,31 @@ if TYPE_CHECKING:
     from bitscape.engine.quality_grid import Cell, QualityGrid
 
 calibration_options = all_of(
-    click.option("--calibration", metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
-    click.option("--calibration-images", default=256, show_default=True, help="Images drawn for it."),
+    click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
+    click.option("--calibration-images", type=COUNT, help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]"),
     click.option("--repair", is_flag=True, help="Fold norms; repair rounding and biases on the same images."),
 )
 
 
-def _svg(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    path = writable(context, parameter, value)
-    if path is not None and path.suffix.lower() != ".svg":
-        raise BitscapeError(f"{parameter.opts[0]} {value!r} has the suffix {path.suffix!r}; the heat map is an .svg file")
-    if path is not None:
-        _check_beside(f"{parameter.opts[0]} {value!r}", path.with_suffix(".json"))
-    return path
-
-
-def _check_beside(option: str, path: Path) -> None:
+def _check_beside(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse to replace a file that is no grid: policy.svg would go over policy.json."""
-    if not path.exists():
-        return
+    if value is None or not (cells := value.with_suffix(".json")).exists():
+        return value
     from bitscape.report.documents import load_grid
 
     try:
-        load_grid(path)
+        load_grid(cells)
     except BitscapeError:
-        raise BitscapeError(f"{option}: its cells go to {path}, which holds something else; give another name") from None
+        option = f"{parameter.opts[0]} {str(value)!r}"
+        raise BitscapeError(f"{option}: its cells go to {cells}, which holds something else; give another name") from None
+    return value
 
 
 @click.command()
 @network_options
 @data_options
 @image_options
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@click.option("--batch-size", default=128, show_default=True, type=COUNT, help="Images at once.")
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
 @calibration_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
@@ -85,7 +78,8 @@ def _check_beside(option: str, path: Path) -> None:
 @click.option("--decisions", type=click.Choice(["per-image", "per-batch"]), help="Of a dynamic checkpoint.  [default: per-image]")
 @click.option(
     "--corruptions",
-    callback=_svg,
+    type=OutputFile(".svg", also=(".json",)),
+    callback=_check_beside,
     metavar="FILE",
     help="Also measure ten corruptions at five severities; heat map, .svg, and its cells beside it, .json.",
 )
@@ -103,7 +97,7 @@ def evaluate(
     batch_size: int,
     policy_file: Path | None,
     calibration: str | None,
-    calibration_images: int,
+    calibration_images: int | None,
     repair: bool,
     packed: Path | None,
     checkpoint: Path | None,
@@ -125,15 +119,17 @@ def evaluate(
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    network, times = load_network(model, weights, device, seed), load_latency(latency)
-    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
-    batches = load_batches(data, split or "test", settings, batch_size)
+    from bitscape.data.splits import EVALUATION
+
+    settings, times = ImageSettings.checked(input_size, normalize, data, calibration), load_latency(latency)
+    policy = None if policy_file is None else Policy.load(policy_file)
+    network = load_network(model, weights, device, seed)
+    settings = settings.of_model(network)
+    batches = load_batches(data, split or EVALUATION, settings, batch_size)
     shape = tuple(batches.dataset.images.shape[1:])
     if corruptions is not None and shape[0] != 3:
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
-    policy: Policy | None = None
-    if policy_file is not None and calibration is not None:
-        policy = Policy.load(policy_file)
+    if policy is not None and calibration is not None:
         images = normalized_images(calibration, calibration_images, settings, seed, network)
         network = calibrated(network, policy, images, repair=repair)
     elif packed is not None:
@@ -200,12 +196,14 @@ def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, se
     from bitscape.report.heat_map import heat_map
 
     grid = quality_grid(network, batches, seed=seed)
+    cells = file.with_suffix(".json")
+    file.unlink(missing_ok=True)  # never beside the cells of another grid
+    save_grid(grid, cells)
+    write_atomic(file, heat_map(grid))
     _print_grid("top-1, %, at severity", grid, lambda cell: cell.top1)
     if grid.clean.bits is not None:
         _print_grid("mean activation bits at severity", grid, lambda cell: cell.bits)
-    write_atomic(file, heat_map(grid))
-    save_grid(grid, file.with_suffix(".json"))
-    click.echo(f"\nheat map: {file}; its cells: {file.with_suffix('.json')}")
+    click.echo(f"\nheat map: {file}; its cells: {cells}")
 
 
 def _print_grid(title: str, grid: "QualityGrid", value: "Callable[[Cell], float | None]") -> None:

@@ -1,6 +1,5 @@
 """`bitscape export`: a quantized network as a file, packed or for a runtime, checked before it is called good."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +19,14 @@ from bitscape.cli.export_source import ExportSource, packed_option, source_optio
 from bitscape.cli.options import seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import check_same_outputs, load_packed_network, save_packed_network
-from bitscape.cli.parsing import writable
-from bitscape.errors import BitscapeError
-from bitscape.files import write_atomic
+from bitscape.cli.paths import OutputFile
+from bitscape.folders import scratch_folder, write_together
 
 
-def _out(suffix: str, note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def checked(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-        path = writable(context, parameter, value)
-        if path is not None and path.suffix != suffix:
-            raise BitscapeError(f"--out {str(path)!r}: by its suffix a runtime knows the file; write e.g. {path.with_suffix(suffix).name}")
-        return path
-
-    return click.option("--out", required=True, callback=checked, metavar="FILE", help=f"Where the file goes, {suffix}{note}.")
+def _out(suffix: str, *also: str, note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--out", required=True, type=OutputFile(suffix, also), metavar="FILE", help=f"Where the file goes, {suffix}{note}."
+    )
 
 
 @click.group(invoke_without_command=True)
@@ -100,7 +94,7 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
 @export.command()
 @source_options
 @packed_option
-@_out(".xml", "; the weights go into a .bin beside it")
+@_out(".xml", ".bin", note="; the weights go into a .bin beside it")
 @seed_option
 def openvino(out: Path, **options: Any) -> None:
     """Write an OpenVINO file, weights in 2, 3, 4, 6 or 8 bits, computed in int8.
@@ -158,7 +152,6 @@ def qonnx(out: Path, **options: Any) -> None:
 @contextmanager
 def _replaced_if_good(*paths: Path) -> Iterator[Path]:
     """Give a draft of the first of the files, elsewhere; if nothing fails within the block, the files are replaced by the drafts."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield Path(folder) / paths[0].name
-        for path in reversed(paths):  # what the first refers to is there before it
-            write_atomic(path, (Path(folder) / path.name).read_bytes())
+    with scratch_folder() as folder:
+        yield folder / paths[0].name
+        write_together({path: (folder / path.name).read_bytes() for path in reversed(paths)})

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.cli.evaluate import calibration_options
-from bitscape.cli.network import ImageSettings, calibrated, load_network, load_trained, normalized_images
-from bitscape.cli.options import FILE, FOLDER, all_of, image_options, network_options
+from bitscape.cli.network import ImageSettings, calibrated, calibration_and_held_out, load_network, load_trained
+from bitscape.cli.options import all_of, image_options, network_options
 from bitscape.cli.packed import load_packed_network
+from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 from bitscape.report.words import counted
@@ -57,14 +58,14 @@ class ExportSource:
             raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
         if options["repair"] and policy_file is None:
             raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
+        settings = ImageSettings.checked(options["input_size"], options["normalize"], options["calibration"])
+        given = None if policy_file is None else Policy.load(policy_file)
         network = load_network(options["model"], options["weights"], options["device"], options["seed"])
-        settings = ImageSettings(input_size=options["input_size"], normalize=options["normalize"]).of_model(network)
-        images = held_out = None
+        settings, images, held_out = settings.of_model(network), None, None
         if options["calibration"] is not None:
             count, seed = options["calibration_images"], options["seed"]
-            drawn = normalized_images(options["calibration"], count, settings, seed, network, further=HELD_OUT)
-            images, held_out = drawn[:count], drawn[count:]
-        quantized, policy, folded = _quantized(network, images, policy_file, checkpoint, packed, options["repair"])
+            images, held_out = calibration_and_held_out(options["calibration"], count, settings, seed, network, further=HELD_OUT)
+        quantized, policy, folded = _quantized(network, images, given, checkpoint, packed, options["repair"])
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out, folded=folded)
 
     def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
@@ -98,12 +99,11 @@ class ExportSource:
 
 
 def _quantized(
-    network: "nn.Module", images: "Tensor | None", policy_file: Path | None, checkpoint: Path | None, packed: Path | None, repair: bool
+    network: "nn.Module", images: "Tensor | None", policy: Policy | None, checkpoint: Path | None, packed: Path | None, repair: bool
 ) -> tuple["nn.Module", Policy, bool]:
     """The quantized network, its policy, and whether norms were folded."""
-    if policy_file is not None:
+    if policy is not None:
         assert images is not None
-        policy = Policy.load(policy_file)
         return calibrated(network, policy, images, repair=repair), policy, repair
     if packed is not None:
         if images is None:

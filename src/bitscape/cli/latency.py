@@ -8,9 +8,10 @@ import click
 
 from bitscape.cli.bench import RUNTIME_NAMES, random_images, threads_option
 from bitscape.cli.network import ImageSettings, load_latency, load_network, measure_network, normalized_images
-from bitscape.cli.options import FILE, image_options, model_option, seed_option
+from bitscape.cli.options import COUNT, MOST, image_options, model_option, seed_option
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.parsing import parse_candidates, parse_shape, writable
+from bitscape.cli.parsing import parse_candidates, parse_shape
+from bitscape.cli.paths import FILE, SOURCE, OutputFile
 from bitscape.cost.profiles import PROFILES, Profile
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 OWN_PROFILE = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
 MOST_COLUMNS = 8
+IMAGES = 32
+"""Images that calibrate, where nobody says how many."""
 
 
 def load_target(table_file: Path | None, profile_name: str | None) -> "tuple[LatencyTable | None, Profile | None]":
@@ -41,24 +44,26 @@ def latency(context: click.Context) -> None:
 
 @latency.command()
 @model_option
-@click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors. Default: as built.")
-@click.option("--data", metavar="SOURCE", help="Images that set the ranges of the 8-bit network.  [default: random]")
-@click.option("--images", default=32, show_default=True, type=click.IntRange(min=2), help="Images drawn for it.")
+@click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors or .pt. Default: as built.")
+@click.option("--data", type=SOURCE, metavar="SOURCE", help="Images that set the ranges of the 8-bit network.  [default: random]")
+@click.option("--images", type=click.IntRange(2, MOST), help=f"Images drawn for it.  [default: {IMAGES}]")
 @image_options
 @click.option("--input-shape", metavar="CxHxW", help="Instead of --data: shape of one image, e.g. 3x224x224.")
 @click.option("--runtime", default=RUNTIME_NAMES[0], show_default=True, type=click.Choice(RUNTIME_NAMES), help="What runs the layers.")
 @click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --profile]")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Measure the bits of this target.  [default: the runtime's]")
-@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@click.option("--batch-size", default=1, show_default=True, type=COUNT, help="Images at once.")
 @threads_option
-@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Visits of each model; the quickest counts.")
-@click.option("--out", required=True, callback=writable, metavar="FILE", help="Where the table goes, .json.")
+@click.option("--rounds", default=15, show_default=True, type=COUNT, help="Visits of each model; the quickest counts.")
+@click.option(
+    "--out", required=True, type=OutputFile(".json", also=(".json.partial",)), metavar="FILE", help="Where the table goes, .json."
+)
 @seed_option
 def build(
     model: str,
     weights: Path | None,
     data: str | None,
-    images: int,
+    images: int | None,
     input_size: int | None,
     normalize: str | None,
     input_shape: str | None,
@@ -85,22 +90,23 @@ def build(
     from bitscape.export.runtime import RUNTIMES
     from bitscape.report.records import environment
 
-    network, shape = load_network(model, weights, "cpu", seed), parse_shape(input_shape)
+    shape, pairs = parse_shape(input_shape), _pairs(candidates, profile or OWN_PROFILE[runtime])
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
+    settings = ImageSettings.checked(input_size, normalize, data)
+    network = load_network(model, weights, "cpu", seed)
     if data is not None:
-        settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
-        drawn = normalized_images(data, images, settings, seed, network)
+        drawn = normalized_images(data, images, settings.of_model(network), seed, network, usual=IMAGES)
     else:
         assert shape is not None
-        drawn = random_images(images, shape, seed)
+        drawn = random_images(images or IMAGES, shape, seed)
     measured = measure_network(network, tuple(drawn.shape[1:]))
     partial = out.with_name(f"{out.name}.partial")
     try:
         table = build_table(
             network,
             drawn,
-            _pairs(candidates, profile or OWN_PROFILE[runtime]),
+            pairs,
             RUNTIMES[runtime](threads=threads),
             machine=environment()["cpu"],
             partial=partial,
@@ -111,7 +117,7 @@ def build(
         kept = f"{partial} keeps what is measured; run the same command to go on" if partial.is_file() else ""
         raise click.Abort(kept) from None
     table.save(out)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     _print(table, measured)
     click.echo(f"\ntable: {out}; use it: bitscape search --latency {out} --budget latency_ms=...")
 

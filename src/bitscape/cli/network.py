@@ -10,6 +10,7 @@ import click
 
 from bitscape.cli.parsing import parse_normalization
 from bitscape.errors import BitscapeError, explained_forward, prefixed
+from bitscape.folders import DYNAMIC_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from bitscape.cost.layers import NetworkCost
     from bitscape.data.batches import Batches
     from bitscape.data.sources import Dataset
+    from bitscape.data.splits import Split
 
 DECODED_PER_PROXY_IMAGE = 4  # images decoded for one that is drawn: enough to balance classes
 CALIBRATION_IMAGES = 256
 OF_MODEL = "model"
-POLICY_FILE, WEIGHTS_FILE = "policy.json", "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,14 @@ class ImageSettings:
     """Side of the square in pixels; None = as stored."""
     normalize: str | None
     """Text of --normalize."""
+
+    @classmethod
+    def checked(cls, input_size: int | None, normalize: str | None, *sources: str | None) -> "ImageSettings":
+        """Take the options. Raises BitscapeError, before anything is loaded, if images of one of the sources could not be normalized."""
+        for source in sources:
+            if source is not None and normalize != OF_MODEL:
+                parse_normalization(normalize, source)
+        return cls(input_size=input_size, normalize=normalize)
 
     def of_model(self, network: "nn.Module") -> "ImageSettings":
         """Fill in what `--normalize model` leaves to the network's own configuration; other settings stay."""
@@ -85,14 +94,14 @@ def pick_device(name: str | None) -> "torch.device":
     return device
 
 
-def load_images(source: str, split: str, settings: ImageSettings, *, limit: int | None = None, seed: int = 0) -> "Dataset":
+def load_images(source: str, split: "Split", settings: ImageSettings, *, limit: int | None = None, seed: int = 0) -> "Dataset":
     """Load a data set at the network's input size."""
     from bitscape.data.sources import load_dataset
 
     return load_dataset(source, split=split, size=settings.input_size, limit=limit, seed=seed)
 
 
-def load_batches(source: str, split: str, settings: ImageSettings, batch_size: int) -> "Batches":
+def load_batches(source: str, split: "Split", settings: ImageSettings, batch_size: int) -> "Batches":
     """Load a data set as plain batches, for evaluation."""
     from bitscape.data.batches import Batches
 
@@ -100,24 +109,53 @@ def load_batches(source: str, split: str, settings: ImageSettings, batch_size: i
     return Batches(dataset=load_images(source, split, settings), normalization=normalization, batch_size=batch_size)
 
 
-def draw_images(source: str, split: str, images: int, settings: ImageSettings, seed: int, *, further: int = 0) -> "Dataset":
-    """Draw a proxy or calibration set, and behind it up to so many `further` images; these change nothing in what comes first."""
+def draw_images(
+    source: str, split: "Split", images: int | None, settings: ImageSettings, seed: int, *, usual: int = CALIBRATION_IMAGES
+) -> "Dataset":
+    """Draw a proxy or calibration set: so many `images`, or, where nobody said how many, `usual` ones or all that there are."""
+    return _drawn(source, split, images, settings, seed, usual, further=0)[0]
+
+
+def _drawn(
+    source: str, split: "Split", images: int | None, settings: ImageSettings, seed: int, usual: int, *, further: int
+) -> "tuple[Dataset, int]":
+    """Draw images, and up to so many `further` ones behind them; return all, and how many come first."""
     from bitscape.data.proxy import draw_proxy
 
-    limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * images
+    count = usual if images is None else images
+    limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * count
     dataset = load_images(source, split, settings, limit=limit, seed=seed)
-    return draw_proxy(dataset, images=max(images, min(images + further, len(dataset))), seed=seed)
+    if images is None and len(dataset) < usual:
+        count = len(dataset)
+        click.echo(f"{source}: using all {count} images; {usual} is the default", err=True)
+    return draw_proxy(dataset, images=max(count, min(count + further, len(dataset))), seed=seed), count
 
 
 def normalized_images(
-    source: str, images: int, settings: ImageSettings, seed: int, network: "nn.Module", *, further: int = 0
+    source: str, images: int | None, settings: ImageSettings, seed: int, network: "nn.Module", *, usual: int = CALIBRATION_IMAGES
 ) -> "Tensor":
-    """Draw calibration images, and `further` ones behind them where there are so many, normalized for the network, on its device."""
+    """Draw calibration images, normalized for the network, on its device."""
+    return calibration_and_held_out(source, images, settings, seed, network, usual=usual, further=0)[0]
+
+
+def calibration_and_held_out(
+    source: str,
+    images: int | None,
+    settings: ImageSettings,
+    seed: int,
+    network: "nn.Module",
+    *,
+    usual: int = CALIBRATION_IMAGES,
+    further: int,
+) -> "tuple[Tensor, Tensor]":
+    """Draw calibration images, and up to so many `further` others; both normalized for the network, on its device."""
+    from bitscape.data.splits import TRAINING
     from bitscape.engine.forward import device_of
 
     normalization = parse_normalization(settings.normalize, source)
-    drawn = draw_images(source, "train", images, settings, seed, further=further)
-    return normalization.apply(drawn.images).to(device_of(network))
+    drawn, count = _drawn(source, TRAINING, images, settings, seed, usual, further=further)
+    normalized = normalization.apply(drawn.images).to(device_of(network))
+    return normalized[:count], normalized[count:]
 
 
 def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_IMAGES) -> "Tensor":
@@ -188,7 +226,6 @@ def uniform_cost(network: "NetworkCost", bits: int) -> dict[str, float]:
 
 def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
     """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
-    from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE
     from bitscape.models.find import load_weights
     from bitscape.models.modes import in_eval_mode
     from bitscape.quant.convert import quantize
@@ -211,7 +248,7 @@ def load_folder(model: "nn.Module", folder: Path, shape: tuple[int, ...]) -> tup
 
     The costs of the others are those of images of one shape: BitscapeError for another `shape`.
     """
-    from bitscape.dynamic.storage import DYNAMIC_FILE, TIERS_FILE, load_dynamic, load_tiers, read_dynamic, read_tiers
+    from bitscape.dynamic.storage import load_dynamic, load_tiers, read_dynamic, read_tiers
 
     if (folder / DYNAMIC_FILE).is_file():
         _check_shape(folder, read_dynamic(folder).input_shape, shape)

@@ -1,17 +1,17 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from bitscape.cli.paths import FILE, MODEL, SOURCE
 from bitscape.cost.profiles import PROFILES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+MOST = 2**31 - 1
+COUNT = click.IntRange(1, MOST)
+"""A number of things; larger ones overflow in the libraries below."""
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -28,18 +28,20 @@ def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
 model_option = click.option(
     "--model",
     required=True,
+    type=MODEL,
     metavar="NAME",
     help="Network: package.module:function, file.py:function, timm:name, torchvision:name, or hf:name with its weights.",
 )
 network_options = all_of(
     model_option,
-    click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors. Default: as built."),
+    click.option("--weights", type=FILE, metavar="FILE", help="Float weights, .safetensors or .pt. Default: as built."),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... Default: cuda if there is one."),
 )
 data_options = all_of(
     click.option(
         "--data",
         required=True,
+        type=SOURCE,
         metavar="SOURCE",
         help="Images: digits, a .parquet or .npz file, a folder of images or of class folders, .tar files such as "
         "'train-{0000..0015}.tar' or a folder of them, hf:name.",
@@ -49,7 +51,7 @@ data_options = all_of(
 image_options = all_of(
     click.option(
         "--input-size",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, 2**14),
         metavar="PIXELS",
         help="Resize the shorter side to this and cut out the middle square. Default: as stored.",
     ),
@@ -70,7 +72,9 @@ channels_last_option = click.option(
     help="Memory format of the convolutions. Default: channels_last in search and training where the network takes it, "
     "contiguous in evaluate.",
 )
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), metavar="NUMBER", help="Seed of everything random."
+)
 budget_option = click.option(
     "--budget",
     "budgets",

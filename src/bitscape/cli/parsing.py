@@ -2,10 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import MAX_BITS, LayerBits
@@ -152,15 +149,3 @@ def _setting(text: str, method: str, fields: Mapping[str, Any]) -> tuple[str, st
         has = f"it has {', '.join(fields)}" if fields else "it has no settings"
         raise BitscapeError(f"--set {text!r}: {method} has no field {field!r}{nearest(field, fields)}; {has}")
     return field, value
-
-
-def writable(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """Refuse, before any work is done, a path whose folder is not there."""
-    if value is None:
-        return None
-    path = Path(value)
-    if not path.parent.is_dir():
-        raise BitscapeError(f"{parameter.opts[0]} {value!r}: no folder {str(path.parent)!r}; make it first")
-    if path.is_dir():
-        raise BitscapeError(f"{parameter.opts[0]} {value!r} is a folder; give a file")
-    return path

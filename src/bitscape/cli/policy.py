@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from bitscape.cli.network import load_latency, load_network, measure_network, network_shapes, policy_shape
-from bitscape.cli.options import FILE, latency_option, model_option, shape_option
+from bitscape.cli.options import latency_option, model_option, shape_option
 from bitscape.cli.output import cost_text, print_costs, print_table
 from bitscape.cli.parsing import parse_shape
+from bitscape.cli.paths import FILE, MODEL
 from bitscape.cli.tables import print_bits, print_layers, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
@@ -23,7 +24,7 @@ def policy(context: click.Context) -> None:
 
 @policy.command()
 @click.argument("file", type=FILE)
-@click.option("--model", metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
+@click.option("--model", type=MODEL, metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
 @shape_option
 @latency_option
 def show(file: Path, model: str | None, input_shape: str | None, latency: Path | None) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.network import load_network, measure_network, policy_shape
-from bitscape.cli.options import FILE, shape_option
-from bitscape.cli.parsing import parse_shape, writable
+from bitscape.cli.options import shape_option
+from bitscape.cli.parsing import parse_shape
+from bitscape.cli.paths import FILE, FILE_OR_FOLDER, MODEL, OutputFile
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
 from bitscape.policy import Policy
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RUN...")
-@click.option("--model", metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
+@click.argument("runs", nargs=-1, required=True, type=FILE_OR_FOLDER, metavar="RUN...")
+@click.option("--model", type=MODEL, metavar="NAME", help="Network, for costs per layer: package.module:function, timm:name, ...")
 @click.option("--weights", type=FILE, metavar="FILE", help="Its float weights, to check that they fit; costs do not depend on them.")
 @shape_option
-@click.option("--out", required=True, callback=writable, metavar="FILE", help="Where the page goes, .html.")
+@click.option("--out", required=True, type=OutputFile(".html"), metavar="FILE", help="Where the page goes, .html.")
 def report(runs: tuple[Path, ...], model: str | None, weights: Path | None, input_shape: str | None, out: Path) -> None:
     """Make one HTML page of what was searched, trained and measured.
 

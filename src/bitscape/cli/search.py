@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import ImageSettings, draw_images, load_network, measure_network, with_pins
+from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_images, load_network, measure_network, with_pins
 from bitscape.cli.options import (
+    COUNT,
     all_of,
     budget_option,
     channels_last_option,
@@ -21,9 +22,11 @@ from bitscape.cli.options import (
     profile_option,
     seed_option,
 )
-from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, writable
-from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
+from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile
+from bitscape.cli.tables import print_layers, print_loose_caps, print_within_budget, repairs_text
 from bitscape.errors import BitscapeError
+from bitscape.folders import CHECKPOINT, POLICY_FILE, locked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from bitscape.search.problem import SearchProblem
 
 _method_options = all_of(
-    click.option("--images", default=256, show_default=True, help="Proxy images drawn, evenly over the classes."),
+    click.option("--images", type=COUNT, help=f"Proxy images drawn, evenly over the classes.  [default: {CALIBRATION_IMAGES}]"),
     click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`."),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable."),
     click.option(
@@ -58,12 +61,12 @@ _method_options = all_of(
 _outputs = all_of(
     click.option(
         "--folder",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=OUTPUT_FOLDER,
         metavar="FOLDER",
         help="Where a search that trains keeps its checkpoint and the policy so far; the same command goes on from there.",
     ),
-    click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json."),
-    click.option("--scores", callback=writable, metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
+    click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json."),
+    click.option("--scores", type=OutputFile(".json"), metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
 )
 
 
@@ -88,7 +91,7 @@ def search(
     input_size: int | None,
     normalize: str | None,
     budgets: tuple[str, ...],
-    images: int,
+    images: int | None,
     method_name: str,
     settings: tuple[str, ...],
     candidates: str | None,
@@ -115,14 +118,22 @@ def search(
     """
     if not budgets:
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
+    from bitscape.cost.budget import check_form
+    from bitscape.data.splits import TRAINING
+
     method, pinned = make_method(method_name, settings), parse_pins(pins)
     offered = {} if candidates is None else {"candidates": parse_candidates(candidates)}
-    if scores is not None and not hasattr(method, "score"):
-        raise BitscapeError(f"--scores: {method_name} has no scores; leave --scores out, or use another method")
+    _check_method(method_name, method, scores, pick, folder)
+    check_form(budgets, has_latency=latency is not None)
+    seen = ImageSettings.checked(input_size, normalize, data)
     times, target = load_target(latency, profile)
+    if out is None and scores is None and folder is None:
+        click.echo("warning: the policy will be shown and not kept; --out FILE keeps it, --scores FILE keeps the scores", err=True)
+    if folder is not None:
+        click.get_current_context().with_resource(locked(folder))
     network = load_network(model, weights, device, seed)
-    seen = ImageSettings(input_size=input_size, normalize=normalize).of_model(network)
-    proxy = draw_images(data, split or "train", images, seen, seed)
+    seen = seen.of_model(network)
+    proxy = draw_images(data, split or TRAINING, images, seen, seed)
     common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
     common |= {**offered, "latency": times, "profile": target, "channels_last": channels_last}
     problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
@@ -133,10 +144,20 @@ def search(
         raise click.Abort(_how_to_go_on(folder)) from None
 
 
+def _check_method(name: str, method: "SearchMethod", scores: Path | None, pick: str, folder: Path | None) -> None:
+    """Refuse, before anything is loaded, what the method cannot do."""
+    if scores is not None and not hasattr(method, "score"):
+        raise BitscapeError(f"--scores: {name} has no scores; leave --scores out, or use another method")
+    if pick != "best" and not hasattr(method, "score"):
+        raise BitscapeError(f"--pick {pick}: {name} has no scores, so there are no near-equal policies; leave --pick out")
+    if folder is not None and not hasattr(method, "train_mixture"):
+        raise BitscapeError(f"--folder: {name} does not train and keeps nothing there; leave --folder out, or use e.g. differentiable")
+
+
 def _how_to_go_on(folder: Path | None) -> str:
-    if folder is None or not (folder / "search").is_dir():
+    if folder is None or not any(folder.glob(f"*/{CHECKPOINT}")):
         return ""
-    so_far = folder / "policy.json"
+    so_far = folder / POLICY_FILE
     found = f"the policy so far is {so_far}; " if so_far.is_file() else ""
     return f"{found}run the same command to go on from {folder}"
 
@@ -166,17 +187,22 @@ def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[st
     choices(problem.network, problem.parsed_budget, problem.candidates, pinned, tied).first_feasible()
     result = method.search(problem)
     policy = replace(result.policy, provenance={**result.policy.provenance, **source})
+    if scores is not None and result.scores is not None:  # files first: whatever becomes of the output, the work is kept
+        result.scores.save(scores)
+    if out is not None:
+        policy.save(out)
     print_layers(policy, problem.network)
     click.echo()
     print_within_budget(policy, problem.network, problem.parsed_budget)
+    print_loose_caps(policy, problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers)
     if problem.latency is not None:
         click.echo(f"latency_ms: {problem.latency.where}")
     if problem.profile is not None:
         click.echo(f"\n{problem.profile.note(policy)}")
     click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
+    if result.scores is not None:
+        click.echo(repairs_text(result.scores))
     if scores is not None and result.scores is not None:
-        result.scores.save(scores)
         click.echo(f"scores: {scores}; other budgets need no search: bitscape solve --scores {scores}")
     if out is not None:
-        policy.save(out)
         click.echo(f"policy: {out}")

@@ -8,10 +8,11 @@ import click
 
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import load_network, measure_network, with_pins
-from bitscape.cli.options import FILE, budget_option, latency_option, model_option, pin_option, profile_option, shape_option
+from bitscape.cli.options import budget_option, latency_option, model_option, pin_option, profile_option, shape_option
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.parsing import parse_pins, parse_shape, writable
-from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.cli.parsing import parse_pins, parse_shape
+from bitscape.cli.paths import FILE, OutputFile
+from bitscape.cli.tables import print_layers, print_loose_caps, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @latency_option
 @profile_option
 @pin_option
-@click.option("--out", callback=writable, metavar="FILE", help="Where the policy goes, .json.")
+@click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json.")
 def solve(
     scores: Path,
     model: str,
@@ -55,6 +56,7 @@ def solve(
       bitscape solve --scores scores.json --model timm:resnet18 \\
         --input-shape 3x224x224 --front 10
     """
+    from bitscape.cost.budget import check_form
     from bitscape.cost.latency import with_latency
     from bitscape.search.scores import ScoreTable
 
@@ -65,12 +67,15 @@ def solve(
         raise BitscapeError("give --budget for one policy, or --front N for many; exactly one of the two")
     if front is not None and out is not None:
         raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
+    if budgets:
+        check_form(budgets, has_latency=latency is not None)
+    pins_given = parse_pins(pins)
     table, (times, target) = ScoreTable.load(scores), load_target(latency, profile)
     network = measure_network(load_network(model, None, "cpu"), shape)
     source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
     if times is not None:
         network, source = with_latency(network, times), {**source, "latency": times.source()}
-    pinned = with_pins(network, *parse_pins(pins))
+    pinned = with_pins(network, *pins_given)
     if target is not None:
         table, pinned = _kept_to(target, table, network, pinned)
         source["profile"] = target.name
@@ -107,14 +112,15 @@ def _solve(
     budget = parse_budget(budgets, network, pinned)
     found = allocate(table, network, budget, pinned)
     policy = replace(found, provenance={**found.provenance, **source})
+    if out is not None:  # first: whatever becomes of the output, the work is kept
+        policy.save(out)
     print_layers(policy, network)
     click.echo()
     print_within_budget(policy, network, budget)
+    print_loose_caps(policy, network, budget, table.candidates, pinned)
     if target is not None:
         click.echo(f"\n{target.note(policy)}")
-    if out is not None:
-        policy.save(out)
-        click.echo(f"\npolicy: {out}")
+    click.echo("\nthe policy is not kept; --out FILE keeps it" if out is None else f"\npolicy: {out}")
 
 
 def _print_front(table: "ScoreTable", network: "NetworkCost", pinned: dict[str, LayerBits], along: str, points: int) -> None:

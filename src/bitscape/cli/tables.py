@@ -1,13 +1,17 @@
 """Tables of policies: bits and costs per layer, totals beside 8 bit and beside the budget."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import click
+
 from bitscape.cli.output import amount, cost_text, print_table
-from bitscape.policy import Policy
+from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
     from bitscape.cost.budget import Budget
     from bitscape.cost.layers import NetworkCost
+    from bitscape.search.scores import ScoreTable
 
 
 def print_bits(policy: Policy) -> None:
@@ -48,3 +52,31 @@ def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget 
         rows.append([kind, *beside, *(cap if caps else [])])
     columns = ["cost of one image", "policy", "8 bit", "of 8 bit", *(["budget", "used"] if caps else [])]
     print_table(columns, rows)
+
+
+def print_loose_caps(
+    policy: Policy, network: "NetworkCost", budget: "Budget", candidates: Sequence[LayerBits], pinned: Mapping[str, LayerBits]
+) -> None:
+    """Name the caps that even the widest bits on offer keep, and how many layers have these bits; print nothing where every cap binds."""
+    from bitscape.cost.policy_cost import policy_cost
+
+    widest = LayerBits(max(bits.weight for bits in candidates), max(bits.activation for bits in candidates))
+    free = [name for name in network.by_name if name not in pinned]
+    most = policy_cost(network, Policy({**policy.layers, **dict.fromkeys(free, widest)}))
+    loose = [kind for kind, limit in budget.caps.items() if most[kind] <= limit]
+    if not loose or not free:
+        return
+    at_widest = sum(policy.layers[name] == widest for name in free)
+    click.echo(f"\nnot binding: {', '.join(loose)}; the widest bits, {widest} in every free layer, stay within", nl=False)
+    if len(loose) < len(budget.caps):
+        click.echo()
+    else:
+        why = "" if at_widest == len(free) else "; the others score no better with more bits"
+        click.echo(f" every cap: {at_widest} of {len(free)} free layers have them{why}")
+
+
+def repairs_text(scores: "ScoreTable") -> str:
+    """Say how many scores were repaired."""
+    count = scores.values.size
+    hint = "; many repairs mean too few images" if 10 * scores.repairs > count else ""
+    return f"{scores.repairs} of {count} scores repaired to fall with more bits{hint}"

@@ -5,18 +5,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import DECODED_PER_PROXY_IMAGE, ImageSettings, load_folder, load_images, load_network, with_mixed_quality
-from bitscape.cli.options import FOLDER, data_options, image_options, mixed_option, network_options, seed_option
+from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_network, with_mixed_quality
+from bitscape.cli.options import MOST, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
+from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER
 from bitscape.cli.spending import print_tiers, shares_of
 from bitscape.errors import BitscapeError
+from bitscape.folders import locked, results_in
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bitscape.data.sources import Dataset
     from bitscape.dynamic import DynamicNetwork
+
+
+IMAGES = 2000
 
 
 @click.command()
@@ -24,10 +28,10 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", required=True, type=FOLDER, metavar="FOLDER", help="What `bitscape train --dynamic` left there.")
 @data_options
 @image_options
-@click.option("--images", default=2000, show_default=True, type=click.IntRange(min=2), help="Images drawn, of the qualities to be met.")
+@click.option("--images", type=click.IntRange(2, MOST), help=f"Images drawn, of the qualities to be met.  [default: {IMAGES}]")
 @mixed_option
 @click.option("--count", default=3, show_default=True, type=click.IntRange(2, 4), help="Tiers.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the tiers go.")
+@click.option("--out", required=True, type=OUTPUT_FOLDER, metavar="FOLDER", help="Where the tiers go.")
 @seed_option
 def tiers(
     model: str,
@@ -38,7 +42,7 @@ def tiers(
     split: str | None,
     input_size: int | None,
     normalize: str | None,
-    images: int,
+    images: int | None,
     mixed_quality: bool,
     count: int,
     out: Path,
@@ -54,15 +58,18 @@ def tiers(
         --input-size 224 --normalize imagenet --mixed-quality --out tiers1
     """
     from bitscape.cost.policy_cost import bitops
-    from bitscape.dynamic.storage import TIERS_FILE, save_tiers
+    from bitscape.data.splits import TRAINING
+    from bitscape.dynamic.storage import save_tiers
     from bitscape.dynamic.tiers import distill_tiers
     from bitscape.quant.convert import batches_of
 
-    if (out / TIERS_FILE).exists():
-        raise BitscapeError(f"--out {out}: it holds tiers; give another folder")
+    if held := results_in(out):
+        raise BitscapeError(f"--out {out}: it holds {', '.join(held)}; give another folder")
+    settings = ImageSettings.checked(input_size, normalize, data)
+    click.get_current_context().with_resource(locked(out))
     float_network = load_network(model, weights, device, seed)
-    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(float_network)
-    dataset = _drawn(data, split or "train", images, settings, seed)
+    settings = settings.of_model(float_network)
+    dataset = draw_images(data, split or TRAINING, images, settings, seed, usual=IMAGES)
     if mixed_quality:
         dataset = with_mixed_quality(dataset, data, seed)
     normalized = parse_normalization(settings.normalize, data).apply(dataset.images)
@@ -76,15 +83,6 @@ def tiers(
     click.echo(
         f"{out}; next: bitscape evaluate --checkpoint {out} ..., or one of them: bitscape export packed --checkpoint {out}/tier1 ..."
     )
-
-
-def _drawn(source: str, split: str, images: int, settings: ImageSettings, seed: int) -> "Dataset":
-    """So many images, or all there are."""
-    from bitscape.data.proxy import draw_proxy
-
-    limit = None if source == "digits" else DECODED_PER_PROXY_IMAGE * images
-    dataset = load_images(source, split, settings, limit=limit, seed=seed)
-    return draw_proxy(dataset, images=min(images, len(dataset)), seed=seed)
 
 
 def _dynamic(checkpoint: Path, float_network: "nn.Module", shape: tuple[int, ...]) -> "DynamicNetwork":

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from bitscape.cli.network import (
-    POLICY_FILE,
-    WEIGHTS_FILE,
     ImageSettings,
     calibration_images,
     load_batches,
@@ -17,30 +15,40 @@ from bitscape.cli.network import (
     load_network,
     with_mixed_quality,
 )
-from bitscape.cli.options import FILE, all_of, channels_last_option, data_options, image_options, mixed_option, network_options, seed_option
+from bitscape.cli.options import (
+    COUNT,
+    all_of,
+    channels_last_option,
+    data_options,
+    image_options,
+    mixed_option,
+    network_options,
+    seed_option,
+)
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_step, make_trackers, parse_normalization
+from bitscape.cli.paths import FILE, OUTPUT_FOLDER, SOURCE, TRACKER
 from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
 from bitscape.errors import BitscapeError
+from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, results_in
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.data.batches import Batches
+    from bitscape.data.splits import Split
     from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, Tracker, TrainResult
     from bitscape.train import Loss
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
-
 _recipe = all_of(
-    click.option("--epochs", default=10, show_default=True, type=click.IntRange(min=1), help="Passes over the data."),
+    click.option("--epochs", default=10, show_default=True, type=COUNT, help="Passes over the data."),
     click.option("--lr", type=float, help="Highest learning rate; falls along a cosine.  [default: sgd 0.01, adamw 0.001]"),
-    click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images a step."),
+    click.option("--batch-size", default=128, show_default=True, type=COUNT, help="Images a step."),
     click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True),
     click.option("--step", "step_name", help="plain, sam or saq; see `bitscape methods`.  [default: plain; dqmq with --dynamic]"),
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the step, e.g. rho=0.003; repeatable."),
-    click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch, where memory is short."),
+    click.option("--accumulate", default=1, show_default=True, type=COUNT, help="Parts of a batch, where memory is short."),
     click.option("--augment", type=click.Choice(["none", "flip", "crop-flip"]), default="none", show_default=True),
     click.option("--label-smoothing", default=0.0, show_default=True, help="Probability spread over all classes."),
     click.option("--distill", default=0.0, show_default=True, help="Weight of the float network as teacher, 0 to 1."),
@@ -50,6 +58,7 @@ _recipe = all_of(
         "--tracker",
         "trackers",
         multiple=True,
+        type=TRACKER,
         metavar="NAME=WHERE",
         help="Also follow the run there, epoch by epoch: tensorboard=FOLDER; repeatable.",
     ),
@@ -61,15 +70,17 @@ _recipe = all_of(
 @network_options
 @data_options
 @image_options
-@click.option("--validation", metavar="SOURCE", help="Evaluate on this after each epoch; split `test` where there is one.")
+@click.option(
+    "--validation", type=SOURCE, metavar="SOURCE", help="Evaluate on this after each epoch; split test, or val, where there is one."
+)
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Train at these bits (LSQ).  [default: float]")
 @_recipe
 @mixed_option
 @dynamic_options
 @channels_last_option
 @seed_option
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the run.")
-@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
+@click.option("--out", required=True, type=OUTPUT_FOLDER, metavar="FOLDER", help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, if there is one.")
 def train(
     model: str,
     weights: Path | None,
@@ -96,21 +107,25 @@ def train(
       bitscape train ... --policy w4.json --mixed-quality \\
         --dynamic 2-8 --budget bitops=w4a4 --out run2
     """
-    _check_folder(out, resume)
-    training: Training = dynamic_training(policy_file, recipe) or _static_training(policy_file, recipe)
-    trackers = make_trackers(recipe["trackers"])
-    teacher = load_network(model, weights, device, recipe["seed"])
+    from bitscape.data.splits import EVALUATION, TRAINING
+
+    _check_folder(out, resume, policy_file)
     if recipe["distill"] and weights is None and not model.startswith("hf:"):
         raise BitscapeError("--distill: the float network is the teacher, and it has no --weights")
-    settings = ImageSettings(input_size=input_size, normalize=normalize).of_model(teacher)
-    batches = _training_batches(data, split or "train", settings, recipe)
-    checked = None if validation is None else load_batches(validation, "test", settings, recipe["batch_size"])
+    settings = ImageSettings.checked(input_size, normalize, data, validation)
+    training: Training = dynamic_training(policy_file, recipe) or _static_training(policy_file, recipe)
+    trackers = make_trackers(recipe["trackers"])
+    click.get_current_context().with_resource(locked(out))
+    teacher = load_network(model, weights, device, recipe["seed"])
+    settings = settings.of_model(teacher)
+    batches = _training_batches(data, split or TRAINING, settings, recipe)
+    checked = None if validation is None else load_batches(validation, EVALUATION, settings, recipe["batch_size"])
     student = training.network(teacher, batches, recipe["seed"])
     try:
         result = _train(student, batches, checked, training, _loss(teacher, recipe), trackers, out, recipe)
         written = training.save(student, result, batches, out, recipe["seed"])
     except KeyboardInterrupt:
-        raise click.Abort("run the same command with --resume to go on from the last checkpoint") from None
+        raise click.Abort(_how_to_go_on(out)) from None
     _print_epochs(result)
     click.echo(f"\n{written}; next: bitscape evaluate --checkpoint {out} ...")
 
@@ -158,11 +173,9 @@ class StaticTraining:
 
     def save(self, network: "nn.Module", result: "TrainResult", batches: "Batches", out: Path, seed: int) -> str:
         """Write the weights, averaged if that was asked for, and the policy; return the name of their file."""
-        from bitscape.models.find import save_weights
+        from bitscape.quant.storage import save_static
 
-        save_weights(network.state_dict() if result.ema is None else result.ema, out / WEIGHTS_FILE)
-        if self.policy is not None:
-            self.policy.save(out / POLICY_FILE)
+        save_static(network.state_dict() if result.ema is None else result.ema, self.policy, out)
         return str(out / WEIGHTS_FILE)
 
 
@@ -177,15 +190,24 @@ def _static_training(policy_file: Path | None, recipe: dict[str, Any]) -> Static
     )
 
 
-def _check_folder(out: Path, resume: bool) -> None:
-    there = (out / CHECKPOINT_FILE).is_file()
-    if there and not resume:
+def _check_folder(out: Path, resume: bool, policy_file: Path | None) -> None:
+    """Refuse a folder that holds what the run would overwrite: all but the run that is resumed."""
+    held = results_in(out)
+    if CHECKPOINT in held and not resume:
         raise BitscapeError(f"--out {out}: it holds a checkpoint; add --resume to go on, or give another folder")
-    if resume and not there:
-        raise BitscapeError(f"--resume: no {CHECKPOINT_FILE} in {out}; leave --resume out to start")
+    if held and CHECKPOINT not in held:
+        raise BitscapeError(f"--out {out}: it holds {', '.join(held)}, and no checkpoint to go on from; give another folder")
+    if POLICY_FILE in held and policy_file is None:
+        raise BitscapeError(f"--out {out}: it holds {POLICY_FILE}, and a float network has none; add --policy, or give another folder")
 
 
-def _training_batches(data: str, split: str, settings: ImageSettings, recipe: dict[str, Any]) -> "Batches":
+def _how_to_go_on(out: Path) -> str:
+    if not (out / CHECKPOINT).is_file():
+        return ""
+    return f"{out / CHECKPOINT} is kept; run the same command with --resume to go on from it"
+
+
+def _training_batches(data: str, split: "Split", settings: ImageSettings, recipe: dict[str, Any]) -> "Batches":
     from bitscape.data.batches import Batches
 
     dataset = load_images(data, split, settings)

@@ -55,19 +55,26 @@ def parse_budget(
     number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are.
     Raises BitscapeError naming the kind, the value and examples; for `latency_ms` also if the network has no latency table.
     """
-    caps: dict[str, float] = {}
-    for kind, value in _entries(texts):
+    check_form(texts, has_latency=network.has_latency)
+    return Budget({kind: _absolute(kind, value, network, pinned or {}) for kind, value in _entries(texts)})
+
+
+def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> None:
+    """Raise BitscapeError for texts that no network could make a budget of; see `parse_budget`."""
+    entries = _entries(texts)
+    kinds = [kind for kind, _ in entries]
+    for kind, value in entries:
         if kind not in CAPS:
-            kinds = f"kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}"
-            raise BitscapeError(f"budget kind {kind!r} is unknown; {kinds}; examples: {_EXAMPLES}")
-        if CAPS[kind].measured and not network.has_latency:
+            known = f"kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}"
+            raise BitscapeError(f"budget kind {kind!r} is unknown; {known}; examples: {_EXAMPLES}")
+        if CAPS[kind].measured and not has_latency:
             raise BitscapeError(f"budget {kind}={value!r}: {NO_TABLE}")
-        if kind in caps:
+        _read(kind, value)
+    for kind, value in reversed(entries):
+        if kinds.count(kind) > 1:
             raise BitscapeError(f"budget gives {kind} twice, the second time as {value!r}; give each kind once")
-        caps[kind] = _absolute(kind, value, network, pinned or {})
-    if not caps:
+    if not entries:
         raise BitscapeError(f"budget={texts!r} holds no cap; examples: {_EXAMPLES}")
-    return Budget(caps)
 
 
 def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:
@@ -85,28 +92,31 @@ def _entry(text: str) -> tuple[str, str]:
 
 
 def _absolute(kind: str, value: float | str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float:
-    if isinstance(value, str):
-        absolute = _from_text(kind, value.strip().lower(), network, pinned)
-    elif isinstance(value, Real) and not isinstance(value, bool):
-        absolute = float(value)
+    form = _read(kind, value)
+    if isinstance(form, LayerBits):
+        absolute = cost(kind, network, _uniform(network, form, pinned))
     else:
-        absolute = None
-    if absolute is None or not math.isfinite(absolute) or absolute <= 0:
+        number, is_fraction = form
+        absolute = number * cost(kind, network, _uniform(network, LayerBits(8, 8), {})) if is_fraction else number
+    if not math.isfinite(absolute) or absolute <= 0:
         raise BitscapeError(f"budget {kind}={value!r} is not a positive amount; {_forms(kind)}")
     return absolute
 
 
-def _from_text(kind: str, text: str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float | None:
-    if (uniform := _UNIFORM.fullmatch(text)) and text:
-        bits = _uniform_bits(kind, text, uniform.group(1), uniform.group(2))
-        return cost(kind, network, _uniform(network, bits, pinned))
-    if not (number := _NUMBER.fullmatch(text)):
-        return None
-    amount, suffix = float(number.group(1)), number.group(2)
-    if suffix == "x":
-        return amount * cost(kind, network, _uniform(network, LayerBits(8, 8), {}))
-    units = _SUFFIXES[CAPS[kind].unit]
-    return amount * units[suffix] if suffix in units else None
+def _read(kind: str, value: object) -> LayerBits | tuple[float, bool]:
+    """The bits of a uniform policy, or a positive number and whether it is a fraction of the 8-bit cost."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text and (uniform := _UNIFORM.fullmatch(text)):
+        return _uniform_bits(kind, text, uniform.group(1), uniform.group(2))
+    form: tuple[float, bool] | None = None
+    if isinstance(value, Real) and not isinstance(value, bool):
+        form = float(value), False
+    elif number := _NUMBER.fullmatch(text):
+        amount, suffix, units = float(number.group(1)), number.group(2), _SUFFIXES[CAPS[kind].unit]
+        form = (amount, True) if suffix == "x" else (amount * units[suffix], False) if suffix in units else None
+    if form is None or not math.isfinite(form[0]) or form[0] <= 0:
+        raise BitscapeError(f"budget {kind}={value!r} is not a positive amount; {_forms(kind)}")
+    return form
 
 
 def _uniform(network: NetworkCost, bits: LayerBits, pinned: Mapping[str, LayerBits]) -> Policy:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitscape.data.decoding import EncodedImage
+from bitscape.data.splits import Split, are_splits, choose, log_default
 from bitscape.errors import BitscapeError, nearest, prefixed
 
 IMAGE_COLUMNS = ("image", "img")
@@ -26,7 +27,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # beyond, the numbers are no classes: something else is in the label column
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,12 +94,8 @@ def read_parquet(path: Path) -> EncodedSource:
     return EncodedSource(name=path.stem, count=count, labels=labels, class_names=named, fetch=fetch, files=(path,))
 
 
-def read_folder(path: Path, split: str) -> EncodedSource:
-    """List a folder of class folders (sorted names are the classes), or a flat folder of images without labels.
-
-    Where all subfolders are named like splits (train, val, test, ...), the one called `split` is taken.
-    """
-    folder = split_folder(path, split)
+def read_folder(folder: Path) -> EncodedSource:
+    """List a folder of class folders (sorted names are the classes), or a flat folder of images without labels."""
     flat = [file for file in sorted(folder.iterdir()) if _is_image(file)]
     found = [] if flat else [(file, label) for label, of in enumerate(_subfolders(folder)) for file in _images(of)]
     if flat and any(_images(of) for of in _subfolders(folder)):
@@ -116,15 +112,12 @@ def read_folder(path: Path, split: str) -> EncodedSource:
     return EncodedSource(name=folder.name, count=len(files), labels=labels, class_names=named, fetch=fetch, files=tuple(files))
 
 
-def read_hub(name: str, split: str) -> EncodedSource:
-    """Open a data set of the Hugging Face hub through the `datasets` library, which downloads and keeps it."""
+def read_hub(name: str, split: Split) -> EncodedSource:
+    """Open a split of a data set of the Hugging Face hub through the `datasets` library, which downloads and keeps it."""
     if not _HUB_NAME.fullmatch(name):  # the datasets library would take a folder for one
         raise BitscapeError(f"hf:{name}: not a name on the hub; write hf:name or hf:owner/name, and a folder without hf:")
     datasets = _import("datasets", extra="huggingface", need=f"hf:{name}")
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except (ValueError, OSError) as error:
-        raise BitscapeError(f"hf:{name}, split {split!r}: the datasets library cannot load it: {error}") from error
+    table, chosen = _hub_table(datasets, name, split)
     image_column, label_column = _columns(table.column_names, f"hf:{name}")
     table = table.cast_column(image_column, datasets.Image(decode=False))
 
@@ -134,9 +127,23 @@ def read_hub(name: str, split: str) -> EncodedSource:
 
     labels = _integers(list(table[label_column]), f"hf:{name}: column {label_column!r}") if label_column else None
     named = _class_names(labels, getattr(table.features[label_column], "names", ()) if label_column else ())
-    cached = [] if "[" in split else getattr(table, "cache_files", [])  # slices of a split share its files
+    cached = [] if "[" in chosen else getattr(table, "cache_files", [])  # slices of a split share its files
     files = tuple(Path(file["filename"]) for file in cached)
     return EncodedSource(name=name, count=len(table), labels=labels, class_names=named, fetch=fetch, files=files)
+
+
+def _hub_table(datasets: Any, name: str, split: Split) -> tuple[Any, str]:
+    """The table of a split, and the name of the split: the first of several that the data set has."""
+    first, *others = (split,) if isinstance(split, str) else split
+    try:
+        table = datasets.load_dataset(name, split=first)
+    except (ValueError, OSError) as error:
+        if others and "Unknown split" in str(error):
+            table, first = _hub_table(datasets, name, tuple(others))
+            log_default(split, first, f"hf:{name}")
+            return table, first
+        raise BitscapeError(f"hf:{name}, split {first!r}: the datasets library cannot load it: {error}") from error
+    return table, first
 
 
 @dataclass
@@ -235,14 +242,10 @@ def _class_names(labels: Tensor | None, names: Sequence[str]) -> tuple[str, ...]
     return tuple(names) or numbered(labels)
 
 
-def split_folder(path: Path, split: str) -> Path:
-    """The folder called `split` where all subfolders are named like splits, else `path` itself."""
-    splits = {folder.name for folder in _subfolders(path)}
-    if not splits or not splits <= SPLIT_FOLDERS:
-        return path
-    if split not in splits:
-        raise BitscapeError(f"{path}: no split {split!r}{nearest(split, splits)}; there are {', '.join(sorted(splits))}")
-    return path / split
+def split_folder(path: Path, split: Split) -> Path:
+    """The folder of the split where the subfolders are splits (see `are_splits`), else `path` itself."""
+    names = [folder.name for folder in _subfolders(path)]
+    return path / choose(split, names, path) if are_splits(names) else path
 
 
 def _subfolders(path: Path) -> list[Path]:

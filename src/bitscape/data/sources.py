@@ -23,6 +23,7 @@ from bitscape.data.decoding import crop_corner, decode_images, image_shape, resi
 from bitscape.data.encoded import EncodedRows, EncodedSource, numbered, read_folder, read_hub, read_parquet, split_folder
 from bitscape.data.mapped import MEMORY_BYTES, decode_mapped
 from bitscape.data.shards import SUFFIX, expand, read_shards
+from bitscape.data.splits import Split, choose
 from bitscape.errors import BitscapeError, nearest, prefixed
 
 DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
@@ -100,14 +101,15 @@ class Dataset:
         return index
 
 
-def load_dataset(source: str, *, split: str = "train", size: int | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
+def load_dataset(source: str, *, split: Split = "train", size: int | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
     """Load images and labels.
 
     Args:
         source: "digits" (embedded), a .parquet file (encoded images), an .npz file (arrays `images`, perhaps `labels`
             and `class_names`), a folder of class folders or of images, tar files of images as WebDataset lays them out
             ("shards/train-{0000..0015}.tar", or a folder of them), or "hf:name" (needs the datasets library).
-        split: for the digits ("train" or "test"), the hub, and folders that hold split folders. A file is one split.
+        split: for the digits ("train" or "test"), the hub, and folders that hold split folders; of several names the first that
+            the source has. A single file has no splits.
         size: resize the shorter side to this many pixels and keep the centre size x size.
         limit: keep this many images, the first of an order drawn from `seed`: a smaller limit gives a prefix.
         seed: see `limit`.
@@ -133,7 +135,7 @@ def load_dataset(source: str, *, split: str = "train", size: int | None = None, 
     if path.is_dir():
         folder = split_folder(path, split)
         shards = sorted(folder.glob(f"*{SUFFIX}"))
-        return _decoded(read_shards(shards, folder.name) if shards else read_folder(path, split), source, size, limit, seed)
+        return _decoded(read_shards(shards, folder.name) if shards else read_folder(folder), source, size, limit, seed)
     if path.suffix == ".npz":
         return _picked(_read_npz(path), size, limit, seed)
     if path.suffix == ".parquet":
@@ -141,11 +143,10 @@ def load_dataset(source: str, *, split: str = "train", size: int | None = None, 
     raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz, .tar or a folder")
 
 
-def _digits(split: str) -> Dataset:
-    if split not in DIGITS_SPLITS:
-        raise BitscapeError(f"split is {split!r}; digits has train and test{nearest(split, DIGITS_SPLITS)}")
+def _digits(split: Split) -> Dataset:
+    chosen = choose(split, DIGITS_SPLITS, "digits")
     with resources.as_file(resources.files("bitscape.data") / "digits.npz") as path:
-        return _read_npz(path).subset(DIGITS_SPLITS[split], f"digits {split}")
+        return _read_npz(path).subset(DIGITS_SPLITS[chosen], f"digits {chosen}")
 
 
 def _read_npz(path: Path) -> Dataset:

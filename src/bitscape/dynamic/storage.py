@@ -20,15 +20,15 @@ from bitscape.dynamic.network import DynamicBits, DynamicNetwork
 from bitscape.dynamic.tiers import Gate, TieredNetwork
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.files import write_atomic
+from bitscape.folders import DYNAMIC_FILE, GATE_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.models.find import load_weights, save_weights
 from bitscape.policy import Policy
 from bitscape.quant.convert import quantize
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
+from bitscape.quant.storage import save_static
 
 FORMAT: Final = 1
-DYNAMIC_FILE, TIERS_FILE = "dynamic.json", "tiers.json"
-POLICY_FILE, WEIGHTS_FILE, GATE_FILE = "policy.json", "model.safetensors", "gate.safetensors"
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Document = TypeVar("Document")
 
@@ -98,8 +98,9 @@ def save_dynamic(network: DynamicNetwork, folder: Path) -> None:
         static=bits.static,
         input_shape=tuple(network.cost.input_shape),
     )
+    (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # never beside a document of another network
     _write(document, folder / DYNAMIC_FILE)
-    _save_static(network, network.policy(network.level(bits.high, 1)), folder)
+    save_static(network.state_dict(), network.policy(network.level(bits.high, 1)), folder)
 
 
 def _check_quantizers(network: DynamicNetwork) -> None:
@@ -143,10 +144,12 @@ def save_tiers(tiers: TieredNetwork, folder: Path, *, shares: Sequence[float]) -
         tiers=tuple(_summary(cost, policy, share) for policy, share in zip(tiers.policies, shares, strict=True)),
     )
     source = {"images": [1, *cost.input_shape]}
+    (folder / TIERS_FILE).unlink(missing_ok=True)  # last again: without it a folder counts as unfinished
     for at, (network, policy) in enumerate(zip(tiers.networks, tiers.policies, strict=True)):
         own = tier_folder(folder, at)
         own.mkdir(parents=True, exist_ok=True)
-        _save_static(network, replace(policy, cost=policy_cost(cost, policy), provenance={**policy.provenance, **source}), own)
+        noted = replace(policy, cost=policy_cost(cost, policy), provenance={**policy.provenance, **source})
+        save_static(network.state_dict(), noted, own)
     save_weights(tiers.gate.state_dict(), folder / GATE_FILE)
     _write(document, folder / TIERS_FILE)
 
@@ -193,11 +196,6 @@ def _summary(cost: NetworkCost, policy: Policy, share: float) -> TierSummary:
     costs = policy_cost(cost, policy)
     means = {kind: costs[kind] for kind in ("mean_weight_bits", "mean_activation_bits")}
     return TierSummary(bitops=int(costs["bitops"]), share=share, **means)
-
-
-def _save_static(network: nn.Module, policy: Policy, folder: Path) -> None:
-    policy.save(folder / POLICY_FILE)
-    save_weights(network.state_dict(), folder / WEIGHTS_FILE)  # last: without it a folder counts as unfinished
 
 
 def _check_there(folder: Path) -> None:

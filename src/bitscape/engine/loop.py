@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,18 @@ from bitscape.engine.pace import Pace
 from bitscape.engine.settings import Cosine
 from bitscape.engine.state import RunState
 from bitscape.engine.step import Batch, LossFunction, least_part, pooled
+from bitscape.engine.stopping import Stop, Stopping
 from bitscape.engine.trackers import Watched
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
+from bitscape.folders import CHECKPOINT, METRICS, RUN
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Batches
 
 _log = logging.getLogger("bitscape.engine")
-CHECKPOINT, METRICS, RUN = "checkpoint.safetensors", "metrics.jsonl", "run.json"
 STOP_EVERY = 16
-"""Batches between two looks of several workers on GPUs at the flag of a bad one; a look waits for the GPU."""
+"""Batches between two looks of several workers at what one of them noted: a bad batch, or a signal. On a GPU a look waits for it."""
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,7 @@ class Loop:
     first_bad: Tensor = field(init=False)
     """Batch of this epoch whose loss or gradient was not finite first, -1 = none; read as seldom as possible."""
     base_lrs: list[float] = field(init=False)
+    stopping: Stopping = field(default_factory=Stopping, init=False)
 
     def __post_init__(self) -> None:
         self.first_bad = torch.full((), -1, device=self.state.device)
@@ -97,18 +100,24 @@ class Loop:
         return seen_by > 0
 
     def _tidy(self, folder: Path, resume: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in (CHECKPOINT, METRICS, RUN):
-            for leftover in folder.glob(f".{name}.*.tmp"):  # of a run killed while it wrote
+            for leftover in folder.glob(f".{name}.*.tmp"):  # of a run killed while it wrote: the folder is locked
                 leftover.unlink(missing_ok=True)
         if not resume:
             (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def run(self) -> None:
-        """Run the epochs that are left."""
-        state, pace = self.state, Pace()
+        """Run the epochs that are left. SIGINT and SIGTERM end the run with a checkpoint, see `Stopping`."""
+        self.trackers.start(self.state.settings, tuple(self.state.records))
         try:
-            self.trackers.start(state.settings, tuple(state.records))
+            with self.stopping.held_back():
+                self._run_epochs(Pace())
+        finally:
+            self.trackers.finish()
+
+    def _run_epochs(self, pace: Pace) -> None:
+        state = self.state
+        try:
             while state.epoch < self.epochs:
                 state.model.train()
                 self._run_epoch(pace)
@@ -118,8 +127,9 @@ class Loop:
                 self.trackers.epoch(state.records[-1])  # before the checkpoint: told twice rather than never
                 self._save()
                 pace.go_on(saved=True)
-        finally:
-            self.trackers.finish()
+        except Stop:
+            self._save()
+            raise
 
     def _run_epoch(self, pace: Pace) -> None:
         for images, labels in self._feed(self.state.batch):
@@ -127,6 +137,7 @@ class Loop:
             pace.count_step()
             if self._may_stop():
                 self._look_up(pace)
+            self._stop_if_asked(pace)
 
     def _may_stop(self) -> bool:
         """Several workers on GPUs stop for a bad batch at the same ones only, whatever their clocks say: who is left waits forever."""
@@ -136,6 +147,18 @@ class Loop:
             return False
         self._stop_if_bad()
         return True
+
+    def _stop_if_asked(self, pace: Pace) -> None:
+        """Several workers stop after the same batch: each may have got the signal in another one, or not at all."""
+        asked = self.stopping.signal is not None
+        if workers.world_size() > 1:
+            if self.state.batch % STOP_EVERY:
+                return
+            asked = bool(workers.total(torch.tensor(float(asked), device=self.state.device)))
+        if asked:
+            self._stop_if_bad()
+            self.state.train_s += pace.lap()
+            raise Stop
 
     def _look_up(self, pace: Pace) -> None:
         if pace.report_due():
@@ -240,7 +263,7 @@ class Loop:
         if self.validation is not None:
             try:
                 record |= self._validated()
-            except Exception:
+            except Exception:  # Stop saves by itself
                 self._save()
                 raise
         if self.after_epoch is not None:
@@ -258,7 +281,8 @@ class Loop:
 
     def _validate(self, prefix: str) -> dict[str, float]:
         assert self.validation is not None
-        accuracy = evaluate(self.state.model, self.validation, together=True)
+        with self.stopping.interruptible() if workers.world_size() == 1 else nullcontext():  # workers would wait for each other
+            accuracy = evaluate(self.state.model, self.validation, together=True)
         return {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
 
     def _save(self) -> None:

@@ -23,6 +23,7 @@ from bitscape.engine.state import RunState
 from bitscape.engine.step import CrossEntropy, LossFunction, Step, StepSettings
 from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
+from bitscape.folders import locked
 from bitscape.models.dtypes import check_float32
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def train(
     see `engine.workers`. Norms see their own worker's part, and after every batch running statistics are averaged. Records are of
     all workers; only the first one writes the folder, which all must see. Another number of workers may resume a run, to other bits.
 
-    A failing validation leaves a checkpoint of the epoch before it.
+    A failing validation leaves a checkpoint of the epoch before it. SIGINT and SIGTERM wait for the end of the batch and leave a checkpoint
+    too; then they take the effect that they had before. `folder` is locked meanwhile: another process that trains there is refused.
 
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
@@ -150,6 +152,8 @@ def train(
         block.enter_context(_seeded(seed, device))
         highest = max(highest_label(data) for data in (batches, validation) if data is not None)
         block.enter_context(loop_forward(model, autocast=autocast, compiled=compile, highest_label=highest))
+        if folder is not None and workers.is_first():
+            block.enter_context(locked(Path(folder)))
         loop.open(resume)
         loop.run()
     return TrainResult(records=tuple(state.records), ema=None if state.ema is None else state.ema.values)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from bitscape.export.onnx_qdq import OPSETS
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.export.packages import runtime_module
 from bitscape.files import write_atomic
+from bitscape.folders import scratch_folder
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
 from bitscape.quant.fold import fold_norms
@@ -86,8 +86,8 @@ def save_onnxruntime_int8(float_onnx: str | os.PathLike[str], path: str | os.Pat
     with _quiet_root():
         ort = runtime_module("onnxruntime.quantization")
         preparation = runtime_module("onnxruntime.quantization.shape_inference")
-    with tempfile.TemporaryDirectory() as folder, _quiet_root():
-        prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+    with scratch_folder() as folder, _quiet_root():
+        prepared, made = folder / "prepared.onnx", folder / "int8.onnx"
         try:
             preparation.quant_pre_process(os.fspath(float_onnx), prepared, skip_symbolic_shape=True)
             ort.quantize_static(

@@ -12,7 +12,6 @@ fall on either side. Bits with the same container and the same operators are the
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bitscape.export.layer_model import LayerForm, LayerModel, form_of, without_
 from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE, save_onnx
 from bitscape.export.runtime import OnnxRuntime, Runtime, Session, time_alternately
 from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.folders import scratch_folder
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
@@ -133,8 +133,8 @@ def _network_times(network: nn.Module, images: Tensor, batch: Tensor, runtime: R
     """Milliseconds of the whole network at 8/8 and in float."""
     uniform = calibrate(quantize(network, uniform_policy(layer_shapes(network), EIGHT)), images)
     given = batch.cpu().numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        eight, plain = Path(folder) / "8.onnx", Path(folder) / "float.onnx"
+    with scratch_folder() as folder:
+        eight, plain = folder / "8.onnx", folder / "float.onnx"
         save_onnx(uniform, eight, images, containers=(8,))
         save_float_onnx(network, plain, images)
         sessions = {str(EIGHT): runtime.open(eight), FLOAT: runtime.open(plain)}

@@ -19,7 +19,6 @@ OpenVINO computes no convolution in fewer than 8 bits: fewer bits make the file 
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
 from bitscape.export.packages import runtime_module
 from bitscape.export.runtime import refused
-from bitscape.files import write_atomic
+from bitscape.folders import scratch_folder, write_together
 
 if TYPE_CHECKING:
     import onnx
@@ -77,7 +76,7 @@ class OpenvinoInfo:
 def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
     """Write a quantized network as an OpenVINO IR with a free batch size.
 
-    A crash leaves each of the two files old or new; in the instant between them, one of either.
+    A crash leaves the two files old or new, or no .xml file: never one beside the weights of another.
 
     Args:
         network: calibrated or trained, of static bits.
@@ -96,8 +95,7 @@ def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images
     path = _checked(path)
     model, source = openvino_model(network, images)
     content = _contents(model)
-    for suffix, part in content.items():
-        write_atomic(path.with_suffix(suffix), part)
+    write_together({path.with_suffix(suffix): part for suffix, part in content.items()})
     chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
     names = {layer_of(key): bits for key, bits in chosen.items()}
     file_bytes = sum(map(len, content.values()))
@@ -166,9 +164,9 @@ def _checked(path: str | os.PathLike[str]) -> Path:
 def _contents(model: Any) -> dict[str, bytes]:
     """Suffix -> content of the file; weights first, for a new graph must not meet old ones."""
     openvino = runtime_module("openvino")
-    with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
-        binary, graph = (Path(folder, f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
+    with scratch_folder() as folder:
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+        binary, graph = ((folder / f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
     return {".bin": binary, ".xml": re.sub(rb">\s+<", b"><", graph)}  # indented, small networks have more graph than weights
 
 

@@ -7,9 +7,7 @@ compared as well (`agreement`).
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from bitscape.export.openvino_ir import PRODUCTS, only_user
 from bitscape.export.packages import runtime_module
 from bitscape.export.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.export.runtime import OpenVino
+from bitscape.folders import scratch_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -53,8 +52,8 @@ def check_openvino_parity(
     tapped = _taps(model, layers)
     model.add_outputs([port for port, _ in tapped.values()])  # of two equal ones, or one that is an output already, one is there
     position = {_key(result.get_node().input_value(0)): index for index, result in enumerate(model.outputs)}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "with_outputs.xml"
+    with scratch_folder() as folder:
+        file = folder / "with_outputs.xml"
         openvino.save_model(model, file, compress_to_fp16=False)
         session = runtime.open(file)
 

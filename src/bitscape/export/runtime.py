@@ -4,11 +4,9 @@ On CPUs, on purpose: integer kernels of ONNX Runtime and OpenVINO are what the e
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, needs_extra
 from bitscape.export.packages import runtime_module
+from bitscape.folders import scratch_folder
 
 Array = NDArray[Any]
 _FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
@@ -101,8 +100,8 @@ class OnnxSession:
         with needs_extra("onnx"):
             import onnx
         level, levels = self._options.graph_optimization_level, runtime_module("onnxruntime").GraphOptimizationLevel
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "fused.onnx"
+        with scratch_folder() as folder:
+            path = folder / "fused.onnx"
             self._options.graph_optimization_level, self._options.optimized_model_filepath = levels.ORT_ENABLE_EXTENDED, str(path)
             try:
                 self._opened()

@@ -8,19 +8,16 @@ from typing import Any
 
 from bitscape.cost.latency import LatencyTable
 from bitscape.dynamic.storage import (
-    DYNAMIC_FILE,
-    POLICY_FILE,
-    TIERS_FILE,
     DynamicDocument,
     TiersDocument,
     read_dynamic,
     read_tiers,
     tier_folder,
 )
-from bitscape.engine.loop import METRICS, RUN
 from bitscape.engine.quality_grid import QualityGrid
 from bitscape.errors import BitscapeError
 from bitscape.files import parse_json
+from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
 from bitscape.report.documents import BenchDocument, load_bench, load_grid
 from bitscape.search.scores import ScoreTable

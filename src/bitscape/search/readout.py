@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from bitscape.engine.checkpoint import changes
 from bitscape.engine.describe import describe
-from bitscape.engine.loop import CHECKPOINT
 from bitscape.engine.workers import is_first
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
+from bitscape.folders import CHECKPOINT, POLICY_FILE, SEARCH_FILE
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
@@ -34,7 +34,6 @@ _log = logging.getLogger("bitscape.search")
 Readout = Literal["probability", "drop-one", "keep-one"]
 LEAN = 1e-9
 """What a further width is worth where the mixture has nothing to say of it."""
-POLICY, ASKED = "policy.json", "search.json"
 READ_IMAGES = 256
 """Proxy images on which a width is dropped or kept."""
 
@@ -129,14 +128,14 @@ def keep_policy(policy: Policy, folder: Path | None) -> None:
     """Write policy.json into the folder, once for all workers."""
     if folder is not None and is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        policy.save(folder / POLICY)
+        policy.save(folder / POLICY_FILE)
 
 
 def claim(folder: Path | None, problem: SearchProblem, method: Any) -> None:
     """Note in the folder what its checkpoints are of. Raises BitscapeError, naming the difference, if they are of another search."""
     if folder is None:
         return
-    asked, note = json.loads(json.dumps(_asked(problem, method))), folder / ASKED
+    asked, note = json.loads(json.dumps(_asked(problem, method))), folder / SEARCH_FILE
     if note.is_file() and any(folder.glob(f"*/{CHECKPOINT}")):
         if changed := changes(json.loads(note.read_text()), asked):
             raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
