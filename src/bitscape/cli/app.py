@@ -14,14 +14,14 @@ from bitscape.cli.export import export
 from bitscape.cli.latency import latency
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
-from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
+from bitscape.cli.output import logging_to_stderr, printable_output, stdout_of_first_worker
 from bitscape.cli.policy import policy
 from bitscape.cli.report import report
 from bitscape.cli.search import search
 from bitscape.cli.solve import solve
 from bitscape.cli.tiers import tiers
 from bitscape.cli.train import train
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, one_line
 from bitscape.version import __version__
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -34,10 +34,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     keep_freed_memory()
     code: object = 0
     try:
-        with logging_to_stderr(), stdout_of_first_worker():
+        with printable_output(), logging_to_stderr(), stdout_of_first_worker():
             code = commands.main(args, prog_name="bitscape", standalone_mode=False)
     except (BitscapeError, OSError, click.ClickException) as error:
-        click.echo(f"error: {_message(error)}", err=True)
+        click.echo(f"error: {one_line(_message(error))}", err=True)
         code = EXIT_ERROR
     except click.Abort as interrupt:  # what click makes of Ctrl-C
         click.echo(f"interrupted: {str(interrupt) or 'no result was written; run the command again'}", err=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.errors import BitscapeError, nearest
+from bitscape.files import check_replaceable
 from bitscape.policy import MAX_BITS, LayerBits
 
 if TYPE_CHECKING:
@@ -155,12 +156,15 @@ def _setting(text: str, method: str, fields: Mapping[str, Any]) -> tuple[str, st
 
 
 def writable(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """Refuse, before any work is done, a path whose folder is not there."""
+    """Refuse, before any work is done, a path whose folder is not there, and what no file may replace."""
     if value is None:
         return None
+    if value == "-":
+        raise BitscapeError(f"{parameter.opts[0]} -: results go into files, and stdout takes the tables; give the path of a file")
     path = Path(value)
     if not path.parent.is_dir():
         raise BitscapeError(f"{parameter.opts[0]} {value!r}: no folder {str(path.parent)!r}; make it first")
     if path.is_dir():
         raise BitscapeError(f"{parameter.opts[0]} {value!r} is a folder; give a file")
+    check_replaceable(path)
     return path
