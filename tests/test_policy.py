@@ -107,11 +107,11 @@ def test_every_cut_of_a_file_is_refused(tmp_path):
         ('"layer1.0.conv1"', '"conv1"', "'conv1' stands twice"),
         ('"weight": 3', '"weight": 8, "weight": 3', "'weight' stands twice"),
         ("388000000", "NaN", "NaN is no allowed number"),
-        ("388000000", "1e999", "cost 'bitops' is inf"),
+        ("388000000", "1e999", "1e999 is no allowed number"),
         ("388000000", '"388M"', "cost 'bitops' is '388M'"),
         ("388000000", "true", "cost 'bitops' is True"),
         ('"images": 256', '"images": -Infinity', "-Infinity is no allowed number"),
-        ('"images": 256', '"images": 1e999', "provenance cannot be written"),
+        ('"images": 256', '"images": 1e999', "1e999 is no allowed number"),
     ],
 )
 def test_an_invalid_file_is_refused(tmp_path, old, new, message):

@@ -230,7 +230,7 @@ def test_a_table_from_the_hub_opens_no_file_outside_of_its_cache(tmp_path: Path,
         paths.append(tmp_path / "cache" / f"{number}.png")
     rows = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
     config = SimpleNamespace(HF_CACHE_HOME=str(tmp_path / "cache"))
-    module = SimpleNamespace(load_dataset=lambda name, split: Table(rows), Image=lambda decode: None, config=config)
+    module = SimpleNamespace(load_dataset=lambda name, split, trust_remote_code: Table(rows), Image=lambda decode: None, config=config)
     monkeypatch.setitem(sys.modules, "datasets", module)
     found = load_dataset("hf:some/pets")
     assert found.images[:, 0, 0, 0].tolist() == list(range(30))

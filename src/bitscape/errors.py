@@ -1,20 +1,72 @@
-"""The one error type for bad input, and the nearest-name hint that its messages carry."""
+"""The one error type for bad input, the nearest-name hint that its messages carry, and text from files made safe to show."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+import itertools
+import re
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+MESSAGE_START, MESSAGE_END = 1500, 500
+"""Characters of a long message that are kept: its start names the file, its end the next step."""
+COMPARED_NAMES, COMPARED_LENGTH = 10_000, 200
+"""Names that `nearest` compares, and their length: the time grows with the product of both lengths."""
+_RANGES = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff"
+"""Control characters, line separators, changes of the writing direction, and what is no character."""
+_UNSAFE, _UNSAFE_IN_LINES = re.compile(rf"[\n\t{_RANGES}]"), re.compile(f"[{_RANGES}]")
+Item = TypeVar("Item", bound=Hashable)
 
 
 class BitscapeError(ValueError):
-    """Bad input: the message names the argument, its value, what is allowed and the next step."""
+    """Bad input: the message names the argument, its value, what is allowed and the next step.
+
+    Messages repeat what stands in files: they are cut in the middle where they are long, and control characters are written as escapes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+def printable(text: str) -> str:
+    r"""Write as escapes what could act on a terminal, end a line or change the order of the text: "\x1b" for ESC."""
+    return _UNSAFE.sub(_escape, text)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, but line feeds and tabs stay."""
+    return _UNSAFE_IN_LINES.sub(_escape, text)
+
+
+def one_line(message: str) -> str:
+    """A message that is `printable` and has its middle cut out where it is long."""
+    if len(message) > MESSAGE_START + MESSAGE_END:
+        left_out = len(message) - MESSAGE_START - MESSAGE_END
+        message = f"{message[:MESSAGE_START]} [... {left_out:,} characters ...] {message[-MESSAGE_END:]}"
+    return printable(message)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return repr(found[0])[1:-1]
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """Return "; nearest: a, b" for the options that resemble `name`, or "" when none does."""
-    close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
+    """Return "; nearest: a, b" for the options that resemble `name`, or "" when none does, or when `name` is very long."""
+    if len(name) > COMPARED_LENGTH:
+        return ""
+    compared = [option for option in itertools.islice(options, COMPARED_NAMES) if len(option) <= COMPARED_LENGTH]
+    close = difflib.get_close_matches(name, compared, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def first_repeated(items: Iterable[Item]) -> Item | None:
+    """Return the first item that equals an earlier one, or None."""
+    seen: set[Item] = set()
+    for item in items:
+        if item in seen:
+            return item
+        seen.add(item)
+    return None
 
 
 def check_choices(settings: Any) -> None:

@@ -21,6 +21,7 @@ A policy file is JSON, keyed by layer name, with one layer a line:
 Only "format" and "layers" are needed in a file written by hand.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -28,11 +29,10 @@ import numbers
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.version import __version__
 
 FORMAT = 1
@@ -92,8 +92,8 @@ class Policy:
     def load(cls, path: str | os.PathLike[str]) -> "Policy":
         """Read a policy file. Raises PolicyError, naming the file, if it is damaged or holds what no policy can."""
         try:
-            return cls.from_document(_parse(Path(path).read_bytes()))
-        except PolicyError as error:
+            return cls.from_document(parse_json(read_limited(path)))
+        except ValueError as error:  # PolicyError is one
             raise PolicyError(f"{os.fspath(path)}: {error}") from error
 
     @classmethod
@@ -148,8 +148,9 @@ def _checked_layers(layers: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    with contextlib.suppress(OverflowError):  # of a whole number that no float holds
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise PolicyError(f"cost {name!r} is {value!r}; allowed are finite numbers")
 
 
@@ -165,13 +166,6 @@ def _text(policy: Policy) -> str:
     layers = {name: {"weight": bits.weight, "activation": bits.activation} for name, bits in policy.layers.items()}
     head = {"format": FORMAT, "tool": f"bitscape {__version__}", "fingerprint": policy.fingerprint}
     return json_text({**head, "cost": policy.cost, "provenance": policy.provenance, "layers": layers})
-
-
-def _parse(content: bytes) -> Any:
-    try:
-        return parse_json(content)
-    except ValueError as error:
-        raise PolicyError(str(error)) from error
 
 
 def _from_document(document: Any) -> Policy:

@@ -180,7 +180,7 @@ def test_one_pixel_fills_the_square_and_one_line_is_no_gigabyte():
 
 
 def test_any_failure_of_a_reader_is_a_broken_image(noise, monkeypatch):
-    def fail(content):
+    def fail(content, formats):
         raise ZeroDivisionError("width")
 
     monkeypatch.setattr("PIL.Image.open", fail)

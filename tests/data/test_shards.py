@@ -121,7 +121,7 @@ def test_broken_images_are_skipped(tmp_path, caplog):
         ([("a.png", b""), ("b.png", b""), ("b.cls", b"1")], "2 images, 1 labels in .cls or .json; each image needs one beside it"),
         ([("a.png", b""), ("b.cls", b"1")], "1 images, 1 labels"),
         ([("a.png", b""), ("a.right.png", b"")], r"a\.right\.png is the second image of its sample"),
-        ([("a.png", b""), ("a.cls", b"1099511627776")], "largest label is 1099511627776"),
+        ([("a.png", b""), ("a.cls", b"1099511627776")], r"a\.cls: the label is 1099511627776; it must be a whole number from 0 to 999999"),
     ],
 )
 def test_what_does_not_fit_together_is_an_error(tmp_path, files, message):

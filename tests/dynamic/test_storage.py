@@ -91,7 +91,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(BitscapeError, match=r"no model\.safetensors; the folder is not complete"):
         load_dynamic(float_net(), tmp_path)
     (tmp_path / "dynamic.json").write_text("{")
-    with pytest.raises(BitscapeError, match=r"dynamic\.json: Invalid JSON"):
+    with pytest.raises(BitscapeError, match=r"dynamic\.json: not readable as JSON"):
         load_dynamic(float_net(), tmp_path)
 
 

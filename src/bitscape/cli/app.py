@@ -16,7 +16,7 @@ from bitscape.cli.export import export
 from bitscape.cli.latency import latency
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
-from bitscape.cli.output import logging_to_stderr, stdout_of_first_worker
+from bitscape.cli.output import logging_to_stderr, printable_output, stdout_of_first_worker
 from bitscape.cli.policy import policy
 from bitscape.cli.report import report
 from bitscape.cli.search import search
@@ -24,7 +24,7 @@ from bitscape.cli.solve import solve
 from bitscape.cli.streams import outlived_streams
 from bitscape.cli.tiers import tiers
 from bitscape.cli.train import train
-from bitscape.errors import BitscapeError, first_line, is_out_of_memory
+from bitscape.errors import BitscapeError, first_line, is_out_of_memory, one_line
 from bitscape.version import __version__
 
 EXIT_ERROR = 2
@@ -39,7 +39,7 @@ def run(args: Sequence[str] | None) -> int:
     keep_freed_memory()
     with sigterm_as_interrupt() as terminated:
         try:
-            with outlived_streams(), logging_to_stderr(), stdout_of_first_worker():
+            with outlived_streams(), printable_output(), logging_to_stderr(), stdout_of_first_worker():
                 code: object = commands.main(args, prog_name="bitscape", standalone_mode=False)
         except click.Abort as interrupt:  # what click makes of Ctrl-C
             _complain(f"interrupted: {str(interrupt) or 'no result was written; run the command again'}")
@@ -47,7 +47,7 @@ def run(args: Sequence[str] | None) -> int:
         except Exception as error:
             if (message := _message(error)) is None:
                 raise
-            _complain(f"error: {message}")
+            _complain(f"error: {one_line(message)}")
             return EXIT_ERROR
     return code if isinstance(code, int) else 0
 

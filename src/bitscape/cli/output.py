@@ -4,10 +4,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, cast
 
 import click
 
+from bitscape.errors import one_line, printable, printable_lines
 from bitscape.report import words
 
 PIPED_WIDTH = 240  # wide enough that no name is cut in a file or a pipe
@@ -16,7 +18,31 @@ PIPED_WIDTH = 240  # wide enough that no name is cut in a file or a pipe
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(mark + record.getMessage(), err=True)
+        click.echo(mark + one_line(record.getMessage()), err=True)
+
+
+class _Printable:
+    """A text stream, on which nothing that stands in a file acts on the terminal: see `printable_lines`."""
+
+    buffer = None  # click would write to it
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable_lines(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within the block, stdout and stderr show escapes for control characters."""
+    stdout, stderr = cast(Any, _Printable(sys.stdout)), cast(Any, _Printable(sys.stderr))
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        yield
 
 
 def is_first_worker() -> bool:
@@ -55,11 +81,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for at, name in enumerate(columns):
-        table.add_column(name, justify="left" if at < left else "right", overflow="fold")
+        table.add_column(printable(name), justify="left" if at < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     width = None if sys.stdout.isatty() else PIPED_WIDTH
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    console = Console(width=width, markup=False, emoji=False, highlight=False, color_system=None)
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():

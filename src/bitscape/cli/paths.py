@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import click
 
 from bitscape.errors import BitscapeError
+from bitscape.files import check_replaceable
 from bitscape.folders import is_written
 
 Role = Literal["file", "run", "source", "model", "logs"]
@@ -57,8 +58,11 @@ class OutputFile(PathType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path."""
         path, option = Path(value), _option(param, value)
+        if value == "-":
+            raise BitscapeError(f"{option}: results go into files, and stdout takes the tables; give the path of a file")
         if path.is_dir():
             raise BitscapeError(f"{option} is a folder; give a file")
+        check_replaceable(path)
         if path.suffix != self.suffix:
             raise BitscapeError(f"{option}: the file is written as {self.suffix}; give e.g. {path.with_suffix(self.suffix).name}")
         if not path.parent.is_dir():

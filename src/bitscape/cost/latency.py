@@ -32,11 +32,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.version import __version__
 
@@ -110,7 +109,7 @@ class LatencyTable:
     def load(cls, path: str | os.PathLike[str]) -> "LatencyTable":
         """Read a table file. Raises BitscapeError, naming the file, if it is damaged or holds what no table can."""
         try:
-            return _from_document(parse_json(Path(path).read_bytes()))
+            return _from_document(parse_json(read_limited(path)))
         except ValueError as error:  # BitscapeError is one
             raise BitscapeError(f"{os.fspath(path)}: {error}") from error
 

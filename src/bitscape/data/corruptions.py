@@ -249,7 +249,7 @@ def _each_picture(images: UInt8[Tensor, "n 3 h w"], change: Callable[[Image.Imag
 def _through_jpeg(picture: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
-    return Image.open(file)
+    return Image.open(file, formats=("JPEG",))
 
 
 def _check_name(argument: str, name: str) -> None:

@@ -7,8 +7,10 @@ turned as their EXIF tag says, and 16-bit greys are cut to their high byte; both
 import io
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,11 @@ from bitscape.progress import track
 _log = logging.getLogger("bitscape.data")
 
 Pixels = npt.NDArray[np.uint8]
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, whatever a file is called: other readers of Pillow start programs (EPS: Ghostscript) or fetch what a file refers to."""
 MOST_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a gigabyte as RGB
+LARGE_PIXELS = 16_000_000  # above, images are decoded one by one: a few at a time take gigabytes
+_one_large = threading.Lock()
 CHUNK = 1024  # images in flight; bounds the memory held beside the result
 MAX_WORKERS = 8
 SHOWN_NAMES = 5  # a log line names this many images and counts the others
@@ -130,11 +136,12 @@ def _decoded(encoded: Sequence[EncodedImage], size: int | None) -> Iterator[tupl
 
 def _decode(content: bytes | Path, size: int | None) -> _Decoded:
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
             _check_pixels(image.width, image.height)
-            image.load()
-            rgb, note = _upright_rgb(image)
-            return _Decoded(np.asarray(rgb if size is None else _resized(rgb, size)).transpose(2, 0, 1), note)
+            with _one_large if image.width * image.height > LARGE_PIXELS else nullcontext():
+                image.load()
+                rgb, note = _upright_rgb(image)
+                return _Decoded(np.asarray(rgb if size is None else _resized(rgb, size)).transpose(2, 0, 1), note)
     except Exception as error:  # Pillow's readers raise anything for damaged files, depending on the format and on where the damage is
         # Pillow's text ends in the address of the buffer; the first part says enough
         return _Decoded(None, str(error).split(" <_io")[0] or type(error).__name__)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from bitscape.errors import BitscapeError, nearest, prefixed
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # beyond, the numbers are no classes: something else is in the label column
+MAX_ROWS = 10_000_000
+"""Of a parquet file: a few bytes of it can stand for billions of equal rows."""
+READ_ROWS = 16
+"""Images of a parquet file that are unpacked at once: row groups may be of any size."""
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -80,10 +84,17 @@ def read_parquet(path: Path) -> EncodedSource:
     with _readable(path, arrow.ArrowException):
         opened = parquet.ParquetFile(path)
         ends = list(itertools.accumulate(opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)))
-    schema, count = opened.schema_arrow, opened.metadata.num_rows
-    opened.close()
+        schema, count = opened.schema_arrow, opened.metadata.num_rows
+        opened.close()
+    if not 0 <= count <= MAX_ROWS:
+        raise BitscapeError(f"{path}: {count:,} rows; allowed are {MAX_ROWS:,} in one file: damaged, or to be split into several")
     image_column, label_column = _columns(schema.names, str(path))
-    groups = _RowGroups(lambda group: parquet.ParquetFile(path).read_row_group(group, columns=[image_column])[image_column], ends)
+
+    def images(group: int) -> Iterator[Any]:
+        batches = parquet.ParquetFile(path).iter_batches(READ_ROWS, row_groups=[group], columns=[image_column])
+        return (batch.column(0) for batch in batches)
+
+    groups = _RowGroups(images, ends)
     with _readable(path, arrow.ArrowException):
         numbers = read(label_column).to_pylist() if label_column else None
     labels = None if numbers is None else _integers(numbers, f"{path}: column {label_column!r}")
@@ -136,7 +147,7 @@ def _hub_table(datasets: Any, name: str, split: Split) -> tuple[Any, str]:
     """The table of a split, and the name of the split: the first of several that the data set has."""
     first, *others = (split,) if isinstance(split, str) else split
     try:
-        table = datasets.load_dataset(name, split=first)
+        table = datasets.load_dataset(name, split=first, trust_remote_code=False)
     except (ValueError, OSError) as error:
         if others and "Unknown split" in str(error):
             table, first = _hub_table(datasets, name, tuple(others))
@@ -148,23 +159,39 @@ def _hub_table(datasets: Any, name: str, split: Split) -> tuple[Any, str]:
 
 @dataclass
 class _RowGroups:
-    """The cells of a parquet file's image column; in memory is the group of rows that was read last."""
+    """The cells of a parquet file's image column, read forward within a group of rows; in memory are a few of them."""
 
-    read: Callable[[int], Any]
+    read: Callable[[int], Iterator[Any]]
+    """A group to arrays of its cells, one after the other."""
     ends: list[int]
     """Row after the last one of each group."""
-    held: tuple[int, Any] = (-1, None)
+    group: int = -1
+    """The group that is being read."""
+    left: Iterator[Any] = field(default_factory=lambda: iter(()))
+    """Its arrays after `array`."""
+    start: int = 0
+    """First row of `array`."""
+    array: Any = ()
+    """Cells that were read last."""
 
     def cells(self, rows: list[int]) -> list[Any]:
-        found = dict.fromkeys(rows)
-        for group, of in itertools.groupby(sorted(found), lambda row: bisect.bisect_right(self.ends, row)):
-            if self.held[0] != group:
-                self.held = (-1, None)  # freed before the next one is read
-                self.held = (group, self.read(group))
-            start = self.ends[group - 1] if group else 0
-            for row in of:
-                found[row] = self.held[1][row - start].as_py()
-        return [found[row] for row in rows]
+        """The cells of rows in any order. Raises IndexError if a group has fewer rows than the file says."""
+        by_row = {row: self._cell(row) for row in sorted(set(rows))}
+        return [by_row[row] for row in rows]
+
+    def _cell(self, row: int) -> Any:
+        group = bisect.bisect_right(self.ends, row)
+        if group != self.group or row < self.start:
+            self.group, self.start, self.array = group, self.ends[group - 1] if group else 0, ()
+            self.left = self.read(group)
+        while row >= self.start + len(self.array):
+            self.start += len(self.array)
+            self.array = ()  # freed before the next one is read
+            self.array = next(self.left, None)
+            if self.array is None:
+                self.group = -1
+                raise IndexError(f"group {group} ends before row {row}")
+        return self.array[row - self.start].as_py()
 
 
 def numbered(labels: Tensor | None) -> tuple[str, ...]:
@@ -204,8 +231,8 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
 
 def _integers(values: list[Any], what: str) -> Tensor:
     for row, value in enumerate(values):
-        if type(value) is not int:
-            raise BitscapeError(f"{what} holds {value!r} in row {row}; labels must be integers 0, 1, ...")
+        if type(value) is not int or not 0 <= value < MAX_CLASSES:
+            raise BitscapeError(f"{what} holds {value!r} in row {row}; labels must be integers from 0 to {MAX_CLASSES - 1}")
     return torch.tensor(values, dtype=torch.int64)
 
 
@@ -233,7 +260,7 @@ def _names_in_metadata(metadata: dict[bytes, bytes], label_column: str | None) -
     """Class names that the datasets library leaves in a parquet file; none when they are absent or unreadable."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ()
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 

@@ -1,8 +1,9 @@
 """Tar files of images, as WebDataset lays them out: `0001.jpg` beside `0001.cls` or `0001.json`, one after the other.
 
-Nothing is unpacked: the headers are read once, then each image where it lies. Compressed tar files have no such places.
+Nothing is unpacked: the headers are read once, then each image where it lies. Compressed and sparse files have no such places.
 """
 
+import io
 import itertools
 import json
 import re
@@ -14,11 +15,14 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from bitscape.data.decoding import EncodedImage
-from bitscape.data.encoded import IMAGE_SUFFIXES, LABEL_COLUMNS, EncodedSource, numbered
+from bitscape.data.encoded import IMAGE_SUFFIXES, LABEL_COLUMNS, MAX_CLASSES, EncodedSource, numbered
 from bitscape.errors import BitscapeError, prefixed
 
 SUFFIX = ".tar"
 LABEL_FIELDS = ("cls", *LABEL_COLUMNS)
+MOST_HEADER_BYTES = 2**20
+"""Of the header of one file in a tar, and of a label: long names and times take hundreds of bytes, but a header may claim terabytes."""
+MOST_IMAGE_BYTES = 2**28
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -74,12 +78,30 @@ def read_shards(paths: Sequence[Path], name: str) -> EncodedSource:
 
 def _samples(shard: int, path: Path) -> Iterator[_Sample]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = (member for member in tar if member.isfile())
-            for _, of in itertools.groupby(members, lambda member: _key(member.name)):
+        with _Bounded(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for _, of in itertools.groupby(_members(tar), lambda member: _key(member.name)):
                 yield _sample(shard, path, tar, of)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
+        if isinstance(error, BitscapeError):
+            raise
         raise BitscapeError(f"{path}: damaged, compressed, or no tar file ({error}); copy it again, or unpack its compression") from error
+
+
+class _Bounded(io.FileIO):
+    """A file of which no more than `MOST_HEADER_BYTES` are read at once, whatever a header in it claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes; allowed are {MOST_HEADER_BYTES:,}")
+        return super().read(size)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar, one after the other."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+        if member.isfile():
+            yield member
 
 
 def _key(member: str) -> tuple[str, str]:
@@ -94,8 +116,10 @@ def _sample(shard: int, path: Path, tar: tarfile.TarFile, members: Iterator[tarf
         if suffix in IMAGE_SUFFIXES and sample.image is not None:
             raise BitscapeError(f"{path}: {member.name} is the second image of its sample; name them apart before the first dot")
         if suffix in IMAGE_SUFFIXES:
+            _check_size(path, member, MOST_IMAGE_BYTES)
             sample.image = _Place(f"{path.name}/{member.name}", shard, member.offset_data, member.size)
         elif suffix in (".cls", ".json"):
+            _check_size(path, member, MOST_HEADER_BYTES)
             stream = tar.extractfile(member)
             assert stream is not None  # of a file there is one
             found = _label(stream.read(), suffix, f"{path}/{member.name}")
@@ -103,18 +127,25 @@ def _sample(shard: int, path: Path, tar: tarfile.TarFile, members: Iterator[tarf
     return sample
 
 
+def _check_size(path: Path, member: tarfile.TarInfo, most_bytes: int) -> None:
+    if member.issparse():
+        raise BitscapeError(f"{path}: {member.name} is stored as a sparse file; write the tar without --sparse")
+    if not 0 <= member.size <= most_bytes:
+        raise BitscapeError(f"{path}: {member.name} has {member.size:,} bytes; allowed are {most_bytes:,}: damaged, or no image or label")
+
+
 def _label(content: bytes, suffix: str, where: str) -> int | None:
     """The class number in a .cls file, or in a .json file, which may have none."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = content[:20]
     if suffix == ".json" and isinstance(value, dict):
         value = next((value[field] for field in LABEL_FIELDS if field in value), None)
         if value is None:
             return None
-    if type(value) is not int or value < 0:
-        raise BitscapeError(f"{where}: the label is {value!r}; it must be a whole number from 0")
+    if type(value) is not int or not 0 <= value < MAX_CLASSES:
+        raise BitscapeError(f"{where}: the label is {value!r}; it must be a whole number from 0 to {MAX_CLASSES - 1}")
     return value
 
 

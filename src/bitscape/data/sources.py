@@ -7,6 +7,7 @@ test split.
 """
 
 import math
+import zipfile
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,10 @@ from bitscape.errors import BitscapeError, nearest, prefixed
 DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
 HUB = "hf"
 CHANNELS = (1, 3)
+NPZ_BYTES = {"images": MEMORY_BYTES, "labels": 2**27, "class_names": 2**26}
+"""Arrays of an .npz file that are read, and the most that each may unpack to."""
+MOST_UNPACKED = 100
+"""Times its size in the file, for what unpacks to more than 256 MB: photos take up to 10, nothing but zeros takes 1,000."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +156,10 @@ def _digits(split: Split) -> Dataset:
 
 def _read_npz(path: Path) -> Dataset:
     arrays = _arrays(path)
-    if "images" not in arrays:
-        raise BitscapeError(f"{path}: no array 'images' among {', '.join(arrays)}{nearest('images', arrays)}")
     images = _channels_first(arrays["images"], path)
+    for name in arrays.keys() & {"labels", "class_names"}:
+        if arrays[name].ndim != 1:
+            raise BitscapeError(f"{path}: {name} have shape {arrays[name].shape}; allowed is one axis, (n,)")
     labels = _integer_labels(arrays["labels"], path) if "labels" in arrays else None
     with prefixed(path):
         names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else numbered(labels)
@@ -161,15 +167,24 @@ def _read_npz(path: Path) -> Dataset:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz file that a data set has; nothing else is read, and nothing of more than `NPZ_BYTES`."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"{other[0]!r} is no array")
-            return arrays
-    # Readers of zip, deflate, npy and its header raise a dozen types; a lone .npy array under this name is no context manager.
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            if "images" in entries:
+                return {name: _array(archive, entries[name], most) for name, most in NPZ_BYTES.items() if name in entries}
+    # Readers of zip, deflate, npy and its header raise a dozen types.
     except Exception as error:
         raise BitscapeError(f"{path}: damaged, or no .npz file of plain arrays ({error}); write it again") from error
+    raise BitscapeError(f"{path}: no array 'images' among {', '.join(entries)}{nearest('images', entries)}")
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_bytes: int) -> Any:
+    most_bytes = min(most_bytes, 2**28 + MOST_UNPACKED * entry.compress_size)
+    if entry.file_size > most_bytes:
+        raise ValueError(f"{entry.filename} unpacks to {entry.file_size:,} bytes; allowed are {most_bytes:,}")
+    with archive.open(entry) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _channels_first(images: Any, path: Path) -> Any:

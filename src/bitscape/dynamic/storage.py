@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, with_config
 from torch import nn
 
 from bitscape.cost.layers import NetworkCost, measure
@@ -27,10 +27,10 @@ from bitscape.quant.convert import quantize
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
 from bitscape.quant.storage import save_static
+from bitscape.schema import Document, read_document
 
 FORMAT: Final = 1
 _STRICT = ConfigDict(extra="forbid", strict=True)
-Document = TypeVar("Document")
 
 
 @with_config(_STRICT)
@@ -211,9 +211,4 @@ def _write(document: DynamicDocument | TiersDocument, path: Path) -> None:
 def _read(kind: type[Document], path: Path) -> Document:
     if not path.is_file():
         raise BitscapeError(f"{path.parent}: no {path.name}; give a folder that holds one")
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BitscapeError(f"{path}: {where}{': ' if where else ''}{first['msg']}; this version reads format {FORMAT}") from None
+    return read_document(kind, path, format=FORMAT)

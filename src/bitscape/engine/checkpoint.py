@@ -5,20 +5,23 @@ whether a bit of it has changed since.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bitscape.errors import BitscapeError, nearest
-from bitscape.files import UNSEALED, check_seal, sealed, write_atomic
+from bitscape.errors import BitscapeError, first_line, nearest
+from bitscape.files import UNSEALED, check_safetensors_header, check_seal, sealed, write_atomic
 
 FORMAT = 1
 _AGAIN = "or start over in another folder"
+TOLD = 5
+"""Differences that a message names; the others are counted."""
 
 
 class CheckpointError(BitscapeError):
@@ -39,12 +42,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises CheckpointError for a truncated or damaged file, another program's file and another format version.
     """
     try:
+        check_safetensors_header(path)
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata())
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a mapping
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read, it is truncated or damaged ({error}); restore it from a copy, {_AGAIN}"
         ) from error
@@ -55,8 +59,10 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if text is None:
         raise CheckpointError(f"{path} is a safetensors file but no training checkpoint; pass another folder")
     check_seal(path.read_bytes())
-    header = cast(dict[str, Any], json.loads(text))
-    del header["checksum"]
+    header = json.loads(text)  # not parse_json: a loss may be infinite
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("checksum", None)
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {header.get('format')}, this version reads {FORMAT}; "
@@ -67,23 +73,36 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 def check_same_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
     """Raise CheckpointError, naming the difference, unless both have the same names and shapes."""
-    problems = [
-        *(f"{name} is missing from the checkpoint{nearest(name, saved)}" for name in own if name not in saved),
-        *(f"{name} is not in the {what}{nearest(name, own)}" for name in saved if name not in own),
-        *(
-            f"{name} has shape {tuple(saved[name].shape)}, the {what} {tuple(own[name].shape)}"
-            for name in own
-            if name in saved and saved[name].shape != own[name].shape
-        ),
+    missing, unknown = [name for name in own if name not in saved], [name for name in saved if name not in own]
+    reshaped = [name for name in own if name in saved and saved[name].shape != own[name].shape]
+    problems = [  # of each kind as many as are told: to look for the nearest name takes long
+        *(f"{name} is missing from the checkpoint{nearest(name, saved)}" for name in missing[:TOLD]),
+        *(f"{name} is not in the {what}{nearest(name, own)}" for name in unknown[:TOLD]),
+        *(f"{name} has shape {tuple(saved[name].shape)}, the {what} {tuple(own[name].shape)}" for name in reshaped[:TOLD]),
     ]
     if problems:
-        raise CheckpointError(f"checkpoint {path} belongs to another {what}: {_first(problems)}; pass the one it was made with, {_AGAIN}")
+        told = _first(problems, len(missing) + len(unknown) + len(reshaped))
+        raise CheckpointError(f"checkpoint {path} belongs to another {what}: {told}; pass the one it was made with, {_AGAIN}")
 
 
 def check_same_settings(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming each field that differs, unless both are equal."""
     if changed := changes(saved, own):
         raise CheckpointError(f"checkpoint {path} was made with other settings: {changed}; pass those settings, {_AGAIN}")
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Within the block, what a checkpoint lacks, and what torch does not take of it, is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"checkpoint {path} does not hold what a run needs ({type(error).__name__}: {first_line(error)}); "
+            f"restore it from a copy, {_AGAIN}"
+        ) from error
 
 
 def changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
@@ -104,6 +123,7 @@ def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
     return [leaf for key, inner in value.items() for leaf in _leaves(f"{prefix}.{key}" if prefix else str(key), inner)]
 
 
-def _first(problems: list[str]) -> str:
-    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    return "; ".join(problems[:5]) + more
+def _first(problems: list[str], count: int | None = None) -> str:
+    """The first of `count` problems, of which at least those are in the list; None: it has all."""
+    more = (len(problems) if count is None else count) - TOLD
+    return "; ".join(problems[:TOLD]) + (f" (and {more} more)" if more > 0 else "")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, save_checkpoint
+from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, restoring, save_checkpoint
 from bitscape.engine.ema import Ema
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
 from bitscape.errors import BitscapeError
@@ -85,8 +85,13 @@ class RunState:
     def restore(self, path: Path) -> None:
         """Become the state in the checkpoint; CheckpointError, and nothing changed, if it is of another run."""
         tensors, header = load_checkpoint(path)
-        check_same_settings(path, header["settings"], self.settings)
-        check_same_tensors(path, _part("model", tensors), tensors_of(self.model), "model")
+        with restoring(path):
+            check_same_settings(path, header["settings"], self.settings)
+            check_same_tensors(path, _part("model", tensors), tensors_of(self.model), "model")
+            _check_counts(header)
+            self._take(tensors, header)
+
+    def _take(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         self.model.load_state_dict(versioned(_part("model", tensors), self.model))
         self._restore_optimizer(_part("optimizer", tensors))
         if self.ema:
@@ -121,6 +126,14 @@ class RunState:
             return value.to(parameter.device if value.ndim or self.optimizer.defaults.get("fused") else "cpu")
         # The parameter's memory format: fused kernels walk both in memory order.
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def _check_counts(header: Mapping[str, Any]) -> None:
+    counts, records = [header[name] for name in ("epoch", "batch", "images")], header["records"]
+    if not all(type(count) is int and count >= 0 for count in counts) or type(header["train_s"]) not in (int, float):
+        raise ValueError("its counts are no whole numbers from 0")
+    if not isinstance(records, list) or len(records) != header["epoch"] or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it does not have one record for each epoch")
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

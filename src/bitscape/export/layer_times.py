@@ -26,7 +26,7 @@ from bitscape.export.baselines import save_float_onnx
 from bitscape.export.layer_model import LayerForm, LayerModel, form_of, without_layers
 from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE, save_onnx
 from bitscape.export.runtime import OnnxRuntime, Runtime, Session, time_alternately
-from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.folders import scratch_folder
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import evaluating, in_eval_mode
@@ -177,7 +177,7 @@ class _Kept:
 
     def _found(self) -> dict[str, float]:
         try:
-            document = parse_json(self.path.read_bytes())
+            document = parse_json(read_limited(self.path))
             source, times = document["source"], document["times"]
             if not all(isinstance(time, float) and time > 0 for time in times.values()) or not isinstance(source, dict):
                 raise ValueError("its times are no positive numbers")

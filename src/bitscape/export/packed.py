@@ -25,7 +25,7 @@ from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.export.bits import pack_bits, unpack_bits, words_of
 from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
-from bitscape.files import check_seal, sealed, write_atomic
+from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.find import versioned
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import in_eval_mode
@@ -132,9 +132,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         if not Path(path).is_file():
             raise BitscapeError("no such file; give the path of a file of save_packed")
         try:
+            check_safetensors_header(path)
             with safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get(_METADATA)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise BitscapeError(f"not a complete safetensors file ({error}); copy it again or write it anew") from error
         if text is None:
             raise BitscapeError("no packed file (another safetensors file); load float weights with load_weights, or --weights")

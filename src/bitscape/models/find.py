@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import write_atomic
+from bitscape.files import check_safetensors_header, write_atomic
 
 _FORMS = '"package.module:function", "path/to/file.py:function", "timm:name", "torchvision:name" or "hf:name"'
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -86,11 +86,11 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     try:
         result = model.load_state_dict(versioned(weights, model), strict=False)
     except RuntimeError as error:
-        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {error}") from error
+        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {' '.join(str(error).split())}") from error
     loaded = {id(state[key]) for key in state.keys() - set(result.missing_keys)}
     missing = [key for key in result.missing_keys if id(state[key]) not in loaded]
-    _complain(path, "missing in the file", _uncounted(missing, result.unexpected_keys))
-    _complain(path, "not in the network", _uncounted(result.unexpected_keys, state))
+    _complain(path, "missing in the file", _uncounted(missing), result.unexpected_keys)
+    _complain(path, "not in the network", _uncounted(result.unexpected_keys), state)
 
 
 def versioned(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def _huggingface(model: str, kwargs: dict[str, Any]) -> Any:
     transformers = _optional("transformers", "huggingface")
     try:
         network = transformers.AutoModelForImageClassification.from_pretrained(
-            model, use_safetensors=True, local_files_only=Path(model).is_dir(), **kwargs
+            model, use_safetensors=True, trust_remote_code=False, local_files_only=Path(model).is_dir(), **kwargs
         )
     except (OSError, ValueError) as error:
         raise BitscapeError(
@@ -210,8 +210,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BitscapeError(f"path: no file {str(path)!r}; give a .safetensors file")
     try:
+        check_safetensors_header(path)
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise BitscapeError(
             f"path: {str(path)!r} is not a complete safetensors file ({error}); copy it again, or convert it with "
             "safetensors.torch.save_file(model.state_dict(), path)"
@@ -227,12 +228,14 @@ def _other_kind(name: str, found: Tensor, own: Tensor) -> list[str]:
     return [f"{name} is {kinds[0]}, in the network {kinds[1]}"]
 
 
-def _uncounted(names: list[str], options: Any) -> list[str]:
-    """Describe the names that are no counters, each with the nearest options."""
-    return [name + nearest(name, options) for name in names if not name.endswith("num_batches_tracked")]
+def _uncounted(names: list[str]) -> list[str]:
+    """The names that are no counters."""
+    return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
-def _complain(path: Path | str, what: str, items: list[str]) -> None:
+def _complain(path: Path | str, what: str, items: list[str], options: Iterable[str] = ()) -> None:
+    """Raise BitscapeError if there are items; the first are named, each with the nearest of the options."""
     if items:
+        named = ", ".join(item + nearest(item, options) for item in items[:5])
         more = f", and {len(items) - 5} more" if len(items) > 5 else ""
-        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {what}: {', '.join(items[:5])}{more}")
+        raise BitscapeError(f"path: {str(path)!r} does not fit the network; {what}: {named}{more}")

@@ -3,19 +3,18 @@
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, with_config
 
 from bitscape.data.corruptions import CLEAN
 from bitscape.engine.quality_grid import Cell, QualityGrid
 from bitscape.errors import BitscapeError
-from bitscape.files import json_text, parse_json, write_atomic
+from bitscape.files import json_text, write_atomic
+from bitscape.schema import read_document
 from bitscape.version import __version__
 
 FORMAT: Final = 1
-Document = TypeVar("Document")
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -89,7 +88,7 @@ def save_grid(grid: QualityGrid, path: str | os.PathLike[str]) -> None:
 
 def load_grid(path: str | os.PathLike[str]) -> QualityGrid:
     """Read a grid. Raises BitscapeError, naming the file, for a damaged one and for cells that make no grid."""
-    cells = _read(GridDocument, path).cells
+    cells = read_document(GridDocument, path, format=FORMAT).cells
     pairs = Counter((cell.corruption, cell.severity) for cell in cells)
     clean = [cell for cell in cells if cell.corruption == CLEAN]
     if len(clean) != 1 or len(cells) < 2 or max(pairs.values()) > 1:
@@ -99,22 +98,7 @@ def load_grid(path: str | os.PathLike[str]) -> QualityGrid:
 
 def load_bench(path: str | os.PathLike[str]) -> BenchDocument:
     """Read the figures of a bench. Raises BitscapeError, naming the file, for a damaged one."""
-    document = _read(BenchDocument, path)
+    document = read_document(BenchDocument, path, format=FORMAT)
     if not document.rows:
         raise BitscapeError(f"{os.fspath(path)}: it has no rows; run bitscape bench again")
     return document
-
-
-def _read(kind: type[Document], path: str | os.PathLike[str]) -> Document:
-    content = Path(path).read_bytes()
-    try:
-        parse_json(content)  # refuses NaN and entries that stand twice, which pydantic takes
-        return TypeAdapter(kind).validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BitscapeError(
-            f"{os.fspath(path)}: {where}{': ' if where else ''}{first['msg']}; this version reads format {FORMAT}"
-        ) from None
-    except ValueError as error:
-        raise BitscapeError(f"{os.fspath(path)}: {error}") from error

@@ -16,7 +16,7 @@ from bitscape.dynamic.storage import (
 )
 from bitscape.engine.quality_grid import QualityGrid
 from bitscape.errors import BitscapeError
-from bitscape.files import parse_json
+from bitscape.files import MOST_JSON_BYTES, parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
 from bitscape.report.documents import BenchDocument, load_bench, load_grid
@@ -27,6 +27,8 @@ READS = (
     "the .json of `bitscape evaluate --corruptions`, `bench --json` and `latency build`"
 )
 
+MOST_METRICS_BYTES = 2**22
+"""Of metrics.jsonl: ten thousand epochs."""
 _READERS: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
     ("network_ms", "latencies", LatencyTable.load),  # before policies: it has layers too
     ("layers", "policies", Policy.load),
@@ -133,7 +135,7 @@ def _names(paths: list[Path]) -> tuple[str, ...]:
 
 def _file(path: Path, name: str) -> tuple[str, str, Any]:
     try:
-        document = parse_json(path.read_bytes())
+        document = parse_json(read_limited(path))
     except ValueError as error:
         raise BitscapeError(f"{path}: {error}") from error
     for mark, kind, read in _READERS:
@@ -154,12 +156,12 @@ def _folder(path: Path, name: str) -> list[tuple[str, str, Any]]:
 
 
 def _run(folder: Path) -> TrainedRun:
-    about = _parsed(folder / RUN, (folder / RUN).read_bytes())
+    about = _parsed(folder / RUN, _content(folder / RUN))
     settings, versions = about.get("settings"), about.get("versions", {})
     if about.get("format") != 1 or not isinstance(settings, dict) or not isinstance(versions, dict):
         raise BitscapeError(f"{folder / RUN}: it has no settings, or another format; this version reads format 1")
     metrics, policy = folder / METRICS, folder / POLICY_FILE
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    lines = _content(metrics, MOST_METRICS_BYTES).splitlines() if metrics.is_file() else []
     command, commit = (value if isinstance(value := about.get(name), str) else None for name in ("command", "commit"))
     return TrainedRun(
         settings=settings,
@@ -181,6 +183,13 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, float]:
             f"{path}, line {number}: a record holds numbers, its epoch among them; write it again: bitscape train --resume ..."
         )
     return record
+
+
+def _content(path: Path, most_bytes: int = MOST_JSON_BYTES) -> bytes:
+    try:
+        return read_limited(path, most_bytes)
+    except ValueError as error:
+        raise BitscapeError(f"{path}: {error}") from error
 
 
 def _parsed(where: Path | str, content: bytes) -> dict[str, Any]:

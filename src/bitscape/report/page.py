@@ -7,6 +7,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from bitscape.cost.layers import NetworkCost
+from bitscape.errors import printable_lines
 from bitscape.report.blocks import Missing, Section
 from bitscape.report.heat_map import BLUES, shade, web_color
 from bitscape.report.inputs import Inputs
@@ -22,8 +23,6 @@ SECTIONS: tuple[Callable[[Material], Section | Missing], ...] = (
     *(sensitivity, curves, corruptions, deployed, reproduce),
 )
 """In the order of the page."""
-_NO_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What neither XML nor UTF-8 holds, and JSON does."""
 
 
 def report_page(inputs: Inputs, *, network: NetworkCost | None = None, model: str | None = None, command: str | None = None) -> str:
@@ -49,7 +48,7 @@ def report_page(inputs: Inputs, *, network: NetworkCost | None = None, model: st
         missing=[each for each in made if isinstance(each, Missing)],
         shades=[web_color(shade(BLUES, at / (SHADES - 1))) for at in range(SHADES)],
     )
-    return _NO_TEXT.sub("�", page)
+    return printable_lines(page)
 
 
 def _ticked(words: str) -> Markup:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitscape.errors import printable
 from bitscape.policy import Policy
 from bitscape.report.blocks import Block, Commands, Section, Table, Text
 from bitscape.report.inputs import TrainedRun
@@ -19,13 +20,9 @@ MIXED = " of mixed quality"
 
 HOW = (
     "Commands, put together from what the files record. Not recorded, so to be added where they were used: candidates, pins, folders of "
-    "weights, settings of training steps; <...> is to be filled in."
+    "weights, settings of training steps; '<...>' is to be filled in."
 )
 AS_GIVEN = "Commands of trainings as run.json records them: what was given last, so that a run that was continued has --resume in it."
-
-
-class Blank(str):
-    """A word of a command that is to be filled in, and so not quoted."""
 
 
 def reproduce(material: Material) -> Section:
@@ -34,8 +31,8 @@ def reproduce(material: Material) -> Section:
     searches = [line for each in material.policies if (line := search_command(each.policy, files[each.name]))]
     file_of = {name: files[each.name] for each in material.policies for name in each.names if not each.is_widest}
     runs = material.inputs.runs
-    given = [run.command for run in runs.values() if run.command is not None]
-    trainings = [train_command(name, run, file_of.get(name, Blank("<policy>"))) for name, run in runs.items() if run.command is None]
+    given = [_as_given(run.command) for run in runs.values() if run.command is not None]
+    trainings = [train_command(name, run, file_of.get(name, "<policy>")) for name, run in runs.items() if run.command is None]
     blocks: list[Block] = []
     if searches or trainings:
         blocks.append(Text(HOW))
@@ -46,6 +43,14 @@ def reproduce(material: Material) -> Section:
     blocks.append(Table(caption="Software, hardware, seeds", columns=columns, rows=_origins(material), left=5))
     blocks.append(Text(f"Read: {listed(material.inputs.names)}. Report by bitscape {__version__}."))
     return Section(anchor="reproduce", title="How to reproduce", blocks=blocks)
+
+
+def _as_given(command: str) -> str:
+    """A recorded command with every word quoted again: whatever else a shell would do with the line, it does not."""
+    try:
+        return _line(shlex.split(command))
+    except ValueError:  # a quotation that does not end
+        return _line([command])
 
 
 def search_command(policy: Policy, name: str) -> str | None:
@@ -69,7 +74,7 @@ def search_command(policy: Policy, name: str) -> str | None:
 def train_command(name: str, run: TrainedRun, policy_file: str) -> str:
     """The training that left a folder, as far as the settings in run.json tell."""
     source: Mapping[str, Any] = run.policy.provenance if run.policy else {}
-    words = ["bitscape", "train", "--model", source.get("model", Blank("<model>")), *_option("--weights", source.get("weights"))]
+    words = ["bitscape", "train", "--model", source.get("model", "<model>"), *_option("--weights", source.get("weights"))]
     words += [*_data_words(run.settings), *_option("--normalize", source.get("normalize"))]
     words += [] if run.is_float else ["--policy", policy_file]
     if run.dynamic:
@@ -82,7 +87,7 @@ def _data_words(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for option, part in (("--data", "batches"), ("--validation", "validation")):
         name = _mapping(_mapping(settings, part), "dataset").get("name")
-        words += [option, Blank(f"<{str(name).removesuffix(MIXED)}>")] if name is not None else []
+        words += [option, f"<{str(name).removesuffix(MIXED)}>"] if name is not None else []
         words += ["--mixed-quality"] if option == "--data" and str(name).endswith(MIXED) else []
     return words
 
@@ -151,4 +156,5 @@ def _unless(name: str, value: object, usual: object) -> list[str]:
 
 
 def _line(words: Sequence[object]) -> str:
-    return " ".join(word if isinstance(word, Blank) else shlex.quote(str(word)) for word in words)
+    """A line for a shell, each word quoted: names and settings come from files, and anything may stand in those."""
+    return shlex.join(printable(str(word)) for word in words)

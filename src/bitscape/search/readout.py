@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from bitscape.engine.checkpoint import changes
 from bitscape.engine.describe import describe
 from bitscape.engine.workers import is_first
 from bitscape.errors import BitscapeError
-from bitscape.files import write_atomic
+from bitscape.files import parse_json, read_limited, write_atomic
 from bitscape.folders import CHECKPOINT, POLICY_FILE, SEARCH_FILE
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
@@ -137,11 +137,21 @@ def claim(folder: Path | None, problem: SearchProblem, method: Any) -> None:
         return
     asked, note = json.loads(json.dumps(_asked(problem, method))), folder / SEARCH_FILE
     if note.is_file() and any(folder.glob(f"*/{CHECKPOINT}")):
-        if changed := changes(json.loads(note.read_text()), asked):
+        if changed := changes(_noted(note), asked):
             raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
     elif is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(note, json.dumps(asked, indent=2) + "\n")
+
+
+def _noted(note: Path) -> Mapping[str, Any]:
+    try:
+        document = parse_json(read_limited(note))
+        if not isinstance(document, Mapping):
+            raise ValueError("it holds no JSON object")
+        return document
+    except ValueError as error:
+        raise BitscapeError(f"{note}: {error}; give another folder, or delete this one") from error
 
 
 def _asked(problem: SearchProblem, method: Any) -> dict[str, Any]:

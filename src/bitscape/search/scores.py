@@ -21,14 +21,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitscape.errors import BitscapeError, nearest
-from bitscape.files import parse_json, write_atomic
+from bitscape.errors import BitscapeError, first_repeated, nearest
+from bitscape.files import parse_json, read_limited, write_atomic
 from bitscape.policy import MAX_BITS, LayerBits
 
 FORMAT = 1
@@ -66,8 +65,7 @@ class ScoreTable:
         object.__setattr__(self, "candidates", tuple(self.candidates))
         object.__setattr__(self, "values", values)
         check_candidates(self.candidates)
-        if len(set(self.layers)) < len(self.layers):
-            twice = next(name for name in self.layers if self.layers.count(name) > 1)
+        if (twice := first_repeated(self.layers)) is not None:
             raise BitscapeError(f"layers: {twice!r} stands twice; give each layer one row")
         expected = (len(self.layers), len(self.candidates))
         if values.shape != expected:
@@ -93,7 +91,7 @@ class ScoreTable:
     def load(cls, path: str | os.PathLike[str]) -> "ScoreTable":
         """Read a score file. Raises BitscapeError, naming the file, if it is damaged or holds what no table can."""
         try:
-            return _from_document(parse_json(Path(path).read_bytes()))
+            return _from_document(parse_json(read_limited(path)))
         except ValueError as error:  # BitscapeError is one
             raise BitscapeError(f"{os.fspath(path)}: {error}") from error
 
@@ -105,8 +103,8 @@ def check_candidates(candidates: Sequence[LayerBits]) -> None:
     for pair in candidates:
         if not isinstance(pair, LayerBits):
             raise BitscapeError(f"candidates: {pair!r} is no LayerBits; write e.g. LayerBits(4, 4)")
-        if list(candidates).count(pair) > 1:
-            raise BitscapeError(f"candidates: {pair} stands twice; give each pair once")
+    if (twice := first_repeated(candidates)) is not None:
+        raise BitscapeError(f"candidates: {twice} stands twice; give each pair once")
 
 
 def _text(table: ScoreTable) -> str:
