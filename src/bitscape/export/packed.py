@@ -28,6 +28,7 @@ from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import check_seal, sealed, write_atomic
 from bitscape.models.attention import split_attention
+from bitscape.models.dtypes import check_float32
 from bitscape.models.find import versioned
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import LayerBits, Policy, fingerprint
@@ -110,6 +111,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     """
     if quantized_layers(float_model):
         raise BitscapeError("float_model: it is quantized already; give the float network that the file was made from")
+    check_float32(float_model, "float_model")
     header = read_header(path)
     with prefixed(os.fspath(path)):
         tensors = safetensors.torch.load_file(path)
