@@ -84,7 +84,8 @@ def test_length_is_the_number_of_batches(count, size, drop_last):
         return
     batches = Batches(dataset=dataset(count), normalization=ONE, batch_size=size, drop_last=drop_last)
     sizes = [len(images) for images, _ in batches.epoch(0)]
-    assert len(batches) == len(sizes) == (count // size if drop_last else -(-count // size))
+    joined = not drop_last and 1 < size < count and count % size == 1
+    assert len(batches) == len(sizes) == (count // size if drop_last or joined else -(-count // size))
     assert set(sizes[:-1]) <= {size}
     assert sum(sizes) == (count - count % size if drop_last else count)
 
@@ -226,3 +227,13 @@ def test_real_images_have_the_published_statistics(shared_data):
     images = torch.cat([images for images, _ in Batches(dataset=data, normalization=CIFAR10).epoch(0)])
     assert images.mean((0, 2, 3)).abs().max() < 0.05
     assert (images.std((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def test_a_single_last_image_joins_the_batch_before_unless_it_is_dropped():
+    fields = {"dataset": dataset(9), "normalization": ONE, "batch_size": 4, "shuffle": True, "augment": "crop-flip"}
+    batches = Batches(**fields)
+    sizes = [len(labels) for _, labels in batches.epoch(0)]
+    assert (len(batches), sizes) == (2, [4, 5])
+    assert sorted(label for _, labels in batches.epoch(0) for label in labels.tolist()) == list(range(1, 10))
+    assert [len(labels) for _, labels in Batches(**fields, drop_last=True).epoch(0)] == [4, 4]
+    assert [len(labels) for _, labels in Batches(**fields, fewest=1).epoch(0)] == [4, 4, 1]

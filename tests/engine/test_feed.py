@@ -3,7 +3,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bitscape.engine.feed import feed, prefetch
+from bitscape.data.batches import DIGITS, Batches
+from bitscape.data.sources import load_dataset
+from bitscape.engine.feed import feed, for_all_workers, images_of_all, prefetch
 from tests.engine.tiny import tiny_batches
 
 
@@ -42,3 +44,20 @@ def test_feed_starts_in_the_middle_and_lays_images_out_channels_last() -> None:
     for (images, labels), (expected, expected_labels) in zip(rest, whole[3:], strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
         assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("images", "workers", "sizes"), [(11, 1, [4, 4, 3]), (11, 2, [4, 7]), (12, 2, [4, 4, 4]), (9, 1, [4, 5])])
+def test_the_last_batch_has_two_images_for_every_worker(
+    monkeypatch: pytest.MonkeyPatch, images: int, workers: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("bitscape.engine.feed.world_size", lambda: workers)
+    batches = for_all_workers(Batches(dataset=load_dataset("digits", limit=images), normalization=DIGITS, batch_size=4))
+    assert [len(batch) for batch, _ in batches.epoch(0)] == sizes
+    assert [images_of_all(batches, number, own=size) for number, size in enumerate(sizes)] == sizes
+
+
+def test_batches_of_another_kind_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitscape.engine.feed.world_size", lambda: 2)
+    batches = tiny_batches(images=19)
+    assert for_all_workers(batches) is batches  # type: ignore[arg-type, comparison-overlap]  # has what the loop uses of Batches
+    assert [images_of_all(batches, number, own=1) for number in (0, 1)] == [16, 3]  # type: ignore[arg-type]  # as above

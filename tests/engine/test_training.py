@@ -619,3 +619,40 @@ def test_the_real_digits_resume_with_shuffled_augmented_batches(tmp_path: Path) 
     assert len(calls) == 3 * 7 + 1
     assert last["top1"] > 50.0  # ten classes
     assert evaluate(whole, batches()).images == 400
+
+
+def norm_of_a_pixel() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize(
+    ("images", "accumulate", "parts"),
+    [(9, 1, [[4], [5]]), (9, 2, [[2, 2], [3, 2]]), (9, 4, [[2, 2], [3, 2]]), (7, 3, [[2, 2], [3]]), (6, 2, [[2, 2], [2]])],
+)
+def test_no_norm_gets_a_single_image(images: int, accumulate: int, parts: list[list[int]]) -> None:
+    seen: list[list[int]] = []
+
+    def step(model: nn.Module, batch: Batch) -> StepRecord:
+        seen.append([len(part.images) for part in batch.parts])
+        return batch.backward(model)
+
+    data = Batches(dataset=load_dataset("digits", limit=images), normalization=DIGITS, batch_size=4)
+    train(norm_of_a_pixel(), data, step=step, optimizer=Sgd(lr=0.01), epochs=1, accumulate=accumulate)
+    assert seen == parts
+
+
+@pytest.mark.parametrize("step", [Plain(), Saq(rho=0.1)], ids=repr)
+def test_the_only_image_of_a_norm_of_a_pixel_is_an_error_with_the_reason(step: Any) -> None:
+    data = Batches(dataset=load_dataset("digits", limit=1), normalization=DIGITS, batch_size=4)
+    with pytest.raises(BitscapeError, match="a norm has no variance in it: give at least 2 images"):
+        train(norm_of_a_pixel(), data, step=step, optimizer=Sgd(lr=0.01), epochs=1)
+    train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data, step=Plain(), optimizer=Sgd(lr=0.01), epochs=1)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_network_that_is_not_float32_is_refused_before_anything_is_written(kind: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(BitscapeError, match=rf"{kind}; the network must be float32: call model\.float\(\) first"):
+        train(tiny_net().to(kind), tiny_batches(), **USUAL, folder=tmp_path / "run")
+    with pytest.raises(BitscapeError, match=r"call model\.float\(\) first"):
+        evaluate(tiny_net().to(kind), tiny_batches())
+    assert not (tmp_path / "run").exists()

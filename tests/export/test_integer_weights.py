@@ -88,3 +88,16 @@ class TestBiases:
         assert {bias_name(key) for key in integer.biases} == {"0.bias", "2.bias"}
         with torch.no_grad():
             torch.testing.assert_close(integer.module(images()), network(images()), rtol=0.01, atol=0.01)
+
+    def test_a_dead_channel_behind_a_dead_input_keeps_its_bias(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 2))
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].bias.fill_(-1.0)  # nothing passes the ReLU
+            model[2].weight[0] = 0.0
+            model[2].bias.copy_(torch.tensor([0.0, 0.5, -0.5, 3.0]))
+        integer = integer_network(quantized(model, bits=[(8, 8)]), images())
+        spacing = integer.weights["2.weight"].scale * input_scale(integer.module.graph, "2.weight")
+        assert (spacing.abs() > torch.finfo(torch.float32).tiny).all()
+        torch.testing.assert_close(integer.biases["2.weight"] * spacing, model[2].bias.detach(), rtol=1e-6, atol=0)

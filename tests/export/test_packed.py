@@ -13,7 +13,7 @@ from bitscape.errors import BitscapeError
 from bitscape.export.packed import load_packed, save_packed
 from bitscape.files import UNSEALED, sealed
 from bitscape.models.layers import layer_shapes
-from bitscape.policy import LayerBits, Policy, PolicyError
+from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
 from bitscape.quant.convert import bypassed, calibrate, quantize
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import quantized_layers, static_bits
@@ -476,3 +476,25 @@ def test_a_quantized_network_to_load_into_is_an_error(saved):
 def test_saving_over_a_file_leaves_no_other_files(saved):
     save_packed(saved[0], saved[1])
     assert [entry.name for entry in saved[1].parent.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_scales_of_tiny_weights_survive(quantizer, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e-28)
+        model[0].bias.zero_()
+        model[0].weight[1] = 0.0
+    network = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)), quantizer), images()).eval()
+    save_packed(network, tmp_path / "net.safetensors")
+    loaded = load_packed(tmp_path / "net.safetensors", model)
+    assert torch.equal(loaded[0].weight, network[0].weight_quantizer(network[0].weight))
+    assert torch.equal(loaded(images()), network(images()))
+    if getattr(quantizer, "restore_scale", True):
+        expected = model[0].weight - (model[0].weight.mean() if isinstance(quantizer, Liq) else 0.0)
+        torch.testing.assert_close(loaded[0].weight[0] * 1e28, expected[0] * 1e28, rtol=0.02, atol=0.02)
+
+
+def test_a_float_model_of_another_type_is_refused(saved):
+    with pytest.raises(BitscapeError, match=r"float_model: parameter 0\.weight is torch\.bfloat16; .* call float_model\.float\(\)"):
+        load_packed(saved[1], small_net().bfloat16())

@@ -9,7 +9,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, sample_values
+from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, record_inputs, without_single_images
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -310,12 +310,6 @@ def test_a_few_steps_of_training_lower_the_loss(quantizer):
     assert losses[-1] < losses[0]
 
 
-def test_the_sample_of_a_map_holds_every_column():
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.arange(14.0).expand(32, 256, 14, 14)
-    assert set(sample_values(columns, generator).tolist()) == set(range(14))
-
-
 def test_norms_that_never_run_keep_their_statistics(caplog):
     class Spare(nn.Module):
         def __init__(self) -> None:
@@ -351,5 +345,95 @@ def test_an_error_in_place_leaves_no_layer_quantized():
 
 def test_batches_with_labels_are_no_images():
     model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
-    with pytest.raises(BitscapeError, match="a batch is a tuple"):
+    with pytest.raises(BitscapeError, match="a tuple where a tensor is needed"):
         calibrate(model, iter([(torch.randn(2, 3), torch.tensor([0, 1]))]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [([], []), ([1], [1]), ([4], [4]), ([4, 1], [5]), ([4, 4, 1], [4, 5]), ([1, 4], [5]), ([1] * 5, [2, 3]), ([4, 1, 2, 1], [4, 4])],
+)
+def test_a_batch_of_one_image_joins_its_neighbor(sizes, joined):
+    x = torch.arange(sum(sizes))
+    batches = list(without_single_images(x.split(sizes)))
+    assert [len(batch) for batch in batches] == joined
+    assert torch.equal(torch.cat([x[:0], *batches]), x)
+
+
+def pixel_net() -> nn.Sequential:
+    """A norm on maps of one pixel."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_the_norm_of_a_pixel_is_recalibrated_whatever_is_left_for_the_last_batch():
+    x = images(129)
+    by_tensor, by_batches = pixel_net(), pixel_net()
+    by_batches.load_state_dict(by_tensor.state_dict())
+    recalibrate_norms(by_tensor, x)
+    recalibrate_norms(by_batches, x.split(32))
+    with torch.no_grad():
+        pixels = by_tensor[:2](x)[:, :, 0, 0]
+        last = pixels[96:]
+    torch.testing.assert_close(by_tensor[2].running_var, pixels.var(0), rtol=1e-4, atol=1e-6)
+    variances = torch.stack([pixels[start : start + 32].var(0) for start in (0, 32, 64)] + [last.var(0)]).mean(0)
+    torch.testing.assert_close(by_batches[2].running_var, variances, rtol=1e-4, atol=1e-6)
+
+
+def test_one_image_for_the_norm_of_a_pixel_is_an_error_with_the_reason():
+    model = pixel_net()
+    before = snapshot(model)
+    with pytest.raises(BitscapeError, match="a norm has no variance in it: give at least 2 images"):
+        recalibrate_norms(model, images(1))
+    assert not changed(before, model)
+
+
+def test_memory_does_not_grow_with_the_batches(monkeypatch):
+    monkeypatch.setattr("bitscape.quant.samples.SAMPLES", 64)
+    model = quantized()
+    x = images(40)
+    x[7, 0, 0, 0] = 50.0  # the largest of all
+    samples = record_inputs(model, quantized_layers(model), (x[i : i + 1] for i in range(40)))
+    assert all(len(sample) == 64 + 2 for sample in samples.values())
+    assert (float(samples["0"].min()), float(samples["0"].max())) == (float(x.min()), 50.0)
+    again = record_inputs(model, quantized_layers(model), list(x.split(1)))
+    assert all(torch.equal(again[name], sample) for name, sample in samples.items())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_that_is_not_float32_is_refused_with_the_next_step(kind):
+    model = quantized()
+    advice = rf"model: parameter 0\.weight is {kind}; the network must be float32: call model\.float\(\) first"
+    with pytest.raises(BitscapeError, match=advice):
+        calibrate(model.to(kind), images())
+    with pytest.raises(BitscapeError, match=advice):
+        quantize(nn.Sequential(nn.Linear(3, 3)).to(kind), policy(nn.Sequential(nn.Linear(3, 3))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [(torch.float64, r"call images\.float\(\)"), (torch.float16, r"call images\.float\(\)"), (torch.uint8, r"Normalization\.apply")],
+)
+def test_images_that_are_not_float32_are_refused_with_the_next_step(kind, advice):
+    with pytest.raises(BitscapeError, match=rf"images: {kind}; give a float32 tensor: .*{advice}"):
+        calibrate(quantized(), images().to(kind))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_a_network_that_autocasts_within_its_forward_is_calibrated_as_in_float32(quantizer):
+    class Autocasting(nn.Module):
+        def __init__(self, enabled: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.enabled, self.first, self.second = enabled, nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+                return self.second(self.first(x).relu()).float()
+
+    plain, cast = (
+        calibrate(quantize(Autocasting(enabled), policy(Autocasting(False)), quantizer), images()).eval() for enabled in (False, True)
+    )
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(cast.state_dict()[name], value, rtol=0.1, atol=0.02)
+    with torch.no_grad():
+        torch.testing.assert_close(cast(images()), plain(images()), rtol=0.1, atol=0.2)

@@ -180,3 +180,22 @@ def test_a_dead_channel_folds_and_too_small_a_scale_does_not():
     model[1].weight.data[0] = 1e-35
     with pytest.raises(BitscapeError, match=r"below 7\.88861e-31"):
         fold_norms(model, images)
+
+
+def test_a_network_that_autocasts_within_its_forward_is_folded():
+    class Autocasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)]
+            self.body = with_statistics(nn.Sequential(*layers))
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.body(x).float()
+
+    images, model = torch.randn(4, 3, 9, 9), Autocasting()
+    folded = fold_norms(model, images)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        expected = model.body(images)  # in float32
+        torch.testing.assert_close(folded.body(images), expected, rtol=1e-4, atol=1e-4)

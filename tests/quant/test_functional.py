@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from bitscape.quant.functional import (
     _plain_fake_quantize,
     dequantize,
     fake_quantize,
+    power_of_two,
     quantize,
     round_ste,
     scale_gradient,
@@ -146,3 +148,42 @@ def test_a_frozen_scale_costs_no_gradient():
     x = torch.randn(5, requires_grad=True)
     fake_quantize(x, torch.tensor(0.4), grid(8, signed=True)).sum().backward()
     assert torch.equal(x.grad, torch.ones(5))
+
+
+HALVES = [torch.bfloat16, torch.float16]
+STEPS = [torch.tensor(0.3), torch.tensor([0.3, 0.07, 0.011]).reshape(1, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("scale", STEPS, ids=["per tensor", "per channel"])
+@pytest.mark.parametrize("limits", [grid(8, signed=True), grid(4, signed=False), grid(1, signed=True)], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_is_quantized_as_in_float32(kind, scale, limits, layout):
+    x, g = (tensor.to(memory_format=layout).to(kind) for tensor in random_case((4, 3, 16, 16)))
+    function = partial(fake_quantize, grid=limits, scale_gradient_factor=0.25)
+    exact, (exact_x, exact_scale) = gradients(function, g.float(), x.float(), scale)
+    for cast in (False, True):
+        with torch.autocast("cpu", kind, enabled=cast):
+            y, (g_x, g_scale) = gradients(function, g, x, scale)
+        assert y.dtype == g_x.dtype == kind and g_scale.dtype == torch.float32
+        assert torch.equal(y, exact.to(kind)) and torch.equal(g_x, exact_x.to(kind))
+        torch.testing.assert_close(g_scale, exact_scale, rtol=1e-5, atol=1e-5)
+        assert torch.equal(_plain_fake_quantize(x, scale, limits), y)
+
+
+def test_of_half_precision_the_input_alone_is_saved():
+    x, _ = (tensor.bfloat16() for tensor in random_case((4, 3, 16, 16)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fake_quantize(x.requires_grad_(), torch.tensor(0.3, requires_grad=True), grid(4, signed=True))
+    assert [tensor.data_ptr() for tensor in saved if tensor is not None and tensor.numel() > 1] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("value", [1e-38, 3e-30, 0.7, 1.0, 1.99, 2.0, 5e20, 3e38])
+def test_the_power_of_two_of_a_value_is_the_largest_below_it(value):
+    (power,) = power_of_two(torch.tensor([value])).tolist()
+    assert power <= torch.tensor(value) < 2 * power and math.frexp(power)[0] == 0.5
+
+
+def test_the_power_of_two_of_zero_is_one():
+    assert power_of_two(torch.tensor([0.0, 4.0])).tolist() == [1.0, 4.0]

@@ -321,3 +321,25 @@ class TestMix:
         assert torch.equal(fresh.eval()(images()), network.eval()(images()))
         missing, unexpected = network.load_state_dict(net().state_dict(), strict=False)
         assert not unexpected and all("_quantizer" in name for name in missing)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("signed", [True, False])
+def test_half_precision_is_mixed_as_in_float32(kind, per_channel, signed):
+    x, g = (normal(5, 3, 8, 8, seed=seed).to(kind) for seed in (0, 3))
+    scale, shares, grids, factors = case(x, signed, per_channel)
+    exact, expected = gradients(lambda *leaves: mixed(*leaves, grids, factors), g.float(), x.float(), scale.float(), shares)
+    with torch.autocast("cpu", kind):
+        y, found = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale.float(), shares)
+    assert torch.equal(y, exact.to(kind)) and torch.equal(found[0], expected[0].to(kind))
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [None, 6])
+def test_small_values_are_mixed_like_large_ones(channels):
+    x = normal(6, 5, 4)
+    large, small = (Mixture(WIDTHS, signed=True, channels=channels) for _ in range(2))
+    large.initialize(x, Mse())
+    small.initialize(x * 2.0**-80, Mse())
+    assert torch.equal(small(x * 2.0**-80) * 2.0**80, large(x))

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import fake_quantize
+from bitscape.quant.functional import MINIMUM_SCALE, fake_quantize
 from bitscape.quant.grid import grid
-from bitscape.quant.observers import MINIMUM_SCALE, MinMax, Mse, Percentile
+from bitscape.quant.observers import MinMax, Mse, Percentile
 
 GRIDS = [
     grid(bits, signed=signed, mid_rise=mid_rise)
@@ -83,3 +83,17 @@ def test_rows_do_not_see_each_other():
     for observer in (MinMax(), Percentile(), Mse()):
         alone = torch.cat([observer.scale(row[None], limits) for row in x])
         torch.testing.assert_close(observer.scale(x, limits), alone)
+
+
+@pytest.mark.parametrize("observer", [MinMax(), Percentile(), Mse()], ids=repr)
+@pytest.mark.parametrize("limits", GRIDS, ids=repr)
+@pytest.mark.parametrize("power", [-80, 60])
+def test_small_and_large_values_get_the_scale_of_their_size(observer, limits, power):
+    x = samples(limits)
+    assert torch.equal(observer.scale(x * 2.0**power, limits), observer.scale(x, limits) * 2.0**power)
+
+
+@pytest.mark.parametrize("observer", [MinMax(), Percentile(), Mse()], ids=repr)
+def test_zeros_get_the_least_scale(observer):
+    for limits in GRIDS:
+        assert observer.scale(torch.zeros(2, 9), limits).tolist() == [MINIMUM_SCALE] * 2

@@ -26,6 +26,7 @@ from bitscape.export.bits import pack_bits, unpack_bits, words_of
 from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
+from bitscape.models.dtypes import check_float32
 from bitscape.models.find import versioned
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import in_eval_mode
@@ -109,6 +110,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             of another shape; scales that are not finite.
     """
     require_float(float_model, "float_model")
+    check_float32(float_model, "float_model")
     header = read_header(path)
     with prefixed(os.fspath(path)):
         tensors = safetensors.torch.load_file(path)

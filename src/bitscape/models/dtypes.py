@@ -14,8 +14,7 @@ def check_float32(model: nn.Module, argument: str = "model") -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise BitscapeError(
-                f"{argument}: parameter {name} is {parameter.dtype}; the network must be float32: call {argument}.float() first "
-                "(to compute in bfloat16, train with autocast=torch.bfloat16)"
+                f"{argument}: parameter {name} is {parameter.dtype}; the network must be float32: call {argument}.float() first"
             )
 
 
@@ -23,7 +22,7 @@ def check_images(images: object, argument: str = "images") -> None:
     """Raise BitscapeError unless `images` is a float32 tensor, of any shape and on any device."""
     if not isinstance(images, Tensor):
         kind = type(images).__name__
-        raise BitscapeError(f"{argument}: a batch is a {kind}; give a tensor (n, c, h, w), or an iterable of them, without labels")
+        raise BitscapeError(f"{argument}: a {kind} where a tensor is needed; give float32 tensors (n, c, h, w), without labels")
     if images.dtype != torch.float32:
         advice = (
             f"call {argument}.float()"

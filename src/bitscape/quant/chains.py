@@ -23,7 +23,11 @@ from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
 from bitscape.models.trial import TOLERANCE, tensors_in
+from bitscape.quant.functional import HALF
 from bitscape.quant.layers import QuantizedLayer
+
+HALF_TOLERANCE = 2.0**-5
+"""The same for a network that autocasts within its forward: bfloat16 after a few layers."""
 
 
 @dataclass(eq=False)
@@ -158,14 +162,19 @@ def outputs_of(model: nn.Module, example: Tensor) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in tensors_in(model(_on_device(example, model)))]
 
 
-def same(before: list[Tensor], after: list[Tensor]) -> bool:
+def tolerance_of(calls: list[Call]) -> float:
+    """Largest relative difference of outputs that counts as rounding in a network that makes these calls."""
+    return HALF_TOLERANCE if any(call.input is not None and call.input.dtype in HALF for call in calls) else TOLERANCE
+
+
+def same(before: list[Tensor], after: list[Tensor], tolerance: float = TOLERANCE) -> bool:
     """Whether two lists of outputs agree up to float rounding."""
-    return all(torch.isfinite(b).all() and _difference(a, b) <= TOLERANCE for a, b in zip(before, after, strict=True))
+    return all(torch.isfinite(b).all() and _difference(a, b) <= tolerance for a, b in zip(before, after, strict=True))
 
 
-def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason: str) -> None:
+def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason: str, tolerance: float = TOLERANCE) -> None:
     """Raise BitscapeError if `what` changed the outputs by more than float rounding; `reason` says why it may have."""
-    if not same(before, after):
+    if not same(before, after, tolerance):
         worst = max(_difference(a, b) for a, b in zip(before, after, strict=True))
         raise BitscapeError(f"{what} changed the network's output by {worst:.2g} of its largest value: {reason}")
 

@@ -25,9 +25,10 @@ from bitscape.quant.chains import (
     require_same,
     same,
     shared_parameters,
+    tolerance_of,
 )
 from bitscape.quant.convert import bypassed
-from bitscape.quant.functional import MINIMUM_SCALE
+from bitscape.quant.functional import MINIMUM_SCALE, widened
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.quantizers.lsq import LsqWeight
 
@@ -59,7 +60,8 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
     model = model if inplace else copied(model)
     with bypassed(model, "input_quantizer"):
         check_repeatable(model, example)
-    pairs = norm_pairs(model, example)
+    calls = record_calls(model, example)
+    pairs = norm_pairs(model, calls)
     obstacles = [f"{pair.name}: {reason}" for pair in pairs if (reason := _obstacle(pair))]
     if obstacles:
         raise BitscapeError(
@@ -70,7 +72,8 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
         before = outputs_of(model, example)
         folded = sum(_fold_checked(model, pair) for pair in pairs)
         after = outputs_of(model, example)
-    require_same(before, after, what="fold_norms", reason="it uses a convolution's output or weight in a hidden way")
+    reason = "it uses a convolution's output or weight in a hidden way"
+    require_same(before, after, what="fold_norms", reason=reason, tolerance=tolerance_of(calls))
     _log.info("folded %d of %d batch norms", folded, folded + sum(isinstance(m, _BatchNorm) for m in model.modules()))
     return model
 
@@ -84,7 +87,7 @@ class NormPair:
     layer: nn.Module
     norm: _BatchNorm
     input: Tensor
-    """What the layer took in the pass that found the pair."""
+    """What the layer took in the pass that found the pair, in float32."""
 
     def factor(self) -> Tensor:
         """gamma / sigma of each channel, float64."""
@@ -100,9 +103,8 @@ class NormPair:
         return shifted * self.factor() + (0.0 if self.norm.bias is None else self.norm.bias.double())
 
 
-def norm_pairs(model: nn.Module, example: Tensor) -> list[NormPair]:
-    """The pairs of `model` that can be folded, found in one pass on the first image of `example`."""
-    calls = record_calls(model, example)
+def norm_pairs(model: nn.Module, calls: list[Call]) -> list[NormPair]:
+    """The pairs of `model` that can be folded, found in the calls of one pass."""
     shared = shared_parameters(model)
     once = {module for module in called_once(calls) if shared.isdisjoint(module.parameters(recurse=False))}
     return [pair for call in calls if call.module in once for pair in _pair(call, once)]
@@ -114,7 +116,7 @@ def _pair(call: Call, once: set[nn.Module]) -> Iterator[NormPair]:
         channels = call.module.get_parameter("weight").shape[0]
         if user.module in once and user.module.running_mean is not None and user.module.num_features == channels:
             assert call.input is not None
-            yield NormPair(call.name, call.module, user.module, call.input)
+            yield NormPair(call.name, call.module, user.module, widened(call.input))
 
 
 def _fold_checked(model: nn.Module, pair: NormPair) -> bool:

@@ -46,8 +46,8 @@ class LayerNoise:
     """activation bits -> scale and grid of the layer's input."""
 
     def of_input(self, x: Tensor, bits: int) -> Tensor:
-        """Q(X) - X."""
-        scale, levels = self.ranges[bits]
+        """Q(X) - X, in float32."""
+        x, (scale, levels) = widened(x), self.ranges[bits]
         return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
 
     @torch.no_grad()

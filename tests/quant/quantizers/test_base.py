@@ -212,3 +212,67 @@ def test_scales_are_shared_along_all_other_axes(axis):
     assert rows.shape == (x.shape[axis], x.numel() // x.shape[axis])
     assert torch.equal(rows[1].sort().values, x.select(axis, 1).flatten().sort().values)
     assert grouped(x, scale_shape(x.shape, PerTensor())).shape == (1, 120)
+
+
+TINY = 2.0**-80
+
+
+@every_quantizer
+@every_width
+def test_small_weights_are_quantized_like_large_ones(quantizer, bits):
+    w = weight()
+    if isinstance(quantizer, Dorefa | Pact):
+        w = w / 1000  # where tanh is linear, up to a millionth
+    large, small = (weight_quantizer(quantizer, bits, w * factor) for factor in (1.0, TINY))
+    restores = getattr(quantizer, "restore_scale", True) or (bits == 1 and isinstance(quantizer, Dorefa))
+    expected, found = large(w), small(w * TINY) / (TINY if restores else 1.0)
+    tolerance = float(large.codes(w).scale.max()) if isinstance(quantizer, Dorefa | Pact) else 0.0
+    assert (found - expected).abs().max() <= 1.001 * tolerance  # a code more where tanh moves a value over an edge
+    assert (found != expected).float().mean() < (0.02 if tolerance and bits > 1 else 1e-9)
+
+
+@every_quantizer
+@pytest.mark.parametrize("signed", [False, True])
+def test_small_activations_are_quantized_like_large_ones(quantizer, signed):
+    x = activations(signed)
+    for bits in range(1, 9):
+        large, small = (input_quantizer(quantizer, bits, x * factor) for factor in (1.0, TINY))
+        torch.testing.assert_close(small(x * TINY) / TINY, large(x), rtol=1e-6, atol=1e-6)
+
+
+@every_quantizer
+@every_width
+def test_weights_of_nothing_stay_next_to_nothing(quantizer, bits):
+    w = torch.zeros(6, 4, 3, 3)
+    fake = weight_quantizer(quantizer, bits, w)
+    codes = fake.codes(w)
+    assert torch.isfinite(1 / codes.scale).all() and torch.equal(codes.dequantize(), fake(w))
+    if getattr(quantizer, "restore_scale", True):
+        assert fake(w).abs().max() < 1e-25
+
+
+@every_quantizer
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_half_precision_activations_take_the_codes_and_gradients_of_float32(quantizer, kind, signed):
+    x, g = activations(signed), activations(True, seed=2)
+    for bits in (1, 4, 8):
+        fake = input_quantizer(quantizer, bits, x)
+        leaf = x.to(kind).requires_grad_()
+        fake(leaf.float()).backward(g.to(kind).float())
+        exact, leaf.grad = [leaf.grad.to(kind), *(p.grad.clone() for p in fake.parameters())], None
+        fake.zero_grad()
+        with torch.autocast("cpu", kind):
+            y = fake(leaf)
+            assert torch.equal(y, fake(leaf.float()).to(kind))
+        y.backward(g.to(kind))
+        torch.testing.assert_close([leaf.grad, *(p.grad for p in fake.parameters())], exact, rtol=1e-5, atol=1e-5)
+
+
+@every_quantizer
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_take_the_codes_of_float32(quantizer, kind):
+    w = weight().to(kind)
+    fake = weight_quantizer(quantizer, 4, w)
+    assert torch.equal(fake(w), fake(w.float()).to(kind))
+    assert torch.equal(fake.codes(w).dequantize(), fake(w.float()))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bitscape.errors import BitscapeError
+from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.grid import grid
-from bitscape.quant.observers import MINIMUM_SCALE, MinMax, Mse
+from bitscape.quant.observers import MinMax, Mse
 from bitscape.quant.quantizers import Lsq, PerChannel, PerTensor
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
 
@@ -56,8 +57,8 @@ def test_a_scale_below_the_minimum_still_learns():
     w = torch.randn(2, 3)
     fake = Lsq().for_weight(w, 4)
     fake.initialize(w, MinMax())
-    fake.scale.data.fill_(1e-7)
-    fake(w).square().sum().backward()
+    fake.scale.data.fill_(MINIMUM_SCALE / 100)
+    fake(w).backward(torch.randn(2, 3))
     assert (fake.scale.grad != 0).all()
 
 

@@ -149,3 +149,37 @@ def test_settings_out_of_range_are_refused():
         compensate_rounding(repaired, moments, damping=0)
     with pytest.raises(BitscapeError, match="steps = 0"):
         adaptive_rounding(repaired, moments, steps=0)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=["compensate", "adaptive"])
+def test_small_weights_and_inputs_are_repaired_like_large_ones(rounding):
+    large, small, x = network(), network(), correlated(32)
+    with torch.no_grad():
+        for layer in (small[0], small[4]):  # the same function but for the size of what lies between
+            layer.weight.mul_(2.0**-30 if layer is small[0] else 2.0**30)
+        small[0].bias.mul_(2.0**-30)
+        small[2].bias.mul_(2.0**-30)
+    errors = []
+    for model in (large, small):
+        moments = input_moments(model, x)
+        errors.append(rounding(quantized(model, 3), moments))
+    for name, error in errors[0].items():
+        assert errors[1][name].nearest == pytest.approx(error.nearest, rel=1e-3)
+        assert errors[1][name].repaired == pytest.approx(error.repaired, rel=1e-2)
+
+
+def test_moments_are_float32_in_a_network_that_autocasts_within_its_forward():
+    class Autocasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.body(x).float()
+
+    model = Autocasting()
+    moments, exact = input_moments(model, correlated(8)), input_moments(model.body, correlated(8))
+    for name, expected in exact.items():
+        assert moments[f"body.{name}"].dtype == torch.float32
+        torch.testing.assert_close(moments[f"body.{name}"], expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.dtypes import check_float32
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
@@ -60,6 +61,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
+    check_float32(float_model, "float_model")
     float_model = as_prepared(float_model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
     shared = shared_parameters(model)

@@ -34,6 +34,7 @@ from bitscape.quant.chains import (
     record_calls,
     require_same,
     shared_parameters,
+    tolerance_of,
 )
 from bitscape.quant.layers import quantized_layers
 
@@ -107,7 +108,8 @@ def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, s
     scales = _balance(chains, sweeps)
     for chain, scale in zip(chains, scales, strict=True):
         _move_clips(model, chain, scale)
-    require_same(before, outputs_of(model, example), what="equalize", reason="it uses a layer's output or weight in a hidden way")
+    after, reason = outputs_of(model, example), "it uses a layer's output or weight in a hidden way"
+    require_same(before, after, what="equalize", reason=reason, tolerance=tolerance_of(calls))
     skipped = _skipped(calls, chains)
     _log.info("equalized %d pairs of layers; skipped: %s", len(chains), ", ".join(skipped) or "none")
     return Equalized(model, tuple((c.first.name, c.last.name) for c in chains), skipped)

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.dtypes import check_float32, check_images
+
+
+def test_float32_passes_whatever_else_is_not_floating_point():
+    model = nn.Linear(2, 2)
+    model.register_parameter("codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
+    model.register_buffer("table", torch.zeros(2, dtype=torch.float64))
+    check_float32(model)
+    check_images(torch.zeros(1, 3, 2, 2))
+
+
+def test_one_parameter_of_another_type_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
+    with pytest.raises(BitscapeError, match=r"^float_model: parameter 1\.weight is torch\.float16; .* call float_model\.float\(\) first$"):
+        check_float32(model, "float_model")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, dtype=torch.float64), r"example: torch\.float64; give a float32 tensor: call example\.float\(\)$"),
+        (torch.zeros(2, dtype=torch.bfloat16), r"example: torch\.bfloat16; give a float32 tensor: call example\.float\(\)$"),
+        (torch.zeros(2, dtype=torch.int64), r"example: torch\.int64; give a float32 tensor: normalize them"),
+        (np.zeros(2), "example: a ndarray where a tensor is needed"),
+    ],
+)
+def test_other_images_are_refused_with_the_next_step(images, message):
+    with pytest.raises(BitscapeError, match=message):
+        check_images(images, "example")
