@@ -3,7 +3,8 @@
     python -m benchmarks.hardening [--only fuzz] [--reader packed]
 
 Fuzz: for every reader of a file that users pass around, good files are damaged (bits, bytes, lengths, JSON entries, tensors) and read in
-a process with little memory. Allowed are an error that names the file, and a file that is read and holds what it may hold. Kill: SIGKILL
+a process with little memory. Allowed are an error that names the file, and a file that is read and holds what it may hold. Hostile: files
+that are made to take memory or time, with a limit on both. Kill: SIGKILL
 at random moments and in the middle of writing, then the same command again; its files must be those of a run that was left alone, to the
 last byte. Write: artefacts are written over their old selves onto a disk that does not take them. A run with a bad case is an error, and
 no row.
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.common import RESULTS, record
 from benchmarks.hardening_fuzz import fuzz
+from benchmarks.hardening_hostile import HOSTILE, read_hostile
 from benchmarks.hardening_kills import JOBS_KILLED, kill_often
 from benchmarks.hardening_readers import READERS
 from benchmarks.hardening_writes import CONDITIONS, WRITES, write_badly
@@ -24,7 +26,7 @@ from bitscape.report.records import missing, read_runs
 
 NAME = "hardening"
 KEYS = ("network", "method", "variant", "settings", "seed")
-METHODS = ("fuzz", "write", "kill")
+METHODS = ("fuzz", "hostile", "write", "kill")
 KILLS = 10
 
 
@@ -33,6 +35,8 @@ def wanted(methods: tuple[str, ...] = METHODS, readers: tuple[str, ...] = tuple(
     common = {"network": "digits_net", "seed": 0}
     if "fuzz" in methods:
         yield from ({**common, "method": "fuzz", "variant": name, "settings": {"cases": READERS[name].cases}} for name in readers)
+    if "hostile" in methods:
+        yield from ({**common, "method": "hostile", "variant": name, "settings": {"files": len(HOSTILE[name])}} for name in readers)
     if "write" in methods:
         for artefact in WRITES:
             for condition in CONDITIONS:
@@ -46,6 +50,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any] | None:
     name, seed, settings = run["variant"], run["seed"], run["settings"]
     if run["method"] == "fuzz":
         return fuzz(name, settings["cases"], seed)
+    if run["method"] == "hostile":
+        return read_hostile(name)
     if run["method"] == "kill":
         return kill_often(name, settings["kills"], seed)
     return write_badly(name, settings["condition"])

@@ -16,6 +16,16 @@ _READ: Columns = {
     "largest process, MiB": lambda run: f"{run['extra']['peak_mib']:.0f}",
     "all, s": lambda run: f"{run['extra']['wall_s']:.0f}",
 }
+_HOSTILE: Columns = {
+    "file": lambda run: run["variant"],
+    "hostile files": lambda run: str(run["extra"]["cases"]),
+    "refused by name": lambda run: str(run["extra"]["refused"]),
+    "refused when used": lambda run: str(run["extra"]["refused_when_used"]),
+    "read, and valid": lambda run: str(run["extra"]["loaded"]),
+    "bad": lambda run: str(run["extra"]["bad"]),
+    "slowest, CPU s": lambda run: f"{run['extra']['slowest_s']:.2f}",
+    "most memory above the start, MiB": lambda run: f"{run['extra']['above_start_mib']:.0f}",
+}
 _KILLED: Columns = {
     "command": lambda run: run["variant"],
     "kills": lambda run: str(run["extra"]["kills"]),
@@ -33,6 +43,7 @@ _WRITTEN: Columns = {
 }
 _PARTS: Mapping[str, tuple[str, Columns]] = {
     "fuzz": ("Damaged files, read", _READ),
+    "hostile": ("Files made to take memory or time, read", _HOSTILE),
     "kill": ("Commands killed, and run again: files the same to the last byte", _KILLED),
     "write": ("Disks that do not take what is written: the file is named, the old one stays", _WRITTEN),
 }

@@ -237,3 +237,9 @@ def test_uniform_policy_keeps_the_pinned_layers():
     assert made.layers == {"conv1": LayerBits(4, 4), "layer1.0.conv1": LayerBits(4, 4), "fc": LayerBits(8, 8)}
     with pytest.raises(PolicyError, match="pinned layer 'fcc' is not among the layers; nearest: fc"):
         uniform_policy(SHAPES, LayerBits(4, 4), {"fcc": LayerBits(8, 8)})
+
+
+@pytest.mark.parametrize("value", [10**309, -(10**309), float("inf"), float("nan"), True])
+def test_a_cost_that_no_float_holds_is_refused(value):
+    with pytest.raises(PolicyError, match="cost 'bitops' is"):
+        Policy({"a": LayerBits(4, 4)}, cost={"bitops": value})

@@ -52,10 +52,13 @@ def _violations(source: str) -> Iterator[str]:
             yield "torch.load without weights_only=True"
         if given.get("allow_pickle", "False") != "False":
             yield f"{name} with allow_pickle"
-        if given.get("trust_remote_code", "False") != "False":
+        asks = name.endswith(".from_pretrained") or name == "datasets.load_dataset"  # on stdin, where nothing is given
+        if given.get("trust_remote_code", "None" if asks else "False") != "False":
             yield f"{name} with code from elsewhere"
         if name.endswith(".from_pretrained") and given.get("use_safetensors") != "True":
             yield f"{name} without use_safetensors=True"
+        if name == "Image.open" and "formats" not in given:
+            yield f"{name} of any format"
         if name in ("eval", "exec", "__import__", "builtins.eval", "builtins.exec", "torch.hub.load", "torch.jit.load"):
             yield name
 
@@ -75,6 +78,11 @@ def _violations(source: str) -> Iterator[str]:
         "torch.hub.load(text, 'a')",
         "AutoModel.from_pretrained(name)",
         "AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, use_safetensors=True)",
+        "AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=None)",
+        "datasets.load_dataset(name)",
+        "datasets.load_dataset(name, trust_remote_code=trusted)",
+        "Image.open(path)",
     ],
 )
 def test_each_way_to_run_a_file_is_seen(source: str) -> None:

@@ -1,6 +1,9 @@
+import logging
+
+import click
 import pytest
 
-from bitscape.cli.output import amount, cost_text, print_table, size_ratio
+from bitscape.cli.output import amount, cost_text, logging_to_stderr, print_table, printable_output, size_ratio
 from bitscape.cost.policy_cost import CAPS
 from bitscape.report import words
 
@@ -39,3 +42,19 @@ def test_tables_keep_long_names_and_no_trailing_blanks(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(name)
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_what_files_say_does_not_act_on_the_terminal(capsys):
+    with printable_output():
+        print("layer \x1b[2J\u202e\ud800")
+        click.echo("layer \x07\u2066", err=True)
+        print_table(["a\x1b[1m", "b"], [["one\ntwo", "4"]])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [r"layer \x1b[2J\u202e\ud800", r"a\x1b[1m" + 2 * " " + "b", r"one\ntwo" + 2 * " " + "4"]
+    assert shown.err == "layer \\x07\\u2066\n"
+
+
+def test_log_lines_are_lines(capsys):
+    with logging_to_stderr():
+        logging.getLogger("bitscape.data").warning("skipped %s", "a\nerror: all is lost\x1b[2J.png")
+    assert capsys.readouterr().err == "warning: skipped a\\nerror: all is lost\\x1b[2J.png\n"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitscape.data.decoding import EncodedImage, decode_images, image_shape
+from bitscape.data.decoding import BAD_START, FORMATS, EncodedImage, decode_images, image_shape
+from bitscape.data.encoded import IMAGE_SUFFIXES
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError
 
@@ -193,3 +194,27 @@ def test_the_shape_is_that_of_the_first_readable_image(noise):
     assert image_shape(encoded, None) == (3, 10, 12)
     assert image_shape(encoded, 7) == (3, 7, 7)
     assert image_shape(encoded[:1], None) is None
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nnewpath 0 0 moveto 8 8 lineto stroke showpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_postscript_starts_no_program_whatever_it_is_called(noise, tmp_path, monkeypatch, as_file):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **settings: started.append(arguments))
+    (tmp_path / "a.png").write_bytes(EPS)
+    content = tmp_path / "a.png" if as_file else EPS
+    _, kept = decode_images([encode(noise[0])] * 10 + [EncodedImage("a.png", content)], size=None, source="here")
+    assert kept.tolist() == list(range(10)) and started == []
+
+
+def test_every_suffix_that_is_taken_for_an_image_is_of_a_format_that_is_read():
+    Image.init()
+    assert {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES} <= set(FORMATS)
+
+
+def test_a_start_that_is_mostly_broken_ends_the_decoding(noise):
+    encoded = [EncodedImage(f"{row}.png", b"no image") for row in range(3 * BAD_START)] + [encode(noise[0])] * 100_000
+    with pytest.raises(BitscapeError, match=r"here: 1001 of the first 1001 images cannot be read: 0\.png"):
+        decode_images(encoded, size=None, source="here")

@@ -145,3 +145,40 @@ def test_missing_and_damaged_and_compressed_files_are_named(shards):
 def test_an_empty_range_is_an_error(shards):
     with pytest.raises(BitscapeError, match="no images in its 0 tar files"):
         load_dataset(str(shards / "train-{0002..0001}.tar"))
+
+
+def member(name, content=b"", **claims):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in claims.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def sparse(name, size):
+    header = bytearray(member(name, type=tarfile.GNUTYPE_SPARSE, size=512))
+    header[386:410] = b"%011o\0" % 0 + b"%011o\0" % 512
+    header[483:495] = (0x80 << 88 | size).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(512)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (member("0.cls", str(2**64).encode()), r"0\.cls: the label is 18446744073709551616; it must be a whole number from 0 to 999999"),
+        (member("0.json", b"[" * 100_000), r"0\.json: the label is b'\["),
+        (member("0.cls", b"0", size=2**43), r"0\.cls has 8,796,093,022,208 bytes; allowed are 1,048,576"),
+        (member("1.png", b"0", size=2**43), r"1\.png has 8,796,093,022,208 bytes; allowed are 268,435,456|unexpected end of data"),
+        (sparse("0.cls", 2**32), r"0\.cls is stored as a sparse file; write the tar without --sparse"),
+        (sparse("1.png", 2**32), r"1\.png is stored as a sparse file"),
+        (member("x", b"0", type=tarfile.XHDTYPE, size=2**43), r"a header claims 8796093022208 bytes; allowed are 1048576|damaged"),
+        (member("x", b"0", type=tarfile.GNUTYPE_LONGNAME, size=2**43), r"a header claims 8796093022208 bytes|damaged"),
+    ],
+)
+def test_what_a_tar_claims_is_checked_before_it_is_read(tmp_path, hostile, message):
+    path = tmp_path / "a.tar"
+    path.write_bytes(member("0.png", picture(1)) + hostile + bytes(1024))
+    with pytest.raises(BitscapeError, match=rf"a\.tar.*({message})"):
+        load_dataset(str(path))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitscape.data import sources
+from bitscape.data import encoded, sources
 from bitscape.data.sources import Dataset, load_dataset
 from bitscape.errors import BitscapeError
 
@@ -580,3 +580,63 @@ def test_real_greyscale_images_become_rgb(shared_data):
     assert data.images.shape == (600, 3, 64, 64)
     grey = (data.images[:, 0] == data.images[:, 1]).all(-1).all(-1)
     assert 0 < grey.sum() < 60
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"labels": np.int64(3)}, r"labels have shape \(\); allowed is one axis"),
+        ({"labels": np.zeros((2, 1), np.int64)}, r"labels have shape \(2, 1\); allowed is one axis"),
+        ({"labels": np.array([0, 1]), "class_names": np.array("cat")}, r"class_names have shape \(\)"),
+        ({"images": np.uint8(3)}, r"images have shape \(\)"),
+        ({"labels": np.array([0, 2**63], np.uint64)}, "labels run from -9223372036854775808"),
+    ],
+)
+def test_an_npz_of_other_axes_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **{"images": np.zeros((2, 8, 8), np.uint8), **arrays})
+    with pytest.raises(BitscapeError, match=rf"a\.npz: {message}|a: {message}"):
+        load_dataset(str(tmp_path / "a.npz"))
+
+
+def test_of_an_npz_only_what_is_used_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", images=np.full((2, 8, 8), 7, np.uint8), other=np.zeros(2**22))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    at = content.rindex(b"other.npy", 0, content.index(b"PK\x01\x02"))
+    content[at + 40 : at + 60] = bytes(20)  # its data are damaged
+    (tmp_path / "a.npz").write_bytes(content)
+    assert load_dataset(str(tmp_path / "a.npz")).images.unique().tolist() == [7]
+
+
+def test_what_an_array_unpacks_to_is_checked_before_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.NPZ_BYTES, "class_names", 1000)
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((1, 8, 8), np.uint8), labels=np.array([0]), class_names=np.array(["x" * 1000]))
+    with pytest.raises(BitscapeError, match=r"a\.npz: .*class_names\.npy unpacks to 4,\d+ bytes; allowed are 1,000"):
+        load_dataset(str(tmp_path / "a.npz"))
+
+
+def test_a_parquet_label_beyond_64_bits_is_refused(tmp_path):
+    pq.write_table(pa.table({"image": [png(1)], "label": pa.array([2**63], pa.uint64())}), tmp_path / "a.parquet")
+    with pytest.raises(BitscapeError, match=r"a\.parquet: column 'label' holds 9223372036854775808 in row 0; labels must be"):
+        load_dataset(str(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_file_of_too_many_rows_is_refused(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", [png(1)] * 3, [0] * 3)
+    monkeypatch.setattr(encoded, "MAX_ROWS", 2)
+    with pytest.raises(BitscapeError, match=r"a\.parquet: 3 rows; allowed are 2 in one file"):
+        load_dataset(path)
+
+
+def test_rows_of_a_parquet_file_come_in_any_order_from_groups_of_any_size():
+    ends, opened = [5, 40, 41], []
+
+    def read(group):
+        opened.append(group)
+        rows = range(ends[group - 1] if group else 0, ends[group])
+        return iter([pa.array(rows[at : at + 16]) for at in range(0, len(rows), 16)])
+
+    groups = encoded._RowGroups(read, ends)
+    assert groups.cells([40, 3, 3, 39, 0, 5]) == [40, 3, 3, 39, 0, 5] and opened == [0, 1, 2]
+    assert groups.cells([6, 7]) == [6, 7] and groups.cells([8, 38]) == [8, 38] and opened == [0, 1, 2, 1]
+    with pytest.raises(IndexError, match="group 3 ends before row 41"):
+        encoded._RowGroups(lambda group: iter(()), ends).cells([41])

@@ -1,13 +1,17 @@
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from bitscape.engine import CheckpointError
+from bitscape.engine import CheckpointError, checkpoint
 from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, save_checkpoint
+from bitscape.engine.state import RunState
+from bitscape.files import UNSEALED, sealed
 
 
 def test_tensors_and_header_come_back(tmp_path: Path) -> None:
@@ -67,3 +71,34 @@ def test_differences_are_named() -> None:
     check_same_settings(path, {"a": {"lr": 1.0}}, {"a": {"lr": 1.0}})
     with pytest.raises(CheckpointError, match=r"a.lr was 1.0 and is 2.0; b was 'absent' and is None"):
         check_same_settings(path, {"a": {"lr": 1.0}}, {"a": {"lr": 2.0}, "b": None})
+
+
+COUNTS = '"batch": 0, "images": 0, "train_s": 0, "records": []}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 1, CHECKSUM, "a": ' + "[" * 100_000, "truncated or damaged .*recursion"),
+        ("[1, {CHECKSUM}]", "truncated or damaged .its header is no JSON object"),
+        ('{"format": 1, CHECKSUM}', "does not hold what a run needs .KeyError"),
+        ('{"format": 1, CHECKSUM, "settings": {}, "epoch": 1, ' + COUNTS, "one record for each epoch"),
+        ('{"format": 1, CHECKSUM, "settings": {}, "epoch": -1, ' + COUNTS, "whole numbers from 0"),
+    ],
+)
+def test_a_header_that_another_program_wrote_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(sealed(save({}, {"bitscape": text.replace("CHECKSUM", f'"checksum": "{UNSEALED}"')})))
+    parts: Any = {"optimizer": SimpleNamespace(), "step": SimpleNamespace()}
+    state = RunState(model=torch.nn.ReLU(), ema=None, settings={}, device=torch.device("cpu"), **parts)
+    with pytest.raises(CheckpointError, match=f"{path}.*{message}"):
+        state.restore(path)
+
+
+def test_only_the_differences_that_are_told_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setattr(checkpoint, "nearest", lambda name, options: looked_up.append(name) or "")
+    saved = {f"layer{at}.weight": torch.zeros(0) for at in range(10_000)}
+    with pytest.raises(CheckpointError, match=r"layer4\.weight is not in the model \(and 9995 more\)"):
+        check_same_tensors(Path("c"), saved, {}, "model")
+    assert looked_up == [f"layer{at}.weight" for at in range(5)]

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import bitscape
 from bitscape.errors import BitscapeError
 from bitscape.export.packed import load_packed, save_packed
 from bitscape.models.attention import split_attention
-from bitscape.models.find import find_model, import_torchvision, load_weights
+from bitscape.models.find import find_model, import_torchvision, load_weights, save_weights
 from bitscape.models.preprocessing import ImageConfig, image_config
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
@@ -309,3 +310,26 @@ def test_float_weights_load_into_split_attention(tmp_path):
     split = split_attention(nn.TransformerEncoderLayer(4, 2, 8))
     load_weights(split, _saved(tmp_path, layer.state_dict()))
     assert torch.equal(split.self_attn.k_proj.weight, layer.self_attn.in_proj_weight[4:8])
+
+
+def test_of_many_unknown_tensors_five_are_looked_up(tmp_path, monkeypatch):
+    looked_up = []
+    monkeypatch.setattr("bitscape.models.find.nearest", lambda name, options: looked_up.append(name) or "")
+    save_weights({f"layer{at:05}": torch.zeros(0) for at in range(10_000)}, tmp_path / "w.safetensors")
+    with pytest.raises(BitscapeError, match=r"not in the network: (layer\d+, ){5}and 9995 more"):
+        load_weights(nn.ReLU(), tmp_path / "w.safetensors")
+    assert len(looked_up) == 5
+
+
+def test_no_code_of_a_hugging_face_folder_is_run_and_nothing_asked(tmp_path, monkeypatch):
+    given = {}
+
+    def from_pretrained(name, **settings):
+        given.update(settings)
+        raise ValueError("refused")
+
+    library = SimpleNamespace(AutoModelForImageClassification=SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    with pytest.raises(BitscapeError, match="refused"):
+        find_model(f"hf:{tmp_path}")
+    assert given == {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}

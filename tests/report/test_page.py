@@ -1,16 +1,18 @@
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitscape.cost.policy_cost import layer_cost, policy_cost
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, printable
 from bitscape.policy import LayerBits, Policy
 from bitscape.report.documents import save_grid
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
+from bitscape.report.reproduce_section import _as_given, search_command
 from bitscape.report.words import NO_BREAK, cost_text
 from bitscape.search.scores import ScoreTable
 from tests.report.made import CAPS, LAYERS, bench, latency, network, policy, run, scores, searched
@@ -305,3 +307,20 @@ def test_words_and_lines_stand_out_in_light_and_in_dark(everything: list[Path]) 
             contrasts[name] = (high + 0.05) / (low + 0.05)
         assert min(contrasts[name] for name in ("ink", "soft", "link")) >= 4.5  # WCAG 2.1 AA, text
         assert min(contrasts[f"s{at}"] for at in range(8)) >= 3  # and graphics
+
+
+def test_what_files_say_is_quoted_in_commands() -> None:
+    evil = "a; rm -rf ~ #$(id)`id`\n\x1b[2J\u202e'"
+    budget = {"bitops": evil}
+    policy = Policy({"a": LayerBits(4, 4)}, provenance={"model": evil, "data": evil, "budget": budget, "images": [evil], "method": evil})
+    words = shlex.split(search_command(policy, evil) or "")
+    shown = printable(evil)
+    assert words[:4] == ["bitscape", "search", "--model", shown] and words[-1] == shown
+    assert words.count(shown) == 5 and f"bitops={shown}" in words
+
+
+def test_recorded_commands_are_quoted_again() -> None:
+    usual = "bitscape train --data 'my photos' --out new"
+    assert _as_given(usual) == usual
+    assert _as_given("bitscape train; rm -rf ~ && $(id)") == "bitscape 'train;' rm -rf '~' '&&' '$(id)'"
+    assert shlex.split(_as_given("bitscape 'x; rm -rf ~")) == ["bitscape 'x; rm -rf ~"]

@@ -35,6 +35,7 @@ _one_large = threading.Lock()
 CHUNK = 1024  # images in flight; bounds the memory held beside the result
 MAX_WORKERS = 8
 SHOWN_NAMES = 5  # a log line names this many images and counts the others
+BAD_START = 1000  # so many, and more than half of those seen: the others need not be tried
 BAD_SHARE = 10  # one image in so many may be unreadable; beyond, something else is wrong than a few files
 ORIENTATION = 0x0112
 TURNS = {
@@ -77,9 +78,9 @@ def decode_images(
     for position, (image, found) in enumerate(track(_decoded(encoded, size), total=len(encoded), label="images decoded")):
         if found.note:
             (broken if found.pixels is None else converted).append(f"{image.name} ({found.note})")
-        if len(broken) > len(encoded) // BAD_SHARE:
+        if len(broken) > len(encoded) // BAD_SHARE or len(broken) > max(BAD_START, (position + 1) // 2):
             raise BitscapeError(
-                f"{source}: more than a tenth of its {len(encoded)} images cannot be read: {_listed(broken)}; remove or repair them"
+                f"{source}: {_too_many(len(broken), position + 1, len(encoded))} cannot be read: {_listed(broken)}; remove or repair them"
             )
         if found.pixels is None:
             continue
@@ -182,6 +183,10 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))
+
+
+def _too_many(broken: int, tried: int, count: int) -> str:
+    return f"more than a tenth of its {count} images" if broken > count // BAD_SHARE else f"{broken} of the first {tried} images"
 
 
 def _size_mismatch(source: str, first: str, one: tuple[int, ...], second: str, other: tuple[int, ...]) -> str:

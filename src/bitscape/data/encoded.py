@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,13 +92,14 @@ def read_parquet(path: Path) -> EncodedSource:
     image_column, label_column = _columns(schema.names, str(path))
 
     def images(group: int) -> Iterator[Any]:
-        batches = parquet.ParquetFile(path).iter_batches(READ_ROWS, row_groups=[group], columns=[image_column])
+        batches = parquet.ParquetFile(path).iter_batches(
+            READ_ROWS, row_groups=[group], columns=[image_column], use_threads=False
+        )
         return (batch.column(0) for batch in batches)
 
     groups = _RowGroups(images, ends)
     with _readable(path, arrow.ArrowException):
-        numbers = read(label_column).to_pylist() if label_column else None
-    labels = None if numbers is None else _integers(numbers, f"{path}: column {label_column!r}")
+        labels = _integers(_numbers(read(label_column)), f"{path}: column {label_column!r}") if label_column else None
     if labels is not None and len(labels) != count:
         raise BitscapeError(f"{path}: damaged: {len(labels)} labels for {count} images; copy it again")
     with prefixed(path):
@@ -176,10 +178,11 @@ class _RowGroups:
 
     def cells(self, rows: list[int]) -> list[Any]:
         """The cells of rows in any order. Raises IndexError if a group has fewer rows than the file says."""
-        by_row = {row: self._cell(row) for row in sorted(set(rows))}
+        equal: dict[Any, Any] = {}  # cells that are equal are held once: a file may repeat a large one many times
+        by_row = {row: self._cell(row, equal) for row in sorted(set(rows))}
         return [by_row[row] for row in rows]
 
-    def _cell(self, row: int) -> Any:
+    def _cell(self, row: int, equal: dict[Any, Any]) -> Any:
         group = bisect.bisect_right(self.ends, row)
         if group != self.group or row < self.start:
             self.group, self.start, self.array = group, self.ends[group - 1] if group else 0, ()
@@ -191,7 +194,10 @@ class _RowGroups:
             if self.array is None:
                 self.group = -1
                 raise IndexError(f"group {group} ends before row {row}")
-        return self.array[row - self.start].as_py()
+        cell = self.array[row - self.start].as_py()
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        content = equal.setdefault(content, content) if isinstance(content, bytes) else content
+        return {**cell, "bytes": content} if isinstance(cell, dict) else content
 
 
 def numbered(labels: Tensor | None) -> tuple[str, ...]:
@@ -229,11 +235,22 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
     return image, next((name for name in LABEL_COLUMNS if name in names), None)
 
 
-def _integers(values: list[Any], what: str) -> Tensor:
-    for row, value in enumerate(values):
-        if type(value) is not int or not 0 <= value < MAX_CLASSES:
-            raise BitscapeError(f"{what} holds {value!r} in row {row}; labels must be integers from 0 to {MAX_CLASSES - 1}")
-    return torch.tensor(values, dtype=torch.int64)
+def _numbers(column: Any) -> Any:
+    """A column of a parquet file as an array if it holds whole numbers only, else as a list."""
+    whole = column.null_count == 0 and str(column.type).lstrip("u").startswith("int")
+    return column.to_numpy() if whole else column.to_pylist()
+
+
+def _integers(values: Any, what: str) -> Tensor:
+    """Labels as int64. Raises BitscapeError for the first of a list, or of an array of whole numbers, that is no class."""
+    if isinstance(values, np.ndarray):
+        bad = np.flatnonzero((values < 0) | (values >= MAX_CLASSES))[:1].tolist()
+    else:
+        bad = [row for row, value in enumerate(values) if type(value) is not int or not 0 <= value < MAX_CLASSES][:1]
+    for row in bad:
+        value = values[row].item() if isinstance(values, np.ndarray) else values[row]
+        raise BitscapeError(f"{what} holds {value!r} in row {row}; labels must be integers from 0 to {MAX_CLASSES - 1}")
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _hub_folders(datasets: Any) -> list[Path]:
