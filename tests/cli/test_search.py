@@ -34,6 +34,38 @@ def test_prints_layers_costs_and_use_of_the_budget(cli):
     assert "used" in shown.out
 
 
+VIEWED = """import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Linear(64, 10)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+"""
+
+
+def test_a_network_that_does_not_take_channels_last_needs_no_option(cli, refused, tmp_path):
+    (tmp_path / "viewed.py").write_text(VIEWED)
+    network = ("--model", f"{tmp_path / 'viewed.py'}:Net", "--data", "digits")
+    search = ("search", *network, "--images", 16, "--budget", "bitops=w4a4", "--pin", "none", "--method", "local")
+    cli(*search, "--out", tmp_path / "chosen.json")
+    cli(*search, "--no-channels-last", "--out", tmp_path / "contiguous.json")
+    chosen, contiguous = (Policy.load(tmp_path / f"{name}.json") for name in ("chosen", "contiguous"))
+    assert chosen.layers == contiguous.layers
+    train = ("train", *network, "--epochs", 1, "--out", tmp_path / "run")
+    for command in (search, train, ("evaluate", *network)):
+        message = refused(*command, "--channels-last")
+        assert "channels_last: True, but the network does not take that memory format: view size" in message
+    cli(*train)
+    cli("evaluate", *network, "--checkpoint", tmp_path / "run")
+
+
 def test_candidates_settings_and_pins_reach_the_search(cli, tmp_path):
     options = ("--candidates", "w=2,4;a=8", "--set", "images=8", "--pin", "down.0=6/8", "--pin", "none", "--for-training")
     cli(*SEARCH, "--budget", "mean_weight_bits=3", *options, "--out", tmp_path / "p.json")

@@ -52,6 +52,16 @@ def test_a_device_argument_moves_the_model() -> None:
     assert evaluate(model, tiny_batches(), device="cpu") == evaluate(model, tiny_batches())
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_memory_format_is_as_asked_for_and_changes_no_result(channels_last: bool) -> None:
+    model = tiny_net()
+    expected = evaluate(model, tiny_batches())
+    assert model[0].weight.is_contiguous()
+    accuracy = evaluate(model, tiny_batches(), channels_last=channels_last)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert accuracy.top1 == expected.top1 and accuracy.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
 def without_labels() -> TinyBatches:
     batches = tiny_batches()
     return replace(batches, dataset=replace(batches.dataset, labels=None))

@@ -38,7 +38,8 @@ from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.loop import CHECKPOINT, METRICS, RUN
 from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
-from bitscape.policy import LayerBits, Policy
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.train import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
@@ -374,6 +375,44 @@ class OutOfMemory(nn.Linear):
 def test_images_that_do_not_fit_are_explained(channels_last: bool) -> None:
     with pytest.raises(BitscapeError, match=r"shape \(16, 1, 6, 6\), torch.float32: .*to have 2 channels.*; check channels"):
         train(tiny_net(), one_channel(), **USUAL, channels_last=channels_last)
+
+
+class Flattened(nn.Module):
+    """A view behind a convolution, which channels_last does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(144, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.conv(images).view(len(images), -1))
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "laid_out"),
+    [(tiny_net, None, True), (tiny_net, True, True), (tiny_net, False, False), (Flattened, None, False), (Flattened, False, False)],
+)
+def test_convolutions_are_laid_out_as_the_network_takes_it(model: Any, asked: bool | None, laid_out: bool, tmp_path: Path) -> None:
+    network = model()
+    train(network, tiny_batches(), **USUAL, channels_last=asked, folder=tmp_path)
+    weight = next(network.parameters())
+    assert weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+    assert json.loads((tmp_path / RUN).read_text())["settings"]["channels_last"] == laid_out
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_rounded_activations_do_not_decide_on_the_memory_format(bits: int) -> None:
+    images = tiny_batches().dataset.images
+    policy = uniform_policy(layer_shapes(tiny_net()), LayerBits(bits, bits))
+    network = calibrate(quantize(tiny_net(), policy), images)
+    train(network, tiny_batches(), **USUAL)
+    assert next(network.parameters()).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_asked_for_where_the_network_does_not_take_it_is_refused() -> None:
+    with pytest.raises(BitscapeError, match=r"channels_last: True, but the network does not take that memory format: .*view size"):
+        train(Flattened(), tiny_batches(), **USUAL, channels_last=True)
 
 
 def test_images_that_do_not_fit_the_teacher_or_the_validation_are_explained() -> None:

@@ -45,6 +45,22 @@ def test_a_grid_computes_what_the_fake_quantizer_does(bits, signed):
     assert torch.equal(found.dequantize(found.quantize(x)), fake_quantize(x, scale, limits))
 
 
+class NoReturn(nn.Sequential):
+    """Its `train`, and so its `eval`, returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_train_method_that_returns_nothing_is_no_obstacle():
+    network = NoReturn(*quantized(small())).requires_grad_(True)
+    module = trace(network, images(2)).module
+    assert all(layer.training for layer in network.modules())
+    network.eval()
+    with torch.no_grad():
+        assert torch.equal(module(images(3)), network(images(3)))
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
 def test_the_traced_network_computes_the_same_for_every_batch_size(quantizer):
     network = quantized(small(), quantizer=quantizer)

@@ -103,6 +103,22 @@ def test_a_loaded_network_saves_to_the_same_bytes(quantizer, tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+class NoReturn(nn.Sequential):
+    """Its `train`, and so its `eval`, returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_train_method_that_returns_nothing_is_no_obstacle(tmp_path):
+    network = NoReturn(*quantized())
+    network.eval()
+    save_packed(network, tmp_path / "net")
+    loaded = load_packed(tmp_path / "net", NoReturn(*small_net()))
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded(images()), network(images()))
+
+
 def test_channels_last_is_kept(tmp_path):
     model = quantized().to(memory_format=torch.channels_last).eval()
     save_packed(model, tmp_path / "net")

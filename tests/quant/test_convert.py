@@ -169,6 +169,28 @@ def test_inputs_of_nan_are_an_error_with_the_layers_name():
         calibrate(quantized(), x)
 
 
+def test_calibrating_a_network_that_uses_a_weight_elsewhere_too_is_an_error():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Linear(12, 4), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.linear(self.encoder(x), self.encoder.weight.t()))
+
+    model = Tied()
+    network = quantize(model, policy(model))
+    before = snapshot(network)
+    with pytest.raises(BitscapeError, match="the weight of layer 'encoder' is used outside of the layer too"):
+        calibrate(network, torch.randn(8, 12))
+    assert not changed(before, network)
+
+
+def test_batches_that_come_once_all_count():
+    whole, parts = (calibrate(quantized(observer=MinMax()), given, MinMax()) for given in (images(), iter(images().split(20))))
+    assert not changed(snapshot(whole), parts)
+
+
 def test_calling_before_calibrate_is_an_error():
     with pytest.raises(BitscapeError, match="calibrate"):
         quantized()(images(2))

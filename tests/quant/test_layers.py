@@ -17,6 +17,7 @@ from bitscape.quant.layers import (
     apply_layer,
     quantized_class,
     quantized_layers,
+    require_float,
     static_bits,
 )
 
@@ -68,6 +69,39 @@ def test_a_quantized_layer_is_the_layer_on_quantized_values(case):
     expected = by_hand(quantized.input_quantizer(x))
     assert torch.equal(quantized(x), expected)
     assert not torch.allclose(expected, layer(x), atol=1e-3)
+
+
+class ScaledConv2d(nn.Conv2d):
+    """Has attributes of its own, of names that are common in research code."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.bits, self.scale, self.qmin, self.initialized, self.codes = 3, 0.5, -1, False, None
+
+    def forward(self, x):
+        return super().forward(x) * self.bits * self.scale
+
+
+def test_a_layers_own_attributes_stay_its_own():
+    torch.manual_seed(0)
+    layer, x = ScaledConv2d(3, 4, 3), torch.randn(8, 3, 6, 6)
+    quantized = calibrate(quantize(layer, Policy({"": LayerBits(8, 8)})), x)
+    assert (quantized.bits, quantized.scale) == (3, 0.5)
+    assert static_bits(quantized) == LayerBits(8, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        assert float((quantized(x) - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["weight_quantizer", "input_quantizer"])
+@pytest.mark.parametrize("value", [None, 4, nn.Identity()])
+def test_a_layer_that_has_a_quantizer_of_its_own_is_refused_by_name(name, value):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    setattr(model[1], name, value)
+    with pytest.raises(BitscapeError, match=rf"model: its layer '1' \(Conv2d\) has an attribute {name} of its own.*rename it"):
+        quantize(model, Policy(dict.fromkeys("01", LayerBits(4, 4))))
+    with pytest.raises(BitscapeError, match=rf"float_model: .*{name}"):
+        require_float(model, "float_model")
 
 
 @every_case

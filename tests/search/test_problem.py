@@ -15,7 +15,9 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.quant.convert import quantize
+from bitscape.search.differentiable import Differentiable
 from bitscape.search.fisher import Fisher
+from bitscape.search.local import Local
 from bitscape.search.methods import SearchMethod
 from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
 from bitscape.search.random_policy import Random
@@ -154,6 +156,72 @@ def test_a_model_on_the_meta_device_has_no_values_to_check() -> None:
 def test_a_quantized_model_is_refused() -> None:
     with pytest.raises(BitscapeError, match=r"model: its layer '0' is quantized already.*float network"):
         problem(model=quantize(net(), uniform_policy(layer_shapes(net()), LayerBits(4, 4))))
+
+
+class NoReturn(nn.Sequential):
+    """Keeps its norms in eval mode, as backbones of detectors do, and returns nothing."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self[1].eval()
+
+
+def test_a_train_method_that_returns_nothing_is_no_obstacle() -> None:
+    stated = problem(model=NoReturn(*net()).requires_grad_(True))
+    assert stated.free_layers == ("3", "4")
+    assert not any(module.training for module in stated.prepared.modules())
+
+
+class Flattened(nn.Module):
+    """LeNet's way to its linear layer: a view, which channels_last does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(64, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.conv(images)).view(len(images), -1))
+
+
+@pytest.mark.parametrize(("model", "takes"), [(net, True), (Flattened, False)])
+def test_convolutions_are_channels_last_where_the_network_takes_it(model: Any, takes: bool) -> None:
+    def is_channels_last(**settings: Any) -> bool:
+        weight = next(problem(model=model(), **settings).prepared.parameters())
+        return weight.is_contiguous(memory_format=torch.channels_last)
+
+    assert is_channels_last() == takes
+    assert not is_channels_last(channels_last=False)
+    if not takes:
+        with pytest.raises(BitscapeError, match=r"channels_last: True, but the network does not take.*view size.*or give False"):
+            problem(model=model(), channels_last=True)
+
+
+@pytest.mark.parametrize("method", [Fisher(), Local(), Differentiable(epochs=1, batch_size=4)])
+def test_a_network_that_does_not_take_channels_last_is_searched(method: SearchMethod) -> None:
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    budget = 0.25 * problem(model=Flattened()).parsed_budget.caps["bitops"] / 0.5
+    result = method.search(problem(model=Flattened(), images=images, pinned={}, budget=f"bitops={budget}"))
+    assert list(result.policy.layers) == ["conv", "middle", "head"]
+    assert result.policy.cost["bitops"] <= budget
+
+
+def test_a_network_that_draws_random_numbers_is_refused() -> None:
+    class Noisy(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.dropout(images + 1, 0.5))
+
+    with pytest.raises(BitscapeError, match="draws random numbers in eval mode"):
+        problem(model=Noisy(*net()))
+
+
+def test_a_weight_that_a_function_uses_too_is_refused() -> None:
+    class Tied(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(super().forward(images), self[6].weight.t())
+
+    with pytest.raises(BitscapeError, match="the weight of layer '6' is used outside of the layer"):
+        problem(model=Tied(*net()))
 
 
 def test_weights_may_be_frozen_and_stay_so() -> None:

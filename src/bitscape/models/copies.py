@@ -1,7 +1,8 @@
 """Copies of a user's network that work on their own."""
 
 import copy
-from collections.abc import Iterable, Mapping
+import dis
+from collections.abc import Iterable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -64,5 +65,5 @@ def _closure(function: FunctionType) -> Iterable[Any]:
 
 
 def _globals(function: FunctionType) -> Iterable[Any]:
-    known: Mapping[str, Any] = function.__globals__
-    return [known[name] for name in function.__code__.co_names if isinstance(known.get(name), nn.Module)]
+    read = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
+    return [value for name, value in function.__globals__.items() if name in read]

@@ -1,7 +1,7 @@
 """The memory format in which a network's convolutions run: channels_last where the network takes it."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -49,23 +49,37 @@ def set_memory_format(
     return False
 
 
-def _lay_out(weights: Iterable[Tensor], memory_format: torch.memory_format) -> None:
+def _lay_out(weights: Sequence[Tensor], memory_format: torch.memory_format) -> None:
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
-def _obstacle(run: Trial, weights: Iterable[Tensor], training: bool) -> str | None:
+def _obstacle(run: Trial, weights: Sequence[Tensor], training: bool) -> str | None:
     """Lay the weights out in channels_last; say why the network does not take it, or None if it does."""
     expected, fails = _outcome(run)
-    trains = training and _in_training(run) is None
     _lay_out(weights, torch.channels_last)
     if fails is not None:
         return None  # in any format: the caller's own passes say it better
     laid_out = replace(run, images=run.images.contiguous(memory_format=torch.channels_last))
-    outputs, reason = _outcome(laid_out)
-    if reason is None and differ(expected, outputs):
-        reason = "its outputs are others than in contiguous format"
-    return reason or (_in_training(laid_out) if trains else None)
+    outputs, fails = _outcome(laid_out)
+    if fails is None and differ(expected, outputs):
+        return "it gives other outputs"
+    return fails or (_obstacle_in_training(run, laid_out, weights) if training else None)
+
+
+def _obstacle_in_training(run: Trial, laid_out: Trial, weights: Sequence[Tensor]) -> str | None:
+    """Likewise in training mode, which changes the network's statistics; its outputs are not compared."""
+    run.model.train()
+    try:
+        fails = _outcome(laid_out)[1]
+        if fails is not None:
+            _lay_out(weights, torch.contiguous_format)
+            fails_too = _outcome(run)[1] is not None
+            _lay_out(weights, torch.channels_last)
+            return None if fails_too else fails
+        return None
+    finally:
+        run.model.eval()
 
 
 def _outcome(run: Trial) -> tuple[list[Tensor], str | None]:
@@ -74,12 +88,3 @@ def _outcome(run: Trial) -> tuple[list[Tensor], str | None]:
         return run.again(), None
     except Exception as error:
         return [], first_line(error.__cause__ or error)
-
-
-def _in_training(run: Trial) -> str | None:
-    """What the network says where it fails in training mode."""
-    run.model.train()
-    try:
-        return _outcome(run)[1]
-    finally:
-        run.model.eval()

@@ -38,8 +38,11 @@ def check_layers(model: nn.Module) -> None:
     """Raise BitscapeError for a layer that could not take bits as it is, naming it.
 
     That is a lazy layer without a shape, a computed weight, or a `forward` that was set on the layer
-    itself: quantizing changes a layer's class, which that `forward` would hide.
+    itself: quantizing changes a layer's class, which that `forward` would hide. What torch.compile
+    returned is refused too: its layers have other names.
     """
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise BitscapeError("model: it is compiled by torch.compile; give the network that was compiled, and compile afterwards")
     for name, layer in quantizable_layers(model).items():
         if "forward" in vars(layer):
             raise BitscapeError(

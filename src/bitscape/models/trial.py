@@ -40,7 +40,7 @@ def check_repeatable(model: nn.Module, images: Tensor) -> None:
         draws = run.random_state() != before
         if not any(differ(outputs, run()) for _ in range(_REPEATS if draws else 1)):
             return
-    reason = "draws random numbers" if draws else "keeps something from one pass to the next"
+    reason = "draws random numbers" if draws else "changes from one pass to the next"
     raise BitscapeError(
         f"model: it {reason} in eval mode, so two runs on the same images differ, and its outputs cannot be compared; "
         "leave that to training mode, e.g. F.dropout(x, p, self.training), or `if self.training:`"
