@@ -259,6 +259,28 @@ def repeated() -> nn.Module:
     return Applied(forward, stem=nn.Conv2d(3, 8, 3), twice=shared, again=shared, norm=nn.BatchNorm2d(8), head=last)
 
 
+class Heads(nn.Module):
+    """Outputs of many shapes in a structure: convolutions that end the network, features that layers take as well, the images, a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.boxes, self.scores, self.masks = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.classes = nn.Linear(8, 5)
+        self.register_buffer("anchors", torch.arange(8.0).reshape(2, 4))
+
+    def forward(self, pixels: Tensor) -> dict[str, object]:
+        features = F.relu(self.body(F.relu(self.stem(pixels))))
+        scores = self.scores(features)
+        masks = F.interpolate(torch.sigmoid(self.masks(features)), scale_factor=2, mode="bilinear")
+        heads = [self.boxes(features) * 8, scores.flatten(2).transpose(1, 2)]
+        logits = self.classes(features.mean((2, 3)))
+        return {"logits": logits, "heads": heads, "masks": masks, "relu": features, "pixels": pixels, "anchors": self.anchors, "none": None}
+
+
+OUTPUTS_OF_HEADS = ("logits", "heads.0", "heads.1", "masks", "relu", "pixels", "anchors")
+
+
 class Floats(nn.Module):
     """Convolutions that stay float: a functional one, a transposed one, and one whose forward changes the weight."""
 
@@ -274,7 +296,8 @@ class Floats(nn.Module):
         return self.last(F.relu(self.standard(F.relu(self.up(x))))).flatten(1)
 
 
-EXACT = {f.__name__: f for f in (plain, mobile, geometries, signals, products, fire, convnext, repeated)} | {"vit": Vit, "floats": Floats}
+EXACT = {f.__name__: f for f in (plain, mobile, geometries, signals, products, fire, convnext, repeated)}
+EXACT |= {"vit": Vit, "floats": Floats, "heads": Heads}
 """What ONNX Runtime computes of these is exactly defined."""
 ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)}
 """Here kernels add, pool or concatenate codes, each in its own way of rounding."""

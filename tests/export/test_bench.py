@@ -70,16 +70,39 @@ def test_times_and_classes_are_each_contenders_own(clock):
     assert [measured.float_layers for measured in found] == [(), ("conv1",)]
     brightest = IMAGES.reshape(11, 4).argmax(1)
     assert (found[0].classes == brightest).all() and (found[1].classes == (brightest + 1) % 4).all()
+    rolled, flat = np.roll(IMAGES.reshape(11, 4), 1, axis=1), IMAGES.reshape(11, 4)
+    assert found[0].difference == 0.0
+    assert found[1].difference == pytest.approx(np.linalg.norm(rolled - flat) / np.linalg.norm(flat))
 
 
 def test_with_several_threads_the_wall_clock_compares(clock):
     (found,) = measure_files([_contender(threads=2)], (1, 2, 2), [1], rounds=1)
-    assert found.ms(1) == 4.0 and found.classes is None
+    assert found.ms(1) == 4.0 and found.classes is None and found.difference is None
 
 
 def test_a_file_of_a_fixed_batch_classifies_every_image(clock):
     (found,) = measure_files([_contender(batch=4)], (1, 2, 2), [4], rounds=1, test=IMAGES)
     assert (found.classes == IMAGES.reshape(11, 4).argmax(1)).all()
+
+
+class DenseSession(FakeSession):
+    """A map, and one value an image."""
+
+    def run(self, images):
+        return [images * (1 + self.shift), images.sum((1, 2, 3))[:, None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRuntime(FakeRuntime):
+    def open(self, model):
+        return DenseSession(self.shift, self.batch)
+
+
+def test_outputs_that_are_no_classes_are_compared_by_their_values(clock):
+    contenders = [Contender(name=name, path=Path(name), runtime=DenseRuntime(shift=shift)) for name, shift in (("a", 0), ("b", 2))]
+    found = measure_files([*contenders, _contender("other")], (1, 2, 2), [2], rounds=1, test=IMAGES)
+    assert [measured.difference for measured in found] == [0.0, pytest.approx(2.0), None]
+    assert found[0].classes is found[1].classes is None
 
 
 def test_a_file_that_does_not_take_the_images_is_named():

@@ -26,7 +26,7 @@ def test_a_convolution_is_computed_as_its_definition_says():
         nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU6(), nn.Conv2d(4, 2, 1), nn.Flatten()), bits=[(5, 8), (4, 4)]
     )
     integer = integer_network(network, images())
-    first, second, last = (grid_of(node) for node in integer.module.graph.nodes if is_quantizer(node))
+    first, second = (grid_of(node) for node in integer.module.graph.nodes if is_quantizer(node))
     x = other_images()
     codes = np.clip(np.rint(x.numpy() / np.float32(first.scale)) + first.zero_point, 0, 255).astype(np.int64)
     weight, bias = integer.weights["0.weight"], integer.biases["0.weight"].numpy()
@@ -37,10 +37,9 @@ def test_a_convolution_is_computed_as_its_definition_says():
     middle = np.rint(sums.astype(np.float32) * multiplier[:, None, None]).clip(0, min(15, round(6 / second.scale))).astype(np.int64)
     weight, bias = integer.weights["2.weight"], integer.biases["2.weight"].numpy()
     sums = np.einsum("nchw,oc->nohw", middle, weight.q.numpy().astype(np.int64)[:, :, 0, 0]) + bias[:, None, None]
-    multiplier = np.float32(second.scale) * weight.scale.numpy() / np.float32(last.scale)
-    final = (np.rint(sums.astype(np.float32) * multiplier[:, None, None]) + last.zero_point).clip(0, 255) - last.zero_point
+    final = sums.astype(np.float32) * (np.float32(second.scale) * weight.scale.numpy())[:, None, None]
     assert len(np.unique(middle)) > 8 and len(np.unique(final)) > 50
-    assert np.array_equal(first_output(integer, x).numpy(), (final.astype(np.float32) * np.float32(last.scale)).reshape(len(x), -1))
+    assert np.array_equal(first_output(integer, x).numpy(), final.reshape(len(x), -1))
 
 
 def test_sums_that_float32_cannot_hold_are_exact():
@@ -160,10 +159,11 @@ def test_onnx_runtime_computes_every_pair_of_bits_exactly(every_pair_of_bits, tm
     x = other_images()
     (found,) = OnnxRuntime().open(info.path).run(x.numpy())
     expected = first_output(every_pair_of_bits, x).numpy()
-    assert np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # the last layers are float convolutions
     assert all(len(np.unique(part)) > 5 for part in np.split(expected, 8, axis=1))  # every branch is alive
     report = check_parity(info.path, x.numpy())
     assert len(report.layers) == 56 and report.differing == 0 and report.float_layers == ()
+    assert len(report.float_outputs) == 8
 
 
 @pytest.mark.usefixtures("exact_kernels")

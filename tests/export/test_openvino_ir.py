@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.export.containers import packed_bytes
+from bitscape.export.integer_execution import run_integers
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, save_openvino, write_openvino
 from bitscape.export.runtime import OpenVino
-from tests.export.networks import Applied, images, made, mobile, plain, quantized, residual
+from tests.export.networks import OUTPUTS_OF_HEADS, Applied, Heads, head, images, made, mobile, other_images, plain, quantized, residual
 from tests.runtimes import runtime_or_skip
 
 openvino: Any = runtime_or_skip("openvino")
@@ -172,6 +173,27 @@ def test_outputs_are_the_simulation_s(name: str, written: Written) -> None:
     # Measured: 2e-7 at most, in every image. One code in 1e5 may be rounded to the other side, which shows in its image alone.
     assert (error < 1e-5).mean() > 0.95
     assert error.max() < 0.2
+
+
+def test_outputs_of_a_structure_keep_their_names_and_their_values(tmp_path: Path) -> None:
+    network = integer_network(quantized(made(Heads), images(), bits=[(8, 8)]), images())
+    session = OpenVino().open(write_openvino(network, tmp_path / "heads.xml", images()).path)
+    assert (session.outputs, session.float_layers()) == (OUTPUTS_OF_HEADS, [])
+    x = other_images()
+    for (name, expected), values in zip(run_integers(network, x).items(), session.run(x.numpy()), strict=True):
+        assert values.shape == tuple(expected.shape), name
+        assert np.linalg.norm(values - expected.numpy()) <= 0.01 * np.linalg.norm(expected), name
+        assert len(np.unique(values)) > 1000 or name in ("logits", "anchors"), name
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_of_every_mode_is_computed_in_integers(mode: str, tmp_path: Path) -> None:
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, (3, 5), padding=(1, 2), padding_mode=mode), nn.ReLU()]
+    network = integer_network(quantized(made(lambda: nn.Sequential(*body, *head(8))), images(), bits=[(8, 8), (4, 4)]), images())
+    session = OpenVino().open(write_openvino(network, tmp_path / "padded.xml", images()).path)
+    expected = run_integers(network, other_images())["output0"].numpy()
+    assert session.float_layers() == []
+    np.testing.assert_allclose(session.run(other_images().numpy())[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_batch_size_is_free(written: Written) -> None:

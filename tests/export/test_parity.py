@@ -133,6 +133,16 @@ def test_a_layer_in_float_is_reported(file_of):
         report.require(1.0)
 
 
+@pytest.mark.usefixtures("exact_kernels")
+def test_a_convolution_whose_results_are_outputs_may_run_in_float_and_is_compared(file_of):
+    path = file_of("heads")
+    report = check_parity(path, IMAGES)
+    assert (report.float_layers, set(report.float_outputs)) == ((), {"body", "boxes", "scores", "masks"})
+    report.require(0.0)
+    wrong = check_parity(path, IMAGES, Otherwise(OnnxRuntime(), changed(one_more, "scores.weight.codes")))
+    assert [layer.name for layer in wrong.layers if layer.differing] == ["scores"]
+
+
 def test_a_file_without_integer_layers_is_refused(tmp_path):
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]

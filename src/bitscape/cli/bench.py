@@ -27,6 +27,8 @@ RUNTIME_NAMES = ("onnxruntime", "openvino")
 IMAGES = 128
 """Images that calibrate, where nobody says how many."""
 threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024), help="Threads of the runtime.")
+RESULTS = (("top-1", "top1"), ("agrees", "agreement"), ("off", "difference"))
+"""Columns of what files compute of test images, and their keys in the figures."""
 _network_options = all_of(
     click.option("--model", type=MODEL, metavar="NAME", help="Also time this network in float, and as ONNX Runtime's own int8."),
     click.option("--weights", type=FILE, metavar="FILE", help="Its float weights, .safetensors or .pt. Default: as built."),
@@ -51,7 +53,7 @@ _network_options = all_of(
 @_network_options
 @image_options
 @click.option("--input-shape", metavar="CxHxW", help="Shape of one image.  [default: of the file or --data]")
-@click.option("--accuracy", type=COUNT, metavar="N", help="Also classify N images of --data with each file.")
+@click.option("--accuracy", type=COUNT, metavar="N", help="Also compare outputs on N images of --data.")
 @click.option("--json", "json_file", type=OutputFile(".json"), metavar="FILE", help="Where the figures go, .json.")
 @seed_option
 def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json_file: Path | None, **given: Any) -> None:
@@ -86,10 +88,13 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
         contenders = _contenders(files, runtimes, threads, network, images, folder)
         _check_batches(contenders, batch_sizes)
         found = measure_files(contenders, shape, batch_sizes, rounds=given["rounds"], test=None if test is None else test.numpy())
-        rows = [row for size in batch_sizes for row in _rows(found, size, labels)]
+        rows = [row for size in batch_sizes for row in _rows(found, size, 0 if test is None else len(test), labels)]
     if json_file is not None:
         _write(json_file, rows, threads, given["rounds"], shape)
     _print(rows, found, threads, given["rounds"])
+    if test is not None:
+        compared = f"top-1 and agreement with {rows[0]['file']}" if "agreement" in rows[0] else f"difference from {rows[0]['file']}"
+        click.echo(f"{compared} on {len(test)} images of {given['data']}, split {given['split'] or 'test'}")
     if json_file is not None:
         click.echo(f"figures: {json_file}")
 
@@ -175,7 +180,7 @@ def _check_batches(contenders: "Sequence[Contender]", batch_sizes: Sequence[int]
             )
 
 
-def _rows(found: "Sequence[Measured]", batch_size: int, labels: "Tensor | None") -> list[dict[str, Any]]:
+def _rows(found: "Sequence[Measured]", batch_size: int, images: int, labels: "Tensor | None") -> list[dict[str, Any]]:
     """Figures of each file at one batch size, beside what the first row runs, in the same runtime."""
     first = found[0]
     rows = []
@@ -193,11 +198,20 @@ def _rows(found: "Sequence[Measured]", batch_size: int, labels: "Tensor | None")
             "images_per_s": measured.images_per_s(batch_size),
             "times_faster": None if beside is None else beside.ms(batch_size) / measured.ms(batch_size),
         }
-        if measured.classes is not None and first.classes is not None:
-            top1 = {} if labels is None else {"top1": 100 * float((measured.classes == labels.numpy()).mean())}
-            row |= {"images": len(measured.classes), **top1, "agreement": 100 * float((measured.classes == first.classes).mean())}
-        rows.append(row)
+        rows.append(row | _results(measured, first, images, labels))
     return rows
+
+
+def _results(measured: "Measured", first: "Measured", images: int, labels: "Tensor | None") -> dict[str, Any]:
+    """What a file computes of so many test images, beside the first one, in percent."""
+    figures: dict[str, Any] = {"images": images} if images else {}
+    if measured.difference is not None:
+        figures["difference"] = 100 * measured.difference
+    if measured.classes is not None and first.classes is not None:
+        figures["agreement"] = 100 * float((measured.classes == first.classes).mean())
+        if labels is not None:
+            figures["top1"] = 100 * float((measured.classes == labels.numpy()).mean())
+    return figures
 
 
 def _beside(first: "Measured", measured: "Measured", found: "Sequence[Measured]") -> "Measured | None":
@@ -211,20 +225,19 @@ def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads:
 
     first = rows[0]
     columns = ["file", "runtime", "batch", "size", "float layers", "CPU ms", "+-", "wall ms", "images/s", f"x {first['file']}"]
-    columns += [name for name, key in (("top-1", "top1"), ("agrees", "agreement")) if key in first]
-    print_table(columns, [_texts(row) for row in rows], left=2)
+    columns += [name for name, key in RESULTS if any(key in row for row in rows)]
+    results = [key for _, key in RESULTS if any(key in row for row in rows)]
+    print_table(columns, [_texts(row, results) for row in rows], left=2)
     by = "CPU time" if threads == 1 else "wall-clock time"
     by += ", within each runtime" if any(row["runtime"] != first["runtime"] for row in rows) else ""
     click.echo(f"\n{environment()['cpu']}, threads: {threads}; median of {rounds} rounds, each visiting every file; x: by {by}")
-    if "images" in first:
-        click.echo(f"top-1 and agreement with {first['file']} on {first['images']} images")
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
+def _texts(row: dict[str, Any], results: Sequence[str]) -> list[str]:
     texts = [row["file"], row["runtime"], str(row["batch_size"]), amount(row["file_bytes"], "B"), str(row["float_layers"])]
     texts += [f"{row['cpu_ms']:.4g}", f"{100 * row['cpu_spread']:.0f} %", f"{row['wall_ms']:.4g}"]
     texts += [f"{row['images_per_s']:,.0f}", "" if row["times_faster"] is None else f"{row['times_faster']:.2f}"]
-    return texts + [f"{row[key]:.2f} %" for key in ("top1", "agreement") if key in row]
+    return texts + [f"{row[key]:.2f} %" if key in row else "" for key in results]
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], threads: int, rounds: int, shape: Sequence[int]) -> None:

@@ -27,6 +27,12 @@ class Agreement:
     """Share of images with the same largest value; None where an output is not (images, classes)."""
 
 
+def is_scores(values: Array, images: int) -> bool:
+    """Whether an output for so many images holds the scores of classes: floats (images, classes), two classes at least."""
+    shape = values.shape
+    return np.issubdtype(values.dtype, np.floating) and len(shape) == 2 and shape[0] == images and shape[1] > 1
+
+
 class Comparison:
     """Compares outputs batch after batch, and keeps sums alone."""
 
@@ -70,7 +76,7 @@ class _Sums:
         self.differing += int(equal.size - equal.sum())
         self.identical += int(equal.reshape(images, -1).all(1).sum()) if has_images else images * bool(equal.all())
         self.has_floats = np.issubdtype(expected.dtype, np.floating)
-        self.has_classes = has_images and self.has_floats and expected.ndim == 2 and expected.shape[1] > 1
+        self.has_classes = is_scores(expected, images)
         if self.has_classes:
             self.same_class += int((expected.argmax(1) == actual.argmax(1)).sum())
         if self.has_floats:

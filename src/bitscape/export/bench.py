@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, first_line, needs_extra
+from bitscape.export.agreement import Comparison, is_scores
 from bitscape.export.packages import runtime_module
 from bitscape.export.runtime import Runtime, Session, Timing, time_alternately
 from bitscape.progress import track
@@ -45,7 +46,10 @@ class Measured:
     timings: Mapping[int, Timing]
     """Batch size -> time of a batch."""
     classes: Array | None = field(repr=False)
-    """Class of each test image; None without such images."""
+    """Class of each test image, by the first output that is (images, classes); None without such an output or images."""
+    difference: float | None
+    """Largest `Agreement.difference` of an output from the first contender's on the test images; None without such images, or where the
+    outputs are others."""
 
     def ms(self, batch_size: int) -> float:
         """Time of a batch by which contenders are compared."""
@@ -59,7 +63,7 @@ class Measured:
 def measure_files(
     contenders: Sequence[Contender], shape: Sequence[int], batch_sizes: Sequence[int], *, rounds: int, test: Array | None = None
 ) -> list[Measured]:
-    """Time all contenders alternately in this process, and classify test images with each.
+    """Time all contenders alternately in this process, and run test images through each.
 
     Args:
         contenders: files and their runtimes.
@@ -83,14 +87,20 @@ def measure_files(
         found = time_alternately(runs, rounds=rounds, round_s=ROUND_S, progress=lambda _: _advance(ticks))
         for at, own in enumerate(timings):
             own[batch_size] = found[str(at)]
+    results = [_Results() for _ in contenders]
+    for images, count in _whole_batches(test, max(batch_sizes)):
+        outputs = [_run(contender, session, images) for contender, session in zip(contenders, sessions, strict=True)]
+        for result, computed in zip(results, outputs, strict=True):
+            result.add(count, _first(outputs[0], count), _first(computed, count))
     return [
         Measured(
             contender=contender,
             float_layers=tuple(session.float_layers()),
             timings=own,
-            classes=None if test is None else _classes(contender, session, test, max(batch_sizes)),
+            classes=result.classes(),
+            difference=result.difference(),
         )
-        for contender, session, own in zip(contenders, sessions, timings, strict=True)
+        for contender, session, own, result in zip(contenders, sessions, timings, results, strict=True)
     ]
 
 
@@ -98,15 +108,40 @@ def _advance(ticks: Iterator[int]) -> None:
     next(ticks, None)
 
 
-def _classes(contender: Contender, session: Session, images: Array, batch_size: int) -> Array:
-    found = []
-    for start in range(0, len(images), batch_size):
-        # Always whole batches: a file may take no others.
-        outputs = _run(contender, session, images[np.arange(start, start + batch_size) % len(images)])[0]
-        if outputs.ndim != 2:
-            raise BitscapeError(f"{contender.name}: its output has shape {outputs.shape}; classes need (images, classes)")
-        found.append(outputs.argmax(1))
-    return np.concatenate(found)[: len(images)]
+def _whole_batches(images: Array | None, batch_size: int) -> Iterator[tuple[Array, int]]:
+    """Batches, and how many images of each count: a file may take no other number, so that the last one begins again."""
+    for start in range(0, 0 if images is None else len(images), batch_size):
+        assert images is not None
+        yield images[np.arange(start, start + batch_size) % len(images)], min(batch_size, len(images) - start)
+
+
+def _first(outputs: Sequence[Array], count: int) -> dict[str, Array]:
+    """What belongs to the first `count` images, by the outputs' order: in other files they have other names."""
+    return {str(at): values[:count] if values.ndim else values for at, values in enumerate(outputs)}
+
+
+class _Results:
+    """What one contender computes of the test images."""
+
+    def __init__(self) -> None:
+        self._classes: list[Array] = []
+        self._comparison = Comparison()
+        self._comparable = True
+
+    def add(self, images: int, first: Mapping[str, Array], own: Mapping[str, Array]) -> None:
+        scores = next((values for values in own.values() if is_scores(values, images)), None)
+        if scores is not None:
+            self._classes.append(scores.argmax(1))
+        self._comparable &= [values.shape for values in first.values()] == [values.shape for values in own.values()]
+        if self._comparable:
+            self._comparison.add(images, first, own)
+
+    def classes(self) -> Array | None:
+        return np.concatenate(self._classes) if self._classes else None
+
+    def difference(self) -> float | None:
+        agreements = self._comparison.result().values() if self._comparable else ()
+        return max((agreement.difference for agreement in agreements), default=None)
 
 
 def _run(contender: Contender, session: Session, images: Array) -> list[Array]:

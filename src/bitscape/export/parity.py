@@ -62,6 +62,8 @@ class FileLayer:
     """Tensor of the output: codes, or floats where nothing quantizes it."""
     output_scale: np.float32 | None
     """None where the output is float."""
+    becomes_output: bool
+    """Whether an output of the network is made of its results before any quantizer."""
     output_zero_point: int = 0
     low: int = 0
     """Smallest code of the output."""
@@ -71,7 +73,7 @@ class FileLayer:
     @property
     def may_be_float(self) -> bool:
         """Whether a runtime may compute it in float: ONNX Runtime has no integer convolution whose results are floats."""
-        return self.operator == "Conv" and self.output_scale is None
+        return self.operator == "Conv" and self.output_scale is None and self.becomes_output
 
     def difference(self, codes: Array, output: Array, *, in_float: bool = False) -> Array:
         """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums.
@@ -266,6 +268,7 @@ class _Graph:
         for node in model.graph.node:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
+        self._outputs = {output.name for output in model.graph.output}
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self._read = numpy_helper.to_array
 
@@ -304,8 +307,14 @@ class _Graph:
             weight_scale=self._known(w.input[1]),
             bias=np.zeros(1, np.int64) if bias is None else bias.astype(np.int64),
             float_bias=last is not node,
+            becomes_output=self._becomes_output(node),
             **self._output(last.output[0]),
         )
+
+    def _becomes_output(self, node: "onnx.NodeProto") -> bool:
+        if node.op_type == "QuantizeLinear":
+            return False
+        return any(name in self._outputs or any(map(self._becomes_output, self._users.get(name, []))) for name in node.output)
 
     def _known(self, name: str) -> Array:
         value = self.constant(name)

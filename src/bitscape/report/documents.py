@@ -57,8 +57,10 @@ class BenchRow:
     """Percent, if images were classified."""
     agreement: float | None = None
     """Percent of the images with the class of the first row."""
+    difference: float | None = None
+    """Percent, of the outputs from those of the first row: norm of the difference over their norm."""
     images: int | None = None
-    """Classified images."""
+    """Images that were run for these three."""
 
 
 @with_config(ConfigDict(extra="ignore", strict=True))

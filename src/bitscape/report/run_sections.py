@@ -104,6 +104,7 @@ def _bench(name: str, bench: BenchDocument) -> list[Block]:
     optional: tuple[tuple[str, Callable[[Any], str | None]], ...] = (
         ("top-1, %", lambda row: None if row.top1 is None else points(row.top1)),
         ("agrees, %", lambda row: None if row.agreement is None else points(row.agreement)),
+        ("off, %", lambda row: None if row.difference is None else points(row.difference)),
     )
     kept = [(title, value) for title, value in optional if any(value(row) for row in bench.rows)]
     rows = [
@@ -119,6 +120,8 @@ def _bench(name: str, bench: BenchDocument) -> list[Block]:
     columns += [title for title, _ in kept]
     shape = "x".join(map(str, bench.input_shape))
     caption = f"{name}: images of {shape}, {bench.machine}, threads: {bench.threads}; median of {counted(bench.rounds, 'round')}"
+    if images := next((row.images for row in bench.rows if row.images), None):
+        caption += f"; outputs are compared with the first row's on {counted(images, 'image')}"
     by, least = ("CPU", "cpu_ms") if bench.threads == 1 else ("wall-clock", "wall_ms"), min(row.batch_size for row in bench.rows)
     times = [(f"{row.file}, {row.runtime}", float(getattr(row, by[1]))) for row in bench.rows if row.batch_size == least]
     title = f"Milliseconds of a batch of {least}, {by[0]} time"
