@@ -84,8 +84,8 @@ def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
         (("--budget", "bitops=0.5x", "--weights", "no-file.safetensors"), "no-file.safetensors"),
         (("--budget", "bitops=0.5x", "--out", "no/folder/p.json"), "no folder 'no/folder'"),
         (("--budget", "bitops=0.5x", "--method", "uniform", "--scores", "s.json"), "uniform has no scores"),
-        (("--budget", "bitops=0.5x", "--folder", "run"), "folder='run': fisher does not train"),
-        (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "pick='least-sharp': uniform has no scores"),
+        (("--budget", "bitops=0.5x", "--folder", "run"), "--folder: fisher does not train"),
+        (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "--pick least-sharp: uniform has no scores"),
         (("--budget", "bitops=0.5x", "--images", "9999"), "allows 1 to 1437"),
         (("--budget", "bitops=0.5x", "--device", "gpu"), "--device 'gpu' cannot be used"),
     ],
@@ -248,7 +248,7 @@ def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
     common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--profile")
     told = "warning: latency table (onnxruntime 1.24, some cpu, threads: 1, batch: 1) was measured in onnxruntime, and profile openvino"
     assert cli(*SEARCH, *common, "openvino", "--scores", scores).err.count(told) == 1
-    assert "warning" not in cli(*SEARCH, *common, "onnx-container").err
+    assert "was measured in" not in cli(*SEARCH, *common, "onnx-container").err
     solve = ("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *common[-5:])
     assert cli(*solve, "openvino").err.count(told) == 1
     assert "warning" not in cli(*solve, "onnx-container").err
