@@ -1,6 +1,6 @@
 import pytest
 
-from bitscape.cli.output import amount, cost_text, print_table, size_ratio
+from bitscape.cli.output import amount, cost_text, print_table, short_names, size_ratio
 from bitscape.cost.policy_cost import CAPS
 from bitscape.report import words
 
@@ -39,3 +39,8 @@ def test_tables_keep_long_names_and_no_trailing_blanks(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(name)
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_paths_are_shown_by_their_last_part_unless_several_end_alike():
+    assert short_names(["a/x.onnx", "b/y.onnx", "a/x.onnx"]) == {"a/x.onnx": "x.onnx", "b/y.onnx": "y.onnx"}
+    assert short_names(["a/x.onnx", "b/x.onnx"]) == {"a/x.onnx": "a/x.onnx", "b/x.onnx": "b/x.onnx"}

@@ -28,7 +28,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise BitscapeError(f"path: no file {str(path)!r}; give a .safetensors or .pt file")
     with path.open("rb") as file:
         start = file.read(9)
-    if start[8:] != b"{" and start.startswith((_ZIP, _PICKLE)):
+    if path.suffix != ".safetensors" and start[8:] != b"{" and start.startswith((_ZIP, _PICKLE)):
         return _state_dict(path, _loaded(path))
     try:
         return load_file(path)
