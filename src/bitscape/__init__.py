@@ -7,10 +7,9 @@
 A name is loaded when it is first used: `import bitscape` alone takes milliseconds and leaves torch out.
 """
 
-import importlib
-from typing import TYPE_CHECKING
-
 from bitscape.version import __version__ as __version__
+
+TYPE_CHECKING = False  # of typing, which is left out, too: Ctrl-C may come before `bitscape.cli.main` runs
 
 _NAMES = {
     "cost.latency": ("LatencyTable",),
@@ -118,6 +117,8 @@ else:  # a type checker that saw this function would let every name pass
 
     def __getattr__(name: str) -> object:
         if name in _HOME:
+            import importlib
+
             return getattr(importlib.import_module(f"bitscape.{_HOME[name]}"), name)
         from bitscape.errors import nearest
 

@@ -192,7 +192,7 @@ def test_a_network_that_reports_its_bits_gets_a_second_table(cli, networks, colo
 
 def test_corruptions_that_cannot_be_drawn_are_refused_before_any_work(refused, networks, colored, tmp_path):
     asked = ("evaluate", *networks("colour"), *colored, "--corruptions")
-    assert "--corruptions '" in (message := refused(*asked, tmp_path / "map.png")) and "suffix '.png'" in message
+    assert "--corruptions '" in (message := refused(*asked, tmp_path / "map.png")) and "written as .svg; give e.g. map.svg" in message
     assert "no folder" in refused(*asked, tmp_path / "none" / "map.svg")
     assert "three channels; --data 'digits' has 1" in refused(*EVALUATE, "--corruptions", tmp_path / "map.svg")
 

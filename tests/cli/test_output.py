@@ -3,7 +3,7 @@ import logging
 import click
 import pytest
 
-from bitscape.cli.output import amount, cost_text, logging_to_stderr, print_table, printable_output, size_ratio
+from bitscape.cli.output import amount, cost_text, logging_to_stderr, print_table, printable_output, short_names, size_ratio
 from bitscape.cost.policy_cost import CAPS
 from bitscape.report import words
 
@@ -58,3 +58,8 @@ def test_log_lines_are_lines(capsys):
     with logging_to_stderr():
         logging.getLogger("bitscape.data").warning("skipped %s", "a\nerror: all is lost\x1b[2J.png")
     assert capsys.readouterr().err == "warning: skipped a\\nerror: all is lost\\x1b[2J.png\n"
+
+
+def test_paths_are_shown_by_their_last_part_unless_several_end_alike():
+    assert short_names(["a/x.onnx", "b/y.onnx", "a/x.onnx"]) == {"a/x.onnx": "x.onnx", "b/y.onnx": "y.onnx"}
+    assert short_names(["a/x.onnx", "b/x.onnx"]) == {"a/x.onnx": "a/x.onnx", "b/x.onnx": "b/x.onnx"}

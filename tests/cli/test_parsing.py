@@ -1,4 +1,3 @@
-import click
 import pytest
 
 from bitscape.cli.parsing import (
@@ -8,7 +7,6 @@ from bitscape.cli.parsing import (
     parse_pins,
     parse_shape,
     parse_widths,
-    writable,
 )
 from bitscape.data.batches import CIFAR10, DIGITS, Normalization
 from bitscape.errors import BitscapeError
@@ -93,9 +91,3 @@ def test_bad_settings_are_refused(method, setting, message):
 def test_a_value_that_the_method_refuses_is_told_in_its_own_words() -> None:
     with pytest.raises(BitscapeError, match=r"^--set images = -3: it must be at least 1; see `bitscape methods fisher`$"):
         make_method("fisher", ["images=-3"])
-
-
-@pytest.mark.parametrize(("text", "message"), [("-", "--out -: results go into files"), ("/dev/null", "is a device; give the path of a file")])
-def test_results_go_into_files(text, message):
-    with pytest.raises((BitscapeError, OSError), match=message):
-        writable(click.Context(click.Command("search")), click.Option(["--out"]), text)

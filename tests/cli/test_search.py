@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from bitscape.cost.latency import LatencyTable
@@ -116,8 +117,8 @@ def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
         (("--budget", "bitops=0.5x", "--weights", "no-file.safetensors"), "no-file.safetensors"),
         (("--budget", "bitops=0.5x", "--out", "no/folder/p.json"), "no folder 'no/folder'"),
         (("--budget", "bitops=0.5x", "--method", "uniform", "--scores", "s.json"), "uniform has no scores"),
-        (("--budget", "bitops=0.5x", "--folder", "run"), "folder='run': fisher does not train"),
-        (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "pick='least-sharp': uniform has no scores"),
+        (("--budget", "bitops=0.5x", "--folder", "run"), "--folder: fisher does not train"),
+        (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "--pick least-sharp: uniform has no scores"),
         (("--budget", "bitops=0.5x", "--images", "9999"), "allows 1 to 1437"),
         (("--budget", "bitops=0.5x", "--device", "gpu"), "--device 'gpu' cannot be used"),
     ],
@@ -280,7 +281,7 @@ def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
     common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--profile")
     told = "warning: latency table (onnxruntime 1.24, some cpu, threads: 1, batch: 1) was measured in onnxruntime, and profile openvino"
     assert cli(*SEARCH, *common, "openvino", "--scores", scores).err.count(told) == 1
-    assert "warning" not in cli(*SEARCH, *common, "onnx-container").err
+    assert "was measured in" not in cli(*SEARCH, *common, "onnx-container").err
     solve = ("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *common[-5:])
     assert cli(*solve, "openvino").err.count(told) == 1
     assert "warning" not in cli(*solve, "onnx-container").err
@@ -314,3 +315,53 @@ def test_what_a_profile_does_not_have_is_refused(refused):
 def test_the_help_names_the_profiles(cli):
     shown = " ".join(cli("search", "--help").out.split())
     assert all(name in shown for name in PROFILES)
+
+
+def test_a_search_that_keeps_nothing_says_so(cli, tmp_path):
+    word = "the policy will be shown and not kept"
+    uniform = (*SEARCH, "--method", "uniform", "--budget", "bitops=w4a4")
+    assert word in cli(*uniform).err
+    assert word not in cli(*uniform, "--out", tmp_path / "p.json").err
+
+
+def test_repairs_and_caps_that_do_not_bind_are_said(cli, tmp_path):
+    free = "not binding: bitops, weight_bytes; the widest bits, 8/8 in every free layer, stay within every cap: "
+    budgets = ("--budget", "bitops=1x", "--budget", "weight_bytes=1x")
+    shown = cli(*SEARCH, *budgets, "--scores", tmp_path / "s.json", "--out", tmp_path / "p.json").out
+    policy, scores = Policy.load(tmp_path / "p.json"), ScoreTable.load(tmp_path / "s.json")
+    inner = [bits for name, bits in policy.layers.items() if name not in ("stem.0", "head")]
+    assert f"{free}{inner.count(LayerBits(8, 8))} of {len(inner)} free layers have them" in shown
+    assert f"{scores.repairs} of {scores.values.size} scores repaired" in shown
+    one = cli(*SEARCH, "--method", "uniform", "--budget", "bitops=w4a4", "--budget", "weight_bytes=1x").out
+    assert "not binding: weight_bytes; the widest bits, 8/8 in every free layer, stay within\n" in one
+    assert "not binding" not in cli(*SEARCH, "--method", "uniform", "--budget", "bitops=w4a4").out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "uniform", "--scores", "s.json", "--budget", "bitops=w4a4"),
+        ("--method", "uniform", "--pick", "least-sharp", "--budget", "bitops=w4a4"),
+        ("--folder", "f", "--budget", "bitops=w4a4"),
+        ("--budget", "bitops=w4a9"),
+        ("--budget", "bitopps=w4a4"),
+        ("--budget", "latency_ms=2"),
+        ("--budget", "bitops=w4a4", "--data", "photos"),
+        ("--budget", "bitops=w4a4", "--normalize", "imgenet"),
+        ("--budget", "bitops=w4a4", "--seed", 10**23),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_loaded(refused, monkeypatch, options):
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("bitscape.cli.search.load_network", never)
+    refused(*SEARCH, *options)
+
+
+def test_fewer_images_than_the_default_are_all_used_and_this_is_said(cli, refused, tmp_path):
+    np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    few = ("search", *MODEL, "--data", tmp_path / "few.npz", "--normalize", "unit", "--budget", "bitops=w4a4", "--out", tmp_path / "p.json")
+    assert f"{tmp_path / 'few.npz'}: using all 20 images; 256 is the default" in cli(*few).err
+    assert Policy.load(tmp_path / "p.json").provenance["images"] == [20, 1, 8, 8]
+    assert "images is 21; few allows 1 to 20" in refused(*few, "--images", 21)

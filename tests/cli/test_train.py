@@ -1,7 +1,11 @@
 import json
+import os
+import signal
+import threading
 
 import pytest
 
+from bitscape.folders import locked
 from bitscape.policy import LayerBits, Policy
 from bitscape.train.plain import Plain
 from tests.cli.run import MODEL, run_cli
@@ -118,3 +122,67 @@ def test_a_run_is_followed_where_trackers_say(cli, refused, tmp_path, monkeypatc
     for text in ("tol=there", "told", "told="):
         assert f"--tracker '{text}': write e.g. tensorboard=" in refused(*TRAIN, "--tracker", text, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_never_overwritten(refused, tmp_path):
+    for name in ("checkpoint.safetensors", "model.safetensors", "policy.json", "tiers.json"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text("work")
+        assert f"--out {out}: it holds " in refused(*TRAIN, "--out", out)
+        if name != "checkpoint.safetensors":
+            assert f"it holds {name}, and no checkpoint to go on from; give another folder" in refused(*TRAIN, "--out", out, "--resume")
+        assert (out / name).read_text() == "work"
+
+
+def test_resume_starts_where_there_is_nothing(cli, tmp_path):
+    cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_ctrl_c_before_training_promises_no_checkpoint(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitscape.cli.train._train", interrupt)
+    shown = run_cli(*TRAIN, "--out", tmp_path / "run")
+    assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted: no result was written; run the command again")
+
+
+def test_ctrl_c_in_training_names_the_checkpoint_from_which_the_run_goes_on(cli, tmp_path, monkeypatch):
+    calls, step = [], Plain.__call__
+
+    def interrupt(self, *args):
+        calls.append(None)
+        if len(calls) == 2:  # of 6 batches
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Plain, "__call__", interrupt)
+        shown = run_cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    word = f"interrupted: {checkpoint} is kept; run the same command with --resume to go on from it"
+    assert (shown.code, shown.err.splitlines()[-1], checkpoint.is_file()) == (130, word, True)
+    cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "run", "--resume")
+    cli(*TRAIN, "--epochs", 1, "--out", tmp_path / "whole")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_folder_that_another_thread_trains_in_is_refused(tmp_path):
+    shown = []
+
+    def attempt():
+        shown.append(run_cli(*TRAIN, "--out", tmp_path / "run"))
+
+    with locked(tmp_path / "run"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert shown[0].code == 2 and f"process {os.getpid()} on " in shown[0].err
+
+
+def test_a_float_run_does_not_take_a_folder_with_a_policy(refused, tmp_path):
+    for name in ("checkpoint.safetensors", "policy.json"):
+        (tmp_path / name).write_text("work")
+    assert "it holds policy.json, and a float network has none" in refused(*TRAIN, "--out", tmp_path, "--resume")

@@ -142,7 +142,7 @@ def test_digit_labels_belong_to_their_images():
 
 
 def test_an_unknown_split_of_the_digits_is_an_error():
-    with pytest.raises(BitscapeError, match="digits has train and test; nearest: train"):
+    with pytest.raises(BitscapeError, match="digits: no split 'training'; nearest: train; there are test, train"):
         load_dataset("digits", split="training")
 
 

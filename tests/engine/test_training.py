@@ -250,7 +250,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     result = train(resumed, tiny_batches(images=400), **settings, folder=killed, checkpoint_every_s=0.0)
     assert same_state(whole, resumed)
     assert without_times(result.records) == lines(killed) == lines(tmp_path / "whole")
-    assert sorted(file.name for file in killed.iterdir()) == sorted([CHECKPOINT, METRICS, RUN])
+    assert sorted(file.name for file in killed.iterdir()) == sorted([".lock", CHECKPOINT, METRICS, RUN])
 
 
 def test_a_finished_run_is_only_loaded_and_can_be_started_over(tmp_path: Path) -> None:

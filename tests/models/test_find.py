@@ -168,13 +168,25 @@ def _run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_torchvision_without_its_compiled_part_is_helped(tmp_path):
+ZOO = """
+from torch import nn
+def plain(*, weights='download', out_features=1):
+    assert weights is None
+    return nn.Linear(1, out_features)
+def on_backbone(*, weights=None, weights_backbone='download'):
+    assert weights is None and weights_backbone is None
+    return nn.Linear(1, 7)
+def list_models(): return ['one', 'segmenting']
+def get_model_builder(name): return plain if name == 'one' else on_backbone
+def get_model(name, **kwargs): return get_model_builder(name)(**kwargs)
+"""
+
+
+def test_torchvision_without_its_compiled_part_is_helped_and_nothing_is_downloaded(tmp_path):
     # Same failure as the CUDA wheel beside a CPU-only torch: the second import needs schemas that nothing declared.
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("from torchvision import _meta, models\n")
-    (tmp_path / "torchvision" / "models.py").write_text(
-        "from torch import nn\ndef list_models(): return ['one']\ndef get_model(name, **kwargs): return nn.Linear(1, **kwargs)\n"
-    )
+    (tmp_path / "torchvision" / "models.py").write_text(ZOO)
     (tmp_path / "torchvision" / "_meta.py").write_text(
         "import torch\nfor name in ('nms', 'qnms'): torch.library.register_fake(f'torchvision::{name}')(lambda *a: a)\n"
     )
@@ -182,8 +194,10 @@ def test_torchvision_without_its_compiled_part_is_helped(tmp_path):
         from bitscape.models.find import find_model
         print(find_model("torchvision:one", out_features=4))
         print(find_model("torchvision:one", out_features=5))
+        print(find_model("torchvision:segmenting"))
     """
-    assert "out_features=4" in _run(code, tmp_path)
+    shown = _run(code, tmp_path)
+    assert all(f"out_features={size}" in shown for size in (4, 5, 7))
 
 
 def test_another_failure_of_torchvision_is_not_hidden(tmp_path):

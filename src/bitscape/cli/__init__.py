@@ -3,9 +3,14 @@
 Modules here import torch, and what imports it, inside functions: `bitscape search --help` takes milliseconds.
 """
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+
+TYPE_CHECKING = False  # of typing, whose import takes long enough to be met by Ctrl-C
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
 
 INTERRUPTED = "interrupted: no result was written; run the command again"
 

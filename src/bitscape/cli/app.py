@@ -2,10 +2,8 @@
 
 import os
 import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -13,6 +11,7 @@ from bitscape.cli.bench import bench
 from bitscape.cli.demo import demo
 from bitscape.cli.evaluate import evaluate
 from bitscape.cli.export import export
+from bitscape.cli.interrupts import EXIT_SIGNAL, INTERRUPTED, interrupting
 from bitscape.cli.latency import latency
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.methods import methods
@@ -28,8 +27,6 @@ from bitscape.errors import BitscapeError, first_line, is_out_of_memory, one_lin
 from bitscape.version import __version__
 
 EXIT_ERROR = 2
-EXIT_SIGNAL = 128
-"""Plus the number of the signal, as shells count."""
 
 
 def run(args: Sequence[str] | None) -> int:
@@ -37,38 +34,19 @@ def run(args: Sequence[str] | None) -> int:
     # Read when torch is imported. Beside other busy processes, threads that spin made a search 5 to 60 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
-    with sigterm_as_interrupt() as terminated:
+    with interrupting() as received:
         try:
             with outlived_streams(), printable_output(), logging_to_stderr(), stdout_of_first_worker():
                 code: object = commands.main(args, prog_name="bitscape", standalone_mode=False)
         except click.Abort as interrupt:  # what click makes of Ctrl-C
-            _complain(f"interrupted: {str(interrupt) or 'no result was written; run the command again'}")
-            return EXIT_SIGNAL + (signal.SIGTERM if terminated else signal.SIGINT)
+            _complain(f"interrupted: {interrupt!s}" if str(interrupt) else INTERRUPTED)
+            return EXIT_SIGNAL + next(iter(received), signal.SIGINT)
         except Exception as error:
             if (message := _message(error)) is None:
                 raise
             _complain(f"error: {one_line(message)}")
             return EXIT_ERROR
     return code if isinstance(code, int) else 0
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[list[int]]:
-    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, and its number is noted in the list."""
-    noted: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield noted
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @click.group(invoke_without_command=True)

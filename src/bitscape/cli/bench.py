@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import click
 
 from bitscape.cli.network import ImageSettings, load_images, load_network, normalized_images
 from bitscape.cli.options import COUNT, MOST, all_of, image_options, seed_option
-from bitscape.cli.output import amount, print_table
+from bitscape.cli.output import amount, print_table, short_names
 from bitscape.cli.parsing import parse_normalization, parse_shape
 from bitscape.cli.paths import FILE, MODEL, SOURCE, OutputFile
 from bitscape.errors import BitscapeError
@@ -223,18 +223,18 @@ def _beside(first: "Measured", measured: "Measured", found: "Sequence[Measured]"
 def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads: int, rounds: int) -> None:
     from bitscape.report.records import environment
 
-    first = rows[0]
-    columns = ["file", "runtime", "batch", "size", "float layers", "CPU ms", "+-", "wall ms", "images/s", f"x {first['file']}"]
+    first, names = rows[0], short_names([row["file"] for row in rows])
+    columns = ["file", "runtime", "batch", "size", "float layers", "CPU ms", "+-", "wall ms", "images/s", f"x {names[first['file']]}"]
     columns += [name for name, key in RESULTS if any(key in row for row in rows)]
     results = [key for _, key in RESULTS if any(key in row for row in rows)]
-    print_table(columns, [_texts(row, results) for row in rows], left=2)
+    print_table(columns, [_texts(row, names, results) for row in rows], left=2)
     by = "CPU time" if threads == 1 else "wall-clock time"
     by += ", within each runtime" if any(row["runtime"] != first["runtime"] for row in rows) else ""
     click.echo(f"\n{environment()['cpu']}, threads: {threads}; median of {rounds} rounds, each visiting every file; x: by {by}")
 
 
-def _texts(row: dict[str, Any], results: Sequence[str]) -> list[str]:
-    texts = [row["file"], row["runtime"], str(row["batch_size"]), amount(row["file_bytes"], "B"), str(row["float_layers"])]
+def _texts(row: dict[str, Any], names: Mapping[str, str], results: Sequence[str]) -> list[str]:
+    texts = [names[row["file"]], row["runtime"], str(row["batch_size"]), amount(row["file_bytes"], "B"), str(row["float_layers"])]
     texts += [f"{row['cpu_ms']:.4g}", f"{100 * row['cpu_spread']:.0f} %", f"{row['wall_ms']:.4g}"]
     texts += [f"{row['images_per_s']:,.0f}", "" if row["times_faster"] is None else f"{row['times_faster']:.2f}"]
     return texts + [f"{row[key]:.2f} %" if key in row else "" for key in results]

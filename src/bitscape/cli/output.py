@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -100,6 +101,13 @@ def amount(value: float, unit: str = "") -> str:
 def cost_text(kind: str, value: float | None) -> str:
     """Write a cost of a policy in its unit; mean bits are plain numbers, and a dash stands for none."""
     return words.cost_text(kind, value).replace(words.NO_BREAK, " ")
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path -> its last part, or the whole path where several different ones end alike."""
+    last = {path: Path(path).name for path in paths}
+    endings = list(last.values())
+    return {path: name if endings.count(name) == 1 else path for path, name in last.items()}
 
 
 def size_ratio(ratio: float, digits: int = 2) -> str:

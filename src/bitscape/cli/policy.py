@@ -6,7 +6,7 @@ import click
 
 from bitscape.cli.network import load_latency, load_network, measure_network, network_shapes, policy_shape
 from bitscape.cli.options import latency_option, model_option, shape_option
-from bitscape.cli.output import cost_text, print_costs, print_table
+from bitscape.cli.output import cost_text, print_costs, print_table, short_names
 from bitscape.cli.parsing import parse_shape
 from bitscape.cli.paths import FILE, MODEL
 from bitscape.cli.tables import print_bits, print_layers, print_within_budget
@@ -63,7 +63,8 @@ def diff(first: Path, second: Path) -> None:
     """
     before, after = Policy.load(first), Policy.load(second)
     changes = before.difference(after)
-    columns = [str(first), str(second)]
+    names = short_names([str(first), str(second)])
+    columns = [names[str(first)], names[str(second)]]
     if changes:
         print_table(["layer, weight/activation bits", *columns], [[name, _bits(a), _bits(b)] for name, a, b in changes])
     click.echo(f"{len(changes)} of {len(before.layers.keys() | after.layers.keys())} layers differ")

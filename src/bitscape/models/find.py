@@ -2,12 +2,13 @@
 
 Five forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18", and "hf:name" or
 "hf:path/to/folder" for an image classifier of Hugging Face with its weights.
-Weights come as safetensors only; nothing is unpickled.
+Weights come as safetensors, or as torch saves state dicts; nothing in a file is run.
 """
 
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.files import check_safetensors_header, write_atomic
+from bitscape.files import write_atomic
+from bitscape.models.saved import read_weights, renamed
 
 _FORMS = '"package.module:function", "path/to/file.py:function", "timm:name", "torchvision:name" or "hf:name"'
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -73,14 +74,14 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:
-    """Copy the tensors of a safetensors file into `model`, by name.
+    """Copy the tensors of a file into `model`, by name: safetensors, or a state dict that torch saved, also within a training checkpoint.
 
-    Only `num_batches_tracked` counters may be absent or too many, and a tensor shared by several names may be stored
-    under one. Raises BitscapeError for an unreadable file, missing or unexpected names and wrong shapes; what fits may
-    have been copied by then.
+    A prefix that all names share, such as "module.", may be too many. Only `num_batches_tracked` counters may be absent or too
+    many, and a tensor shared by several names may be stored under one. Raises BitscapeError for an unreadable file, missing or
+    unexpected names and wrong shapes; what fits may have been copied by then.
     """
-    weights = _read(Path(path))
     state = model.state_dict(keep_vars=True)
+    weights = renamed(read_weights(Path(path)), state)
     other = [text for name in weights if name in state for text in _other_kind(name, weights[name], state[name])]
     _complain(path, "of another kind", other)
     try:
@@ -113,6 +114,9 @@ def _torchvision(model: str, kwargs: dict[str, Any]) -> Any:
     models = import_torchvision().models
     if model not in (known := models.list_models()):
         raise BitscapeError(f"name: torchvision has no model {model!r}{nearest(model, known)}")
+    # Some builders download weights of a backbone unless they are told not to.
+    options = inspect.signature(models.get_model_builder(model)).parameters
+    kwargs = {**{name: None for name in ("weights", "weights_backbone") if name in options}, **kwargs}
     return models.get_model(model, **kwargs)
 
 
@@ -204,19 +208,6 @@ def _importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise BitscapeError(f"path: no file {str(path)!r}; give a .safetensors file")
-    try:
-        check_safetensors_header(path)
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise BitscapeError(
-            f"path: {str(path)!r} is not a complete safetensors file ({error}); copy it again, or convert it with "
-            "safetensors.torch.save_file(model.state_dict(), path)"
-        ) from error
 
 
 def _other_kind(name: str, found: Tensor, own: Tensor) -> list[str]:
