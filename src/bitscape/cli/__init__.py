@@ -1,4 +1,4 @@
-"""The command line: demo, search, solve, train, evaluate, export, policy, methods.
+"""The command line; `bitscape --help` lists the commands.
 
 Modules here import torch, and what imports it, inside functions: `bitscape search --help` takes milliseconds.
 """

@@ -5,7 +5,7 @@ Idea      The grid spacing is trained together with the weights. Its gradient se
           between codes, and is scaled by 1 / sqrt(N * qmax) so that scales and weights move at a like pace.
 Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> gradient_factor
 Departs   One scale per output channel for weights by default (paper: per layer), N then counts a channel. Scales start at the squared-error
-          optimum instead of 2 mean|v| / sqrt(qmax) (`MeanAbsolute` gives the paper's). One-bit weights are the sign on a mid-rise grid.
+          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
 Measured  docs/results: the default quantizer of every benchmark.
 """
