@@ -10,6 +10,8 @@ from bitscape.export.runtime import Timing
 from bitscape.report.documents import load_bench
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

@@ -9,6 +9,8 @@ from bitscape.export import layer_times
 from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

@@ -13,6 +13,8 @@ from bitscape.export.integer_graph import integer_network
 from tests.export.networks import CASES, EXACT, Applied, exported, images, integers, other_images, quantized
 from tests.networks import conv_norm
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_convolution_is_computed_as_its_definition_says():
     """By hand, in numpy's whole numbers: sums, bias, one multiplication in float32, half to even, limits."""

@@ -17,6 +17,8 @@ from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, save_ope
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import Applied, images, made, mobile, plain, quantized, residual
 
+pytestmark = pytest.mark.slow
+
 openvino: Any = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 

@@ -14,6 +14,8 @@ from bitscape.export.parity import ALLOWED, ParityReport
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import CASES, Applied, images, integers, made, other_images, quantized
 
+pytestmark = pytest.mark.slow
+
 openvino = pytest.importorskip("openvino")
 REFUSED = {"excited", "repeated"}
 """OpenVINO reads no circular padding, and computes convolutions that are used twice in float."""

@@ -7,6 +7,8 @@ from bitscape.export.runtime import RUNTIMES, OnnxRuntime
 from tests.export.networks import CASES, MIXED, exported, other_images
 from tests.export.test_runtime import with_float_layer
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 IMAGES = other_images().numpy()
 
