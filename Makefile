@@ -1,27 +1,39 @@
-# make demo, make test, make docs: all work in .venv, which the versions in constraints.txt fill once.
+# make demo, make check, make test, make docs: all work in .venv, which the versions in constraints.txt fill once.
+# make bounds: an environment of its own, with the lowest versions that pyproject.toml allows.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test docs
+.PHONY: demo lint check test docs bounds
 
 demo: $(READY)
 	$(BIN)/bitscape demo
 
 # Two processes of one thread each are the quickest on two cores. Passive waiting: on a shared machine, threads that spin cost up to 7x.
-# No cache: it does not notice that a module, imported before it existed, has been added.
-test: export OMP_WAIT_POLICY = passive
-test: export OMP_NUM_THREADS = 1
-test: $(READY)
+check test: export OMP_WAIT_POLICY = passive
+check test: export OMP_NUM_THREADS = 1
+
+# Whole files: the tests of one share fixtures.
+check: lint
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test: lint
+	$(BIN)/pytest -n 2 --dist loadfile
+
+# No cache of import-linter: it does not notice that a module, imported before it existed, has been added.
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n 2 --dist loadfile
 
 # Tables and figures from benchmarks/results, pages of methods from the source; then links, examples and command lines are checked.
 docs: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/pytest tests/docs tests/test_readme.py
+
+# Not a part of `make test`: it downloads. For example: make bounds PYTHON=python3.12 BOUNDS="--torch 2.11.0 tests/search"
+bounds:
+	$(PYTHON) tools/bounds.py $(BOUNDS)
 
 # torch first: a package resolved before it could bring another build of it.
 $(READY): constraints.txt pyproject.toml

@@ -25,7 +25,6 @@ SECTIONS = {
 FIELDS = ("Paper", "Idea", "Computes", "Departs", "Costs", "Measured")
 PAGES = {
     "results": "../results.md",
-    "speed": "../results.md#speed",
     "transfer": "../transfer.md",
     "how-to-choose": "../how-to-choose.md",
     "flat-training": "../flat-training.md",

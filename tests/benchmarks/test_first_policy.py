@@ -72,7 +72,7 @@ def test_steps_run_in_their_folder_and_are_timed(tmp_path: Path):
     assert steps.do("wait", sys.executable, "-I", "-c", "import os, time; time.sleep(0.1); print(os.getcwd())").strip() == str(
         tmp_path.resolve()
     )
-    assert 0.1 <= steps.seconds["wait"] < 10
+    assert steps.seconds["wait"] >= 0.1
     with pytest.raises(SystemExit, match=r"fail: exit code 3\nsaid"):
         steps.do("fail", sys.executable, "-I", "-c", "print('said'); raise SystemExit(3)")
     assert set(steps.seconds) == {"wait"}

@@ -11,6 +11,8 @@ from bitscape.report.documents import load_bench
 from tests.cli.run import MODEL, run_cli
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 runtime_or_skip("onnxruntime")
 

@@ -1,8 +1,12 @@
 import re
 
+import pytest
+
 from bitscape.cli.demo import _compared
 from bitscape.cli.packed import packed_policy
 from bitscape.policy import Policy
+
+pytestmark = pytest.mark.slow
 
 
 def test_goes_the_whole_way(cli, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnx")
 runtime_or_skip("onnxruntime")
 

@@ -4,11 +4,11 @@ from bitscape.cost.latency import LatencyTable
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
-from tests.cli.run import MODEL
+from tests.cli.run import MIXED, MODEL
 
 
 def test_shows_bits_cost_and_origin_without_the_network(cli, trained):
-    shown = cli("policy", "show", trained / "found.json").out
+    shown = cli("policy", "show", trained / "mixed.json").out
     assert "block1.conv1" in shown
     assert "as saved" in shown
     assert "provenance" in shown
@@ -16,25 +16,25 @@ def test_shows_bits_cost_and_origin_without_the_network(cli, trained):
 
 
 def test_shows_costs_of_each_layer_with_the_network(cli, trained):
-    shown = cli("policy", "show", trained / "found.json", *MODEL).out
+    shown = cli("policy", "show", trained / "mixed.json", *MODEL).out
     assert "147.5 k" in shown  # MACs of block1.conv1, at the input shape that the policy tells
     assert "of 8 bit" in shown
 
 
 def test_a_policy_by_hand_needs_the_input_shape(cli, refused, trained, tmp_path):
     hand = tmp_path / "hand.json"
-    Policy(Policy.load(trained / "found.json").layers).save(hand)
+    Policy(MIXED.layers).save(hand)
     assert "--input-shape is missing" in refused("policy", "show", hand, *MODEL)
     assert "147.5 k" in cli("policy", "show", hand, *MODEL, "--input-shape", "1x8x8").out
 
 
 def test_predicted_times_are_shown_layer_by_layer(cli, refused, trained, tmp_path):
-    layers = Policy.load(trained / "found.json").layers
+    layers = MIXED.layers
     times = {name: {str(bits): 3.0 if name == "down.0" else 0.5, "8/8": 1.0} for name, bits in layers.items()}
     shapes = layer_shapes(digits_net())
     about = {"runtime": "r 1", "machine": "m", "threads": 1, "batch_size": 4, "input_shape": (1, 8, 8), "fingerprint": fingerprint(shapes)}
     LatencyTable(**about, network_ms=16.0, float_ms=9.0, layers=times).save(tmp_path / "table.json")
-    given = ("policy", "show", trained / "found.json")
+    given = ("policy", "show", trained / "mixed.json")
     shown = cli(*given, *MODEL, "--latency", tmp_path / "table.json").out
     # 8 layers of 1 ms take 16 together: every time counts twice. The policy takes 2 * (2 + 5 * 0.5 + 3), with the ends at 8/8.
     rows = [line.split() for line in shown.splitlines()]
@@ -54,7 +54,7 @@ def test_differences_are_listed(cli, tmp_path):
 
 
 def test_a_policy_is_checked_against_a_network(cli, refused, trained, tmp_path):
-    assert "8 layers, names and shapes agree" in cli("policy", "check", trained / "found.json", *MODEL).out
+    assert "8 layers, names and shapes agree" in cli("policy", "check", trained / "mixed.json", *MODEL).out
     uniform_policy(["block1.conv"], LayerBits(4, 4)).save(tmp_path / "other.json")
     assert "no layer 'block1.conv'; nearest: block1.conv" in refused("policy", "check", tmp_path / "other.json", *MODEL)
 

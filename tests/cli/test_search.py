@@ -16,16 +16,19 @@ from tests.cli.run import MODEL, run_cli
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 16)
 
 
-def test_writes_a_policy_that_says_where_it_comes_from(trained):
-    policy = Policy.load(trained / "found.json")
+def test_writes_a_policy_that_says_where_it_comes_from(cli, trained, tmp_path):
+    policy_file, scores = tmp_path / "policy.json", tmp_path / "scores.json"
+    budgets = ("--budget", "bitops=w4a4", "--budget", "weight_bytes=15kB")
+    cli(*SEARCH, "--weights", trained / "model.safetensors", *budgets, "--out", policy_file, "--scores", scores)
+    policy = Policy.load(policy_file)
     provenance = policy.provenance
     assert provenance["method"] == "fisher"
-    assert provenance["images"] == [32, 1, 8, 8]
+    assert provenance["images"] == [16, 1, 8, 8]
     assert provenance["model"] == MODEL[1]
     assert provenance["weights"] == "model.safetensors"
     assert policy.layers["stem.0"] == policy.layers["head"] == LayerBits(8, 8)
     assert policy.cost["weight_bytes"] <= 15000
-    assert ScoreTable.load(trained / "scores.json").method == "fisher"
+    assert ScoreTable.load(scores).method == "fisher"
 
 
 def test_prints_layers_costs_and_use_of_the_budget(cli):
@@ -84,10 +87,9 @@ def test_a_pin_leaves_the_ends_at_8_bits(cli, tmp_path):
 
 
 def test_scores_solve_every_budget_as_a_search_does(cli, trained, tmp_path):
-    budget = ("--budget", "bitops=w3a3")
-    weights = ("--weights", trained / "model.safetensors")
-    cli("search", *MODEL, *weights, "--data", "digits", "--images", 32, *budget, "--out", tmp_path / "searched.json")
-    solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8")
+    budget, scores = ("--budget", "bitops=w3a3"), ("--scores", tmp_path / "scores.json")
+    cli(*SEARCH, "--weights", trained / "model.safetensors", *budget, *scores, "--out", tmp_path / "searched.json")
+    solve = ("solve", *MODEL, *scores, "--input-shape", "1x8x8")
     cli(*solve, *budget, "--out", tmp_path / "solved.json")
     searched, solved = (Policy.load(tmp_path / f"{name}.json") for name in ("searched", "solved"))
     assert solved.layers == searched.layers
@@ -151,7 +153,7 @@ def test_solving_says_what_it_needs(refused, trained):
     shape = ("--input-shape", "1x8x8")
     assert "a front is many policies" in refused(*solve, *shape, "--front", 4, "--out", "p.json")
     assert "score it, or pin it" in refused(*solve, *shape, "--pin", "none", "--budget", "bitops=w4a4")
-    assert "unknown entry 'tool'" in refused("solve", *MODEL, "--scores", trained / "found.json", *shape, "--front", 4)
+    assert "unknown entry 'tool'" in refused("solve", *MODEL, "--scores", trained / "mixed.json", *shape, "--front", 4)
 
 
 def test_the_search_is_the_same_every_time(cli, trained, tmp_path):

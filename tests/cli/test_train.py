@@ -14,7 +14,7 @@ TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)
 
 
 def _quantized(trained, *options):
-    return (*TRAIN, "--weights", trained / "model.safetensors", "--policy", trained / "found.json", *options)
+    return (*TRAIN, "--weights", trained / "model.safetensors", "--policy", trained / "mixed.json", *options)
 
 
 def test_trains_in_float_and_reports_each_epoch(cli, tmp_path):
@@ -35,7 +35,7 @@ def test_trains_at_the_bits_of_a_policy_with_every_extra(cli, trained, tmp_path)
     assert settings["optimizer"]["kind"] == "AdamW"
     assert settings["loss"]["distillation"] == 0.5
     assert settings["batches"]["augment"] == "crop-flip"
-    assert (run / "policy.json").read_text() == (trained / "found.json").read_text()
+    assert (run / "policy.json").read_text() == (trained / "mixed.json").read_text()
     assert "top-1" in cli("evaluate", *MODEL, "--data", "digits", "--checkpoint", run).out
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_other_settings_is_told_what_to_do(cli, refused, tmp_path):
 
 
 def test_a_run_at_other_bits_is_told_which(cli, refused, trained, tmp_path):
-    policy, options = Policy.load(trained / "found.json"), ("--epochs", 1, "--out", tmp_path / "run")
+    policy, options = Policy.load(trained / "mixed.json"), ("--epochs", 1, "--out", tmp_path / "run")
     cli(*_quantized(trained, *options))
     name, bits = next((name, bits) for name, bits in policy.layers.items() if bits.weight > 1)
     Policy({**policy.layers, name: LayerBits(bits.weight - 1, bits.activation)}).save(tmp_path / "other.json")

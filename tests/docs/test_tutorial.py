@@ -11,6 +11,8 @@ import torch
 
 from tests.cli.run import succeed
 
+pytestmark = pytest.mark.slow
+
 TUTORIAL = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^<!-- run(?:: (\w+))? -->\n```(\w*)\n(.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"\d[\d.,]*(e-?\d+)?")

@@ -261,9 +261,10 @@ def test_the_score_function_finds_that_a_sure_network_needs_bits() -> None:
     for estimator in ("score", "pathwise"):
         network.zero_grad()
         set_heads(network, middle=2.6, spread=-0.5)
-        torch.manual_seed(0)
         settings = Dqmq(bitops=AMPLE, estimator=estimator, hardening_weight=0.0, **SCHEDULE)
-        settings.build()(network, Batch.of(images, labels, CrossEntropy(), 1, 0.5))
+        for seed in range(8):  # gradients add up: one draw of the score estimator may have either sign
+            torch.manual_seed(seed)
+            settings.build()(network, Batch.of(images, labels, CrossEntropy(), 1, 0.5))
         slopes[estimator] = head_slopes(network)
     assert bool((slopes["score"] < 0).all()) and bool((slopes["pathwise"] < 0).all())
 

@@ -19,6 +19,8 @@ from bitscape.quant.quantizers.lsq import LsqActivation
 from bitscape.quant.quantizers.pact import PactActivation
 from tests.export.networks import Applied, images, policy_for, quantized
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(), Liq()]
 
 

@@ -14,6 +14,8 @@ from bitscape.export.outputs import named_outputs
 from tests.export.networks import CASES, EXACT, Applied, exported, images, integers, other_images, quantized
 from tests.networks import conv_norm
 
+pytestmark = pytest.mark.slow
+
 
 def first_output(network: IntegerNetwork, x: torch.Tensor) -> torch.Tensor:
     return run_integers(network, x)["output0"]

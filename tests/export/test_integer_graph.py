@@ -19,6 +19,8 @@ from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from tests.export.networks import OUTPUTS_OF_HEADS, ZOO, Applied, SameConv2d, StandardConv2d, head, images, integers, made, quantized
 from tests.networks import conv_norm
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(restore_scale=False), Liq()]
 aten = torch.ops.aten
 

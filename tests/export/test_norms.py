@@ -15,6 +15,8 @@ from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from tests.export.networks import Applied, images, quantized
 from tests.networks import conv_norm
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(restore_scale=False), Liq()]
 EPSILON = 0.01
 aten = torch.ops.aten

@@ -14,6 +14,8 @@ from bitscape.export.onnx_qdq import CONTAINERS, OPSETS, PORTABLE, save_onnx, wr
 from tests.export.networks import CASES, OUTPUTS_OF_HEADS, ZOO, Applied, exported, images, integers, quantized
 from tests.networks import conv_norm
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 

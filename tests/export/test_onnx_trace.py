@@ -6,6 +6,8 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.export.onnx_trace import checked_bytes, onnx_graph, pool_globally
 
+pytestmark = pytest.mark.slow
+
 ir = pytest.importorskip("onnx_ir", reason="pip install 'bitscape[onnx]'")
 onnx = pytest.importorskip("onnx", reason="pip install 'bitscape[onnx]'")
 

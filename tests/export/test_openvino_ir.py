@@ -19,6 +19,8 @@ from bitscape.export.runtime import OpenVino
 from tests.export.networks import OUTPUTS_OF_HEADS, Applied, Heads, head, images, made, mobile, other_images, plain, quantized, residual
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 openvino: Any = runtime_or_skip("openvino")
 pytest.importorskip("onnxscript")
 

@@ -14,6 +14,8 @@ from bitscape.export.runtime import OpenVino
 from tests.export.networks import CASES, Applied, images, integers, made, other_images, quantized
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 openvino = runtime_or_skip("openvino")
 REFUSED = {"repeated"}
 """OpenVINO computes convolutions that are used twice in float."""

@@ -8,6 +8,8 @@ from tests.export.networks import CASES, MIXED, exported, other_images
 from tests.export.test_runtime import with_float_layer
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 IMAGES = other_images().numpy()
 

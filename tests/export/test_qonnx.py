@@ -22,6 +22,8 @@ from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, Pe
 from tests.networks import basic_block, conv_norm, inverted_residual
 from tests.runtimes import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = [Lsq(), Lsq(weight_scales=PerTensor()), LsqPlus(), Pact(), Dorefa(), Liq(restore_scale=False)]
 FLOAT_BITS = 32
 """qonnx counts what it knows no integers of, the products of attention for instance, as float32."""

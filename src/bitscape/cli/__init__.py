@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line; `bitscape --help` lists the commands.
 
 Modules here import torch, and what imports it, inside functions: `bitscape search --help` takes milliseconds.
 """

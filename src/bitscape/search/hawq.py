@@ -9,7 +9,8 @@ Departs   Labels are drawn from the network's softmax, as for fisher, so that no
           inputs at once (the paper: one layer's): unbiased and L times cheaper, but the other layers' blocks add variance, which
           shows as repairs of the scores.
 Costs     About 5 forward passes over the images for each probe; a second-order graph in memory.
-Measured  not yet
+Measured  docs/transfer: transfer-scores. Rank correlation of predicted and measured loss, without training: 0.30 to 0.69 on ResNet-20,
+          depending on the images, and 0.79 to 0.81 on MobileNetV2.
 """
 
 from dataclasses import dataclass

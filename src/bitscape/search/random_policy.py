@@ -1,6 +1,6 @@
 """Random: random bits at equal budget, the second control that any search must beat.
 
-Paper     none; the control of search-base.md section 4
+Paper     none
 Idea      Every layer gets a random candidate; random single-layer moves then lead to just below the cap. Many seeds
           show how much of a method's result is the budget alone.
 Computes  one walk -> walk; several starts -> search

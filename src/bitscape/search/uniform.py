@@ -1,6 +1,6 @@
 """Uniform: the same bits in every layer, the control that any search must beat.
 
-Paper     none; the control of search-base.md section 4
+Paper     none
 Idea      The largest width that fits the budget, everywhere. With `mix`, two neighbouring widths fill what is left.
 Computes  width ladder -> widths; largest that fits -> search; two widths -> mixed
 Departs   nothing

@@ -3,9 +3,9 @@
 Paper     Esser, McKinstry, Bablani, Appuswamy, Modha: "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153
 Idea      The grid spacing is trained together with the weights. Its gradient sees how close each value lies to a transition
           between codes, and is scaled by 1 / sqrt(N * qmax) so that scales and weights move at a like pace.
-Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> gradient_factor
+Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> lsq_gradient_factor
 Departs   One scale per output channel for weights by default (paper: per layer), N then counts a channel. Scales start at the squared-error
-          optimum instead of 2 mean|v| / sqrt(qmax) (`MeanAbsolute` gives the paper's). One-bit weights are the sign on a mid-rise grid.
+          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
 Measured  docs/results: the default quantizer of every benchmark.
 """
