@@ -191,19 +191,6 @@ def test_of_several_quantizers_of_8_bits_the_widest_takes_the_place_of_all(g):
     assert takers(shared) == {"a", "b", "c"} and grid_of(shared).scale == 0.3
 
 
-def test_a_layer_that_is_used_twice_keeps_its_input_scale(g):
-    """Its bias is integers in units of that scale, at every use."""
-    x = g.relu(g.conv(g.input, 8, "stem"))
-    weight = g.graph.get_attr("repeated")
-    padded = g(aten.constant_pad_nd.default, g.q(x, 8, 0.1), [1, 1])
-    first = g(aten.conv2d.default, padded, weight, name="first")
-    other = g(aten.conv2d.default, g.q(x, 8, 0.3), g.graph.get_attr("other"), name="other")
-    second = g(aten.conv2d.default, g.q(g(aten.silu.default, first), 8, 0.1), weight, name="second")
-    g.placed(second, other)
-    sources = (quantized_source(node.args[0]) for node in (first, second, other))
-    assert [grid_of(node).scale for node in sources] == [0.1, 0.1, 0.3]
-
-
 def test_the_serving_quantizer_comes_before_all_who_take_it(g):
     x = g.relu(g.conv(g.input, 8, "stem"))
     negative = g(aten.neg.default, x, name="negative")  # in front of the quantizer, in the order of the graph

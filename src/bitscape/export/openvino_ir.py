@@ -3,6 +3,7 @@
 The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in three places:
 
     weights     u2, u3, u4 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i8 for more bits. Folded when OpenVINO loads the file.
+                A constant for every product: OpenVINO computes those in float that share one. The .bin file has equal ones once.
     quantizers  behind layers, sums and quantizers: Multiply(1 / scale) -> Round -> Clamp -> FakeQuantize with steps of one;
                 elsewhere a FakeQuantize alone
     norms       behind products: a Clamp in front (`_hold_factors`)
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, needs_extra
-from bitscape.export.containers import container, container_bytes
+from bitscape.export.containers import container, container_bytes, layer_containers
 from bitscape.export.graph import layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import onnx_model
@@ -97,10 +98,8 @@ def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images
     content = _contents(model)
     for suffix, part in content.items():
         write_atomic(path.with_suffix(suffix), part)
-    chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
-    names = {layer_of(key): bits for key, bits in chosen.items()}
-    file_bytes = sum(map(len, content.values()))
-    return OpenvinoInfo(path, file_bytes, container_bytes(network, chosen), names, len(network.added), source)
+    file_bytes, stored = sum(map(len, content.values())), layer_containers(network, CONTAINERS)
+    return OpenvinoInfo(path, file_bytes, container_bytes(network, CONTAINERS), stored, len(network.added), source)
 
 
 def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.ModelProto]":

@@ -161,17 +161,13 @@ class _Placer:
             kept = max(wide, key=lambda user: grid_of(user).scale)
             for user in wide:
                 alike = grid_of(user).zero_point == grid_of(kept).zero_point
-                if user is not kept and alike and not any(map(self._is_repeated, _takers(user))):
+                if user is not kept and alike:
                     user.replace_all_uses_with(kept)
                     self.graph.erase_node(user)
             tail.append(kept)  # in front of everyone who will read from it
             return kept
         self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
         return self.added[-1]
-
-    def _is_repeated(self, node: fx.Node) -> bool:
-        """Whether it is one of several uses of a layer: all need one input scale, for they share an integer bias."""
-        return self.is_layer(node) and len(node.all_input_nodes[1].users) > 1
 
     def _read_from(self, quantizer: fx.Node, tail: fx.Node) -> None:
         self._integer[quantizer] = True
@@ -205,12 +201,6 @@ def _sole_quantizer(node: fx.Node) -> fx.Node | None:
         if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):
             return None
     return None
-
-
-def _takers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who takes the values of `node`, perhaps moved."""
-    for user in node.users:
-        yield from _takers(user) if is_move(user) else [user]
 
 
 def _same_codes(user: fx.Node, source: fx.Node) -> bool:
