@@ -304,3 +304,14 @@ def test_a_new_quantizer_has_no_takers_yet(g):
     x = g.relu(g.input)
     g.graph.output((x,))
     assert not insert_quantizer(g.graph, x, unsigned(8)).users
+
+
+def test_a_quantizer_of_8_bits_behind_a_move_serves_all_who_take_the_tensor(g):
+    """A second one of 8 bits right behind it would be merged with the first by ONNX Runtime, which then scales by the wrong one."""
+    x = g.relu(g.conv(g.input, 8, "stem"))
+    moved = g.q(g(aten.max_pool2d.default, x, [2, 2]), 8, 0.3)
+    layer = g.graph.create_node("call_function", aten.conv2d.default, (moved, g.graph.get_attr("weight_a")), name="a")
+    added = g.placed(layer, g(aten.neg.default, x, name="negative"))
+    assert [str(node.args[0]) for node in added] == ["a"]
+    (shared,) = (node for node in g.graph.nodes if is_quantizer(node) and str(node.args[0]) == "r_stem")
+    assert grid_of(shared).scale == 0.3 and "negative" in takers(shared)

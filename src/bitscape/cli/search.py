@@ -21,7 +21,7 @@ from bitscape.cli.options import (
     seed_option,
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins, writable
-from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.cli.tables import print_layers, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -168,8 +168,7 @@ def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[st
     print_within_budget(policy, problem.network, problem.parsed_budget)
     if problem.latency is not None:
         click.echo(f"latency_ms: {problem.latency.where}")
-    if problem.profile is not None:
-        click.echo(f"\n{problem.profile.note(policy)}")
+    print_storage(policy, problem.network, problem.profile)
     click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
     if scores is not None and result.scores is not None:
         result.scores.save(scores)

@@ -11,7 +11,7 @@ from bitscape.cli.network import load_network, measure_network, with_pins
 from bitscape.cli.options import FILE, budget_option, latency_option, model_option, pin_option, profile_option, shape_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape, writable
-from bitscape.cli.tables import print_layers, print_within_budget
+from bitscape.cli.tables import print_layers, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
@@ -110,8 +110,7 @@ def _solve(
     print_layers(policy, network)
     click.echo()
     print_within_budget(policy, network, budget)
-    if target is not None:
-        click.echo(f"\n{target.note(policy)}")
+    print_storage(policy, network, target)
     if out is not None:
         policy.save(out)
         click.echo(f"\npolicy: {out}")

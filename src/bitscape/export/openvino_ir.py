@@ -36,6 +36,7 @@ from bitscape.export.graph import layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
+from bitscape.export.openvino_xml import compact
 from bitscape.export.runtime import refused
 from bitscape.files import write_atomic
 
@@ -122,6 +123,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
     for node in model.get_ordered_ops():
         _rewrite_quantizer(node)
         _hold_factors(node)
+    _share_constants(model, network)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
     return model, source
@@ -168,7 +170,7 @@ def _contents(model: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
         binary, graph = (Path(folder, f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
-    return {".bin": binary, ".xml": re.sub(rb">\s+<", b"><", graph)}  # indented, small networks have more graph than weights
+    return {".bin": binary, ".xml": compact(graph)}
 
 
 def _weight_key(node: Any, network: IntegerNetwork) -> str | None:
@@ -185,11 +187,12 @@ def _stored(constant: Any, bits: int) -> Any:
 
     if bits == 8:
         return constant
-    codes, offset = constant.data, 2 ** (bits - 1)
-    memory = openvino.Tensor(getattr(openvino.Type, f"u{bits}"), list(codes.shape))
-    memory.data[:] = pack((codes.astype(np.int16) + offset).astype(np.uint8).reshape(-1), bits)
-    small = op.constant(memory, name=constant.get_friendly_name())
-    return op.subtract(op.convert(small, "i8"), op.constant(np.int8(offset)))
+    signed, offset = bits == 4, 2 ** (bits - 1)  # of these widths it alone has a signed type
+    codes = constant.data.astype(np.int16) + (0 if signed else offset)
+    memory = openvino.Tensor(getattr(openvino.Type, f"{'i' if signed else 'u'}{bits}"), list(codes.shape))
+    memory.data[:] = pack((codes & (2**bits - 1)).astype(np.uint8).reshape(-1), bits)
+    small = op.convert(op.constant(memory, name=constant.get_friendly_name()), "i8")
+    return small if signed else op.subtract(small, op.constant(np.int8(offset)))
 
 
 def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
@@ -210,6 +213,16 @@ def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
     for parameter, (_, stored) in zip(held, weights, strict=True):
         _replace(parameter, stored)
         model.remove_parameter(parameter)
+
+
+def _share_constants(model: Any, network: IntegerNetwork) -> None:
+    """Let equal constants be one, all but codes of weights: of those every product needs its own."""
+    first: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and _weight_key(node, network) is None:
+            key = str(node.get_element_type()), tuple(node.get_output_shape(0)), node.data.tobytes()
+            if (same := first.setdefault(key, node)) is not node:
+                _replace(node, same)
 
 
 def _replace(node: Any, by: Any) -> None:

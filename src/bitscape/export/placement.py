@@ -7,8 +7,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     one quantizer takes it                  that one stands there already
     ... behind reshapes, slices, padding,   a copy of it moves in front of them: rounding commutes with what only moves values, so
         maxima, concatenation               nothing changes
-    several take it, one of 8 bits          all others read from that one; of several the widest takes the place of all, as a second
-                                            rounding to 8 bits changes as much and costs time
+    several take it, one of 8 bits          all others read from that one; of several, also behind moves, the widest takes the place of
+                                            all, as a second rounding to 8 bits changes as much and costs time
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
 
 Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.export.graph import CONVOLUTIONS, ActivationGrid, grid_of, insert_quantizer, is_quantizer
+from bitscape.export.graph import CONVOLUTIONS, ActivationGrid, grid_of, insert_quantizer, is_quantizer, set_grid
 
 aten = torch.ops.aten
 RECTIFIERS = {
@@ -156,18 +156,19 @@ class _Placer:
         return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
 
     def _shared_quantizer(self, tail: fx.Node) -> fx.Node:
-        wide = [user for user in tail.users if is_quantizer(user) and grid_of(user).qmax - grid_of(user).qmin == 255]
-        if wide:
-            kept = max(wide, key=lambda user: grid_of(user).scale)
-            for user in wide:
-                alike = grid_of(user).zero_point == grid_of(kept).zero_point
-                if user is not kept and alike:
-                    user.replace_all_uses_with(kept)
-                    self.graph.erase_node(user)
-            tail.append(kept)  # in front of everyone who will read from it
-            return kept
-        self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
-        return self.added[-1]
+        wide = [taker for taker in _takers(tail) if is_quantizer(taker) and grid_of(taker).qmax - grid_of(taker).qmin == 255]
+        if not wide:
+            self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
+            return self.added[-1]
+        widest = max(map(grid_of, wide), key=lambda grid: grid.scale)
+        for taker in wide:
+            if grid_of(taker).zero_point == widest.zero_point:
+                set_grid(taker, widest)
+        shared = insert_quantizer(self.graph, tail, widest)  # in front of everyone who will read from it
+        for user in [user for user in tail.users if user is not shared and is_quantizer(user) and grid_of(user) == widest]:
+            user.replace_all_uses_with(shared)
+            self.graph.erase_node(user)
+        return shared
 
     def _read_from(self, quantizer: fx.Node, tail: fx.Node) -> None:
         self._integer[quantizer] = True
@@ -201,6 +202,12 @@ def _sole_quantizer(node: fx.Node) -> fx.Node | None:
         if not (is_move(node) or node.target in RECTIFIERS | {CONCATENATION}):
             return None
     return None
+
+
+def _takers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who takes the values of `node`, perhaps moved."""
+    for user in node.users:
+        yield from _takers(user) if is_move(user) else [user]
 
 
 def _same_codes(user: fx.Node, source: fx.Node) -> bool:
