@@ -278,6 +278,15 @@ def test_a_profile_restricts_the_bits_and_says_what_they_do(cli, tmp_path):
     assert shown.err.count("says nothing about time on openvino") == 1
 
 
+@pytest.mark.parametrize("bits", [4, 5])
+def test_without_a_profile_bytes_of_files_that_store_weights_wider_are_told(bits, cli, tmp_path):
+    search = (*SEARCH, "--candidates", f"w={bits};a=8", "--budget", "weight_bytes=0.9x", "--method", "uniform")
+    shown = cli(*search, "--out", tmp_path / "p.json").out
+    assert ("weight_bytes are those of packed files" in shown) == (bits == 5)
+    if bits == 5:
+        assert re.search(r"take .*B in ONNX files and .*B in OpenVINO files: .* --profile onnx-container or --profile openvino", shown)
+
+
 def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
     table, scores = _latency(tmp_path / "table.json", 0.5, "onnxruntime 1.24"), tmp_path / "scores.json"
     common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--profile")

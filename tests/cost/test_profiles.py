@@ -8,7 +8,7 @@ from torch import nn
 
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import measure
-from bitscape.cost.profiles import PROFILES, Profile
+from bitscape.cost.profiles import PROFILES, Profile, container_bytes
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, uniform_policy
 
@@ -139,3 +139,13 @@ def test_the_note_on_another_runtime_names_both_and_the_way_out() -> None:
 def test_on_an_fpga_every_bit_counts() -> None:
     note = PROFILES["fpga-bitops"].note(uniform_policy(NAMES, LayerBits(3, 3)))
     assert note.startswith("fpga-bitops: 4 of 4 layers") and "every bit counts" in note and "int8" not in note
+
+
+def test_bytes_of_files_that_store_some_weights_wider() -> None:
+    """Layers of 64 weights and 4 scales at 3, 5, 6 and 8 bits."""
+    network = measure(nn.Sequential(OrderedDict((name, nn.Conv2d(4, 4, 2, padding="same")) for name in "abcd")), (4, 8, 8))
+    policy = Policy({name: LayerBits(bits, 8) for name, bits in zip("abcd", (3, 5, 6, 8), strict=True)})
+    scales = 4 * 4 * 4
+    assert container_bytes(network, policy) == {"ONNX": 8 * (4 + 8 + 8 + 8) + scales, "OpenVINO": 8 * (3 + 6 + 6 + 8) + scales}
+    assert container_bytes(network, uniform_policy("abcd", LayerBits(6, 8))) == {"ONNX": 8 * 32 + scales}
+    assert container_bytes(network, uniform_policy("abcd", LayerBits(4, 8))) == {}

@@ -281,6 +281,24 @@ class Heads(nn.Module):
 OUTPUTS_OF_HEADS = ("logits", "heads.0", "heads.1", "masks", "relu", "pixels", "anchors")
 
 
+def pyramid() -> nn.Module:
+    """A head that the levels of a pyramid share, a norm of its own behind each call; then two layers that are tied by one weight."""
+
+    def forward(net, x):
+        fine = F.relu(net.stem(x))
+        ends = []
+        for level, norms in zip((fine, F.max_pool2d(fine, 2)), net.norms, strict=True):
+            y = F.relu(norms[1](net.tower(F.relu(norms[0](net.tower(level))))))
+            ends.append(F.relu(net.boxes(F.max_pool2d(y, y.shape[-1] // 2))).flatten(1))
+        return net.tied(ends[0]) + net.other(ends[1])
+
+    norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2)) for _ in range(2))
+    convs = {"stem": nn.Conv2d(3, 8, 3, padding=1), "tower": nn.Conv2d(8, 8, 3, padding=1, bias=False), "boxes": nn.Conv2d(8, 4, 1)}
+    network = Applied(forward, **convs, norms=norms, tied=nn.Linear(16, 5), other=nn.Linear(16, 5))
+    network.other.weight = network.tied.weight
+    return network
+
+
 class Floats(nn.Module):
     """Convolutions that stay float: a functional one, a transposed one, and one whose forward changes the weight."""
 
@@ -296,13 +314,13 @@ class Floats(nn.Module):
         return self.last(F.relu(self.standard(F.relu(self.up(x))))).flatten(1)
 
 
-EXACT = {f.__name__: f for f in (plain, mobile, geometries, signals, products, fire, convnext, repeated)}
-EXACT |= {"vit": Vit, "floats": Floats, "heads": Heads}
+_EXACT = (plain, mobile, geometries, signals, products, fire, convnext, repeated, pyramid)
+EXACT = {f.__name__: f for f in _EXACT} | {"vit": Vit, "floats": Floats, "heads": Heads}
 """What ONNX Runtime computes of these is exactly defined."""
 ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)}
 """Here kernels add, pool or concatenate codes, each in its own way of rounding."""
 ZOO = EXACT | ROUNDED
-CASES = [(name, EIGHT) for name in ZOO] + [(name, MIXED) for name in ("mobile", "products")]
+CASES = [(name, EIGHT) for name in ZOO] + [(name, MIXED) for name in ("mobile", "products", "pyramid")]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitscape.errors import BitscapeError
-from bitscape.export.containers import container, container_bytes, packed_bytes
+from bitscape.export.containers import container, container_bytes, layer_containers, packed_bytes, scale_bytes
 from bitscape.export.integer_weights import IntegerWeight
 from tests.export.networks import MIXED, integers
 
@@ -30,8 +32,24 @@ def test_bytes_by_hand(count, bits, expected):
 
 def test_scales_and_biases_count_four_bytes_each():
     _, network = integers("mobile", MIXED)
-    chosen = dict.fromkeys(network.weights, 4)
-    codes = sum(-(-weight.q.numel() // 2) for weight in network.weights.values())
+    codes = sum(weight.q.numel() for weight in network.weights.values())
     channels = [len(weight.q) for weight in network.weights.values()]
     assert len(network.biases) == len(channels)  # every layer has a norm or a bias
-    assert container_bytes(network, chosen) == codes + 2 * 4 * sum(channels)
+    assert scale_bytes(network) == 2 * 4 * sum(channels)
+    assert container_bytes(network, (8,)) == codes + 2 * 4 * sum(channels)
+
+
+def test_what_calls_of_a_layer_share_counts_once():
+    _, network = integers("pyramid")
+    codes = 8 * 3 * 9 + 8 * 8 * 9 + 4 * 8 + 5 * 16  # stem, tower, boxes, and the weight of the two tied layers
+    scales = 8 + 4 * 8 + 4 + 5  # the tower's are those of four norms
+    biases = 8 + 4 * 8 + 4 + 2 * 5
+    assert container_bytes(network, (8,)) == codes + 4 * (scales + biases)
+
+
+def test_a_layer_is_stored_in_the_widest_container_of_its_calls():
+    _, network = integers("pyramid", MIXED)
+    codes = network.weights["tower:2.weight"]
+    narrow = replace(network, weights={**network.weights, "tower:2.weight": replace(codes, q=codes.q.clamp(-1, 1))})
+    assert layer_containers(network, (2, 4, 8))["tower"] == layer_containers(narrow, (2, 4, 8))["tower"] == 4
+    assert set(layer_containers(network, (2, 4, 8))) == {"stem", "tower", "boxes", "tied", "other"}

@@ -190,19 +190,6 @@ def test_of_several_quantizers_of_8_bits_the_widest_takes_the_place_of_all(g):
     assert takers(shared) == {"a", "b", "c"} and grid_of(shared).scale == 0.3
 
 
-def test_a_layer_that_is_used_twice_keeps_its_input_scale(g):
-    """Its bias is integers in units of that scale, at every use."""
-    x = g.relu(g.conv(g.input, 8, "stem"))
-    weight = g.graph.get_attr("repeated")
-    padded = g(aten.constant_pad_nd.default, g.q(x, 8, 0.1), [1, 1])
-    first = g(aten.conv2d.default, padded, weight, name="first")
-    other = g(aten.conv2d.default, g.q(x, 8, 0.3), g.graph.get_attr("other"), name="other")
-    second = g(aten.conv2d.default, g.q(g(aten.silu.default, first), 8, 0.1), weight, name="second")
-    g.placed(second, other)
-    sources = (quantized_source(node.args[0]) for node in (first, second, other))
-    assert [grid_of(node).scale for node in sources] == [0.1, 0.1, 0.3]
-
-
 def test_the_serving_quantizer_comes_before_all_who_take_it(g):
     x = g.relu(g.conv(g.input, 8, "stem"))
     negative = g(aten.neg.default, x, name="negative")  # in front of the quantizer, in the order of the graph
@@ -392,3 +379,14 @@ def test_a_new_quantizer_has_no_takers_yet(g):
     x = g.relu(g.input)
     g.graph.output((x,))
     assert not insert_quantizer(g.graph, x, unsigned(8)).users
+
+
+def test_a_quantizer_of_8_bits_behind_a_move_serves_all_who_take_the_tensor(g):
+    """A second one of 8 bits right behind it would be merged with the first by ONNX Runtime, which then scales by the wrong one."""
+    x = g.relu(g.conv(g.input, 8, "stem"))
+    moved = g.q(g(aten.max_pool2d.default, x, [2, 2]), 8, 0.3)
+    layer = g.graph.create_node("call_function", aten.conv2d.default, (moved, g.graph.get_attr("weight_a")), name="a")
+    added = g.placed(layer, g(aten.neg.default, x, name="negative"))
+    assert [str(node.args[0]) for node in added] == ["a"]
+    (shared,) = (node for node in g.graph.nodes if is_quantizer(node) and str(node.args[0]) == "r_stem")
+    assert grid_of(shared).scale == 0.3 and "negative" in takers(shared)

@@ -44,9 +44,11 @@ def report_packed(source: ExportSource, info: "PackedInfo") -> None:
 
 def report_file(source: ExportSource, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
     """Print the bytes of a runtime's file, and what was added to the network."""
+    from bitscape.export.containers import scale_bytes
+
     parts = {
         "weights, scales and biases, in the file": container_bytes,
-        "  of it scales and biases": network.scale_bytes,
+        "  of it scales and biases": scale_bytes(network),
         "graph": file_bytes - container_bytes,
     }
     _print_bytes(source, parts, file_bytes, path)

@@ -24,7 +24,7 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile
-from bitscape.cli.tables import print_layers, print_loose_caps, print_within_budget, repairs_text
+from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget, repairs_text
 from bitscape.errors import BitscapeError
 from bitscape.folders import CHECKPOINT, POLICY_FILE, locked
 
@@ -197,8 +197,7 @@ def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[st
     print_loose_caps(policy, problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers)
     if problem.latency is not None:
         click.echo(f"latency_ms: {problem.latency.where}")
-    if problem.profile is not None:
-        click.echo(f"\n{problem.profile.note(policy)}")
+    print_storage(policy, problem.network, problem.profile)
     click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
     if result.scores is not None:
         click.echo(repairs_text(result.scores))

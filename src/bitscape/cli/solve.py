@@ -12,7 +12,7 @@ from bitscape.cli.options import budget_option, latency_option, model_option, pi
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
 from bitscape.cli.paths import FILE, OutputFile
-from bitscape.cli.tables import print_layers, print_loose_caps, print_within_budget
+from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
@@ -118,8 +118,7 @@ def _solve(
     click.echo()
     print_within_budget(policy, network, budget)
     print_loose_caps(policy, network, budget, table.candidates, pinned)
-    if target is not None:
-        click.echo(f"\n{target.note(policy)}")
+    print_storage(policy, network, target)
     click.echo("\nthe policy is not kept; --out FILE keeps it" if out is None else f"\npolicy: {out}")
 
 

@@ -11,6 +11,7 @@ from bitscape.policy import LayerBits, Policy
 if TYPE_CHECKING:
     from bitscape.cost.budget import Budget
     from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.profiles import Profile
     from bitscape.search.scores import ScoreTable
 
 
@@ -36,6 +37,18 @@ def print_layers(policy: Policy, network: "NetworkCost") -> None:
     columns = ["layer", "kind", "weights", "MACs", "weight bits", "activation bits", "BitOps", "bytes"]
     columns += ["ms", "of all"] if times else []
     print_table(columns, rows, left=2)
+
+
+def print_storage(policy: Policy, network: "NetworkCost", profile: "Profile | None") -> None:
+    """Print what the bits do on the profile's target; without one, what weights take in files that store them wider than packed ones."""
+    from bitscape.cost.profiles import FILES, container_bytes
+
+    if profile is not None:
+        click.echo(f"\n{profile.note(policy)}")
+    elif stored := container_bytes(network, policy):
+        counts = " and ".join(f"{amount(count, 'B')} in {kind} files" for kind, count in stored.items())
+        names = " or ".join(f"--profile {FILES[kind]}" for kind in stored)
+        click.echo(f"\nweight_bytes are those of packed files; these weights take {counts}: to count those bytes, add {names}")
 
 
 def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget | None" = None) -> None:

@@ -17,7 +17,7 @@ known from:
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitscape.errors import BitscapeError
@@ -64,6 +64,11 @@ class Profile:
     def stored_bits(self, weight: int) -> int:
         """Return the smallest stored width that holds weights of `weight` bits."""
         return min(width for width in self.weight_bits if width >= weight)
+
+    def stored(self, policy: Policy) -> Policy:
+        """Return the policy with every layer's weights at the width they are stored in."""
+        layers = {name: replace(bits, weight=self.stored_bits(bits.weight)) for name, bits in policy.layers.items()}
+        return replace(policy, layers=layers)
 
     def allows(self, bits: LayerBits) -> bool:
         """Tell whether both widths are the target's own."""
@@ -177,3 +182,16 @@ PROFILES: dict[str, Profile] = {
     )
 }
 """Name -> profile."""
+FILES = {"ONNX": "onnx-container", "OpenVINO": "openvino"}
+"""Kinds of files that `bitscape export` writes for runtimes -> the profile of what they store."""
+
+
+def container_bytes(network: "NetworkCost", policy: Policy) -> dict[str, int]:
+    """Return, for each kind of file in `FILES` that stores some weights of `policy` wider than packed files do, the bytes they take there.
+
+    Counted as `weight_bytes` counts: weights and their scales.
+    """
+    from bitscape.cost.policy_cost import weight_bytes
+
+    stored = {kind: weight_bytes(network, PROFILES[name].stored(policy)) for kind, name in FILES.items()}
+    return {kind: count for kind, count in stored.items() if count > weight_bytes(network, policy)}

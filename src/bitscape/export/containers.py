@@ -1,6 +1,9 @@
 """Containers: the widths in which files store integer weights, and the bytes that these take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.export.integer_graph import IntegerNetwork
@@ -15,10 +18,30 @@ def container(weight: IntegerWeight, containers: Sequence[int]) -> int:
     return min(fitting)
 
 
-def container_bytes(network: IntegerNetwork, chosen: Mapping[str, int]) -> int:
-    """Bytes of weights in the `chosen` containers (name of the weight -> bits), of their scales, and of the biases."""
-    weights = sum(packed_bytes(weight.q.numel(), chosen[key]) for key, weight in network.weights.items())
-    return weights + network.scale_bytes
+def layer_containers(network: IntegerNetwork, containers: Sequence[int]) -> dict[str, int]:
+    """Layer -> bits of the container of its weights; of a layer that runs several times, the widest of its calls."""
+    chosen: dict[str, int] = {}
+    for key, weight in network.weights.items():
+        layer = network.layers[key]
+        chosen[layer] = max(chosen.get(layer, 0), container(weight, containers))
+    return chosen
+
+
+def container_bytes(network: IntegerNetwork, containers: Sequence[int]) -> int:
+    """Bytes of weights, each in the smallest of `containers`, of their scales, and of the biases; equal ones count once, as in files."""
+    distinct = {_content(weight.q): weight for weight in network.weights.values()}.values()
+    return scale_bytes(network) + sum(packed_bytes(weight.q.numel(), container(weight, containers)) for weight in distinct)
+
+
+def scale_bytes(network: IntegerNetwork) -> int:
+    """Bytes of the weights' scales, float32, and of the biases, int32, in a file."""
+    scales = {_content(weight.scale): len(weight.scale) for weight in network.weights.values()}
+    biases = {_content(bias): len(bias) for bias in network.biases.values()}
+    return 4 * (sum(scales.values()) + sum(biases.values()))
+
+
+def _content(tensor: Tensor) -> tuple[torch.Size, bytes]:
+    return tensor.shape, tensor.cpu().numpy().tobytes()
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError, prefixed
+from bitscape.export.calls import separate_calls
 from bitscape.export.graph import ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.export.integer_weights import IntegerWeight, integer_bias, integer_weight, write_back
 from bitscape.export.norms import fold_norms
@@ -34,16 +35,13 @@ class IntegerNetwork:
     module: fx.GraphModule
     """The simulation: float32 images (n, c, h, w) in; out a tensor where the network returns one, otherwise a dict by name (`outputs`)."""
     weights: Mapping[str, IntegerWeight]
-    """Name of the weight -> its integers."""
+    """Name of the weight -> its integers; further calls of a layer have weights of their own (`separate_calls`)."""
     biases: Mapping[str, Tensor]
     """Name of the same weight -> bias in units of input scale times weight scale, int64 (output channels,); absent without a bias."""
+    layers: Mapping[str, str]
+    """Name of the same weight -> its layer in the network."""
     added: Mapping[str, ActivationGrid]
     """Name of a tensor in the graph -> the 8-bit grid that it got in addition to the layers' own."""
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of the weights' scales, float32, and of the biases, int32, in a file."""
-        return 4 * (sum(len(weight.scale) for weight in self.weights.values()) + sum(len(bias) for bias in self.biases.values()))
 
 
 def integer_network(network: nn.Module, images: Tensor, observer: Observer | None = None) -> IntegerNetwork:
@@ -57,7 +55,7 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     Raises:
         BitscapeError: as `trace`; no layer that can be computed in integers; or weights and activations that no 8-bit integer can hold.
     """
-    traced = _of_integers(trace(network, images))
+    traced, layers = separate_calls(_of_integers(trace(network, images)))
     module, graph = traced.module, traced.module.graph
     weights = {key: integer_weight(key, codes) for key, codes in traced.codes.items()}
     biases = fold_norms(traced, weights)
@@ -76,7 +74,7 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     module.recompile()
     found = {str(node.args[0]): grid_of(node) for node in added}
     _log.info("integer graph: %d layers, %d quantizers of 8 bits added", len(weights), len(found))
-    return IntegerNetwork(module, weights, {key: integers for key, (integers, _) in integer_biases.items()}, found)
+    return IntegerNetwork(module, weights, {key: integers for key, (integers, _) in integer_biases.items()}, layers, found)
 
 
 def _of_integers(traced: Traced) -> Traced:

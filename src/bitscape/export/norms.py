@@ -20,7 +20,7 @@ def fold_norms(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, T
     """Fold the norms behind layers into their scales and biases; return the biases, float64, of all layers that have one.
 
     A norm multiplies a channel by gamma / sigma, which goes into its scale: exact, whatever the quantizer was. Between layer and norm
-    channels may have been moved to the axis where torch's norms want them.
+    channels may have been moved to the axis where torch's norms want them. Every weight has one user (`separate_calls`).
     """
     biases = _biases(traced)
     staying: defaultdict[str, list[str]] = defaultdict(list)
@@ -60,8 +60,6 @@ def _layer_before(traced: Traced, node: fx.Node, norm: Mapping[str, object]) -> 
         return None, "it takes mean and deviation from each batch"
     if max(users, len(source.users)) > 1:
         return None, "something else takes its layer's output, too"
-    if len(source.all_input_nodes[1].users) > 1:
-        return None, "its layer is used several times"
     if axis != (source.meta["val"].ndim - 1 if source.target is LINEAR else 1):
         return None, "its channels are not the layer's"
     return source, ""

@@ -12,7 +12,7 @@ No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smal
 
 import logging
 import os
-from collections import Counter
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.containers import container, container_bytes
+from bitscape.export.containers import container, container_bytes, layer_containers
 from bitscape.export.graph import FAKE_QUANTIZE, layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.integer_weights import bias_name, input_scale
@@ -82,11 +82,10 @@ def write_onnx(
 ) -> OnnxInfo:
     """As `save_onnx`, for a network in integer form; two of `images` are traced."""
     model = onnx_model(network, images, containers=containers)
-    chosen = {key: container(weight, containers) for key, weight in network.weights.items()}
-    content = checked_bytes(_without_names(model))
+    content = checked_bytes(_compact(model))
     write_atomic(path, content)
-    names = {layer_of(key): bits for key, bits in chosen.items()}
-    return OnnxInfo(Path(path), len(content), container_bytes(network, chosen), names, len(network.added))
+    stored = layer_containers(network, containers)
+    return OnnxInfo(Path(path), len(content), container_bytes(network, containers), stored, len(network.added))
 
 
 def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
@@ -110,7 +109,6 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
     del model.opset_imports[DOMAIN]
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.ClearMetadataAndDocStringPass()(model)
-    ir.passes.common.DeduplicateInitializersPass()(model)
     smallest = min((container(w, containers) for w in network.weights.values()), default=8)
     model.opset_imports[""], model.ir_version = OPSETS[smallest]
     model.producer_name, model.graph.name = "bitscape", "quantized network"
@@ -144,8 +142,6 @@ class _Writer:
         self.network = network
         self.containers = containers
         self.biases = {bias_name(key): key for key in network.biases}
-        self.made: dict[str, ir.Value] = {}
-        self.uses: Counter[str] = Counter()
 
     def rewrite(self, node: "ir.Node") -> None:
         """Let a layer take its integers."""
@@ -156,8 +152,7 @@ class _Writer:
             self._keep_float(node)
             return
         key = mark.attributes["name"].as_string()
-        self.uses[key] += 1
-        node.name = layer_of(key) + (f":{self.uses[key]}" if self.uses[key] > 1 else "")
+        node.name = layer_of(key)
         # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
         node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
         if node.op_type == "Conv":
@@ -174,17 +169,14 @@ class _Writer:
             node.replace_input_with(0, maximum.outputs[0])
 
     def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
-        name = f"{key}.transposed" if transposed else key
-        if name not in self.made:
-            weight = self.network.weights[key]
-            bits, channels = container(weight, self.containers), len(weight.scale)
-            codes = weight.q.cpu().numpy().astype(np.int8)
-            codes = np.ascontiguousarray(codes.T) if transposed else codes
-            stored = self._initializer(f"{name}.codes", codes, bits)
-            scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
-            zeros = self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8)) if zero_points else None
-            self.made[name] = self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
-        return self.made[name]
+        weight = self.network.weights[key]
+        bits, channels = container(weight, self.containers), len(weight.scale)
+        codes = weight.q.cpu().numpy().astype(np.int8)
+        name, codes = (f"{key}.transposed", np.ascontiguousarray(codes.T)) if transposed else (key, codes)
+        stored = self._initializer(f"{name}.codes", codes, bits)
+        scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
+        zeros = self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8)) if zero_points else None
+        return self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
 
     def replace_bias(self, mark: "ir.Node") -> None:
         """Put a bias's integers in the place of its mark; marks of weights stay, for layers to find."""
@@ -244,10 +236,14 @@ def _absorb_padding(node: "ir.Node") -> None:
     node.replace_input_with(0, pad.inputs[0])
 
 
-def _without_names(model: "ir.Model") -> "onnx.ModelProto":
-    """Runtimes infer shapes and need no names of nodes; in a small network these take more room than the weights."""
+def _compact(model: "ir.Model") -> "onnx.ModelProto":
+    """Store equal constants once, and leave out what runtimes infer or do not need: shapes, and most names of nodes.
+
+    In a small network these take more room than the weights.
+    """
     import onnx_ir as ir
 
+    ir.passes.common.DeduplicateInitializersPass(size_limit=sys.maxsize)(model)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     for node in proto.graph.node:

@@ -3,6 +3,7 @@
 The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in three places:
 
     weights     u2, u3, u4 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i8 for more bits. Folded when OpenVINO loads the file.
+                A constant for every product: OpenVINO computes those in float that share one. The .bin file has equal ones once.
     quantizers  behind layers, sums and quantizers: Multiply(1 / scale) -> Round -> Clamp -> FakeQuantize with steps of one;
                 elsewhere a FakeQuantize alone
     norms       behind products: a Clamp in front (`_hold_factors`)
@@ -29,11 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.export.containers import container, container_bytes
+from bitscape.export.containers import container, container_bytes, layer_containers
 from bitscape.export.graph import layer_of
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
 from bitscape.export.onnx_qdq import onnx_model
 from bitscape.export.onnx_trace import checked_bytes
+from bitscape.export.openvino_xml import compact
 from bitscape.export.packages import runtime_module
 from bitscape.export.runtime import refused
 from bitscape.folders import scratch_folder, write_together
@@ -96,10 +98,8 @@ def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images
     model, source = openvino_model(network, images)
     content = _contents(model)
     write_together({path.with_suffix(suffix): part for suffix, part in content.items()})
-    chosen = {key: container(weight, CONTAINERS) for key, weight in network.weights.items()}
-    names = {layer_of(key): bits for key, bits in chosen.items()}
-    file_bytes = sum(map(len, content.values()))
-    return OpenvinoInfo(path, file_bytes, container_bytes(network, chosen), names, len(network.added), source)
+    file_bytes, stored = sum(map(len, content.values())), layer_containers(network, CONTAINERS)
+    return OpenvinoInfo(path, file_bytes, container_bytes(network, CONTAINERS), stored, len(network.added), source)
 
 
 def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.ModelProto]":
@@ -121,6 +121,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
     for node in model.get_ordered_ops():
         _rewrite_quantizer(node)
         _hold_factors(node)
+    _share_constants(model, network)
     model.validate_nodes_and_infer_types()
     _rename(model, network)
     _name_outputs(model, [output.name for output in source.graph.output])
@@ -167,7 +168,7 @@ def _contents(model: Any) -> dict[str, bytes]:
     with scratch_folder() as folder:
         openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
         binary, graph = ((folder / f"model{suffix}").read_bytes() for suffix in (".bin", ".xml"))
-    return {".bin": binary, ".xml": re.sub(rb">\s+<", b"><", graph)}  # indented, small networks have more graph than weights
+    return {".bin": binary, ".xml": compact(graph)}
 
 
 def _weight_key(node: Any, network: IntegerNetwork) -> str | None:
@@ -182,12 +183,13 @@ def _stored(constant: Any, bits: int) -> Any:
     if bits == 8:
         return constant
     openvino = runtime_module("openvino")
-    codes, offset = constant.data, 2 ** (bits - 1)
-    memory = openvino.Tensor(getattr(openvino.Type, f"u{bits}"), list(codes.shape))
-    memory.data[:] = pack((codes.astype(np.int16) + offset).astype(np.uint8).reshape(-1), bits)
     op = openvino.opset13
-    small = op.constant(memory, name=constant.get_friendly_name())
-    return op.subtract(op.convert(small, "i8"), op.constant(np.int8(offset)))
+    signed, offset = bits == 4, 2 ** (bits - 1)  # of these widths it alone has a signed type
+    codes = constant.data.astype(np.int16) + (0 if signed else offset)
+    memory = openvino.Tensor(getattr(openvino.Type, f"{'i' if signed else 'u'}{bits}"), list(codes.shape))
+    memory.data[:] = pack((codes & (2**bits - 1)).astype(np.uint8).reshape(-1), bits)
+    small = op.convert(op.constant(memory, name=constant.get_friendly_name()), "i8")
+    return small if signed else op.subtract(small, op.constant(np.int8(offset)))
 
 
 def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
@@ -206,6 +208,16 @@ def _fold_constants(model: Any, weights: Sequence[tuple[Any, Any]]) -> None:
     for parameter, (_, stored) in zip(held, weights, strict=True):
         _replace(parameter, stored)
         model.remove_parameter(parameter)
+
+
+def _share_constants(model: Any, network: IntegerNetwork) -> None:
+    """Let equal constants be one, all but codes of weights: of those every product needs its own."""
+    first: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and _weight_key(node, network) is None:
+            key = str(node.get_element_type()), tuple(node.get_output_shape(0)), node.data.tobytes()
+            if (same := first.setdefault(key, node)) is not node:
+                _replace(node, same)
 
 
 def _replace(node: Any, by: Any) -> None:

@@ -7,8 +7,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     one quantizer takes it                  that one stands there already
     ... behind reshapes, slices, padding,   a copy of it moves in front of them: rounding commutes with what only moves values, so
         maxima, concatenation               nothing changes
-    several take it, one of 8 bits          all others read from that one; of several the widest takes the place of all, as a second
-                                            rounding to 8 bits changes as much and costs time
+    several take it, one of 8 bits          all others read from that one; of several, also behind moves, the widest takes the place of
+                                            all, as a second rounding to 8 bits changes as much and costs time
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
     it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.export.graph import CONVOLUTIONS, LINEAR, ActivationGrid, grid_of, insert_quantizer, is_quantizer
+from bitscape.export.graph import CONVOLUTIONS, LINEAR, ActivationGrid, grid_of, insert_quantizer, is_quantizer, set_grid
 
 aten = torch.ops.aten
 RECTIFIERS = {
@@ -187,22 +187,19 @@ class _Placer:
         return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
 
     def _shared_quantizer(self, tail: fx.Node) -> fx.Node:
-        wide = [user for user in tail.users if is_quantizer(user) and grid_of(user).qmax - grid_of(user).qmin == 255]
-        if wide:
-            kept = max(wide, key=lambda user: grid_of(user).scale)
-            for user in wide:
-                alike = grid_of(user).zero_point == grid_of(kept).zero_point
-                if user is not kept and alike and not any(map(self._is_repeated, _takers(user))):
-                    user.replace_all_uses_with(kept)
-                    self.graph.erase_node(user)
-            tail.append(kept)  # in front of everyone who will read from it
-            return kept
-        self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
-        return self.added[-1]
-
-    def _is_repeated(self, node: fx.Node) -> bool:
-        """Whether it is one of several uses of a layer: all need one input scale, for they share an integer bias."""
-        return self.is_layer(node) and len(node.all_input_nodes[1].users) > 1
+        wide = [taker for taker in _takers(tail) if is_quantizer(taker) and grid_of(taker).qmax - grid_of(taker).qmin == 255]
+        if not wide:
+            self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
+            return self.added[-1]
+        widest = max(map(grid_of, wide), key=lambda grid: grid.scale)
+        for taker in wide:
+            if grid_of(taker).zero_point == widest.zero_point:
+                set_grid(taker, widest)
+        shared = insert_quantizer(self.graph, tail, widest)  # in front of everyone who will read from it
+        for user in [user for user in tail.users if user is not shared and is_quantizer(user) and grid_of(user) == widest]:
+            user.replace_all_uses_with(shared)
+            self.graph.erase_node(user)
+        return shared
 
     def _read_from(self, quantizer: fx.Node, tail: fx.Node) -> None:
         self._integer[quantizer] = True
