@@ -81,7 +81,8 @@ def train(
     state is the caller's again afterwards.
 
     Started by torchrun (on GPUs with the model on cuda:LOCAL_RANK), every worker calls this alike. They share every batch, which
-    needs an image for each (`batch_size` is that of all together; a last batch of fewer than two for each joins the one before), start from the first one's weights and average their gradients;
+    needs an image for each (`batch_size` is that of all together), start from the first one's weights and average their gradients;
+    a last batch of fewer than two for each joins the one before;
     see `engine.workers`. Norms see their own worker's part, and after every batch running statistics are averaged. Records are of
     all workers; only the first one writes the folder, which all must see. Another number of workers may resume a run, to other bits.
 
