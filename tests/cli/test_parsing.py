@@ -95,7 +95,10 @@ def test_a_value_that_the_method_refuses_is_told_in_its_own_words() -> None:
         make_method("fisher", ["images=-3"])
 
 
-@pytest.mark.parametrize(("text", "message"), [("-", "--out -: results go into files"), ("/dev/null", "is a device; give the path of a file")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("-", "--out -: results go into files"), ("/dev/null", "is a device; give the path of a file")],
+)
 def test_results_go_into_files(text, message):
     with pytest.raises((BitscapeError, OSError), match=message):
         writable(click.Context(click.Command("search")), click.Option(["--out"]), text)
