@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from bitscape.files import (
+    MOST_HEADER_BYTES,
     MOST_JSON_BYTES,
     UNSEALED,
     check_safetensors_header,
@@ -208,8 +209,8 @@ def test_no_more_is_read_than_is_allowed(tmp_path):
 
 def test_a_header_that_is_too_long_is_not_read(tmp_path):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", MOST_JSON_BYTES) + b"{}")
+    path.write_bytes(struct.pack("<Q", MOST_HEADER_BYTES) + b"{}")
     check_safetensors_header(path)
-    path.write_bytes(struct.pack("<Q", MOST_JSON_BYTES + 1) + b"{}")
+    path.write_bytes(struct.pack("<Q", MOST_HEADER_BYTES + 1) + b"{}")
     with pytest.raises(ValueError, match="its header claims 16,777,217 bytes; allowed are 16,777,216"):
         check_safetensors_header(path)

@@ -16,7 +16,7 @@ from bitscape.dynamic.storage import (
 )
 from bitscape.engine.quality_grid import QualityGrid
 from bitscape.errors import BitscapeError
-from bitscape.files import MOST_JSON_BYTES, parse_json, read_limited
+from bitscape.files import parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
 from bitscape.report.documents import BenchDocument, load_bench, load_grid
@@ -27,8 +27,6 @@ READS = (
     "the .json of `bitscape evaluate --corruptions`, `bench --json` and `latency build`"
 )
 
-MOST_METRICS_BYTES = 2**22
-"""Of metrics.jsonl: ten thousand epochs."""
 _READERS: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
     ("network_ms", "latencies", LatencyTable.load),  # before policies: it has layers too
     ("layers", "policies", Policy.load),
@@ -161,7 +159,7 @@ def _run(folder: Path) -> TrainedRun:
     if about.get("format") != 1 or not isinstance(settings, dict) or not isinstance(versions, dict):
         raise BitscapeError(f"{folder / RUN}: it has no settings, or another format; this version reads format 1")
     metrics, policy = folder / METRICS, folder / POLICY_FILE
-    lines = _content(metrics, MOST_METRICS_BYTES).splitlines() if metrics.is_file() else []
+    lines = _content(metrics).splitlines() if metrics.is_file() else []
     command, commit = (value if isinstance(value := about.get(name), str) else None for name in ("command", "commit"))
     return TrainedRun(
         settings=settings,
@@ -185,9 +183,9 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, float]:
     return record
 
 
-def _content(path: Path, most_bytes: int = MOST_JSON_BYTES) -> bytes:
+def _content(path: Path) -> bytes:
     try:
-        return read_limited(path, most_bytes)
+        return read_limited(path)
     except ValueError as error:
         raise BitscapeError(f"{path}: {error}") from error
 
