@@ -92,7 +92,7 @@ def test_the_ranges_come_from_all_images(files, tmp_path):
     scales = []
     for path in (files[1], found):
         graph = onnx.load(path).graph
-        first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images")
+        first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == graph.input[0].name)
         scales.append(next(float(onnx.numpy_helper.to_array(t)) for t in graph.initializer if t.name == first.input[1]))
     assert scales[0] == pytest.approx(float(IMAGES.max()) / 255, rel=1e-5)
     assert scales[1] == pytest.approx(float(bright.max()) / 255, rel=1e-5)

@@ -121,7 +121,7 @@ def qonnx(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def execute(model, image: Tensor) -> dict[str, np.ndarray]:
         with quiet():
-            return execution.execute_onnx(model, {"images": image.numpy()}, return_full_exec_context=True)
+            return execution.execute_onnx(model, {model.graph.input[0].name: image.numpy()}, return_full_exec_context=True)
 
     def cost(model) -> dict[str, float]:
         with quiet():
@@ -252,7 +252,7 @@ def test_nodes_say_what_the_quantizers_are(exported, qonnx):
 def test_norms_stay_and_the_batch_is_one_image(exported, qonnx):
     network, info = exported(convolutions).network, exported(convolutions).info
     model = qonnx.load(info.path)
-    assert model.get_tensor_shape("images") == [1, 3, 16, 16]
+    assert model.get_tensor_shape(model.graph.input[0].name) == [1, 3, 16, 16]
     assert len(model.get_nodes_by_op_type("BatchNormalization")) == sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
     assert len(model.get_nodes_by_op_type("Quant")) == 2 * len(quantized_layers(network))
     assert model.model.ir_version <= 13
@@ -267,7 +267,6 @@ def test_the_cleaned_file_computes_the_same(exported, qonnx):
     expected = qonnx.execute(model, images(1))[model.graph.output[0].name]
     with quiet():
         cleaned = cleanup_model(model)
-    cleaned.rename_tensor(cleaned.graph.input[0].name, "images")
     np.testing.assert_array_equal(qonnx.execute(cleaned, images(1))[cleaned.graph.output[0].name], expected)
 
 
