@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import bitscape
 from benchmarks.cards import Card, sections
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +26,7 @@ WRITERS = [*DOCUMENTS, *PYTHON]
 
 WORD = re.compile(r"(?<![\w-])[A-Za-z_]\w*")
 PATH = re.compile(r"(?<![\w/.-])(?:docs|recipes|benchmarks|src|tests|tools)/[\w./-]*\w")
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 FILE = re.compile(r"(?<![\w/.<-])[\w-]+\.(?:md|py|toml|cfg)\b")
 FOREIGN = {
     "act_order": "an option of GPTQ's code",
@@ -35,11 +35,15 @@ FOREIGN = {
     "MALLOC_MMAP_THRESHOLD_": "read by glibc",
     "MALLOC_TRIM_THRESHOLD_": "read by glibc",
     "_kc": "the end of a name",
+    "_top1": "the end of a name",
+    "photos": "a folder of the user",
     "_s4": "the end of a name",
     "_s8": "the end of a name",
     "tierN": "N stands for a number",
     "search1": "a folder of the user",
-    "File": "the operating system's message",
+    **dict.fromkeys(("File", "space"), "the operating system's message"),
+    "CUDA": "in torch's message",
+    "total_bops": "a column of QONNX's tool",
     "file.py": "a file of the user",
     "docs/NAME": "NAME stands for a page",
     "benchmarks/results/NAME.jsonl": "NAME stands for a benchmark",
@@ -71,11 +75,14 @@ def _prose_and_names(source: str) -> tuple[list[str], set[str]]:
 
 @cache
 def known_names() -> frozenset[str]:
-    """Every word of the code, every part of a file's path, and Python's own."""
+    """Every word of the code and of the documents' examples, every part of a file's path, and Python's own."""
     names = {*dir(builtins), *keyword.kwlist}
     for path in PYTHON:
         names |= _prose_and_names(path.read_text(encoding="utf-8"))[1]
         names |= set(path.relative_to(ROOT).with_suffix("").parts)
+    for path in DOCUMENTS:
+        for example in FENCED.findall(path.read_text(encoding="utf-8")):
+            names |= set(WORD.findall(example))
     return frozenset(names)
 
 
@@ -98,7 +105,7 @@ def unknown(text: str) -> list[str]:
 
 def _prose(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
-    return _prose_and_names(text)[0] if path.suffix == ".py" else [re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)]
+    return _prose_and_names(text)[0] if path.suffix == ".py" else [FENCED.sub("", text)]
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "docs", "README.md", "CHANGELOG.md"])
@@ -159,11 +166,12 @@ def _targets(computes: str) -> Iterator[str]:
 
 
 def resolves(name: str, module: str) -> bool:
-    """Whether a dotted name is an attribute of the module, of a class in it, of a package above it, or of a module beside it."""
+    """Whether a dotted name is an attribute of the module, of a class in it, of a package above, or of a module beside it."""
     here, package = importlib.import_module(module), importlib.import_module(module.rpartition(".")[0])
     beside = [importlib.import_module(f"{package.__name__}.{entry.name}") for entry in pkgutil.iter_modules(package.__path__)]
     classes = [value for value in vars(here).values() if isinstance(value, type)]
-    return any(_follow(place, name.split(".")) for place in (here, *classes, *beside, package, bitscape))
+    above = [importlib.import_module(module.rsplit(".", steps)[0]) for steps in range(1, module.count(".") + 1)]
+    return any(_follow(place, name.split(".")) for place in (here, *classes, *beside, *above))
 
 
 def _follow(place: object, parts: list[str]) -> bool:
