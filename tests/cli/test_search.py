@@ -44,13 +44,13 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.head = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Linear(64, 10)
+        self.stem, self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(64, 10)
 
     def train(self, mode=True):
         super().train(mode)
 
     def forward(self, x):
-        return self.head(self.conv(x).view(len(x), -1))
+        return self.head(self.conv(self.stem(x)).view(len(x), -1))
 """
 
 
