@@ -126,7 +126,7 @@ def test_each_runtime_is_divided_by_its_own_float(cli, clock, files, tmp_path):
     assert [(row["file"], row["runtime"].split()[0], row["x float"]) for row in _rows(shown)] == [
         *[("float", "onnxruntime", "1.00"), ("float", "openvino", "1.00")],
         *[("onnxruntime's int8", "onnxruntime", "3.00"), ("onnxruntime's int8", "openvino", "2.00")],
-        *[(str(files[0]), "onnxruntime", "5.00"), (str(files[0]), "openvino", "3.00")],
+        *[(files[0].name, "onnxruntime", "5.00"), (files[0].name, "openvino", "3.00")],
     ]
     assert "x: by CPU time, within each runtime" in shown
     assert [row.times_faster for row in load_bench(tmp_path / "figures.json").rows] == pytest.approx([1, 1, 3, 2, 5, 3])
