@@ -82,7 +82,7 @@ def test_calls_may_take_inputs_of_different_scales():
 
     convs = {"stem": nn.Conv2d(3, 4, 1), "shared": nn.Conv2d(4, 4, 1), "other": nn.Conv2d(4, 2, 1)}
     network = quantized(made(lambda: Applied(forward, **convs)), bits=[(8, 8)])
-    scale = network.shared.input_quantizer.scale.clone()
+    scale = network.shared.input_quantizer.scale.detach().clone()
     with torch.no_grad():
         network.other.input_quantizer.scale.copy_(4 * scale)
     integer, bias = integer_network(network, images()), network.shared.bias.double()

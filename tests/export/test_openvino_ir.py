@@ -14,7 +14,7 @@ from bitscape.errors import BitscapeError
 from bitscape.export.containers import packed_bytes
 from bitscape.export.integer_execution import run_integers
 from bitscape.export.integer_graph import IntegerNetwork, integer_network
-from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, pack, save_openvino, write_openvino
+from bitscape.export.openvino_ir import CONTAINERS, OpenvinoInfo, openvino_model, pack, save_openvino, write_openvino
 from bitscape.export.runtime import OpenVino
 from tests.export.networks import OUTPUTS_OF_HEADS, Applied, Heads, head, images, made, mobile, other_images, plain, quantized, residual
 from tests.runtimes import runtime_or_skip
@@ -147,9 +147,10 @@ def test_weights_stand_in_their_containers(name: str, written: Written) -> None:
         transposed = f"{key}.transposed.codes" in found
         constant = found[f"{key}.transposed.codes" if transposed else f"{key}.codes"]
         q = (weight.q.T if transposed else weight.q).reshape(-1).numpy()
-        expected = q.astype(np.int8) if bits == 8 else pack((q + 2 ** (bits - 1)).astype(np.uint8), bits)
+        unsigned = (q & 15 if bits == 4 else q + 2 ** (bits - 1)).astype(np.uint8)
+        expected = q.astype(np.int8) if bits == 8 else pack(unsigned, bits)
         start, size = int(constant["offset"]), int(constant["size"])
-        assert constant["element_type"] == ("i8" if bits == 8 else f"u{bits}")
+        assert constant["element_type"] == (f"i{bits}" if bits in (4, 8) else f"u{bits}")
         assert content[start : start + size] == expected.tobytes()
     assert "f16" not in {constant["element_type"] for constant in found.values()}
 
@@ -236,3 +237,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BitscapeError, match=r"bitscape\[openvino\]"):
         write_openvino(integers("plain"), "net.xml", X)
+
+
+def test_equal_constants_are_one_but_for_codes() -> None:
+    """Two convolutions of equal weights: each keeps its codes, scales are shared, and so are the ends of quantizers."""
+    first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    second.load_state_dict(first.state_dict())
+    network = integer_network(quantized(nn.Sequential(first, nn.ReLU(), second, nn.Flatten()), X, [(8, 8)]), X)
+    model, _ = openvino_model(network, X)
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    codes = [node for node in constants if node.get_element_type() == openvino.Type.i8]
+    others = [(str(node.get_element_type()), tuple(node.shape), node.data.tobytes()) for node in constants if node not in codes]
+    assert len(codes) == 2 and np.array_equal(codes[0].data, codes[1].data)
+    assert len(others) == len(set(others))

@@ -2,7 +2,7 @@
 
 The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in three places:
 
-    weights     u2, u3, u4 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i8 for more bits. Folded when OpenVINO loads the file.
+    weights     u2, u3 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i4 -> Convert(i8); i8. Folded when OpenVINO loads the file.
                 A constant for every product: OpenVINO computes those in float that share one. The .bin file has equal ones once.
     quantizers  behind layers, sums and quantizers: Multiply(1 / scale) -> Round -> Clamp -> FakeQuantize with steps of one;
                 elsewhere a FakeQuantize alone
@@ -129,13 +129,13 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Bytes of a constant u2, u3, u4 or u6, as OpenVINO lays them out.
+    """Bytes of a constant u2, u3, u4, i4 or u6, as OpenVINO lays them out.
 
-    u2 and u4 put the first code into the lowest bits. u3 and u6 are split: of 8 or 4 codes, two bytes hold the low 2 or 4 bits of each and
-    a third byte the high 1 or 2 bits, the first code in the highest bits.
+    u2, u4 and i4 put the first code into the lowest bits. u3 and u6 are split: of 8 or 4 codes, two bytes hold the low 2 or 4 bits of each
+    and a third byte the high 1 or 2 bits, the first code in the highest bits.
 
     Args:
-        codes: unsigned, (n,).
+        codes: unsigned, (n,); of i4 the two's complement.
         bits: 2, 3, 4 or 6.
     """
     high_bits = bits & -bits  # 2, 1, 4, 2
@@ -188,6 +188,7 @@ def _stored(constant: Any, bits: int) -> Any:
     codes = constant.data.astype(np.int16) + (0 if signed else offset)
     memory = openvino.Tensor(getattr(openvino.Type, f"{'i' if signed else 'u'}{bits}"), list(codes.shape))
     memory.data[:] = pack((codes & (2**bits - 1)).astype(np.uint8).reshape(-1), bits)
+    # Without the step to i8, OpenVINO takes it for weights that are to be computed in float.
     small = op.convert(op.constant(memory, name=constant.get_friendly_name()), "i8")
     return small if signed else op.subtract(small, op.constant(np.int8(offset)))
 
