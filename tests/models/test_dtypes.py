@@ -33,3 +33,10 @@ def test_one_parameter_of_another_type_is_named():
 def test_other_images_are_refused_with_the_next_step(images, message):
     with pytest.raises(BitscapeError, match=message):
         check_images(images, "example")
+
+
+def test_a_network_with_an_embedding_may_take_indices():
+    indices = torch.zeros(2, 3, dtype=torch.int64)
+    check_images(indices, model=nn.Sequential(nn.Embedding(4, 2)))
+    with pytest.raises(BitscapeError, match=r"torch\.int64"):
+        check_images(indices, model=nn.Sequential(nn.Linear(3, 2)))

@@ -18,12 +18,16 @@ def check_float32(model: nn.Module, argument: str = "model") -> None:
             )
 
 
-def check_images(images: object, argument: str = "images") -> None:
-    """Raise BitscapeError unless `images` is a float32 tensor, of any shape and on any device."""
+def check_images(images: object, argument: str = "images", *, model: nn.Module | None = None) -> None:
+    """Raise BitscapeError unless `images` is a float32 tensor, of any shape and on any device.
+
+    A `model` with an nn.Embedding may take int64 indices too.
+    """
     if not isinstance(images, Tensor):
         kind = type(images).__name__
         raise BitscapeError(f"{argument}: a {kind} where a tensor is needed; give float32 tensors (n, c, h, w), without labels")
-    if images.dtype != torch.float32:
+    indexes = model is not None and any(isinstance(module, nn.Embedding) for module in model.modules())
+    if images.dtype != torch.float32 and not (indexes and images.dtype == torch.int64):
         advice = (
             f"call {argument}.float()"
             if images.is_floating_point()

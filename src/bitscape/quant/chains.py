@@ -185,5 +185,5 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 def _on_device(example: Tensor, model: nn.Module) -> Tensor:
     check_float32(model)
-    check_images(example, "example")
+    check_images(example, "example", model=model)
     return example.to(next((p.device for p in model.parameters()), example.device))

@@ -153,7 +153,7 @@ def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: 
     check_float32(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for batch in _cut(images, batch_size) if isinstance(images, Tensor) else images:
-        check_images(batch)
+        check_images(batch, model=model)
         yield batch.to(device)
 
 
