@@ -233,9 +233,24 @@ def stopped(objective: Any, share: float | None, bound: float) -> SimpleNamespac
     return SimpleNamespace(status=1, x=x, mip_dual_bound=bound, message="time")
 
 
+@given(problems())
+def test_pricing_the_caps_first_changes_no_total(problem: tuple[np.ndarray, list[CapRow]]) -> None:
+    scores, caps = problem
+    at_once = knapsack.solve(scores, caps)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(knapsack, "SMALL", 0)
+        patched.setattr(knapsack, "FIRST_CORE", 1)
+        priced = knapsack.solve(scores, caps)
+    assert (at_once is None) == (priced is None)
+    if at_once is not None and priced is not None:
+        assert priced.gap == at_once.gap == 0.0
+        assert priced.regret == pytest.approx(at_once.regret, rel=1e-8)
+
+
 def test_a_time_limit_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     # The cap forbids the first, the relaxation knows that 1 is the least, and the solver ends with the 2.
     scores, caps = np.array([[0.0, 1.0, 2.0]]), [row([[2, 1, 0]], 1)]
+    monkeypatch.setattr(knapsack, "SMALL", 0)
     monkeypatch.setattr(programme, "milp", lambda c, **_: stopped(c, 0.1, 0.0))
     solution = knapsack.solve(scores, caps, time_limit_s=0.0)
     assert solution is not None

@@ -150,7 +150,7 @@ class _Recorder(TorchDispatchMode):
     """Hooks on every module that fill `runs` while `counter` is active, and the recorder inside of it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.counter = FlopCounterMode(display=False)
         self.runs: dict[str, ModuleRun] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

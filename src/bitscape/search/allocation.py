@@ -28,6 +28,10 @@ from bitscape.version import __version__
 _log = logging.getLogger("bitscape.search")
 
 SHOWN_LAYERS = 3
+EQUAL = 1e-12
+"""Scores that differ by less than this share of the largest are equal."""
+LITTLE_USED = 0.8
+"""Below this share of every cap, a policy leaves much of its budget."""
 
 
 class InfeasibleBudget(BitscapeError):
@@ -179,6 +183,8 @@ def near_best(
     solutions = knapsack.near_best(values, stated.caps, count, within, time_limit_s=time_limit_s)
     if not solutions:
         stated.refuse(np.isfinite(values))
+    _check_say_something(scores, values)
+    _warn_if_unused(stated, solutions[0].choice)
     if gap := solutions[0].gap:
         _log.warning("allocation: stopped after %g s; %s", time_limit_s, gap_note(gap))
     return [stated.policy(solution.choice, _provenance(scores, values, solution, budget)) for solution in solutions]
@@ -220,6 +226,7 @@ def pareto_front(
     everything = Budget({cost: _largest(cost, scores, network, pinned, tied)})
     stated = choices(network, everything, scores.candidates, pinned, tied)
     values, row = _group_scores(scores, stated), stated.caps[0]
+    _check_say_something(scores, values)
     best = solve(values, [row])
     least = smallest(row, (), np.isfinite(values))
     assert best is not None and least is not None, "the cap is the cost of the largest policy"
@@ -271,6 +278,35 @@ def _group_scores(scores: ScoreTable, stated: Choices) -> NDArray[np.float64]:
         if not np.isfinite(totals[at]).any():
             raise BitscapeError(f"scores: tied layers {', '.join(group)} have no pair that all of them may take; untie them")
     return totals
+
+
+def _check_say_something(scores: ScoreTable, values: NDArray[np.float64]) -> None:
+    """Raise BitscapeError if no group's pairs differ in score: any policy would be as good."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    ranges = np.nanmax(finite, axis=1, initial=-np.inf) - np.nanmin(finite, axis=1, initial=np.inf)
+    if values.shape[1] > 1 and len(values) and bool((ranges <= EQUAL * np.nanmax(np.abs(finite))).all()):
+        raise BitscapeError(
+            f"scores: method {scores.method} gives every pair of bits of a layer the same score (such as "
+            f"{np.nanmax(finite):g}), so that no policy is better than another; use method local, or check --task and the images"
+        )
+
+
+def _warn_if_unused(stated: Choices, choice: Choice) -> None:
+    """Say so if much of every cap is left while a layer could take more bits within all of them."""
+    used = max((row.total(choice) / max(row.limit, 1) for row in stated.caps), default=1.0)
+    if used >= LITTLE_USED:
+        return
+    pairs = stated.candidates
+    for group, column in enumerate(choice):
+        for wider, pair in enumerate(pairs):
+            more = pair != pairs[column] and pair.weight >= pairs[column].weight and pair.activation >= pairs[column].activation
+            if more and stated.holds((*choice[:group], wider, *choice[group + 1 :])):
+                _log.warning(
+                    "budget: the policy uses at most %.0f %% of each cap although layers could take more bits (%s has %s, %s fits): "
+                    "the scores see no gain in them",
+                    *(100 * used, stated.freedom.groups[group][0], pairs[column], pair),
+                )
+                return
 
 
 def _provenance(scores: ScoreTable, values: NDArray[np.float64], solution: Solution, budget: Budget) -> dict[str, Any]:

@@ -22,6 +22,8 @@ _log = logging.getLogger("bitscape.search")
 
 TOLERANCE = 1e-9
 """Relative error of totals that counts as none."""
+SMALL = 200
+"""Up to so many candidates are solved at once."""
 FIRST_CORE = 3
 """Candidates a group, on average, of the first attempt."""
 RESCALINGS = 30
@@ -123,6 +125,8 @@ class _Search:
         """Solve over the candidates that the relaxation favors, then over all that could be in a better choice."""
         objective = np.where(allowed, self.regret, 0.0)
         rows = [row_of(_counted_from_cheapest(cap.costs, allowed), _room(cap, allowed), allowed) for cap in self.caps]
+        if np.count_nonzero(allowed) <= SMALL:
+            return self._exact(objective, allowed, rows)
         relaxation = relaxed(objective, allowed, [*rows, *map(_cut_row, self.cuts)])
         if relaxation is None:
             return Outcome(None, math.inf)

@@ -20,6 +20,7 @@ from bitscape.cost.layers import NetworkCost, measure
 from bitscape.cost.policy_cost import layer_latency_ns
 from bitscape.cost.profiles import Profile
 from bitscape.engine.forward import as_logits
+from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.attention import split_attention
 from bitscape.models.modes import evaluating
@@ -89,6 +90,8 @@ class SearchProblem:
     """Groups of layers that must get the same bits."""
     for_training: bool = False
     """Whether the quantized network will be trained afterwards; methods may then score differently."""
+    task: TaskName | Literal["auto"] = "auto"
+    """What the outputs mean: "classes", "binary" or "follow"; "auto" decides by their shape, see `task_of`."""
     seed: int = 0
     """Seed of everything random in the search."""
     labels: Tensor | None = None
@@ -113,6 +116,8 @@ class SearchProblem:
         _check_finite(self.model)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
+        if self.task not in (*get_args(TaskName), "auto"):
+            raise BitscapeError(f"task={self.task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}")
         if self.pick not in get_args(Pick):
             raise BitscapeError(f"pick={self.pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
@@ -182,6 +187,14 @@ class SearchProblem:
         return parse_budget(self.budget, self.network, self.pinned_layers)
 
     @cached_property
+    def meaning(self) -> Task:
+        """What the outputs of `prepared` mean: the task asked for, or the one that they suggest."""
+        task = task_of(self.prepared, next(batches_of(self.images, self.prepared, SAMPLE)), self.task)
+        if self.task == "auto":
+            _log.info("the outputs are taken as task %s; --task or SearchProblem(task=...) says otherwise", task.name)
+        return task
+
+    @cached_property
     def decisions(self) -> Tensor:
         """The float network's most likely class of each proxy image, int64 (n,), on the device of `images`."""
         with evaluating(self.prepared):
@@ -202,6 +215,7 @@ class SearchProblem:
             "images": list(self.images.shape),
             "for_training": self.for_training,
             "pick": self.pick,
+            "task": self.task,
             **({} if self.latency is None else {"latency": self.latency.source()}),
             **({} if self.profile is None else {"profile": self.profile.name}),
             "version": __version__,
