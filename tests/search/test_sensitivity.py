@@ -95,15 +95,15 @@ class Returning(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda y: {"logits": y}, "the model returns dict; it must return one tensor of logits"),
+        (lambda y: {"logits": y}, "the model returns dict; scores need one tensor"),
         (lambda y: (y, y), "the model returns tuple"),
-        (lambda y: y[:, :, None], r"the model returns shape \(6, 4, 1\) for 6 images"),
-        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's logits of image 5 are not finite"),
-        (lambda y: y * torch.nan, "the model's logits of image 0 are not finite"),
+        (lambda y: y[:3], r"the model returns shape \(3, 4\) for 6 images"),
+        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's outputs of image 5 are not finite"),
+        (lambda y: y * torch.nan, "the model's outputs of image 0 are not finite"),
     ],
 )
 @pytest.mark.parametrize("method", [Fisher, Hawq, Kl])
-def test_answers_that_are_no_finite_logits_are_told(
+def test_answers_that_are_no_finite_tensor_are_told(
     method: type[Fisher | Hawq | Kl], wrap: Callable[[torch.Tensor], object], message: str
 ) -> None:
     stated = SearchProblem(model=Returning(wrap), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)

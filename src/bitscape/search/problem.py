@@ -235,6 +235,11 @@ class SearchResult:
     seconds: float
     """Wall-clock time of the search."""
 
+    @property
+    def gap(self) -> float | None:
+        """Share of the score that the budget costs which a better policy could save at most; None for methods without scores."""
+        return self.policy.provenance.get("gap")
+
 
 def _name_of(method: Any) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
