@@ -115,7 +115,7 @@ class _Search:
                 break
             total = _at(self.regret, outcome.choice)
             solution = Solution(outcome.choice, total, min(bound, total))
-            if outcome.error <= TOLERANCE * total or self._late():
+            if total == 0.0 or outcome.error <= TOLERANCE * total or self._late():
                 break
             # Regrets are never negative, so no optimum holds a candidate with a larger one than this total.
             allowed = allowed & (self.regret <= total)
