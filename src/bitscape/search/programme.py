@@ -125,10 +125,10 @@ def relaxed(objective: Scores, allowed: Allowed, rows: Sequence[Row]) -> Relaxat
     limits = [(row.high, row.right) for row in rows]
     limits += [(row.carry * row.high + row.low, row.carry * row.right + row.rest) for row in rows if row.low is not None]
     right = np.array([limit for _, limit in limits])
-    scale = _objective_scale(objective, allowed)
+    unit = _largest(objective, allowed)
     with quiet_stdout():
         result = linprog(
-            scale * objective[allowed],
+            objective[allowed] / unit * SCALE,
             A_ub=np.array([coefficients[allowed] for coefficients, _ in limits]) if limits else None,
             b_ub=right if limits else None,
             A_eq=_one_each(groups),
@@ -138,7 +138,7 @@ def relaxed(objective: Scores, allowed: Allowed, rows: Sequence[Row]) -> Relaxat
     infeasible = 2
     if result.status == infeasible:
         return None
-    prices = np.zeros(len(limits)) if result.status or not limits else np.maximum(-result.ineqlin.marginals, 0.0) / scale
+    prices = np.zeros(len(limits)) if result.status or not limits else np.maximum(-result.ineqlin.marginals, 0.0) / SCALE * unit
     priced = np.where(allowed, objective, np.inf)
     for price, (coefficients, _) in zip(prices, limits, strict=True):
         priced = priced + price * coefficients
@@ -151,7 +151,7 @@ def integer(objective: Scores, allowed: Allowed, rows: Sequence[Row], time_limit
     groups, _ = np.nonzero(allowed)
     least = np.where(allowed, objective, np.inf).min(axis=1, keepdims=True)
     counted = objective - least
-    scale, offset = _objective_scale(counted, allowed), float(least.sum())
+    unit, offset = _largest(counted, allowed), float(least.sum())
     split = [row for row in rows if row.low is not None]
     columns, variables = len(groups), len(groups) + len(split)
     one_each = sparse.hstack([_one_each(groups), sparse.csr_array((len(allowed), len(split)))])
@@ -159,7 +159,7 @@ def integer(objective: Scores, allowed: Allowed, rows: Sequence[Row], time_limit
     upper = np.where(np.arange(variables) < columns, 1.0, np.inf)
     with quiet_stdout():
         result = milp(
-            np.concatenate([scale * counted[allowed], np.zeros(len(split))]),
+            np.concatenate([counted[allowed] / unit * SCALE, np.zeros(len(split))]),
             integrality=1,
             bounds=Bounds(0, upper),
             constraints=constraints,
@@ -170,16 +170,16 @@ def integer(objective: Scores, allowed: Allowed, rows: Sequence[Row], time_limit
         raise BitscapeError(f"allocation: the solver failed ({result.message}); offer fewer candidates")
     if result.status == infeasible:
         return Outcome(None, math.inf)
-    bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) / scale + offset
+    bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) / SCALE * unit + offset
     if result.x is None:
         return Outcome(None, bound)
     shares = np.full(allowed.shape, -1.0)
     shares[allowed] = result.x[:columns]
-    return Outcome(tuple(int(index) for index in shares.argmax(axis=1)), bound, ABSOLUTE_GAP / scale)
+    return Outcome(tuple(int(index) for index in shares.argmax(axis=1)), bound, ABSOLUTE_GAP / SCALE * unit)
 
 
-def _objective_scale(objective: Scores, allowed: Allowed) -> float:
-    return SCALE / (float(np.abs(objective[allowed]).max(initial=0.0)) or 1.0)
+def _largest(objective: Scores, allowed: Allowed) -> float:
+    return float(np.abs(objective[allowed]).max(initial=0.0)) or 1.0
 
 
 def _limits(rows: Sequence[Row], allowed: Allowed, columns: int, variables: int) -> Iterator[LinearConstraint]:
