@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from benchmarks.allocate_summaries import allocate
 from benchmarks.compatibility_summaries import compatibility
 from benchmarks.deploy_summaries import deploy
 from benchmarks.dqmq_summaries import dqmq
@@ -127,6 +128,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "hardening": hardening,
     "packed-sizes": packed_sizes,
     "speed": generic,
+    "allocate": allocate,
     "workers": workers,
     "first-policy": first_policy,
     "peer": peer,

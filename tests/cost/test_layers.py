@@ -1,8 +1,10 @@
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bitscape.cost.layers import LayerCost, NetworkCost, Uncounted, measure
 from bitscape.errors import BitscapeError
@@ -207,3 +209,100 @@ def test_ends_are_in_order_of_call_not_of_registration():
     cost = measure(Backwards(), (4,))
     assert isinstance(cost, NetworkCost)
     assert cost.ends == ("stem", "head")
+
+
+class Resized(nn.Conv2d):
+    """Its output is not what it convolved: `after` changes it, `before` changes what it convolves."""
+
+    def __init__(self, *sizes: int, before: Any = None, after: Any = None, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.before, self.after = before or nn.Identity(), after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(self.before(x)))
+
+
+class SumOfTwo(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight, padding=1) + functional.conv2d(x, self.weight * 2, padding=1)
+
+
+class Part(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight[:2], padding=1)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), padding=1)
+
+
+class Transposed(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv_transpose2d(x, self.weight, stride=2)
+
+
+class Added(nn.Linear):
+    """A low-rank product beside the weight's own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.ones(2, inputs)), nn.Parameter(torch.ones(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + functional.linear(functional.linear(x, self.down), self.up)
+
+
+class ByElement(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[..., None, :] * self.weight).sum(-1)
+
+
+PLAIN = 4 * 4 * 9 * 64
+"""MACs of a 3x3 convolution of 4 to 4 channels on 8x8 positions."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "macs"),
+    [
+        (Resized(4, 4, 3, padding=1, after=nn.Upsample(scale_factor=2)), PLAIN),
+        (Resized(4, 4, 3, padding=1, after=nn.MaxPool2d(2)), PLAIN),
+        (Resized(4, 4, 3, padding=1, after=nn.AdaptiveAvgPool2d(1)), PLAIN),
+        (Resized(4, 4, 3, before=nn.ZeroPad2d(1)), PLAIN),
+        (Resized(4, 4, 3, before=nn.ZeroPad2d(1), after=nn.ZeroPad2d(3)), PLAIN),
+        (Resized(4, 4, 3, padding=1, groups=4, after=nn.Upsample(scale_factor=2)), PLAIN // 4),
+        (Resized(4, 4, 3, padding=2, dilation=2, after=nn.MaxPool2d(2)), PLAIN),
+        (Resized(4, 4, 3, padding=1, stride=2, after=nn.Upsample(scale_factor=2)), PLAIN // 4),
+        (SumOfTwo(4, 4, 3), 2 * PLAIN),
+        (Part(4, 4, 3), PLAIN // 2),
+        (Standardized(4, 4, 3), PLAIN),
+        (Transposed(4, 4, 3), PLAIN),
+        (nn.Sequential(nn.Flatten(2), Added(64, 5)), 4 * 64 * 5),
+        (nn.Sequential(nn.Flatten(2), ByElement(64, 5)), 4 * 64 * 5),
+    ],
+)
+def test_macs_are_of_what_a_layer_ran_with_its_weight(layer: nn.Module, macs: int) -> None:
+    (counted,) = measure(layer, (4, 8, 8)).layers
+    assert counted.macs == macs
+
+
+def test_products_without_the_weight_are_uncounted_and_nothing_is_counted_twice() -> None:
+    cost = measure(nn.Sequential(nn.Flatten(2), Added(64, 5)), (4, 8, 8))
+    assert [(entry.name, entry.macs) for entry in cost.uncounted] == [("1", 4 * (64 * 2 + 2 * 5))]
+    outer = nn.Sequential(Resized(4, 4, 3, padding=1, before=nn.Conv2d(4, 4, 3, padding=1)))
+    cost = measure(outer, (4, 8, 8))
+    assert {layer.name: layer.macs for layer in cost.layers} == {"0": PLAIN, "0.before": PLAIN}
+    assert cost.total_macs == 2 * PLAIN
+
+
+def test_a_layer_called_with_several_sizes_counts_each_call() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Resized(4, 4, 3, padding=1, after=nn.Upsample(scale_factor=2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    cost = measure(Several(), (4, 8, 8))
+    assert (cost.by_name["layer"].macs, cost.by_name["layer"].calls) == (PLAIN + 4 * PLAIN, 2)

@@ -1,10 +1,12 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.policy import Policy
-from bitscape.report.front import front_of, score_of
+from bitscape.report.front import Point, front_of, score_of
+from bitscape.report.policy_sections import _front_words
 from tests.report.made import network, policy, scores, searched
 
 EVERY = {
@@ -65,3 +67,18 @@ def test_without_a_budget_there_are_no_random_ones_and_bitops_are_the_cost() -> 
 
 def test_a_policy_beyond_the_scores_is_not_placed() -> None:
     assert front_of(scores(), network(), policy("3/3", "4/4"), {"bitops": 1e9}).chosen is None
+
+
+def test_uniform_policies_must_keep_every_cap() -> None:
+    caps = {"bitops": 1e9, "weight_bytes": costs(policy("2/2", "2/2"))["weight_bytes"]}
+    front = front_of(scores(), network(), searched(), caps)
+    assert [(point.name, point.fits) for point in front.uniform] == [("2/2", True), ("4/4", False)]
+
+
+def test_the_best_uniform_policy_is_one_that_keeps_every_cap() -> None:
+    caps = {"bitops": 1e9, "weight_bytes": costs(policy("2/2", "2/2"))["weight_bytes"]}
+    assert "the best uniform one within it, 2/2, scores 3" in _front_words(front_of(scores(), network(), searched(), caps))
+    impossible = replace(front_of(scores(), network(), searched(), caps), uniform=())
+    assert "uniform" not in _front_words(impossible)
+    none = replace(impossible, uniform=(Point("2/2", 1.0, 3.0, fits=False),))
+    assert "no uniform one is within it" in _front_words(none)

@@ -12,7 +12,9 @@ from bitscape.cost.layers import NetworkCost
 from bitscape.cost.policy_cost import CAPS, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint
+from bitscape.search import knapsack
 from bitscape.search.allocation import InfeasibleBudget, allocate, near_best, pareto_front
+from bitscape.search.knapsack import Solution
 from bitscape.search.scores import ScoreTable
 from tests.search.small import every_policy, fits, layer, network, noise_scores, random_network, square, uniform
 
@@ -302,3 +304,44 @@ def test_a_front_has_about_as_many_points_as_asked_for() -> None:
     assert front[3].provenance["budget"] == {"bitops": front[3].cost["bitops"]}
     with pytest.raises(BitscapeError, match="points=1"):
         pareto_front(noise_scores(measured, square(2, 3), 8), measured, points=1)
+
+
+def test_scores_that_say_nothing_are_not_allocated_from() -> None:
+    measured = random_network(3, 0)
+    budget = Budget({"bitops": 1e12})
+    for values in (np.zeros((3, 4)), np.full((3, 4), 7.0), np.tile([[1.0], [2.0], [3.0]], 4), np.full((3, 4), 1.0) + 1e-15):
+        scores = ScoreTable(tuple(measured.by_name), square(2, 4), values, "kl")
+        for call in (lambda s: allocate(s, measured, budget, {}), lambda s: pareto_front(s, measured, {})):
+            with pytest.raises(BitscapeError, match=r"method kl gives every pair of bits of a layer the same score.*use method local"):
+                call(scores)
+
+
+def test_scores_of_one_pair_or_of_one_layer_that_differ_are_allocated_from() -> None:
+    measured = random_network(2, 0)
+    one = ScoreTable(tuple(measured.by_name), square(4), np.zeros((2, 1)), "t")
+    assert allocate(one, measured, Budget({"bitops": 1e12}), {}).layers == uniform(measured, 4, 4).layers
+    values = np.array([[0.0, 0.0, 0.0, 0.0], [3.0, 2.0, 2.0, 1e-9]])
+    two = ScoreTable(tuple(measured.by_name), square(2, 4), values, "t")
+    assert allocate(two, measured, Budget({"bitops": 1e12}), {}).layers["layer1"] == LayerBits(4, 4)
+
+
+def test_a_budget_that_is_left_while_layers_could_have_more_bits_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    measured = network(layer("a", 100), layer("b", 100))
+    scores = ScoreTable(("a", "b"), square(2, 8), np.array([[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]]), "t")
+    allocate(scores, measured, Budget({"bitops": 12800}), {})
+    assert "uses at most 53 % of each cap although layers could take more bits (a has 2/2, 2/8 fits)" in caplog.text
+    caplog.clear()
+    allocate(noise_scores(measured, square(2, 8), 0), measured, Budget({"bitops": 1e9}), {})  # the widest bits are taken
+    allocate(noise_scores(measured, square(2, 8), 0), measured, Budget({"bitops": 1599}), {})  # the next wider ones do not fit
+    assert not caplog.text
+
+
+def test_a_gap_is_told_in_the_policy_and_in_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    measured = random_network(3, 0)
+    scores = noise_scores(measured, square(2, 4), 0)
+    budget = Budget({"bitops": cost("bitops", measured, uniform(measured, 4, 4)) - 1})
+    assert allocate(scores, measured, budget, {}).provenance["gap"] == 0.0
+    stopped = Solution((0, 0, 0), 2.0, 1.5)
+    monkeypatch.setattr(knapsack, "near_best", lambda *_, **__: [stopped])
+    assert allocate(scores, measured, budget, {}, time_limit_s=3.0).provenance["gap"] == 0.25
+    assert "stopped after 3 s; a better policy could save at most 25.00% of the score that the budget costs" in caplog.text

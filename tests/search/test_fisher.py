@@ -155,3 +155,30 @@ def test_nothing_to_decide_gives_the_pinned_policy(method: SearchMethod) -> None
     assert method.score(stated).values.shape == (0, len(PAIRS))
     with pytest.raises(InfeasibleBudget):
         method.search(SearchProblem(model=linear_net(), images=images(), budget="bitops=100", candidates=PAIRS, pinned=pinned))
+
+
+@pytest.mark.parametrize(
+    "last", [[nn.Linear(8, 1)], [nn.Linear(8, 1), nn.Sigmoid()], [nn.Linear(8, 1), nn.Flatten(0)], [nn.Conv2d(8, 1, 1)]]
+)
+@pytest.mark.parametrize("method", [Fisher(), Kl(), Hawq()])
+def test_one_output_is_scored_by_how_far_it_moves(method: Fisher | Kl | Hawq, last: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU()]
+    middle = [] if isinstance(last[0], nn.Conv2d) else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    images = torch.randn(16, 3, 6, 6)
+    pairs = (LayerBits(2, 8), LayerBits(8, 8))
+    model = nn.Sequential(*body, *middle, *last)
+    stated = SearchProblem(model=model, images=images, budget="weight_bytes=w8", candidates=pairs, pinned={})
+    values = method.score(stated).values
+    assert (values[:, 0] > 10 * values[:, 1]).all() and (values[:, 1] >= 0).all()
+
+
+def test_scores_of_a_linear_regression_are_half_the_squared_change_of_its_outputs() -> None:
+    """Fisher's score is the expected (sum of G dY)^2: for one linear layer G is a random sign over the spread."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.randn(64, 3, 2, 2)
+    stated = SearchProblem(model=model, images=images, budget="weight_bytes=w8", candidates=(LayerBits(2, 8),), pinned={}, task="follow")
+    noise = layer_noise(model, ["1"], images, stated.candidates)["1"]
+    by_weight, by_input = noise.output_changes(images.flatten(1))
+    expected = (by_weight[0] + by_input[0]).square().sum(1).mean() / model(images).detach().var(unbiased=False)
+    assert Fisher().score(stated).values[0, 0] == pytest.approx(float(expected), rel=1e-4)

@@ -3,17 +3,10 @@ import torch
 from torch import nn
 
 from bitscape.policy import LayerBits
-from bitscape.search.kl import Kl, divergence
+from bitscape.search.kl import Kl
 from bitscape.search.problem import SearchProblem
 
 PAIRS = (LayerBits(2, 2), LayerBits(8, 2), LayerBits(2, 8), LayerBits(8, 8))
-
-
-def test_divergence_in_closed_form() -> None:
-    reference, logits = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    q = float(torch.sigmoid(torch.tensor(1.0)))
-    np.testing.assert_allclose(divergence(logits, reference), -0.5 * np.log(4 * q * (1 - q)), rtol=1e-5)
-    assert divergence(reference, reference) == 0.0
 
 
 def test_scores_are_those_of_networks_with_one_layer_quantized_and_the_model_is_as_before() -> None:

@@ -3,21 +3,34 @@ import math
 import os
 import subprocess
 import sys
+import time
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitscape.errors import BitscapeError
-from bitscape.search import knapsack
-from bitscape.search.knapsack import CapRow, near_best, smallest, solve
+from bitscape.search import knapsack, programme
+from bitscape.search.knapsack import CapRow, UndecidedError, smallest
+from bitscape.search.programme import Choice, Outcome, row_of
 
 
 def row(costs: list[list[int]], limit: int, *, fixed: int = 0, additive: bool = True) -> CapRow:
     return CapRow("bitops", np.array(costs, dtype=object), limit, fixed, additive)
+
+
+def solve(scores: np.ndarray, caps: list[CapRow], **settings: Any) -> Choice | None:
+    """The choice alone."""
+    solution = knapsack.solve(scores, caps, **settings)
+    return None if solution is None else solution.choice
+
+
+def near_best(*given: Any) -> list[Choice]:
+    """The choices alone."""
+    return [solution.choice for solution in knapsack.near_best(*given)]
 
 
 def brute(scores: np.ndarray, caps: list[CapRow]) -> float:
@@ -127,16 +140,16 @@ def test_excluded_choices_do_not_come_back() -> None:
     assert found == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
-def test_what_the_solver_cannot_tell_ends_the_list_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # One cut is not enough to see past the choices just over the cap: what remains holds a 0, and is used up in the end.
-    monkeypatch.setattr(knapsack, "CUTS_PER_LIMIT", 1)
-    big = 10**10
-    exact = row([[0, big, big + 1]] * 3, 3 * big + 1)
-    found = near_best(np.array([[50.0, 1.0, 0.0]] * 3), [exact], 99, 100.0)
-    assert sorted(found) == [choice for choice in product(range(3), repeat=3) if 0 in choice]
-    assert "only 19 near-best choices are known" in caplog.text
+def test_a_list_that_the_time_ended_is_returned_with_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def first_only(*given: Any, excluded: Any = (), **settings: Any) -> Any:
+        if excluded:
+            raise UndecidedError("the time ended")
+        return first_solve(*given, **settings)
+
+    first_solve = knapsack.solve
+    monkeypatch.setattr(knapsack, "solve", first_only)
+    assert near_best(np.array([[1.0, 0.0], [1.0, 0.0]]), [row([[0, 1], [0, 1]], 1)], 3, 100.0) in ([(1, 0)], [(0, 1)])
+    assert "only 1 near-best choices are known (the time ended)" in caplog.text
 
 
 def test_a_choice_that_breaks_a_cap_within_the_solvers_tolerance_is_cut_off() -> None:
@@ -147,12 +160,40 @@ def test_a_choice_that_breaks_a_cap_within_the_solvers_tolerance_is_cut_off() ->
     assert solve(scores, [row(costs, 10 * big)]) == (1,) * 10
 
 
-def test_too_many_choices_just_over_the_cap_give_one_within_it_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    big = 10**10
+def test_choices_just_over_and_just_within_the_cap_are_told_apart() -> None:
+    # Each score of 0 costs one unit more than a score of 1; the cap has room for four such units in nine thousand millions.
+    big = 10**9
     exact = row([[0, big, big + 1]] * 9, 9 * big + 4)
-    choice = solve(np.array([[50.0, 1.0, 0.0]] * 9), [exact])
-    assert choice is not None and exact.holds(choice)
-    assert "may not be the best one" in caplog.text
+    solution = knapsack.solve(np.array([[50.0, 1.0, 0.0]] * 9), [exact])
+    assert solution is not None and exact.holds(solution.choice)
+    assert (solution.regret, solution.gap) == (5.0, 0.0)
+
+
+@pytest.mark.parametrize("spread", [3, 1000, 10**7])
+def test_nearly_equal_costs_are_solved_exactly(spread: int) -> None:
+    rng = np.random.default_rng(spread)
+    costs = [[(10**9 + int(more)) * factor for factor in (4, 6, 8, 9)] for more in rng.integers(0, spread, 6)]
+    scores, exact = rng.exponential(size=(6, 4)) * [8, 3, 2, 0], row(costs, sum(line[1] for line in costs))
+    solution = knapsack.solve(scores, [exact])
+    assert solution is not None and exact.holds(solution.choice) and solution.gap == 0.0
+    regret = scores - scores.min(axis=1, keepdims=True)
+    assert solution.regret == pytest.approx(brute(regret, [exact]), rel=1e-9)
+
+
+@given(st.integers(0, 10**6))
+def test_a_row_in_small_numbers_holds_for_the_same_choices(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    unit, spread = int(rng.integers(1, 10**9)), int(rng.integers(1, 100))
+    costs = np.array([[int(k) * (unit + int(rng.integers(spread))) for k in rng.integers(0, 9, 3)] for _ in range(3)], dtype=object)
+    room = int(costs[np.arange(3), rng.integers(0, 3, 3)].sum()) + int(rng.integers(-1, 2))
+    if room < 0:
+        return
+    small = row_of(costs, room, np.ones(costs.shape, dtype=bool))
+    for choice in product(range(3), repeat=3):
+        high = sum(small.high[group, at] for group, at in enumerate(choice))
+        low = 0.0 if small.low is None else sum(small.low[group, at] for group, at in enumerate(choice))
+        fits = high <= small.right + 1e-6 and low <= small.rest + small.carry * (small.right - high) + 1e-6
+        assert fits == (sum(costs[group, at] for group, at in enumerate(choice)) <= room)
 
 
 def test_a_cap_that_only_a_loose_one_hides_is_met_exactly() -> None:
@@ -186,26 +227,62 @@ def test_equal_input_gives_equal_output() -> None:
     assert solve(scores, [row(costs, 50)]) == solve(scores, [row(costs, 50)])
 
 
-def test_a_time_limit_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    scores, caps = np.array([[1.0, 0.5]]), [row([[1, 2]], 2)]
-    monkeypatch.setattr(knapsack, "milp", lambda c, **_: SimpleNamespace(status=1, x=np.arange(len(c)) / len(c), message="time"))
-    assert solve(scores, caps) == (1,)
-    assert "not proven optimal" in caplog.text
-    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: SimpleNamespace(status=1, x=None, message="time"))
-    with pytest.raises(BitscapeError, match="not solved: time"):
-        solve(scores, caps)
+def stopped(objective: Any, share: float | None, bound: float) -> SimpleNamespace:
+    """What `milp` returns when its time ends with every candidate at `share`, the last at a little more."""
+    x = None if share is None else share + np.arange(len(objective)) / 1e3
+    return SimpleNamespace(status=1, x=x, mip_dual_bound=bound, message="time")
+
+
+@given(problems())
+def test_pricing_the_caps_first_changes_no_total(problem: tuple[np.ndarray, list[CapRow]]) -> None:
+    scores, caps = problem
+    at_once = knapsack.solve(scores, caps)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(knapsack, "SMALL", 0)
+        patched.setattr(knapsack, "FIRST_CORE", 1)
+        priced = knapsack.solve(scores, caps)
+    assert (at_once is None) == (priced is None)
+    if at_once is not None and priced is not None:
+        assert priced.gap == at_once.gap == 0.0
+        assert priced.regret == pytest.approx(at_once.regret, rel=1e-8)
+
+
+def test_a_time_limit_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The cap forbids the first, the relaxation knows that 1 is the least, and the solver ends with the 2.
+    scores, caps = np.array([[0.0, 1.0, 2.0]]), [row([[2, 1, 0]], 1)]
+    monkeypatch.setattr(knapsack, "SMALL", 0)
+    monkeypatch.setattr(programme, "milp", lambda c, **_: stopped(c, 0.1, 0.0))
+    solution = knapsack.solve(scores, caps, time_limit_s=0.0)
+    assert solution is not None
+    assert solution.choice == (2,)
+    assert (solution.regret, solution.bound, solution.gap) == (2.0, 1.0, 0.5)
+
+
+def test_a_time_limit_before_any_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programme, "milp", lambda c, **_: stopped(c, None, 0.0))
+    with pytest.raises(UndecidedError, match="the time ended before a policy within bitops was seen"):
+        solve(np.array([[0.0, 1.0]]), [row([[2, 1]], 2)])
 
 
 def test_a_solver_that_always_breaks_the_cap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: SimpleNamespace(status=0, x=np.array([0, 1, 0, 1]), message=""))
-    with pytest.raises(BitscapeError, match="cannot tell what fits exactly under bitops"):
-        solve(np.array([[1.0, 0.0], [1.0, 0.0]]), [row([[1, 2], [1, 2]], 3)])
+    monkeypatch.setattr(knapsack, "integer", lambda *_: Outcome((1, 1), 0.0))
+    with pytest.raises(UndecidedError, match="within bitops"):
+        solve(np.array([[1.0, 0.0], [1.0, 0.0]]), [row([[1, 2], [1, 2]], 3)], time_limit_s=0.0)
+
+
+def test_a_long_solve_says_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(programme, "PROGRESS_S", 0.01)
+    with caplog.at_level("INFO"), programme.ticking("allocation", 120.0):
+        deadline = time.monotonic() + 30
+        while "allocation" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "s so far, at most 120 s" in caplog.text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="reads C's standard output through libc")
 def test_c_output_of_the_solver_does_not_reach_stdout() -> None:
     code = (
-        "import ctypes; from bitscape.search.knapsack import quiet_stdout\n"
+        "import ctypes; from bitscape.search.programme import quiet_stdout\n"
         "print('before')\n"
         "with quiet_stdout(): ctypes.CDLL(None).puts(b'a line from C')\n"
         "print('after')"
@@ -216,6 +293,6 @@ def test_c_output_of_the_solver_does_not_reach_stdout() -> None:
 
 
 def test_a_closed_stdout_is_no_error() -> None:
-    code = "import os; os.close(1)\nfrom bitscape.search.knapsack import quiet_stdout\n"
+    code = "import os; os.close(1)\nfrom bitscape.search.programme import quiet_stdout\n"
     code += "with quiet_stdout(): pass\nos._exit(7)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7

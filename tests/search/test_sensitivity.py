@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint
@@ -18,7 +19,7 @@ from bitscape.search.hawq import Hawq
 from bitscape.search.kl import Kl
 from bitscape.search.local import Local
 from bitscape.search.problem import SearchProblem
-from bitscape.search.sensitivity import calls, calls_with_gradients, drawn_labels, layer_noise, monotone, score_table, widths
+from bitscape.search.sensitivity import calls, calls_with_gradients, layer_noise, monotone, score_table, widths
 
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
 
@@ -67,8 +68,8 @@ def test_output_changes_are_those_of_the_quantized_layer() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients_are_those_at_the_layers_own_output(inplace: bool) -> None:
-    graded = {c.name: c for c in calls_with_gradients(small_net(inplace), ["0"], images(), torch.Generator().manual_seed(0))}
-    plain = {c.name: c for c in calls_with_gradients(small_net(), ["0"], images(), torch.Generator().manual_seed(0))}
+    graded = {c.name: c for c in calls_with_gradients(small_net(inplace), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
+    plain = {c.name: c for c in calls_with_gradients(small_net(), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
     torch.testing.assert_close(graded["0"].output, plain["0"].output)
     torch.testing.assert_close(graded["0"].gradient, plain["0"].gradient)
     assert (plain["0"].output < 0).any()
@@ -78,15 +79,6 @@ def test_a_layer_that_runs_twice_is_seen_twice() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer)
     assert [call.name for call in calls(model, ["1"], torch.randn(2, 1, 2, 2))] == ["1", "1"]
-
-
-def test_labels_follow_the_softmax_and_the_seed() -> None:
-    logits = torch.tensor([[2.0, 0.0, -30.0]]).repeat(4000, 1)
-    labels = drawn_labels(logits, torch.Generator().manual_seed(0))
-    assert torch.equal(labels, drawn_labels(logits, torch.Generator().manual_seed(0)))
-    expected = 4000 * float(logits[0].softmax(0)[0])
-    assert abs(int((labels == 0).sum()) - expected) < 120  # four standard deviations are 82
-    assert not (labels == 2).any()
 
 
 class Returning(nn.Module):
@@ -103,15 +95,15 @@ class Returning(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda y: {"logits": y}, "the model returns dict; it must return one tensor of logits"),
+        (lambda y: {"logits": y}, "the model returns dict; scores need one tensor"),
         (lambda y: (y, y), "the model returns tuple"),
-        (lambda y: y[:, :, None], r"the model returns shape \(6, 4, 1\) for 6 images"),
-        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's logits of image 5 are not finite"),
-        (lambda y: y * torch.nan, "the model's logits of image 0 are not finite"),
+        (lambda y: y[:3], r"the model returns shape \(3, 4\) for 6 images"),
+        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's outputs of image 5 are not finite"),
+        (lambda y: y * torch.nan, "the model's outputs of image 0 are not finite"),
     ],
 )
 @pytest.mark.parametrize("method", [Fisher, Hawq, Kl])
-def test_answers_that_are_no_finite_logits_are_told(
+def test_answers_that_are_no_finite_tensor_are_told(
     method: type[Fisher | Hawq | Kl], wrap: Callable[[torch.Tensor], object], message: str
 ) -> None:
     stated = SearchProblem(model=Returning(wrap), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)

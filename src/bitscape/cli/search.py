@@ -51,6 +51,13 @@ _method_options = all_of(
         help="Whether the network will be trained at its bits afterwards.  [default: no-training]",
     ),
     click.option(
+        "--task",
+        type=click.Choice(["auto", "classes", "binary", "follow"]),
+        default="auto",
+        show_default=True,
+        help="What the outputs are: logits of classes, yes or no, or any values to stay close to. auto: (n, 2 or more) are classes.",
+    ),
+    click.option(
         "--pick",
         type=click.Choice(["best", "least-sharp"]),
         default="best",
@@ -96,6 +103,7 @@ def search(
     settings: tuple[str, ...],
     candidates: str | None,
     for_training: bool,
+    task: str,
     pick: str,
     latency: Path | None,
     profile: str | None,
@@ -134,8 +142,8 @@ def search(
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
     proxy = draw_images(data, split or TRAINING, images, seen, seed)
-    common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "pick": pick, "seed": seed, "folder": folder}
-    common |= {**offered, "latency": times, "profile": target, "channels_last": channels_last}
+    common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "task": task, "pick": pick, "seed": seed}
+    common |= {**offered, "folder": folder, "latency": times, "profile": target, "channels_last": channels_last}
     problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:

@@ -65,6 +65,10 @@ def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget 
         rows.append([kind, *beside, *(cap if caps else [])])
     columns = ["cost of one image", "policy", "8 bit", "of 8 bit", *(["budget", "used"] if caps else [])]
     print_table(columns, rows)
+    if gap := policy.provenance.get("gap"):
+        from bitscape.search.allocation import gap_note
+
+        click.echo(f"\nthe allocation ran out of time: {gap_note(gap)}")
 
 
 def print_loose_caps(

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
 
@@ -33,6 +36,10 @@ class ModuleRun:
     """Times it ran."""
     macs: int = 0
     """Multiply-accumulates it ran itself, without those of its child modules."""
+    weight_macs: int = 0
+    """Of a quantizable layer: multiply-accumulates with its weight, or what it made of it, in its calls; by child modules too."""
+    counted_macs: int = 0
+    """Those of `macs` that are among the `weight_macs` of a module."""
     input_elements: int = 0
     """Elements of its first input, in its largest call."""
     output_elements: int = 0
@@ -90,22 +97,48 @@ def _record(model: nn.Module, image: Tensor) -> dict[str, ModuleRun]:
         module.training = False
     try:
         recorder.attach(model)
-        with torch.no_grad(), _plain_attention(), recorder.counter:
+        with torch.no_grad(), _plain_attention(), recorder.counter, recorder:
             model(image)
     finally:
         recorder.detach()
     return recorder.runs
 
 
-class _Recorder:
-    """Hooks on every module that fill `runs` while `counter` is active."""
+@dataclass
+class _Call:
+    """A call of a module that has not returned yet."""
+
+    name: str
+    weights: dict[int, Tensor]
+    """Its weight and what was made of it, by identity; they are kept, so that no other tensor gets their identity."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Hooks on every module that fill `runs` while `counter` is active, and the recorder inside of it."""
 
     def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.counter = FlopCounterMode(display=False)
         self.runs: dict[str, ModuleRun] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._open: list[str] = []
+        self._open: list[_Call] = []
         self._settled_flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operation; tell products with a module's weight from what makes another form of that weight."""
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        macs = (self.counter.get_total_flops() - before) // 2
+        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        for call in reversed(self._open):
+            if given.isdisjoint(call.weights):
+                continue
+            if macs:
+                self.runs[call.name].weight_macs += macs
+                self.runs[self._open[-1].name].counted_macs += macs
+                break
+            call.weights.update((id(made), made) for made in tree_leaves(result) if isinstance(made, Tensor))
+        return result
 
     def attach(self, model: nn.Module) -> None:
         for name, module in model.named_modules():
@@ -118,7 +151,8 @@ class _Recorder:
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._settle()
-        self._open.append(name)
+        weight = module._parameters.get("weight") if isinstance(module, QUANTIZABLE) else None
+        self._open.append(_Call(name, {} if weight is None else {id(weight): weight}))
         self.runs.setdefault(name, ModuleRun())
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -135,7 +169,7 @@ class _Recorder:
         """Give the operations since the last call to the innermost open module; one MAC is two flops."""
         flops = self.counter.get_total_flops()
         if self._open:
-            self.runs[self._open[-1]].macs += (flops - self._settled_flops) // 2
+            self.runs[self._open[-1].name].macs += (flops - self._settled_flops) // 2
         self._settled_flops = flops
 
 

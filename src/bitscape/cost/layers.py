@@ -36,7 +36,7 @@ class LayerCost:
     kind: str
     """"Conv1d", "Conv2d" or "Linear", for their subclasses too."""
     macs: int
-    """Multiply-accumulates, all calls together."""
+    """Multiply-accumulates of its weight that ran, all calls together."""
     weights: int
     """Elements of the weight; 0 when another layer already counts the same parameter (see `tied_to`)."""
     weight_shape: tuple[int, ...]
@@ -195,8 +195,8 @@ def _layer_cost(name: str, module: nn.Module, run: ModuleRun, owners: dict[int, 
     return LayerCost(
         name=name,
         kind=_kind(module),
-        # Each output element is one product with a filter (or row) of the weight; this holds for groups too.
-        macs=run.total_output_elements * math.prod(weight_shape[1:]),
+        # A forward without convolution or matrix product is counted as the plain layer's: a filter (or row) for each output element.
+        macs=run.weight_macs or run.total_output_elements * math.prod(weight_shape[1:]),
         weights=0 if tied else weight.numel(),
         weight_shape=weight_shape,
         scales=0 if tied else weight_shape[0],
@@ -220,9 +220,7 @@ def _uncounted(
     for name, module in modules.items():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
         counted |= {id(p) for p in own.values()}
-        macs = runs[name].macs if name in runs else 0
-        if name in layers:
-            macs = max(0, macs - layers[name].macs)
+        macs = runs[name].macs - runs[name].counted_macs if name in runs else 0
         if (own or macs) and not _is_quantizer(name, layers):
             what = _what(module, tuple(own), name in layers, name in uncalled)
             params = sum(p.numel() for p in own.values())

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Point:
     name: str
     cost: float
     score: float
+    fits: bool = True
+    """Whether it keeps every cap of the budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,13 @@ def _uniform(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, Laye
     except BitscapeError:  # no pair of equal widths among the candidates
         return []
     stated = choices(network, Budget(caps), scores.candidates, pinned)
-    made = ((str(scores.candidates[at]), stated.policy((at,) * len(stated.freedom.groups), {})) for at in columns)
-    points = (_point(name, scores, network, policy, next(iter(caps))) for name, policy in made)
-    return [point for point in points if point is not None]
+    points = []
+    for column in columns:
+        choice, name = (column,) * len(stated.freedom.groups), str(scores.candidates[column])
+        point = _point(name, scores, network, stated.policy(choice, {}), next(iter(caps)))
+        if point is not None:
+            points.append(replace(point, fits=stated.holds(choice)))
+    return points
 
 
 def _random(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:

@@ -153,10 +153,10 @@ def _front_words(front: Front) -> str:
         said += f"; {len(scores)} random policies within the same budget score {spread}"
     else:
         said += "; no random policies beside it, for none was found within 5 % below the budget" if front.caps else "; it tells no budget"
-    within = [point for point in front.uniform if point.cost <= front.caps.get(front.kind, math.inf)]
-    if within and front.caps:
-        best = min(within, key=lambda point: point.score)
-        said += f"; the best uniform one within the first cap, {best.name}, scores {best.score:.4g}"
+    if front.uniform and front.caps:
+        within = [point for point in front.uniform if point.fits]
+        best = min(within, key=lambda point: point.score, default=None)
+        said += f"; the best uniform one within it, {best.name}, scores {best.score:.4g}" if best else "; no uniform one is within it"
     return said + "."
 
 

@@ -4,6 +4,7 @@
 lists the best solutions, `pareto_front` solves it along a cost.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -16,13 +17,21 @@ from bitscape.cost.layers import NO_EFFECT, NetworkCost
 from bitscape.cost.policy_cost import cap, layer_cost, policy_cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, fingerprint
+from bitscape.progress import track
 from bitscape.search import knapsack
-from bitscape.search.knapsack import Allowed, CapRow, Choice, smallest, solve
+from bitscape.search.knapsack import TIME_LIMIT_S, CapRow, Solution, smallest, solve
 from bitscape.search.problem import FreeLayers, free_layers
+from bitscape.search.programme import Allowed, Choice
 from bitscape.search.scores import ScoreTable
 from bitscape.version import __version__
 
+_log = logging.getLogger("bitscape.search")
+
 SHOWN_LAYERS = 3
+EQUAL = 1e-12
+"""Scores that differ by less than this share of the largest are equal."""
+LITTLE_USED = 0.8
+"""Below this share of every cap, a policy leaves much of its budget."""
 
 
 class InfeasibleBudget(BitscapeError):
@@ -73,8 +82,8 @@ class Choices:
     def first_feasible(self) -> Choice:
         """Return some choice within all caps. Raises InfeasibleBudget."""
         allowed = self.everything()
-        choice = solve(np.zeros(allowed.shape), self.caps)
-        return self.refuse(allowed) if choice is None else choice
+        solution = solve(np.zeros(allowed.shape), self.caps)
+        return self.refuse(allowed) if solution is None else solution.choice
 
     def refuse(self, allowed: Allowed) -> NoReturn:
         """Raise InfeasibleBudget for these caps, given that no choice keeps them all."""
@@ -112,8 +121,14 @@ def allocate(
     budget: Budget,
     pinned: Mapping[str, LayerBits] | None = None,
     tied: Sequence[Sequence[str]] = (),
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Policy:
     """Return the policy with the smallest total score within every cap of the budget.
+
+    It is the best to a relative 1e-9 of the score that the budget costs, and its provenance has "gap" 0. If the time
+    ends first, "gap" is the share of that score which a better policy could save at most, and a warning says so. Equal
+    scores, costs and budgets give the same policy, also where several are equally good, unless the time ends.
 
     Args:
         scores: a row for every layer that is not pinned; rows of pinned layers are not used.
@@ -121,12 +136,13 @@ def allocate(
         budget: caps; every one holds exactly, in integers.
         pinned: fixed layers, which cost too; None pins the first and the last at 8/8.
         tied: groups of layers that share one pair; their scores add up.
+        time_limit_s: wall-clock seconds after which the best policy so far is returned, from 0.
 
     Raises:
         InfeasibleBudget: no policy fits; it tells the smallest budget that does.
-        BitscapeError: unknown, missing or contradicting layers.
+        BitscapeError: unknown, missing or contradicting layers; scores that say nothing; no policy was seen within the time.
     """
-    return near_best(scores, network, budget, pinned, tied, count=1)[0]
+    return near_best(scores, network, budget, pinned, tied, count=1, time_limit_s=time_limit_s)[0]
 
 
 def near_best(
@@ -137,6 +153,8 @@ def near_best(
     tied: Sequence[Sequence[str]] = (),
     count: int = 8,
     within: float = 0.01,
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> list[Policy]:
     """Return the `count` best policies within every cap of the budget, fewer if fewer fit or score well enough.
 
@@ -149,6 +167,7 @@ def near_best(
         scores, network, budget, pinned, tied: see `allocate`.
         count: how many policies to return at most, from 1.
         within: the slack, from 0.
+        time_limit_s: wall-clock seconds a policy, from 0; see `allocate`.
 
     Raises:
         InfeasibleBudget: no policy fits; it tells the smallest budget that does.
@@ -161,10 +180,19 @@ def near_best(
     _check_network(scores, network)
     stated = choices(network, budget, scores.candidates, pinned, tied)
     values = _group_scores(scores, stated)
-    found = knapsack.near_best(values, stated.caps, count, within)
-    if not found:
+    solutions = knapsack.near_best(values, stated.caps, count, within, time_limit_s=time_limit_s)
+    if not solutions:
         stated.refuse(np.isfinite(values))
-    return [stated.policy(choice, _provenance(scores, values, choice, budget)) for choice in found]
+    _check_say_something(scores, values)
+    _warn_if_unused(stated, solutions[0].choice)
+    if gap := solutions[0].gap:
+        _log.warning("allocation: stopped after %g s; %s", time_limit_s, gap_note(gap))
+    return [stated.policy(solution.choice, _provenance(scores, values, solution, budget)) for solution in solutions]
+
+
+def gap_note(gap: float) -> str:
+    """Say what a gap means."""
+    return f"a better policy could save at most {gap:.2%} of the score that the budget costs"
 
 
 def only_choice(
@@ -198,14 +226,16 @@ def pareto_front(
     everything = Budget({cost: _largest(cost, scores, network, pinned, tied)})
     stated = choices(network, everything, scores.candidates, pinned, tied)
     values, row = _group_scores(scores, stated), stated.caps[0]
+    _check_say_something(scores, values)
     best = solve(values, [row])
     least = smallest(row, (), np.isfinite(values))
     assert best is not None and least is not None, "the cap is the cost of the largest policy"
-    caps = np.geomspace(max(least, 1), max(row.total(best), 1), points).astype(np.int64).tolist()
-    caps = [least, *caps[1:-1], row.total(best)]
-    found = [choice for most in sorted(set(caps)) if (choice := solve(values, [replace(row, limit=most)])) is not None]
-    front = _undominated(found, row, values)
-    return [stated.policy(c, _provenance(scores, values, c, _at_cost(row, c, network))) for c in front]
+    most = row.total(best.choice)
+    caps = np.geomspace(max(least, 1), max(most, 1), points).astype(np.int64).tolist()
+    limits = sorted({least, *caps[1:-1], most})
+    solved = (solve(values, [replace(row, limit=limit)]) for limit in track(limits, label="front: budget"))
+    front = _undominated([solution for solution in solved if solution is not None], row)
+    return [stated.policy(s.choice, _provenance(scores, values, s, _at_cost(row, s.choice, network))) for s in front]
 
 
 def _check_network(scores: ScoreTable, network: NetworkCost) -> None:
@@ -250,9 +280,39 @@ def _group_scores(scores: ScoreTable, stated: Choices) -> NDArray[np.float64]:
     return totals
 
 
-def _provenance(scores: ScoreTable, values: NDArray[np.float64], choice: Choice, budget: Budget) -> dict[str, Any]:
-    total = float(values[np.arange(len(choice)), list(choice)].sum())
-    return {"method": scores.method, "score": total, "budget": dict(budget.caps), "version": __version__}
+def _check_say_something(scores: ScoreTable, values: NDArray[np.float64]) -> None:
+    """Raise BitscapeError if no group's pairs differ in score: any policy would be as good."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    ranges = np.nanmax(finite, axis=1, initial=-np.inf) - np.nanmin(finite, axis=1, initial=np.inf)
+    if values.shape[1] > 1 and len(values) and bool((ranges <= EQUAL * np.nanmax(np.abs(finite))).all()):
+        raise BitscapeError(
+            f"scores: method {scores.method} gives every pair of bits of a layer the same score (such as "
+            f"{np.nanmax(finite):g}), so that no policy is better than another; use method local, or check --task and the images"
+        )
+
+
+def _warn_if_unused(stated: Choices, choice: Choice) -> None:
+    """Say so if much of every cap is left while a layer could take more bits within all of them."""
+    used = max((row.total(choice) / max(row.limit, 1) for row in stated.caps), default=1.0)
+    if used >= LITTLE_USED:
+        return
+    pairs = stated.candidates
+    for group, column in enumerate(choice):
+        for wider, pair in enumerate(pairs):
+            more = pair != pairs[column] and pair.weight >= pairs[column].weight and pair.activation >= pairs[column].activation
+            if more and stated.holds((*choice[:group], wider, *choice[group + 1 :])):
+                _log.warning(
+                    "budget: the policy uses at most %.0f %% of each cap although layers could take more bits (%s has %s, %s fits): "
+                    "the scores see no gain in them",
+                    *(100 * used, stated.freedom.groups[group][0], pairs[column], pair),
+                )
+                return
+
+
+def _provenance(scores: ScoreTable, values: NDArray[np.float64], solution: Solution, budget: Budget) -> dict[str, Any]:
+    total = float(values[np.arange(len(values)), list(solution.choice)].sum())
+    budgets = dict(budget.caps)
+    return {"method": scores.method, "score": total, "gap": solution.gap, "budget": budgets, "version": __version__}
 
 
 def _value(kind: str, total: int, network: NetworkCost) -> float:
@@ -276,15 +336,14 @@ def _largest(
     return _value(kind, row.total(tuple(int(i) for i in row.costs.argmax(axis=1))), network)
 
 
-def _undominated(found: Sequence[Choice], row: CapRow, values: NDArray[np.float64]) -> list[Choice]:
-    """Keep, by ascending cost, each choice that scores better than all cheaper ones."""
-    front: list[Choice] = []
+def _undominated(solutions: Sequence[Solution], row: CapRow) -> list[Solution]:
+    """Keep, by ascending cost, each solution that scores better than all cheaper ones."""
+    front: list[Solution] = []
     best = np.inf
-    for choice in sorted(found, key=row.total):
-        total = float(values[np.arange(len(choice)), list(choice)].sum())
-        if total < best:
-            best = total
-            front.append(choice)
+    for solution in sorted(solutions, key=lambda solution: row.total(solution.choice)):
+        if solution.regret < best:
+            best = solution.regret
+            front.append(solution)
     return front
 
 

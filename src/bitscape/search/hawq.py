@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitscape.models.layers import quantizable_layers
@@ -28,9 +28,7 @@ from bitscape.search.sensitivity import (
     LayerNoise,
     Recorder,
     at_least_one,
-    drawn_labels,
     layer_noise,
-    logits_of,
     outputs_of,
     score_table,
     solve,
@@ -82,24 +80,25 @@ class Hawq:
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
-        model, names, images = problem.prepared, list(problem.free_layers), problem.images[: self.images]
-        noise = layer_noise(model, names, images, problem.candidates)
+        images = problem.images[: self.images]
+        noise = layer_noise(problem.prepared, list(problem.free_layers), images, problem.candidates)
         generator = torch.Generator().manual_seed(problem.seed)
         scores: dict[str, NDArray[np.float64]] = {}
-        for batch in tracked_batches(images, model, self.batch_size, label="hawq: batch"):
-            for name, table in self._batch_scores(model, names, batch, noise, generator).items():
+        for batch in tracked_batches(images, problem.prepared, self.batch_size, label="hawq: batch"):
+            for name, table in self._batch_scores(problem, batch, noise, generator).items():
                 scores[name] = scores.get(name, 0.0) + table * (len(batch) / len(images))
         return score_table("hawq", problem.candidates, scores, problem.network.shapes)
 
     def _batch_scores(
-        self, model: nn.Module, names: list[str], batch: Tensor, noise: dict[str, LayerNoise], generator: torch.Generator
+        self, problem: SearchProblem, batch: Tensor, noise: dict[str, LayerNoise], generator: torch.Generator
     ) -> dict[str, NDArray[np.float64]]:
+        model, names = problem.prepared, list(problem.free_layers)
         layers = quantizable_layers(model)
         # Fused attention has no second derivative.
         with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
-            logits = logits_of(model, batch.detach().requires_grad_())
+            values = problem.meaning.outputs(model(batch.detach().requires_grad_()), len(batch))
         outputs_of(recorder.seen)  # refuses networks without gradients
-        loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator))
+        loss = problem.meaning.curved_loss(values, generator).mean()
         weights = [layers[name].get_parameter("weight") for name in names]
         traces = hutchinson_traces(loss, [*weights, *(call.input for call in recorder.seen)], self.probes, generator)
         by_weight = {n: weight_scores(noise[n], t / w.numel()) for n, w, t in zip(names, weights, traces, strict=False)}

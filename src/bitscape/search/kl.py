@@ -1,8 +1,9 @@
 """KL: how far the network's output distribution moves when one layer is quantized and all others stay float.
 
 Paper     the per-layer sensitivity of common toolkits (for instance AIMET's and ModelOpt's); the separation below is ours
-Idea      Quantize one layer at a time and compare the logits with the float network's; no model of the loss is needed.
-Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> `divergence`
+Idea      Quantize one layer at a time and compare the outputs with the float network's; no model of the loss is needed. Outputs that
+          are no classes are compared by the divergence of their task.
+Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> `Task.divergence`
 Departs   Weight and activation are quantized one after the other, not as pairs: R_w + R_a networks a layer instead of R_w * R_a.
 Costs     1 + L (R_w + R_a) forward passes over the images, hence the smaller default of images.
 Measured  docs/results: ptq-imagenet.
@@ -16,22 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.engine.task import Task
 from bitscape.models.modes import evaluating
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
-from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, logits_of, score_table, solve
+from bitscape.search.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
 
 
-def divergence(logits: Tensor, reference: Tensor) -> float:
-    """Mean over images of KL(softmax(reference) || softmax(logits)); both (n, classes)."""
-    return float(
-        nn.functional.kl_div(logits.float().log_softmax(1), reference.float().log_softmax(1), log_target=True, reduction="batchmean")
-    )
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([logits_of(model, batch) for batch in batches_of(images, model)])
+def _outputs(task: Task, model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([task.outputs(model(batch), len(batch)) for batch in batches_of(images, model)])
 
 
 @contextmanager
@@ -76,16 +71,21 @@ class Kl:
         """The table of scores alone."""
         model, images = problem.prepared, problem.images[: self.images]
         noise = layer_noise(model, list(problem.free_layers), images, problem.candidates)
+        task = problem.meaning
+
+        def moved() -> float:
+            return float(task.divergence(_outputs(task, model, images), reference).mean())
+
         with evaluating(model):
-            reference = _logits(model, images)
+            reference = _outputs(task, model, images)
             scores = {}
             for name in track(problem.free_layers, label="kl: layer"):
                 by_weight, by_input = [], []
                 for bits in noise[name].weights:
                     with _weight_at(noise[name], bits):
-                        by_weight.append(divergence(_logits(model, images), reference))
+                        by_weight.append(moved())
                 for bits in noise[name].ranges:
                     with _input_at(noise[name], bits):
-                        by_input.append(divergence(_logits(model, images), reference))
+                        by_input.append(moved())
                 scores[name] = np.add.outer(by_weight, by_input)
         return score_table("kl", problem.candidates, scores, problem.network.shapes)

@@ -1,41 +1,37 @@
 """The multiple-choice knapsack behind the allocation: one candidate per group, least total score, every cap held.
 
-Costs are Python integers, scores are floats. HiGHS (scipy's `milp`) finds the choice; exact integers decide whether it
-is allowed. Its tolerances are kept harmless in three ways: costs count from each group's cheapest candidate, so that a
-tolerance is relative to what can still be chosen; the objective is scaled until its absolute gap is below 1e-9 of the
-optimum; a choice over a cap is cut off.
+Costs are Python integers, scores are floats. The linear relaxation prices the caps; with these prices most candidates cost more
+than the gap between the bound and a choice already known, so that no better choice can hold them. HiGHS finds the best
+choice of the rest, exact integers decide whether it is allowed, and a choice over a cap is cut off.
 """
 
-import ctypes
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from bitscape.errors import BitscapeError
+from bitscape.search.programme import Allowed, Choice, Outcome, Row, Scores, integer, relaxed, row_of, ticking
 
 _log = logging.getLogger("bitscape.search")
 
-Allowed = NDArray[np.bool_]
-Scores = NDArray[np.float64]
-Choice = tuple[int, ...]
-
-SCALE = 1e4  # the largest score difference handed to HiGHS, whose absolute gap is 1e-6
-CUTS_PER_LIMIT = 40
-TIGHTENINGS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)
+TOLERANCE = 1e-9
+"""Relative error of totals that counts as none."""
+SMALL = 200
+"""Up to so many candidates are solved at once."""
+FIRST_CORE = 3
+"""Candidates a group, on average, of the first attempt."""
 RESCALINGS = 30
+TIME_LIMIT_S = 120.0
 
 
 class UndecidedError(BitscapeError):
-    """Too many choices exceed a cap by less than the solver can tell."""
+    """The time ended before any choice within the caps was seen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,65 +59,139 @@ class CapRow:
         return self.total(choice) <= self.limit
 
 
-def solve(scores: Scores, caps: Sequence[CapRow], *, excluded: Sequence[Choice] = (), time_limit_s: float = 300.0) -> Choice | None:
+@dataclass(frozen=True)
+class Solution:
+    """A choice within all caps, and how good it is known to be."""
+
+    choice: Choice
+    regret: float
+    """Its total score above the ideal, which gives each group its smallest score whatever it costs."""
+    bound: float
+    """No choice has less; at most `regret`."""
+
+    @property
+    def gap(self) -> float:
+        """Share of the regret that a better choice could save at most; 0 for a proven optimum."""
+        return 0.0 if self.bound >= self.regret * (1 - TOLERANCE) else 1 - max(self.bound, 0.0) / self.regret
+
+
+def solve(
+    scores: Scores, caps: Sequence[CapRow], *, excluded: Sequence[Choice] = (), time_limit_s: float = TIME_LIMIT_S
+) -> Solution | None:
     """Return the candidate of each group with the smallest total score under all caps, or None when there is none.
 
-    `scores` has shape (groups, candidates); infinity forbids a candidate. The total is optimal to a relative 1e-9 among
-    the choices that are not `excluded`.
-    A warning is logged where that is not proven: after `time_limit_s` per integer programme, or when choices that
-    exceed a cap by less than one part in a million outnumber the cuts. Equal input gives equal output.
+    `scores` has shape (groups, candidates); infinity forbids a candidate. The regret is the smallest to a relative 1e-9
+    among the choices that are not `excluded`, unless `time_limit_s` (wall clock) ended the search: the solution then has
+    a gap. Equal input gives equal output, where the time suffices.
+
+    Raises:
+        UndecidedError: no choice within the caps was seen within the time.
     """
     allowed = reachable(np.isfinite(scores), caps)
     if allowed is None:
         return None
-    sums = [cap for cap in caps if cap.additive]
-    cuts = [_only(choice, scores.shape) for choice in excluded]
-    regret = scores - np.where(allowed, scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
-    choice: Choice | None = None
-    for _ in range(RESCALINGS):
-        largest = float(np.where(allowed, regret, 0.0).max(initial=0.0))
-        scaled = np.where(allowed, regret, 0.0) / (largest or 1.0) * SCALE
-        choice = _solve_scaled(scaled, allowed, sums, cuts, time_limit_s)
-        if choice is None:
-            return None
-        total = _at(regret, choice)
-        if total >= largest / 10:
-            return choice
-        # Regrets are never negative, so no optimum holds a candidate with a larger one than this total.
-        allowed = allowed & (regret <= total)
-    return choice
+    if not len(scores):
+        return None if excluded else Solution((), 0.0, 0.0)
+    with ticking("allocation", time_limit_s):
+        return _Search(scores, caps, [_only(choice, scores.shape) for choice in excluded], time_limit_s).best(allowed)
 
 
-def near_best(scores: Scores, caps: Sequence[CapRow], count: int, within: float) -> list[Choice]:
+class _Search:
+    """One solve: the caps as rows, choices cut off so far, and the time left."""
+
+    def __init__(self, scores: Scores, caps: Sequence[CapRow], cuts: list[Allowed], time_limit_s: float) -> None:
+        self.regret = scores - np.where(np.isfinite(scores), scores, np.inf).min(axis=1, keepdims=True)
+        self.caps = [cap for cap in caps if cap.additive]
+        self.cuts = cuts
+        self.deadline = time.monotonic() + time_limit_s
+
+    def best(self, allowed: Allowed) -> Solution | None:
+        """Solve; then again without what a better choice cannot hold, until HiGHS sees the total exactly enough."""
+        solution, bound = None, 0.0
+        for _ in range(RESCALINGS):
+            outcome = self._over(allowed)
+            bound = max(bound, outcome.bound)
+            if outcome.choice is None:
+                break
+            total = _at(self.regret, outcome.choice)
+            solution = Solution(outcome.choice, total, min(bound, total))
+            if total == 0.0 or outcome.error <= TOLERANCE * total or self._late():
+                break
+            # Regrets are never negative, so no optimum holds a candidate with a larger one than this total.
+            allowed = allowed & (self.regret <= total)
+        return solution
+
+    def _over(self, allowed: Allowed) -> Outcome:
+        """Solve over the candidates that the relaxation favors, then over all that could be in a better choice."""
+        objective = np.where(allowed, self.regret, 0.0)
+        rows = [row_of(_counted_from_cheapest(cap.costs, allowed), _room(cap, allowed), allowed) for cap in self.caps]
+        if np.count_nonzero(allowed) <= SMALL:
+            return self._exact(objective, allowed, rows)
+        relaxation = relaxed(objective, allowed, [*rows, *map(_cut_row, self.cuts)])
+        if relaxation is None:
+            return Outcome(None, math.inf)
+        width = float(np.sort(relaxation.excess[allowed])[: FIRST_CORE * len(allowed)].max())
+        while True:
+            core = allowed & (relaxation.excess <= width)
+            outcome = self._exact(objective, core, rows)
+            outside = math.inf if (core == allowed).all() else relaxation.least + width
+            total = math.inf if outcome.choice is None else _at(objective, outcome.choice)
+            if outside == math.inf or total <= outside or self._late():
+                return replace(outcome, bound=max(relaxation.least, min(outcome.bound, outside)))
+            width = 4 * width + float(objective.max()) / 1e3 if outcome.choice is None else (total - relaxation.least) * (1 + TOLERANCE)
+
+    def _exact(self, objective: Scores, core: Allowed, rows: Sequence[Row]) -> Outcome:
+        """Solve; cut off and solve again while the answer breaks a cap in exact integers."""
+        while True:
+            left = self.deadline - time.monotonic()
+            outcome = integer(objective, core, [*rows, *map(_cut_row, self.cuts)], max(left, 0.1))
+            if outcome.choice is None:
+                if math.isfinite(outcome.bound) or left <= 0:
+                    raise _undecided(self.caps)
+                return outcome
+            broken = [cap for cap in self.caps if not cap.holds(outcome.choice)]
+            if not broken:
+                return outcome
+            if left <= 0:
+                raise _undecided(self.caps)
+            self.cuts.extend(_cut(cap, outcome.choice) for cap in broken)
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+
+def near_best(
+    scores: Scores, caps: Sequence[CapRow], count: int, within: float, *, time_limit_s: float = TIME_LIMIT_S
+) -> list[Solution]:
     """Return up to `count` different choices under all caps, the best first, by ascending total score.
 
     None is missing that scores better than the last, and none scores above best + within * (best - ideal). The ideal
     takes each group's smallest score and no cap, so that (best - ideal) is what the caps cost: it is not negative, and
     unlike the total it does not change with the offset of the scores. Where the best is the ideal, only its equals
-    come back. Totals are exact to a relative 1e-9 of the same difference; see `solve`. A warning is logged where the
-    list may be incomplete.
+    come back. Totals are exact to a relative 1e-9 of the same difference, where the time suffices; see `solve`. When
+    no further choice was seen within the time, a warning says how many are known.
     """
-    first = solve(scores, caps)
+    first = solve(scores, caps, time_limit_s=time_limit_s)
     if first is None:
         return []
     regret = scores - scores.min(axis=1, keepdims=True, initial=np.inf)
-    most = _at(regret, first) * (1 + within + 1e-9)
+    most = first.regret * (1 + within + TOLERANCE)
     # Regrets are never negative, so no choice within the slack holds a candidate with a larger one.
     scores = np.where(regret <= most, scores, np.inf)
-    others: list[Choice] = []
+    others: list[Solution] = []
     while len(others) < count - 1:
-        choice = _next(scores, caps, [first, *others])
-        if choice is None or _at(regret, choice) > most:
+        solution = _next(scores, caps, [first, *others], time_limit_s)
+        if solution is None or solution.regret > most:
             break
-        others.append(choice)
-    return [first, *sorted(others, key=lambda choice: _at(regret, choice))]
+        others.append(solution)
+    return [first, *sorted(others, key=lambda solution: solution.regret)]
 
 
-def _next(scores: Scores, caps: Sequence[CapRow], found: Sequence[Choice]) -> Choice | None:
+def _next(scores: Scores, caps: Sequence[CapRow], solutions: Sequence[Solution], time_limit_s: float) -> Solution | None:
     try:
-        return solve(scores, caps, excluded=found)
+        return solve(scores, caps, excluded=[solution.choice for solution in solutions], time_limit_s=time_limit_s)
     except UndecidedError as error:
-        _log.warning("only %d near-best choices are known (%s)", len(found), error)
+        _log.warning("only %d near-best choices are known (%s)", len(solutions), error)
         return None
 
 
@@ -130,8 +200,8 @@ def smallest(cap: CapRow, others: Sequence[CapRow], allowed: Allowed) -> int | N
     if not cap.additive:
         return _smallest_peak(cap, others, allowed)
     counted = _counted_from_cheapest(cap.costs, allowed).astype(np.float64)
-    choice = solve(np.where(allowed, counted, np.inf), others)
-    return None if choice is None else cap.total(choice)
+    solution = solve(np.where(allowed, counted, np.inf), others)
+    return None if solution is None else cap.total(solution.choice)
 
 
 def reachable(allowed: Allowed, caps: Sequence[CapRow]) -> Allowed | None:
@@ -192,36 +262,9 @@ def _at(values: Scores, choice: Choice) -> float:
     return float(values[np.arange(len(choice)), list(choice)].sum())
 
 
-def _solve_scaled(objective: Scores, allowed: Allowed, sums: Sequence[CapRow], cuts: list[Allowed], time_limit_s: float) -> Choice | None:
-    """Solve; cut off and solve again while the answer breaks a cap; after too many cuts, aim just below the caps."""
-    for tightening in TIGHTENINGS:
-        if tightening > 0.0:
-            _log.warning("solving for caps tightened by a relative %g: the choice may not be the best one", tightening)
-        rows = [_row(cap, allowed, tightening) for cap in sums]
-        for _ in range(CUTS_PER_LIMIT):
-            choice = _milp(objective, allowed, [*rows, *(_cut_row(cut, allowed) for cut in cuts)], time_limit_s)
-            if choice is None and tightening == 0.0:
-                return None
-            if choice is None:
-                raise _undecided(sums)
-            broken = [cap for cap in sums if not cap.holds(choice)]
-            if not broken:
-                return choice
-            cuts.extend(_cut(cap, choice) for cap in broken)
-    raise _undecided(sums)
-
-
 def _undecided(sums: Sequence[CapRow]) -> UndecidedError:
     names = ", ".join(cap.name for cap in sums)
-    return UndecidedError(f"budget: the solver cannot tell what fits exactly under {names}; change a cap by one part in a million")
-
-
-def _row(cap: CapRow, allowed: Allowed, tightening: float) -> tuple[Scores, float]:
-    """Return (coefficients per allowed candidate, right side), with coefficients from 0 to 1."""
-    counted = np.where(allowed, _counted_from_cheapest(cap.costs, allowed), 0)
-    largest = max(1, *(int(cost) for cost in counted.flat)) if counted.size else 1
-    right = _room(cap, allowed) - tightening * max(abs(cap.limit), 1)
-    return (counted[allowed] / largest).astype(np.float64), right / largest
+    return UndecidedError(f"budget: the time ended before a policy within {names} was seen; change a cap by one part in a million")
 
 
 def _cut(cap: CapRow, choice: Choice) -> Allowed:
@@ -246,58 +289,5 @@ def _only(choice: Choice, shape: tuple[int, ...]) -> Allowed:
     return marked
 
 
-def _cut_row(cut: Allowed, allowed: Allowed) -> tuple[Scores, float]:
-    return cut[allowed].astype(np.float64), len(cut) - 1.0
-
-
-def _milp(objective: Scores, allowed: Allowed, rows: Sequence[tuple[Scores, float]], time_limit_s: float) -> Choice | None:
-    groups, _ = np.nonzero(allowed)
-    if not len(groups):
-        return () if all(right >= 0 for _, right in rows) else None
-    one_each = sparse.csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    if rows:
-        matrix = sparse.csr_array(np.array([coefficients for coefficients, _ in rows]))
-        constraints.append(LinearConstraint(matrix, -np.inf, np.array([right for _, right in rows])))
-    options = {"mip_rel_gap": 0.0, "time_limit": time_limit_s}
-    with quiet_stdout():
-        result = milp(objective[allowed], integrality=1, bounds=Bounds(0, 1), constraints=constraints, options=options)
-    _check_result(result, time_limit_s)
-    if result.x is None:
-        return None
-    found = np.full(allowed.shape, -1.0)
-    found[allowed] = result.x
-    return tuple(int(index) for index in found.argmax(axis=1))
-
-
-def _check_result(result: Any, time_limit_s: float) -> None:
-    infeasible = 2
-    if result.status not in (0, 1, infeasible) or (result.status == 1 and result.x is None):
-        raise BitscapeError(f"the integer programme was not solved: {result.message}; offer fewer candidates")
-    if result.status == 1:
-        _log.warning("the integer programme stopped after %g s; its choice is not proven optimal", time_limit_s)
-
-
-@contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Drop what C code writes to standard output: HiGHS prints a stray line at times, which breaks JSON output."""
-    try:
-        kept = os.dup(1)
-    except OSError:  # standard output is closed
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        _flush_c()
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        _flush_c()  # C buffers its output: without this the line would appear after the redirection
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _flush_c() -> None:
-    if os.name == "posix":
-        ctypes.CDLL(None).fflush(None)
+def _cut_row(cut: Allowed) -> Row:
+    return Row(cut.astype(np.float64), len(cut) - 1.0)

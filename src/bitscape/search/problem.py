@@ -19,6 +19,7 @@ from bitscape.cost.layers import NetworkCost, measure
 from bitscape.cost.policy_cost import layer_latency_ns
 from bitscape.cost.profiles import Profile
 from bitscape.engine.forward import as_logits
+from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.memory_format import set_memory_format
@@ -92,6 +93,8 @@ class SearchProblem:
     """Groups of layers that must get the same bits."""
     for_training: bool = False
     """Whether the quantized network will be trained afterwards; methods may then score differently."""
+    task: TaskName | Literal["auto"] = "auto"
+    """What the outputs mean: "classes", "binary" or "follow"; "auto" decides by their shape, see `task_of`."""
     seed: int = 0
     """Seed of everything random in the search."""
     labels: Tensor | None = None
@@ -118,6 +121,8 @@ class SearchProblem:
         _check_finite(self.model)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
+        if self.task not in (*get_args(TaskName), "auto"):
+            raise BitscapeError(f"task={self.task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}")
         if self.pick not in get_args(Pick):
             raise BitscapeError(f"pick={self.pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
@@ -183,6 +188,14 @@ class SearchProblem:
         return parse_budget(self.budget, self.network, self.pinned_layers)
 
     @cached_property
+    def meaning(self) -> Task:
+        """What the outputs of `prepared` mean: the task asked for, or the one that they suggest."""
+        task = task_of(self.prepared, next(batches_of(self.images, self.prepared, SAMPLE)), self.task)
+        if self.task == "auto":
+            _log.info("the outputs are taken as task %s; --task or SearchProblem(task=...) says otherwise", task.name)
+        return task
+
+    @cached_property
     def decisions(self) -> Tensor:
         """The float network's most likely class of each proxy image, int64 (n,), on the device of `images`."""
         with evaluating(self.prepared):
@@ -203,6 +216,7 @@ class SearchProblem:
             "images": list(self.images.shape),
             "for_training": self.for_training,
             "pick": self.pick,
+            "task": self.task,
             **({} if self.latency is None else {"latency": self.latency.source()}),
             **({} if self.profile is None else {"profile": self.profile.name}),
             "version": __version__,
@@ -221,6 +235,11 @@ class SearchResult:
     """What happened on the way, one record per step."""
     seconds: float
     """Wall-clock time of the search."""
+
+    @property
+    def gap(self) -> float | None:
+        """Share of the score that the budget costs which a better policy could save at most; None for methods without scores."""
+        return self.policy.provenance.get("gap")
 
 
 def _name_of(method: Any) -> str:

@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
 from bitscape.engine.step import CrossEntropy
+from bitscape.engine.task import Classes
+from bitscape.engine.task import Task as Outputs
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
@@ -59,15 +60,16 @@ class ProxyBatches:
 
 @dataclass(frozen=True)
 class FollowFloat:
-    """Kullback-Leibler divergence from the float network's outputs: learning without labels, on any images."""
+    """The task's divergence from the float network's outputs: learning without labels, on any images."""
 
     teacher: nn.Module
+    task: Outputs = field(default_factory=Classes)
 
     def for_batch(self, images: Tensor) -> BatchLoss:
         """Run the float network once on `images` (n, c, h, w)."""
         with evaluating(self.teacher):
-            aim = self.teacher(images).float().log_softmax(1)
-        return lambda logits, _: functional.kl_div(logits.log_softmax(1), aim, reduction="batchmean", log_target=True)
+            aim = self.task.outputs(self.teacher(images), len(images))
+        return lambda outputs, _: self.task.divergence(outputs, aim).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +115,14 @@ def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epoc
         dataset=ProxyData("proxy", problem.images, labels.to(problem.images.device)), batch_size=batch_size, seed=problem.seed
     )
     if name == "follow":
-        return ProxyTask(name="follow", model=model, batches=batches, loss=FollowFloat(problem.prepared))
+        return ProxyTask(name="follow", model=model, batches=batches, loss=FollowFloat(problem.prepared, problem.meaning))
     if name == "new-head":
         _warm_up(model, problem, batches, head_epochs, folder)
     return ProxyTask(name=name, model=model, batches=batches)
 
 
 def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]:
-    if problem.labels is None:
+    if problem.labels is None or problem.meaning.name != "classes":
         return "follow"
     right = int((problem.decisions == problem.labels.to(problem.images.device)).sum())
     most_frequent = int(problem.labels.bincount().max())

@@ -18,8 +18,9 @@ import numpy as np
 
 from bitscape.errors import BitscapeError
 from bitscape.search.allocation import Choices, choices
-from bitscape.search.knapsack import Allowed, CapRow, Choice, reachable
+from bitscape.search.knapsack import CapRow, reachable
 from bitscape.search.problem import SearchProblem, SearchResult
+from bitscape.search.programme import Allowed, Choice
 
 _log = logging.getLogger("bitscape.search")
 

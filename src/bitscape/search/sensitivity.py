@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bitscape.engine.forward import as_logits
+from bitscape.engine.task import Task
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
@@ -132,15 +132,16 @@ def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCa
         yield LayerCall(call.name, widened(call.input), widened(call.output))
 
 
-def calls_with_gradients(model: nn.Module, names: list[str], batch: Tensor, generator: torch.Generator) -> Iterator[GradedCall]:
-    """As `calls`, with gradients of the cross entropy, summed over images, for labels drawn from the network's own softmax.
+def calls_with_gradients(
+    model: nn.Module, names: list[str], batch: Tensor, task: Task, generator: torch.Generator
+) -> Iterator[GradedCall]:
+    """As `calls`, with gradients of the task's drawn loss, summed over images: no labels are needed.
 
-    Drawn labels make the squared gradient the true Fisher information, and need no labels of the images' own. An output
-    that nothing uses has gradient 0.
+    In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
     """
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
-        logits = logits_of(model, batch.detach().requires_grad_())
-        loss = nn.functional.cross_entropy(logits, drawn_labels(logits, generator), reduction="sum")
+        values = task.outputs(model(batch.detach().requires_grad_()), len(batch))
+        loss = task.drawn_loss(values, generator).sum()
         outputs = outputs_of(recorder.seen)
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
@@ -157,23 +158,6 @@ def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
                 "use method kl or local, which need none"
             )
     return [call.output for call in seen]
-
-
-def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Finite float32 logits (n, classes) of `batch`; a BitscapeError says what else came out."""
-    logits = as_logits(model(batch), len(batch), highest_label=-1)
-    broken = ~logits.isfinite().all(1)
-    if bool(broken.any()):
-        raise BitscapeError(
-            f"the model's logits of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
-            "or use method local, which does not look at them"
-        )
-    return logits
-
-
-def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
-    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
 class Recorder:

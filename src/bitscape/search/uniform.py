@@ -16,8 +16,8 @@ from bitscape.cost.policy_cost import CAPS
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 from bitscape.search.allocation import Choices, choices
-from bitscape.search.knapsack import Choice
 from bitscape.search.problem import SearchProblem, SearchResult
+from bitscape.search.programme import Choice
 
 
 def widths(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:

@@ -1,0 +1,178 @@
+"""What a network's outputs mean: how far two sets of outputs are apart, and a loss whose gradients measure that.
+
+    classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels drawn from it
+    binary    logits, or the probabilities of a final sigmoid, of any shape (n, ...): the same for each yes or no
+    follow    any tensor (n, ...): half the squared difference, in units of the float outputs' spread
+
+A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence` has as its second derivative at
+the float outputs: the Fisher information, or Gauss-Newton's approximation for `follow`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitscape.engine.forward import as_logits
+from bitscape.errors import BitscapeError
+from bitscape.models.modes import evaluating
+
+TaskName = Literal["classes", "binary", "follow"]
+SAMPLE = 64
+"""Images whose outputs tell the spread."""
+CONSTANT = 1e-6
+"""Outputs that spread less than this share of the largest are constant but for rounding."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Logits of classes that exclude each other."""
+
+    name: TaskName = "classes"
+
+    def outputs(self, output: object, images: int) -> Tensor:
+        """Return finite float32 logits (n, k >= 2); a BitscapeError says what else came out."""
+        logits = as_logits(output, images, highest_label=-1)
+        if logits.shape[1] < 2:
+            raise BitscapeError("task='classes': a softmax over one output is always 1; use task='follow' or 'binary'")
+        return _finite(logits)
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """KL(softmax(reference) || softmax(outputs)) of each image, (n,)."""
+        pair = outputs.log_softmax(1), reference.log_softmax(1)
+        return functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
+
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross entropy of each image (n,), for labels drawn from the softmax."""
+        return functional.cross_entropy(outputs, drawn_labels(outputs, generator), reduction="none")
+
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Loss of each image (n,) whose second derivative tells the curvature."""
+        return self.drawn_loss(outputs, generator)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Answers to questions of yes or no, each by itself."""
+
+    probabilities: bool = False
+    """Whether the outputs went through a sigmoid already."""
+    name: TaskName = "binary"
+
+    def outputs(self, output: object, images: int) -> Tensor:
+        """Return finite float32 outputs (n, ...)."""
+        return _finite(_one_tensor(output, images))
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """KL of the Bernoulli distributions of each image, summed over its outputs, (n,)."""
+        outputs, reference = self._logits(outputs), self._logits(reference)
+        share = reference.sigmoid()
+        yes = share * (functional.logsigmoid(reference) - functional.logsigmoid(outputs))
+        no = (1 - share) * (functional.logsigmoid(-reference) - functional.logsigmoid(-outputs))
+        return _per_image(yes + no)
+
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross entropy of each image (n,), for answers drawn by the outputs' own probabilities."""
+        logits = self._logits(outputs)
+        chances = torch.rand(logits.shape, generator=generator).to(logits.device)
+        answers = (chances < logits.detach().sigmoid()).to(logits.dtype)
+        return _per_image(functional.binary_cross_entropy_with_logits(logits, answers, reduction="none"))
+
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """The divergence from the outputs' own values (n,): flat here, and curved."""
+        return self.divergence(outputs, outputs.detach())
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        if not self.probabilities:
+            return outputs
+        smallest = torch.finfo(outputs.dtype).eps
+        return outputs.clamp(smallest, 1 - smallest).logit()
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Any outputs: they should stay what they are."""
+
+    spread: float = 1.0
+    """Standard deviation of the float network's outputs: the unit of differences."""
+    name: TaskName = "follow"
+
+    def outputs(self, output: object, images: int) -> Tensor:
+        """Return finite float32 outputs (n, ...)."""
+        return _finite(_one_tensor(output, images))
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Half the squared difference of each image, (n,)."""
+        return _per_image(((outputs - reference) / self.spread).square()) / 2
+
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Sum of each image's outputs (n,), with signs drawn at random."""
+        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+        return _per_image(outputs * signs) / self.spread
+
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """The divergence from the outputs' own values (n,): flat here, and curved."""
+        return self.divergence(outputs, outputs.detach())
+
+
+Task = Classes | Binary | Follow
+
+
+def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] = "auto") -> Task:
+    """Return the task of that name, or the one that the outputs suggest.
+
+    "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and follows any others:
+    a regression of two or more values has the shape of classes, so that `name` must say "follow".
+
+    Args:
+        model: float network, eval mode.
+        images: normalized (n, c, h, w); at most 64 are run.
+        name: which task.
+
+    Raises:
+        BitscapeError: the outputs are none of the task's, or not finite.
+    """
+    if name == "classes":
+        return Classes()
+    sample = images[:SAMPLE]
+    with evaluating(model), torch.enable_grad():
+        output = model(sample.detach().requires_grad_())
+    tensor = _finite(_one_tensor(output, len(sample)))
+    ends_in_sigmoid = tensor.grad_fn is not None and tensor.grad_fn.name() == "SigmoidBackward0"
+    if name == "auto" and tensor.ndim == 2 and tensor.shape[1] > 1:
+        return Classes()
+    if name == "binary" or (name == "auto" and ends_in_sigmoid and tensor[0].numel() == 1):
+        return Binary(probabilities=ends_in_sigmoid)
+    values = tensor.detach().double()
+    spread, largest = float(values.std(unbiased=False)), float(values.abs().max())
+    return Follow(spread if spread > CONSTANT * largest else 1.0)
+
+
+def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
+    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _one_tensor(output: object, images: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise BitscapeError(f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap it, or use method local")
+    if output.ndim == 0 or len(output) != images:
+        raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; scores need (n, ...), or use method local")
+    return output.float()
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    broken = ~outputs.flatten(1).isfinite().all(1) if outputs.ndim > 1 else ~outputs.isfinite()
+    if bool(broken.any()):
+        raise BitscapeError(
+            f"the model's outputs of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
+            "or use method local, which does not look at them"
+        )
+    return outputs
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.reshape(len(values), math.prod(values.shape[1:])).sum(1)

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import hessian
+
+from bitscape.engine.task import Binary, Classes, Follow, Task, drawn_labels, task_of
+from bitscape.errors import BitscapeError
+
+IMAGES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+
+
+def linear(outputs: int, *last: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, outputs), *last).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        (linear(3), Classes()),
+        (linear(2), Classes()),
+        (linear(1, nn.Sigmoid()), Binary(probabilities=True)),
+        (linear(1, nn.Sigmoid(), nn.Flatten(0)), None),
+    ],
+)
+def test_the_shape_of_the_outputs_tells_the_task(model: nn.Module, task: Task | None) -> None:
+    assert task_of(model, IMAGES) == task or (task is None and task_of(model, IMAGES).name == "follow")
+
+
+@pytest.mark.parametrize("model", [linear(1), linear(1, nn.Flatten(0)), linear(8, nn.Unflatten(1, (2, 2, 2)))])
+def test_any_other_outputs_are_followed_in_units_of_their_spread(model: nn.Module) -> None:
+    task = task_of(model, IMAGES)
+    assert isinstance(task, Follow)
+    assert task.spread == pytest.approx(float(model(IMAGES).detach().std(unbiased=False)))
+
+
+def test_a_task_that_is_asked_for_is_taken() -> None:
+    assert task_of(linear(3), IMAGES, "follow").name == "follow"
+    assert task_of(linear(3), IMAGES, "binary") == Binary()
+    assert task_of(linear(3, nn.Sigmoid()), IMAGES, "binary") == Binary(probabilities=True)
+
+
+def test_constant_outputs_have_the_unit_one() -> None:
+    model = linear(1)
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    assert task_of(model, IMAGES) == Follow(1.0)
+
+
+def test_divergence_of_classes_in_closed_form() -> None:
+    reference, logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    q = 1 / (1 + math.exp(-1))
+    np.testing.assert_allclose(Classes().divergence(logits, reference), [-0.5 * np.log(4 * q * (1 - q)), 0.0], rtol=1e-5, atol=1e-7)
+
+
+def test_divergence_of_yes_and_no_is_that_of_two_classes() -> None:
+    outputs, reference = torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.0], [0.5]])
+    both = [torch.cat([torch.zeros(2, 1), values], 1) for values in (outputs, reference)]
+    torch.testing.assert_close(Binary().divergence(outputs, reference), Classes().divergence(*both))
+    after = Binary(probabilities=True).divergence(outputs.sigmoid(), reference.sigmoid())
+    torch.testing.assert_close(after, Binary().divergence(outputs, reference), rtol=1e-4, atol=1e-6)
+
+
+def test_divergence_of_followed_outputs_is_half_the_squared_difference() -> None:
+    reference = torch.zeros(2, 3)
+    outputs = torch.tensor([[2.0, 0.0, 2.0], [0.0, 0.0, 4.0]])
+    assert Follow(2.0).divergence(outputs, reference).tolist() == [1.0, 2.0]
+    assert Follow(2.0).divergence(outputs[:, 0], reference[:, 0]).tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("task", [Classes(), Binary(), Follow(0.5)])
+def test_squared_gradients_of_the_drawn_loss_expect_to_the_curvature_of_the_divergence(task: Task) -> None:
+    values = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
+    curvature = hessian(lambda moved: task.divergence(moved[None], values[None])[0], values).diagonal()
+    generator, draws = torch.Generator().manual_seed(0), 20_000
+    outputs = values.repeat(draws, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(task.drawn_loss(outputs, generator).sum(), outputs)
+    torch.testing.assert_close(gradient.square().mean(0), curvature, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("task", [Binary(), Follow(0.5)])
+def test_the_curved_loss_is_flat_at_the_outputs_and_bends_like_the_divergence(task: Task) -> None:
+    values = torch.tensor([[0.2, -1.0, 0.7]], dtype=torch.float64, requires_grad=True)
+    loss = task.curved_loss(values, torch.Generator()).sum()
+    (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
+    assert gradient.abs().max() < 1e-12
+    (bent,) = torch.autograd.grad(gradient.sum(), values)
+    expected = hessian(lambda moved: task.divergence(moved[None], values[0].detach()[None])[0], values[0].detach())
+    torch.testing.assert_close(bent[0], expected.sum(0))
+
+
+def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(30_000, 1)
+    labels = drawn_labels(logits, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, drawn_labels(logits, torch.Generator().manual_seed(0)))
+    shares = labels.bincount() / len(labels)
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ((torch.zeros(2, 1),), "returns tuple.*method local"),
+        (torch.zeros(()), r"returns shape \(\) for 2 images"),
+        (torch.zeros(3, 1), r"returns shape \(3, 1\) for 2 images"),
+        (torch.tensor([[0.0], [math.nan]]), "outputs of image 1 are not finite"),
+        (torch.tensor([0.0, math.inf]), "outputs of image 1 are not finite"),
+    ],
+)
+def test_outputs_of_another_kind_are_refused(output: Tensor, message: str) -> None:
+    for task in (Binary(), Follow()):
+        with pytest.raises(BitscapeError, match=message):
+            task.outputs(output, 2)
+
+
+def test_classes_need_two_outputs() -> None:
+    with pytest.raises(BitscapeError, match="task='classes': a softmax over one output is always 1; use task='follow' or 'binary'"):
+        Classes().outputs(torch.zeros(2, 1), 2)
+    with pytest.raises(BitscapeError, match=r"allowed: \(n, classes\)"):
+        Classes().outputs(torch.zeros(2, 3, 4), 2)
