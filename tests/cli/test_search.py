@@ -138,7 +138,7 @@ def test_a_wrong_image_size_is_told_with_the_shape(refused, tmp_path):
     network = tmp_path / "fixed.py"
     network.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(100, 10))\n")
     line = refused("search", "--model", f"{network}:net", "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
-    assert "forward fails on an input of shape (1, 1, 8, 8)" in line
+    assert "the network fails on a batch of shape (2, 1, 8, 8)" in line
 
 
 def test_unknown_networks_and_images_are_told(refused):
@@ -372,7 +372,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_loaded(refused, monke
 
 def test_fewer_images_than_the_default_are_all_used_and_this_is_said(cli, refused, tmp_path):
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
-    few = ("search", *MODEL, "--data", tmp_path / "few.npz", "--normalize", "unit", "--budget", "bitops=w4a4", "--out", tmp_path / "p.json")
+    few = ("search", *MODEL, "--data", tmp_path / "few.npz", "--normalize", "0/1", "--budget", "bitops=w4a4", "--out", tmp_path / "p.json")
     assert f"{tmp_path / 'few.npz'}: using all 20 images; 256 is the default" in cli(*few).err
     assert Policy.load(tmp_path / "p.json").provenance["images"] == [20, 1, 8, 8]
     assert "images is 21; few allows 1 to 20" in refused(*few, "--images", 21)

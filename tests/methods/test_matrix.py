@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bitscape.quant.quantizers
 import bitscape.search
+from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
@@ -110,6 +111,8 @@ BUDGETS = {
     "joint": ("bitops=w4a4", "weight_bytes=w4", "mean_activation_bits=5"),
     "size": ("mean_weight_bits=4.5", "peak_activation_bytes=w8a8"),
 }
+WITHOUT_MAPS = {"attention", "signal"}
+"""Networks whose layers make no square feature maps, the only thing that method topological looks at."""
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor")
 
 
@@ -122,8 +125,17 @@ def _problem(network: str, budget: str, seed: int = 0) -> SearchProblem:
     return SearchProblem(model=model, images=images, budget=BUDGETS[budget], candidates=CANDIDATES, seed=seed)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("name", METHODS)
+def _cases() -> list[tuple[str, str]]:
+    return [(name, network) for name in METHODS for network in NETWORKS if name != "topological" or network not in WITHOUT_MAPS]
+
+
+@pytest.mark.parametrize("network", sorted(WITHOUT_MAPS))
+def test_a_method_that_sees_nothing_names_one_that_does(network: str) -> None:
+    with pytest.raises(BitscapeError, match=r"method topological gives every pair of bits of a layer the same score.*use method local"):
+        METHODS["topological"]().search(_problem(network, "bitops"))
+
+
+@pytest.mark.parametrize(("name", "network"), _cases())
 class TestEveryMethodOnEveryProblem:
     @pytest.mark.parametrize("budget", BUDGETS)
     def test_covers_the_network_within_every_cap(self, name: str, network: str, budget: str) -> None:
