@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitscape.quant.functional import (
+    MINIMUM_SCALE,
     _plain_fake_quantize,
     dequantize,
     fake_quantize,
@@ -187,3 +188,17 @@ def test_the_power_of_two_of_a_value_is_the_largest_below_it(value):
 
 def test_the_power_of_two_of_zero_is_one():
     assert power_of_two(torch.tensor([0.0, 4.0])).tolist() == [1.0, 4.0]
+
+
+def test_gradients_of_both_forms_stay_finite_and_alike_at_the_smallest_scale():
+    """A learned scale that training pushed below zero has it; the derivative of a quotient would be infinite there."""
+    limits, generator = grid(4, signed=True), torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    g[0, 0, 0] = 0.0  # a gradient of zero times infinity would be no number
+    x[0, 0, 0] = 0.0
+    scale = torch.tensor(MINIMUM_SCALE)
+    by_function = gradients(lambda x, s: fake_quantize(x, s, limits), g, x, scale)
+    traced = gradients(lambda x, s: _plain_fake_quantize(x, s, limits), g, x, scale)
+    for expected, gradient in zip(by_function, traced, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(gradient, expected)

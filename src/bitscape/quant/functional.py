@@ -94,7 +94,11 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, *, scale_gradient_factor
 
 
 def _plain_fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    q = torch.clamp(widened(x) / scale + grid.zero_point, grid.qmin, grid.qmax)  # type: ignore[arg-type]  # limits are both numbers or both tensors
+    spacing = scale.detach()
+    ratio = widened(x) / spacing
+    # The derivative by the scale, term by term: that of a quotient holds 1 / scale^2, which is infinite for the smallest scales.
+    ratio = ratio - ratio.detach() * ((scale - spacing) / spacing)
+    q = torch.clamp(ratio + grid.zero_point, grid.qmin, grid.qmax)  # type: ignore[arg-type]  # limits are both numbers or both tensors
     return ((round_ste(q) - grid.zero_point) * scale).to(x.dtype)
 
 
