@@ -197,8 +197,8 @@ def test_gradients_of_both_forms_stay_finite_and_alike_at_the_smallest_scale():
     g[0, 0, 0] = 0.0  # a gradient of zero times infinity would be no number
     x[0, 0, 0] = 0.0
     scale = torch.tensor(MINIMUM_SCALE)
-    by_function = gradients(lambda x, s: fake_quantize(x, s, limits), g, x, scale)
-    traced = gradients(lambda x, s: _plain_fake_quantize(x, s, limits), g, x, scale)
+    _, by_function = gradients(lambda x, s: fake_quantize(x, s, limits), g, x, scale)
+    _, traced = gradients(lambda x, s: _plain_fake_quantize(x, s, limits), g, x, scale)
     for expected, gradient in zip(by_function, traced, strict=True):
         assert expected.isfinite().all()
         torch.testing.assert_close(gradient, expected)
