@@ -114,7 +114,6 @@ def explained_forward(images: Any) -> Iterator[None]:
         ) from error
 
 
-
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Within the block, a missing package raises a BitscapeError that names the extra of bitscape that brings it."""
