@@ -44,6 +44,7 @@ FOREIGN = {
     **dict.fromkeys(("File", "space"), "the operating system's message"),
     "CUDA": "in torch's message",
     "total_bops": "a column of QONNX's tool",
+    "opt_in_out": "a command of OpenVINO's telemetry",
     "file.py": "a file of the user",
     "docs/NAME": "NAME stands for a page",
     "benchmarks/results/NAME.jsonl": "NAME stands for a benchmark",

@@ -72,8 +72,9 @@ def train(
     compiler is found. accumulate: cut each batch into so many parts, whose gradients add up: memory for one part
     at a time, and norms see one part at a time; no part is empty, nor has a part a single image where batch norms
     would find no variance in it. ema_decay: in (0, 1), average the state as well. clip_norm: scale the gradient of
-    all parameters together down to this length. validation: evaluated after each epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
-    metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
+    all parameters together down to this length. validation: evaluated after each epoch. folder: gets
+    checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
+    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
     names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none. trackers: told of

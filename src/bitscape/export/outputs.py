@@ -5,7 +5,7 @@
     a mapping, named tuple or dataclass   its keys
     structures within structures          joined by dots: {"boxes": [a, b]} has boxes.0 and boxes.1
 
-What is no tensor (None, numbers) is left out and keeps its number.
+Values other than tensors (None, numbers) are left out; those behind them keep their numbers.
 """
 
 import functools
