@@ -44,6 +44,8 @@ FOREIGN = {
     **dict.fromkeys(("File", "space"), "the operating system's message"),
     "CUDA": "in torch's message",
     "total_bops": "a column of QONNX's tool",
+    **dict.fromkeys(("output0", "output1"), "outputs of a network, named by their numbers"),
+    "pth": "a suffix of files that torch saved",
     "opt_in_out": "a command of OpenVINO's telemetry",
     "file.py": "a file of the user",
     "docs/NAME": "NAME stands for a page",
