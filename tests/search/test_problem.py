@@ -88,7 +88,7 @@ def test_layers_tied_to_a_pinned_one_are_pinned() -> None:
     [
         ({"model": "resnet"}, "model: str is no"),
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8; give a float32"),
-        ({"images": [1.0]}, "images: list"),
+        ({"images": [1.0]}, "images: a list"),
         ({"images": torch.zeros(3, 8, 8)}, r"shape \(3, 8, 8\); give at least one image as \(n, c, h, w\)"),
         ({"images": torch.zeros(0, 3, 8, 8)}, "at least one image"),
         ({"images": torch.zeros(2, 1, 8, 8)}, r"shape \(2, 1, 8, 8\), torch.float32: .*channels"),
