@@ -138,7 +138,7 @@ def test_a_wrong_image_size_is_told_with_the_shape(refused, tmp_path):
     network = tmp_path / "fixed.py"
     network.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(100, 10))\n")
     line = refused("search", "--model", f"{network}:net", "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
-    assert "forward fails on an input of shape (1, 1, 8, 8)" in line
+    assert "the network fails on a batch of shape (2, 1, 8, 8)" in line
 
 
 def test_unknown_networks_and_images_are_told(refused):
