@@ -372,7 +372,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_loaded(refused, monke
 
 def test_fewer_images_than_the_default_are_all_used_and_this_is_said(cli, refused, tmp_path):
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
-    few = ("search", *MODEL, "--data", tmp_path / "few.npz", "--normalize", "unit", "--budget", "bitops=w4a4", "--out", tmp_path / "p.json")
+    few = ("search", *MODEL, "--data", tmp_path / "few.npz", "--normalize", "0/1", "--budget", "bitops=w4a4", "--out", tmp_path / "p.json")
     assert f"{tmp_path / 'few.npz'}: using all 20 images; 256 is the default" in cli(*few).err
     assert Policy.load(tmp_path / "p.json").provenance["images"] == [20, 1, 8, 8]
     assert "images is 21; few allows 1 to 20" in refused(*few, "--images", 21)
