@@ -13,7 +13,7 @@ MESSAGE_START, MESSAGE_END = 1500, 500
 COMPARED_NAMES, COMPARED_LENGTH = 10_000, 200
 """Names that `nearest` compares, and their length: the time grows with the product of both lengths."""
 _RANGES = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff"
-"""Control characters, line separators, changes of the writing direction, and what is no character."""
+"""Control characters, line separators, changes of the writing direction, and code points that are not characters."""
 _UNSAFE, _UNSAFE_IN_LINES = re.compile(rf"[\n\t{_RANGES}]"), re.compile(f"[{_RANGES}]")
 Item = TypeVar("Item", bound=Hashable)
 
@@ -112,7 +112,6 @@ def explained_forward(images: Any) -> Iterator[None]:
         raise BitscapeError(
             f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; {advice}"
         ) from error
-
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import click
 import pytest
 
 from bitscape.cli.app import commands
-from bitscape.cli.paths import InputPath, ModelText, OutputFile, OutputFolder, SourceText, TrackerText
+from bitscape.cli.paths import InputPath, ModelText, OutputFile, OutputFolder, SourceText, TrackerText, keep_locked
 from bitscape.errors import BitscapeError
 from tests.cli.run import MODEL
 
@@ -116,3 +116,11 @@ def test_outputs_that_harm_nothing_are_taken(folder, args):
 def test_results_go_into_files(text, message):
     with pytest.raises((BitscapeError, OSError), match=message):
         OutputFile(".json").convert(text, click.Option(["--out"]), None)
+
+
+@pytest.mark.parametrize(("rank", "files"), [("0", {".lock", ".lock-owner"}), ("1", set())])
+def test_the_first_of_several_workers_locks_a_folder_for_all(tmp_path, monkeypatch, rank, files):
+    monkeypatch.setenv("RANK", rank)
+    with click.Context(click.Command("train")):
+        keep_locked(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == files

@@ -72,6 +72,14 @@ def test_what_is_no_state_dict_of_the_network_is_named(document, message, tmp_pa
         load_weights(_network(), tmp_path / "w.pt")
 
 
+def test_a_dict_within_itself_is_no_state_dict(tmp_path: Path) -> None:
+    document = {}
+    document["model"] = document
+    torch.save(document, tmp_path / "w.pt")
+    with pytest.raises(BitscapeError, match="holds model; looked for a state dict"):
+        load_weights(_network(), tmp_path / "w.pt")
+
+
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self):

@@ -1,4 +1,5 @@
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -95,6 +96,21 @@ def test_a_weight_that_a_function_uses_too_is_refused_with_the_layers_name(kind)
     with pytest.raises(BitscapeError, match="the weight of layer 'head' is used outside of the layer too"):
         check_weight_uses(net, IMAGES)
     assert net.head.weight is weight and not net.head._forward_hooks and not net.head._forward_pre_hooks
+
+
+@dataclass
+class Scores:
+    values: Tensor
+
+
+@pytest.mark.parametrize("wrapped", [Scores, lambda y: {"scores": [y]}], ids=["dataclass", "nested"])
+def test_outputs_are_compared_whatever_holds_them(wrapped):
+    drawn = Net(lambda net, y: wrapped(y + torch.rand(())))
+    with pytest.raises(BitscapeError, match="draws random numbers"):
+        check_repeatable(drawn, IMAGES)
+    used = Net(lambda net, y: wrapped(F.linear(y, net.head.weight.t())))
+    with pytest.raises(BitscapeError, match="the weight of layer 'head' is used outside"):
+        check_weight_uses(used, IMAGES)
 
 
 def test_every_layer_whose_weight_is_used_elsewhere_is_named():

@@ -264,6 +264,24 @@ def test_a_time_limit_before_any_choice_is_an_error(monkeypatch: pytest.MonkeyPa
         solve(np.array([[0.0, 1.0]]), [row([[2, 1]], 2)])
 
 
+def test_a_time_limit_after_a_choice_keeps_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([Outcome((0,), 0.5, error=1.0), Outcome(None, 0.75)])
+    monkeypatch.setattr(knapsack, "integer", lambda *_: next(outcomes))
+    solution = knapsack.solve(np.array([[1.0, 0.0]]), [row([[1, 2]], 2)])
+    assert solution is not None
+    assert (solution.choice, solution.regret, solution.bound, solution.gap) == ((0,), 1.0, 0.75, 0.25)
+
+
+def test_a_worse_choice_at_the_end_of_the_time_does_not_replace_a_better_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outcomes = iter([Outcome((1,), 0.5, error=1.0), Outcome((0,), 0.75)])
+    monkeypatch.setattr(knapsack, "integer", lambda *_: next(outcomes))
+    solution = knapsack.solve(np.array([[2.0, 1.0, 0.0]]), [row([[1, 1, 2]], 2)])
+    assert solution is not None
+    assert (solution.choice, solution.regret) == ((1,), 1.0)
+
+
 def test_a_solver_that_always_breaks_the_cap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knapsack, "integer", lambda *_: Outcome((1, 1), 0.0))
     with pytest.raises(UndecidedError, match="within bitops"):

@@ -94,7 +94,8 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
     _print(rows, found, threads, given["rounds"])
     if test is not None:
         compared = f"top-1 and agreement with {rows[0]['file']}" if "agreement" in rows[0] else f"difference from {rows[0]['file']}"
-        click.echo(f"{compared} on {len(test)} images of {given['data']}, split {given['split'] or 'test'}")
+        split = f", split {given['split']}" if given["split"] else ""  # else the log says which one was taken
+        click.echo(f"{compared} on {len(test)} images of {given['data']}{split}")
     if json_file is not None:
         click.echo(f"figures: {json_file}")
 

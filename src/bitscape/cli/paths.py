@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
+from bitscape.cli.output import is_first_worker
 from bitscape.errors import BitscapeError
 from bitscape.files import check_replaceable
-from bitscape.folders import is_written
+from bitscape.folders import is_written, locked
 
 Role = Literal["file", "run", "source", "model", "logs"]
 """A file or a folder of `train`, `tiers` or `search`; images; a network's folder; a folder for files with names of their own."""
@@ -138,6 +139,12 @@ FILE = InputPath(exists=True, dir_okay=False)
 FOLDER = InputPath(exists=True, file_okay=False)
 FILE_OR_FOLDER = InputPath(exists=True)
 OUTPUT_FOLDER, SOURCE, MODEL, TRACKER = OutputFolder(), SourceText(), ModelText(), TrackerText()
+
+
+def keep_locked(folder: Path) -> None:
+    """Lock a folder until the command ends. Of several workers the first locks it for all of them."""
+    if is_first_worker():
+        click.get_current_context().with_resource(locked(folder))
 
 
 def _option(parameter: click.Parameter | None, value: object) -> str:

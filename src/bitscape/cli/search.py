@@ -23,10 +23,10 @@ from bitscape.cli.options import (
     seed_option,
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
-from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile
+from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
 from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget, repairs_text
 from bitscape.errors import BitscapeError
-from bitscape.folders import CHECKPOINT, POLICY_FILE, locked
+from bitscape.folders import CHECKPOINT, POLICY_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +138,7 @@ def search(
     if out is None and scores is None and folder is None:
         click.echo("warning: the policy will be shown and not kept; --out FILE keeps it, --scores FILE keeps the scores", err=True)
     if folder is not None:
-        click.get_current_context().with_resource(locked(folder))
+        keep_locked(folder)
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
     proxy = draw_images(data, split or TRAINING, images, seen, seed)

@@ -9,10 +9,10 @@ from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_n
 from bitscape.cli.options import MOST, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
-from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER
+from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER, keep_locked
 from bitscape.cli.spending import print_tiers, shares_of
 from bitscape.errors import BitscapeError
-from bitscape.folders import locked, results_in
+from bitscape.folders import results_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ def tiers(
     if held := results_in(out):
         raise BitscapeError(f"--out {out}: it holds {', '.join(held)}; give another folder")
     settings = ImageSettings.checked(input_size, normalize, data)
-    click.get_current_context().with_resource(locked(out))
+    keep_locked(out)
     float_network = load_network(model, weights, device, seed)
     settings = settings.of_model(float_network)
     dataset = draw_images(data, split or TRAINING, images, settings, seed, usual=IMAGES)

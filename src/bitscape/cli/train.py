@@ -27,10 +27,10 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_step, make_trackers, parse_normalization
-from bitscape.cli.paths import FILE, OUTPUT_FOLDER, SOURCE, TRACKER
+from bitscape.cli.paths import FILE, OUTPUT_FOLDER, SOURCE, TRACKER, keep_locked
 from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
 from bitscape.errors import BitscapeError
-from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, results_in
+from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, results_in
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def train(
     settings = ImageSettings.checked(input_size, normalize, data, validation)
     training: Training = dynamic_training(policy_file, recipe) or _static_training(policy_file, recipe)
     trackers = make_trackers(recipe["trackers"])
-    click.get_current_context().with_resource(locked(out))
+    keep_locked(out)
     teacher = load_network(model, weights, device, recipe["seed"])
     settings = settings.of_model(teacher)
     batches = _training_batches(data, split or TRAINING, settings, recipe)

@@ -242,7 +242,7 @@ def _numbers(column: Any) -> Any:
 
 
 def _integers(values: Any, what: str) -> Tensor:
-    """Labels as int64. Raises BitscapeError for the first of a list, or of an array of whole numbers, that is no class."""
+    """Labels as int64. Raises BitscapeError for the first of a list, or of an array of whole numbers, that is not a class."""
     if isinstance(values, np.ndarray):
         bad = np.flatnonzero((values < 0) | (values >= MAX_CLASSES))[:1].tolist()
     else:

@@ -86,8 +86,8 @@ class RunState:
         """Become the state in the checkpoint; CheckpointError, and nothing changed, if it is of another run."""
         tensors, header = load_checkpoint(path)
         with restoring(path):
-            check_same_settings(path, header["settings"], self.settings)
             check_same_tensors(path, _part("model", tensors), tensors_of(self.model), "model")
+            check_same_settings(path, header["settings"], self.settings)
             _check_counts(header)
             self._take(tensors, header)
 

@@ -22,7 +22,7 @@ from bitscape.models.modes import evaluating
 
 TaskName = Literal["classes", "binary", "follow"]
 SAMPLE = 64
-"""Images whose outputs tell the spread."""
+"""Images whose outputs determine the spread."""
 CONSTANT = 1e-6
 """Outputs that spread less than this share of the largest are constant but for rounding."""
 
@@ -50,7 +50,7 @@ class Classes:
         return functional.cross_entropy(outputs, drawn_labels(outputs, generator), reduction="none")
 
     def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of each image (n,) whose second derivative tells the curvature."""
+        """Loss of each image (n,) whose second derivative is the curvature."""
         return self.drawn_loss(outputs, generator)
 
 

@@ -66,15 +66,15 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
-    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. channels_last: memory format of the
-    convolutions, None = channels_last, which is faster, where two images of the first batch show that the network takes it.
-    compile: the model's
-    forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose
-    gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty, nor has a part a single
-    image where batch norms would find no variance in it. ema_decay: in (0, 1), average the
-    state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
-    after each epoch. folder: gets checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and
-    metrics.jsonl. resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
+    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. channels_last:
+    memory format of the convolutions, None = channels_last, which is faster, where two images of the first
+    batch show that the network takes it. compile: the model's forward through torch.compile, where a C++
+    compiler is found. accumulate: cut each batch into so many parts, whose gradients add up: memory for one part
+    at a time, and norms see one part at a time; no part is empty, nor has a part a single image where batch norms
+    would find no variance in it. ema_decay: in (0, 1), average the state as well. clip_norm: scale the gradient of
+    all parameters together down to this length. validation: evaluated after each epoch. folder: gets
+    checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
+    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
     names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none. trackers: told of
@@ -97,6 +97,7 @@ def train(
     """
     _check_step(step)
     _check(epochs, accumulate, ema_decay, clip_norm, checkpoint_every_s, autocast)
+    check_float32(model)
     if len(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
     schedule, loss = schedule or Cosine(), loss or CrossEntropy()
@@ -119,7 +120,6 @@ def train(
         "validation": describe(validation),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
-    check_float32(model)
     device = device_of(model)
     workers.join(device)
     batches = for_all_workers(batches)

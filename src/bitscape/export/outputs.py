@@ -1,22 +1,22 @@
-"""What a network returns, by name: the one place where tuples, lists, mappings and what they hold are taken apart.
+"""What a network returns, by name.
 
     a tensor                              output0
     a tuple or list                       output0, output1, ...
     a mapping, named tuple or dataclass   its keys
     structures within structures          joined by dots: {"boxes": [a, b]} has boxes.0 and boxes.1
 
-What is no tensor (None, numbers) is left out and keeps its number.
+Values other than tensors (None, numbers) are left out; those behind them keep their numbers.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.models.outputs import tensors_by_path
 
 
 def named_outputs(returned: Any) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def named_outputs(returned: Any) -> dict[str, Tensor]:
         BitscapeError: no tensor among them, or two of one name.
     """
     outputs: dict[str, Tensor] = {}
-    for path, tensor in _leaves(returned, ()):
+    for path, tensor in tensors_by_path(returned):
         name = _name(path)
         if name in outputs:
             raise BitscapeError(f"network: two of its outputs are called {name!r}; rename one")
@@ -53,25 +53,6 @@ def returning_by_name(network: nn.Module) -> Iterator[None]:
         del network.forward
         if shadowed is not None:
             network.forward = shadowed
-
-
-def _leaves(value: Any, path: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    else:
-        for key, item in _items(value):
-            yield from _leaves(item, (*path, key))
-
-
-def _items(value: Any) -> Iterator[tuple[object, Any]]:
-    if isinstance(value, Mapping):
-        yield from value.items()
-    elif hasattr(value, "_fields"):
-        yield from zip(value._fields, value, strict=True)
-    elif isinstance(value, list | tuple):
-        yield from enumerate(value)
-    elif dataclasses.is_dataclass(value):
-        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
 def _name(path: tuple[object, ...]) -> str:

@@ -19,6 +19,8 @@ from bitscape.files import check_safetensors_header
 _log = logging.getLogger("bitscape.models")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "module", "params")
 """Entries of a training checkpoint under which the weights may be, the first that is there first."""
+DEEPEST = 4
+"""Wrappers around the weights that are looked through."""
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
@@ -71,11 +73,16 @@ def _loaded(path: Path) -> Any:
 def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
     """The state dict in what was saved: all of it, or an entry of it."""
     if not isinstance(document, Mapping):
-        raise BitscapeError(f"path: {str(path)!r} holds {type(document).__name__}; save a state dict: torch.save(model.state_dict(), path)")
-    wrapped = [name for name in WRAPPERS if isinstance(document.get(name), Mapping)]
-    if wrapped:
-        _log.info("%s: using its entry %r", path, wrapped[0])
-        return _state_dict(path, document[wrapped[0]])
+        raise BitscapeError(
+            f"path: {str(path)!r} holds {type(document).__name__}; save a state dict: "
+            "torch.save(model.state_dict(), path)"
+        )
+    for _ in range(DEEPEST):  # a file may hold a dict within itself
+        name = next((name for name in WRAPPERS if isinstance(document.get(name), Mapping)), None)
+        if name is None:
+            break
+        _log.info("%s: using its entry %r", path, name)
+        document = document[name]
     others = [name for name, value in document.items() if not isinstance(value, Tensor)]
     if others or not document:
         shown = ", ".join(map(str, list(document)[:5])) or "nothing"

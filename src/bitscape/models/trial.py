@@ -4,11 +4,10 @@ Whether it gives the same outputs twice, and whether each weight is used by its 
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.outputs import tensors_in
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that counts as rounding, relative to the largest output: float32 after a hundred layers."""
@@ -130,17 +130,6 @@ def trial(model: nn.Module, images: Tensor) -> Iterator[Trial]:
 def differ(before: list[Tensor], after: list[Tensor]) -> bool:
     """Whether two lists of outputs differ by more than float rounding."""
     return len(before) != len(after) or not all(map(_same, before, after))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
 
 
 def is_empty(model: nn.Module) -> bool:

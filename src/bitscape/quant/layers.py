@@ -100,10 +100,9 @@ def require_float(model: nn.Module, argument: str = "model") -> None:
             raise BitscapeError(
                 f"{argument}: its layer {name!r} is quantized already (it has its bits); give the float network"
             )
-        taken = [attribute for attribute in _QUANTIZERS if hasattr(layer, attribute)]
-        if isinstance(layer, QUANTIZABLE) and taken:
+        if isinstance(layer, QUANTIZABLE) and (occupied := [key for key in _QUANTIZERS if hasattr(layer, key)]):
             raise BitscapeError(
-                f"{argument}: its layer {name!r} ({type(layer).__name__}) has an attribute {taken[0]} of its own, "
+                f"{argument}: its layer {name!r} ({type(layer).__name__}) has an attribute {occupied[0]} of its own, "
                 "where bitscape puts its quantizer; rename it, or take it out if it quantizes the layer"
             )
 

@@ -4,8 +4,8 @@ Paper     Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction with dense 
           arXiv 1801.05787, for the score of a perturbed output; Choi, El-Khamy, Lee: "Towards the limit of network
           quantization", ICLR 2017, for bits
 Idea      To second order the loss rises by the Fisher information times the squared output change. Labels are drawn from the network's own
-          softmax, which is the true Fisher and needs no labels, so that any images can be the proxy. Outputs that are no classes have
-          the task's own loss: yes or no is drawn, and a sum with random signs stands for any others (Gauss-Newton).
+          softmax, which is the true Fisher and needs no labels, so that any images can be the proxy. Other outputs have the
+          loss of their task: answers of yes or no are drawn, and any other values are summed with random signs (Gauss-Newton).
 Computes  S(layer, pair) = mean over images of sum_i G_i^2 dY_i^2 -> `pair_scores`; with `variant="directional"`, (sum_i G_i dY_i)^2
 Departs   dY of a pair is dY_w + dY_a: the cross term is dropped, which makes R_w + R_a runs of a layer enough for R_w * R_a pairs.
           For a network that will be trained (`for_training`) only a tenth of the weight noise counts: dY = sqrt(0.1) dY_w + dY_a.

@@ -1,9 +1,9 @@
 """KL: how far the network's output distribution moves when one layer is quantized and all others stay float.
 
 Paper     the per-layer sensitivity of common toolkits (for instance AIMET's and ModelOpt's); the separation below is ours
-Idea      Quantize one layer at a time and compare the outputs with the float network's; no model of the loss is needed. Outputs that
-          are no classes are compared by the divergence of their task.
-Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> engine.task.Classes.divergence
+Idea      Quantize one layer at a time and compare the outputs with the float network's; no model of the loss is needed. Outputs
+          other than class scores are compared by the divergence of their task.
+Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> `Classes.divergence`
 Departs   Weight and activation are quantized one after the other, not as pairs: R_w + R_a networks a layer instead of R_w * R_a.
 Costs     1 + L (R_w + R_a) forward passes over the images, hence the smaller default of images.
 Measured  docs/results: ptq-imagenet.

@@ -104,6 +104,8 @@ class _Search:
         self.caps = [cap for cap in caps if cap.additive]
         self.cuts = cuts
         self.deadline = time.monotonic() + time_limit_s
+        self.known: Choice | None = None
+        """The best choice so far that keeps every cap."""
 
     def best(self, allowed: Allowed) -> Solution | None:
         """Solve; then again without what a better choice cannot hold, until HiGHS sees the total exactly enough."""
@@ -141,20 +143,30 @@ class _Search:
             width = 4 * width + float(objective.max()) / 1e3 if outcome.choice is None else (total - relaxation.least) * (1 + TOLERANCE)
 
     def _exact(self, objective: Scores, core: Allowed, rows: Sequence[Row]) -> Outcome:
-        """Solve; cut off and solve again while the answer breaks a cap in exact integers."""
+        """Solve; cut off and solve again while the answer breaks a cap in exact integers.
+
+        Returns the best choice known, also where the time ends before another one is seen.
+        """
         while True:
             left = self.deadline - time.monotonic()
             outcome = integer(objective, core, [*rows, *map(_cut_row, self.cuts)], max(left, 0.1))
+            if outcome.choice is not None:
+                broken = [cap for cap in self.caps if not cap.holds(outcome.choice)]
+                if not broken:
+                    self._note(outcome.choice)
+                    break
+                self.cuts.extend(_cut(cap, outcome.choice) for cap in broken)
+            if left <= 0 or (outcome.choice is None and math.isfinite(outcome.bound)):
+                break
             if outcome.choice is None:
-                if math.isfinite(outcome.bound) or left <= 0:
-                    raise _undecided(self.caps)
                 return outcome
-            broken = [cap for cap in self.caps if not cap.holds(outcome.choice)]
-            if not broken:
-                return outcome
-            if left <= 0:
-                raise _undecided(self.caps)
-            self.cuts.extend(_cut(cap, outcome.choice) for cap in broken)
+        if self.known is None:
+            raise _undecided(self.caps)
+        return replace(outcome, choice=self.known)
+
+    def _note(self, choice: Choice) -> None:
+        if self.known is None or _at(self.regret, choice) <= _at(self.regret, self.known):
+            self.known = choice
 
     def _late(self) -> bool:
         return time.monotonic() >= self.deadline

@@ -1,6 +1,6 @@
 """The integer programme of an allocation, as HiGHS (scipy) sees it: linear rows, their relaxation, and a solution of a part.
 
-HiGHS works in floats and accepts a row that is exceeded by 1e-6. `rows_of` therefore rewrites a cap over large integers as rows
+HiGHS works in floats and accepts a row that is exceeded by 1e-6. `row_of` therefore rewrites a cap over large integers as rows
 over small ones that the same choices meet, which also tightens the relaxation where costs are nearly equal.
 """
 
