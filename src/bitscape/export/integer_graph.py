@@ -19,6 +19,7 @@ from bitscape.export.norms import fold_norms
 from bitscape.export.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.export.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.quant.convert import batches_of
+from bitscape.quant.functional import require_finite
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.samples import ValueSample
@@ -174,6 +175,8 @@ def _calibrate(module: fx.GraphModule, added: list[fx.Node], images: Tensor, obs
             recorder.run(batch)
     for node, sample in recorder.samples.items():
         values = sample.values()
+        with prefixed("images, behind the network's operators"):
+            require_finite(values)
         signed = bool(values.min() < 0)
         scale = float(observer.scale(values[None], Grid(-128, 127) if signed else Grid(0, 255))[0])
         set_grid(node, replace(PLACEHOLDER, scale=scale, zero_point=float(SIGNED_ZERO if signed else 0)))

@@ -1,7 +1,7 @@
 """The types that networks and images must have, checked at the door."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError
 
@@ -49,5 +49,9 @@ def check_images(images: object, argument: str = "images", *, model: nn.Module |
 
 
 def takes_indices(model: nn.Module) -> bool:
-    """Whether `model` may take int64 indices in place of images."""
-    return any(isinstance(module, nn.Embedding) for module in model.modules())
+    """Whether `model`, which may be a traced graph, looks rows up in a table by int64 indices in place of images."""
+    return any(isinstance(module, nn.Embedding) or _looks_up(module) for module in model.modules())
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule) and any(node.target is torch.ops.aten.embedding.default for node in module.graph.nodes)
