@@ -253,3 +253,13 @@ def test_a_network_that_takes_indices_becomes_integers():
     result = integer_network(network, indices)
     assert set(result.weights) == {"1.weight", "4.weight"}
     torch.testing.assert_close(result.module(indices), network(indices), rtol=0, atol=0.02)
+
+
+def test_a_network_that_autocasts_within_its_forward_is_told_so():
+    class Autocasting(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    with pytest.raises(BitscapeError, match="because it autocasts within its forward: export it without autocast"):
+        integer_network(quantized(Autocasting(nn.Conv2d(3, 4, 3), *head(4)), bits=[(8, 8)]), images())

@@ -19,7 +19,7 @@ from bitscape.export.norms import fold_norms
 from bitscape.export.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.export.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.quant.convert import batches_of
-from bitscape.quant.functional import require_finite
+from bitscape.quant.functional import HALF, require_finite
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.samples import ValueSample
@@ -97,7 +97,9 @@ def _of_integers(traced: Traced) -> Traced:
     used = {key for node in graph.nodes if (key := traced.weight_name(node)) is not None}
     kept = {key: codes for key, codes in traced.codes.items() if key in used - floats}
     if not kept:
-        raise BitscapeError("network: none of its layers can be computed in integers; `bitscape export packed` needs none")
+        autocasts = any(node.kwargs.get("dtype") in HALF for node in graph.nodes)
+        reason = ", because it autocasts within its forward: export it without autocast" if autocasts else ""
+        raise BitscapeError(f"network: none of its layers can be computed in integers{reason}; `bitscape export packed` needs none")
     return replace(traced, codes=kept)
 
 
