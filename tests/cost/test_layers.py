@@ -306,3 +306,10 @@ def test_a_layer_called_with_several_sizes_counts_each_call() -> None:
 
     cost = measure(Several(), (4, 8, 8))
     assert (cost.by_name["layer"].macs, cost.by_name["layer"].calls) == (PLAIN + 4 * PLAIN, 2)
+
+
+def test_a_network_that_takes_indices_is_measured_on_them() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.Flatten(), nn.Linear(18, 2))
+    cost = measure(model, (3,))
+    assert {layer.name: layer.macs for layer in cost.layers} == {"1": 3 * 4 * 6, "3": 18 * 2}
+    assert [(entry.name, entry.params) for entry in cost.uncounted if entry.name == "0"] == [("0", 20)]

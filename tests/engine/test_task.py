@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-from bitscape.engine.task import Binary, Classes, Follow, Task, drawn_labels, task_of
+from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, drawn_labels, task_of
 from bitscape.errors import BitscapeError
 
 IMAGES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -120,3 +120,13 @@ def test_classes_need_two_outputs() -> None:
         Classes().outputs(torch.zeros(2, 1), 2)
     with pytest.raises(BitscapeError, match=r"allowed: \(n, classes\)"):
         Classes().outputs(torch.zeros(2, 3, 4), 2)
+
+
+@pytest.mark.parametrize("name", ["auto", "follow", "binary"])
+def test_numbers_of_classes_are_no_values_to_follow(name: TaskName) -> None:
+    class Deciding(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images).argmax(1)
+
+    with pytest.raises(BitscapeError, match=r"the model returns torch\.int64, as of classes; .* use method local"):
+        task_of(Deciding(linear(3)), IMAGES, name)

@@ -159,9 +159,10 @@ def test_networks_that_cannot_be_traced_are_refused():
     with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
         trace(quantize(float_network, policy_for(float_network)), images(2))
     network = quantized(small())
-    for n in (0, 1):
-        with pytest.raises(BitscapeError, match=f"example: {n} images; give two at least"):
-            trace(network, images(n))
+    with pytest.raises(BitscapeError, match="example: 1 images; give two at least"):
+        trace(network, images(1))
+    with pytest.raises(BitscapeError, match=r"example: shape \(0, .*give at least one image"):
+        trace(network, images(0))
     with pytest.raises(BitscapeError, match=r"fails on a batch of shape \(2, 4, 8, 8\)"):
         trace(network, torch.zeros(2, 4, 8, 8))
 

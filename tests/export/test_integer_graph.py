@@ -236,3 +236,30 @@ def test_every_layer_reads_codes_and_every_convolution_makes_some_or_an_output()
                 if "conv" in str(node.target):
                     reads = float_reads(integer.module.graph)
                     assert all(is_quantizer(taker) or (node, taker) in reads for taker in node.users), (name, node)
+
+
+def test_images_that_are_not_finite_are_named():
+    broken = images(8)
+    broken[5, 0, 0, 0] = torch.nan
+    with pytest.raises(BitscapeError, match=r"images, behind the network's operators: .* are NaN or infinite"):
+        integer_network(quantized(nn.Sequential(nn.Conv2d(3, 4, 3), *head(4)), bits=[(8, 8)]), broken)
+
+
+def test_a_network_that_takes_indices_becomes_integers():
+    torch.manual_seed(0)
+    indices = torch.arange(12).reshape(4, 3) % 5
+    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+    network = quantized(network, indices, bits=[(8, 8)])
+    result = integer_network(network, indices)
+    assert set(result.weights) == {"1.weight", "4.weight"}
+    torch.testing.assert_close(result.module(indices), network(indices), rtol=0, atol=0.02)
+
+
+def test_a_network_that_autocasts_within_its_forward_is_told_so():
+    class Autocasting(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    with pytest.raises(BitscapeError, match="because it autocasts within its forward: export it without autocast"):
+        integer_network(quantized(Autocasting(nn.Conv2d(3, 4, 3), *head(4)), bits=[(8, 8)]), images())

@@ -514,3 +514,14 @@ def test_scales_of_tiny_weights_survive(quantizer, tmp_path):
 def test_a_float_model_of_another_type_is_refused(saved):
     with pytest.raises(BitscapeError, match=r"float_model: parameter 0\.weight is torch\.bfloat16; .* call float_model\.float\(\)"):
         load_packed(saved[1], small_net().bfloat16())
+
+
+def test_a_buffer_that_is_an_expanded_view_comes_back(tmp_path):
+    def with_table(value: float) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 3))
+        model.register_buffer("table", torch.full((1, 1), value).expand(2, 3))
+        return model
+
+    model = with_table(7.0)
+    save_packed(calibrate(quantize(model, policy_for(model)), torch.randn(8, 4)), tmp_path / "packed.safetensors")
+    assert load_packed(tmp_path / "packed.safetensors", with_table(0.0)).table.tolist() == [[7.0] * 3] * 2

@@ -77,6 +77,14 @@ def test_a_function_without_layers_is_copied():
 
 def test_what_cannot_be_copied_is_told():
     model = Block()
-    model.kept = model.layer.weight * 2
-    with pytest.raises(BitscapeError, match=r"cannot be copied.*outputs that the network keeps"):
+    model.kept = (number for number in range(3))
+    with pytest.raises(BitscapeError, match=r"cannot be copied.*generator"):
         copied(model)
+
+
+def test_outputs_that_the_network_keeps_are_copied_without_their_graph():
+    model = Block()
+    model.kept = {"features": [model.layer.weight * 2]}
+    kept = copied(model).kept["features"][0]
+    assert torch.equal(kept, 2 * model.layer.weight) and not kept.requires_grad
+    assert model.kept["features"][0].requires_grad

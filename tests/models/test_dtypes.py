@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.dtypes import check_float32, check_images, check_module
 
 
 def test_float32_passes_whatever_else_is_not_floating_point():
@@ -28,6 +28,9 @@ def test_one_parameter_of_another_type_is_named():
         (torch.zeros(2, dtype=torch.bfloat16), r"example: torch\.bfloat16; give a float32 tensor: call example\.float\(\)$"),
         (torch.zeros(2, dtype=torch.int64), r"example: torch\.int64; give a float32 tensor: normalize them"),
         (np.zeros(2), "example: a ndarray where a tensor is needed"),
+        (None, "example: a NoneType where a tensor is needed"),
+        (torch.zeros(0, 3, 2, 2), r"example: shape \(0, 3, 2, 2\); give at least one image"),
+        (torch.tensor(1.0), r"example: shape \(\); give at least one image"),
     ],
 )
 def test_other_images_are_refused_with_the_next_step(images, message):
@@ -40,3 +43,21 @@ def test_a_network_with_an_embedding_may_take_indices():
     check_images(indices, model=nn.Sequential(nn.Embedding(4, 2)))
     with pytest.raises(BitscapeError, match=r"torch\.int64"):
         check_images(indices, model=nn.Sequential(nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear, "model: the class Linear where a network is needed"),
+        (None, "model: a NoneType where a network is needed"),
+    ],
+)
+def test_what_is_no_network_of_modules_is_refused(model, message):
+    with pytest.raises(BitscapeError, match=message):
+        check_module(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
+def test_a_scripted_network_is_refused_with_the_next_step():
+    with pytest.raises(BitscapeError, match=r"model: torch\.jit scripted or traced it.*give the network itself"):
+        check_module(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))

@@ -459,3 +459,37 @@ def test_a_network_that_autocasts_within_its_forward_is_calibrated_as_in_float32
         torch.testing.assert_close(cast.state_dict()[name], value, rtol=0.1, atol=0.02)
     with torch.no_grad():
         torch.testing.assert_close(cast(images()), plain(images()), rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_default_type_of_torch_changes_nothing(quantizer):
+    model, images = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(64, 4)
+    expected = calibrate(quantize(model, policy(model), quantizer), images).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = calibrate(quantize(model, policy(model), quantizer), images).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state.keys() == expected.keys() and all(value.dtype == expected[name].dtype for name, value in state.items())
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=0)
+
+
+def test_statistics_that_are_not_finite_are_refused_and_the_former_ones_stay():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].running_mean.fill_(2.0)
+    with pytest.raises(BitscapeError, match=r"the statistics of norm 1 on them are not finite"):
+        recalibrate_norms(model, torch.full((4, 3), torch.nan))
+    assert model[1].running_mean.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(0, 3), r"images: shape \(0, 3\); give at least one image"),
+        ([torch.zeros(2, 3), torch.zeros(0, 3)], r"images: shape \(0, 3\); give at least one image"),
+    ],
+)
+def test_what_holds_no_image_is_refused(images, message):
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(BitscapeError, match=message):
+        calibrate(quantize(model, policy(model)), images)

@@ -199,3 +199,44 @@ def test_a_network_that_autocasts_within_its_forward_is_folded():
     with torch.no_grad():
         expected = model.body(images)  # in float32
         torch.testing.assert_close(folded.body(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, x: (model.bfloat16(), x), r"the network must be float32: call model\.float\(\) first"),
+        (lambda model, x: (model, x.double()), r"example: torch\.float64; give a float32 tensor"),
+        (lambda model, x: (model, x[:0]), r"example: shape \(0, 3, 9, 9\); give at least one image"),
+        (lambda model, x: (model, x[:, :2]), r"fails on a batch of shape .* check channels"),
+        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it are not finite"),
+    ],
+)
+def test_what_the_example_or_the_network_lacks_is_named(change, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    with pytest.raises(BitscapeError, match=message):
+        fold_norms(*change(model, torch.zeros(2, 3, 9, 9)))
+
+
+def test_a_caller_that_autocasts_changes_nothing():
+    model, images = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = fold_norms(model, images)
+    assert torch.equal(folded[0].weight, fold_norms(model, images)[0].weight)
+
+
+def test_outputs_that_are_classes_or_answers_must_be_equal():
+    class Detecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(392, 5)))
+
+        def forward(self, x):
+            logits = self.body(x)
+            return {"classes": logits.argmax(1), "sure": logits.amax(1) > 0, "logits": logits}
+
+    model, images = Detecting(), torch.randn(4, 3, 9, 9)
+    folded, expected = fold_norms(model, images), model(images)
+    assert isinstance(folded.body[1], nn.Identity)
+    outputs = folded(images)
+    assert torch.equal(outputs["classes"], expected["classes"]) and torch.equal(outputs["sure"], expected["sure"])
+    torch.testing.assert_close(outputs["logits"], expected["logits"], rtol=1e-4, atol=1e-5)

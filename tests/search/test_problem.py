@@ -17,6 +17,8 @@ from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.quant.convert import quantize
 from bitscape.search.differentiable import Differentiable
 from bitscape.search.fisher import Fisher
+from bitscape.search.hawq import Hawq
+from bitscape.search.kl import Kl
 from bitscape.search.local import Local
 from bitscape.search.methods import SearchMethod
 from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
@@ -89,7 +91,7 @@ def test_layers_tied_to_a_pinned_one_are_pinned() -> None:
         ({"model": "resnet"}, "model: str is no"),
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8; give a float32"),
         ({"images": [1.0]}, "images: a list where a tensor is needed"),
-        ({"images": torch.zeros(3, 8, 8)}, r"shape \(3, 8, 8\); give at least one image as \(n, c, h, w\)"),
+        ({"images": torch.zeros(3, 8, 8)}, r"fails on a batch of shape \(2, 8, 8\)"),
         ({"images": torch.zeros(0, 3, 8, 8)}, "at least one image"),
         ({"images": torch.zeros(2, 1, 8, 8)}, r"shape \(2, 1, 8, 8\), torch.float32: .*channels"),
         (
@@ -124,6 +126,39 @@ def test_images_that_are_not_finite_are_named(value: float) -> None:
     images[2, 1, 7, 0] = value
     with pytest.raises(BitscapeError, match=rf"image 2 holds {value} at \(channel, row, column\) \(1, 7, 0\)"):
         problem(images=images)
+
+
+@pytest.mark.parametrize("method", [Fisher(images=4), Hawq(images=4), Kl(images=4), Local(images=4)])
+@pytest.mark.parametrize(
+    ("model", "images"),
+    [
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.ones(4, 6)),
+        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)), torch.ones(4, 2, 6)),
+        (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(2), nn.Conv1d(2, 3, 1), nn.Flatten(), nn.Linear(24, 3)), torch.ones(4, 1, 3, 3, 3)),
+        (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 3)), torch.ones(4, 3, dtype=torch.int64)),
+    ],
+)
+def test_inputs_of_any_shape_and_indices_are_searched(method: SearchMethod, model: nn.Module, images: torch.Tensor) -> None:
+    images = images * torch.arange(1, 5).reshape(4, *[1] * (images.ndim - 1))
+    problem = SearchProblem(model=model.eval(), images=images, budget="bitops=w4a4", pinned={})
+    policy = method.search(problem).policy
+    assert list(policy.layers) == list(layer_shapes(model))
+    allowed = policy_cost(problem.network, uniform_policy(list(policy.layers), LayerBits(4, 4)))["bitops"]
+    assert policy_cost(problem.network, policy)["bitops"] <= allowed
+
+
+@pytest.mark.parametrize("method", [Fisher(images=2), Hawq(images=2)])
+def test_images_made_in_inference_mode_and_a_caller_without_gradients_change_nothing(method: SearchMethod) -> None:
+    with torch.inference_mode():
+        made_there = problem().images.clone()
+    with torch.no_grad():
+        policy = method.search(problem(images=made_there, pinned={})).policy
+    assert policy.layers == method.search(problem(pinned={})).policy.layers
+
+
+def test_gradients_in_inference_mode_are_refused_with_the_reason() -> None:
+    with torch.inference_mode(), pytest.raises(BitscapeError, match="inference_mode is on"):
+        Fisher(images=2).search(problem(pinned={}))
 
 
 def _spoiled(name: str, value: float) -> nn.Module:
@@ -246,7 +281,7 @@ def test_a_layer_that_is_never_called_cannot_be_pinned() -> None:
 
 def test_a_model_that_cannot_be_copied_is_told() -> None:
     model = net()
-    model.kept = model[0].weight * 2  # type: ignore[assignment]
+    model.kept = (number for number in range(3))  # type: ignore[assignment]
     with pytest.raises(BitscapeError, match="cannot be copied"):
         problem(model=model)
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.dtypes import takes_indices
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
@@ -55,18 +56,28 @@ def dry_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Module
     before afterwards. Raises BitscapeError when the forward fails.
     """
     try:
-        copied = meta_copy(model)
-        return _record(copied, _image(copied, input_shape))
+        return _first_pass(meta_copy(model), input_shape)
     except Exception as error:
         _log.debug("no dry pass on the meta device, the network itself runs: %s", error)
     try:
         with unchanged(model):
-            return _record(model, _image(model, input_shape))
+            return _first_pass(model, input_shape)
     except Exception as error:
         raise BitscapeError(
             f"input_shape={input_shape}: the network's forward fails on an input of shape {(1, *input_shape)} with "
             f"{type(error).__name__}: {error}; input_shape is the shape of one image, without the batch dimension"
         ) from error
+
+
+def _first_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, ModuleRun]:
+    """A pass on an image; where that fails, and the network may take indices, on indices."""
+    image = _image(model, input_shape)
+    try:
+        return _record(model, image)
+    except Exception:
+        if not takes_indices(model):
+            raise
+        return _record(model, torch.zeros_like(image, dtype=torch.int64))
 
 
 def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitscape.models.find import versioned
+from bitscape.models.find import load_state
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Ema:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give `model` the averaged state inside the block, and its own back afterwards, bit for bit."""
         own = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(versioned(self.values, model))
+        load_state(model, self.values)
         try:
             yield
         finally:
-            model.load_state_dict(versioned(own, model))
+            load_state(model, own)

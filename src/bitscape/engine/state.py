@@ -12,7 +12,7 @@ from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, 
 from bitscape.engine.ema import Ema
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
 from bitscape.errors import BitscapeError
-from bitscape.models.find import versioned
+from bitscape.models.find import load_state
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class RunState:
             self._take(tensors, header)
 
     def _take(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(versioned(_part("model", tensors), self.model))
+        load_state(self.model, _part("model", tensors))
         self._restore_optimizer(_part("optimizer", tensors))
         if self.ema:
             self.ema.values = {name: value.to(self.device) for name, value in _part("ema", tensors).items()}

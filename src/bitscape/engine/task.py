@@ -77,7 +77,7 @@ class Binary:
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Cross entropy of each image (n,), for answers drawn by the outputs' own probabilities."""
         logits = self._logits(outputs)
-        chances = torch.rand(logits.shape, generator=generator).to(logits.device)
+        chances = torch.rand(logits.shape, dtype=torch.float32, generator=generator).to(logits.device)
         answers = (chances < logits.detach().sigmoid()).to(logits.dtype)
         return _per_image(functional.binary_cross_entropy_with_logits(logits, answers, reduction="none"))
 
@@ -139,7 +139,7 @@ def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] =
         return Classes()
     sample = images[:SAMPLE]
     with evaluating(model), torch.enable_grad():
-        output = model(sample.detach().requires_grad_())
+        output = model(tracked(sample))
     tensor = _finite(_one_tensor(output, len(sample)))
     ends_in_sigmoid = tensor.grad_fn is not None and tensor.grad_fn.name() == "SigmoidBackward0"
     if name == "auto" and tensor.ndim == 2 and tensor.shape[1] > 1:
@@ -149,6 +149,11 @@ def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] =
     values = tensor.detach().double()
     spread, largest = float(values.std(unbiased=False)), float(values.abs().max())
     return Follow(spread if spread > CONSTANT * largest else 1.0)
+
+
+def tracked(images: Tensor) -> Tensor:
+    """The images with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
+    return images.detach().requires_grad_(images.is_floating_point())
 
 
 def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -161,6 +166,10 @@ def _one_tensor(output: object, images: int) -> Tensor:
         raise BitscapeError(f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap it, or use method local")
     if output.ndim == 0 or len(output) != images:
         raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; scores need (n, ...), or use method local")
+    if not output.is_floating_point():
+        raise BitscapeError(
+            f"the model returns {output.dtype}, as of classes; scores need logits or other values: return those, or use method local"
+        )
     return output.float()
 
 

@@ -16,6 +16,7 @@ from bitscape.errors import BitscapeError, explained_forward, first_line, prefix
 from bitscape.export.codes import weight_codes
 from bitscape.export.outputs import returning_by_name
 from bitscape.models.copies import copied
+from bitscape.models.dtypes import check_images
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import batches_of
@@ -130,6 +131,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
+    check_images(example, "example", model=model)
     if len(example) < 2:
         raise BitscapeError(f"example: {len(example)} images; give two at least, so that the batch size stays free")
     codes, bits = {}, {}

@@ -19,6 +19,7 @@ from bitscape.export.norms import fold_norms
 from bitscape.export.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.export.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.quant.convert import batches_of
+from bitscape.quant.functional import HALF, require_finite
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.samples import ValueSample
@@ -96,7 +97,9 @@ def _of_integers(traced: Traced) -> Traced:
     used = {key for node in graph.nodes if (key := traced.weight_name(node)) is not None}
     kept = {key: codes for key, codes in traced.codes.items() if key in used - floats}
     if not kept:
-        raise BitscapeError("network: none of its layers can be computed in integers; `bitscape export packed` needs none")
+        autocasts = any(node.kwargs.get("dtype") in HALF for node in graph.nodes)
+        reason = ", because it autocasts within its forward: export it without autocast" if autocasts else ""
+        raise BitscapeError(f"network: none of its layers can be computed in integers{reason}; `bitscape export packed` needs none")
     return replace(traced, codes=kept)
 
 
@@ -174,6 +177,8 @@ def _calibrate(module: fx.GraphModule, added: list[fx.Node], images: Tensor, obs
             recorder.run(batch)
     for node, sample in recorder.samples.items():
         values = sample.values()
+        with prefixed("images, behind the network's operators"):
+            require_finite(values)
         signed = bool(values.min() < 0)
         scale = float(observer.scale(values[None], Grid(-128, 127) if signed else Grid(0, 255))[0])
         set_grid(node, replace(PLACEHOLDER, scale=scale, zero_point=float(SIGNED_ZERO if signed else 0)))

@@ -27,7 +27,7 @@ from bitscape.export.codes import StoredWeight, weight_codes
 from bitscape.export.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
-from bitscape.models.find import versioned
+from bitscape.models.find import load_state
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
@@ -264,4 +264,4 @@ def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise BitscapeError(f"float_model has no tensor {key}{nearest(key, expected)}; {advice}")
         _expect(key, (*tensor.shape, tensor.dtype), (*expected[key].shape, expected[key].dtype))
     _check_ranges(tensors)
-    model.load_state_dict(versioned(tensors, model), strict=False)
+    load_state(model, tensors, strict=False)

@@ -11,23 +11,30 @@ from torch import nn
 
 from bitscape.errors import BitscapeError, first_line
 from bitscape.models.layers import quantizable_layers
+from bitscape.models.outputs import tensors_in
 
 
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of `model`.
 
-    Raises BitscapeError for what deepcopy refuses, and for functions in attributes that would run layers of `model` in place
-    of the copy's.
+    Outputs that modules keep, as feature extractors do, stay without their graph. Raises BitscapeError for what deepcopy
+    refuses, and for functions in attributes that would run layers of `model` in place of the copy's.
     """
     _refuse_held_layers(model)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, _kept_outputs(model))
     except Exception as error:
         quantizable_layers(model)  # names the layer whose computed weight deepcopy refuses
         raise BitscapeError(
             f"model: it cannot be copied ({type(error).__name__}: {first_line(error)}); "
             "remove what deepcopy refuses, such as outputs that the network keeps"
         ) from error
+
+
+def _kept_outputs(model: nn.Module) -> dict[int, Any]:
+    """Deepcopy refuses tensors that a graph made: their id -> what stands in for them."""
+    held = (tensor for module in model.modules() for tensor in tensors_in(list(vars(module).values())))
+    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 
 def _refuse_held_layers(model: nn.Module) -> None:

@@ -1,9 +1,18 @@
 """The types that networks and images must have, checked at the door."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError
+
+
+def check_module(model: object, argument: str = "model") -> None:
+    """Raise BitscapeError unless `model` is a network made of modules that can be seen."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise BitscapeError(f"{argument}: {kind} where a network is needed; give a torch.nn.Module")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise BitscapeError(f"{argument}: torch.jit scripted or traced it, which hides its layers; give the network itself")
 
 
 def check_float32(model: nn.Module, argument: str = "model") -> None:
@@ -11,6 +20,7 @@ def check_float32(model: nn.Module, argument: str = "model") -> None:
 
     Scales, codes and exported files are float32. A network may well autocast within its forward.
     """
+    check_module(model, argument)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise BitscapeError(
@@ -19,18 +29,29 @@ def check_float32(model: nn.Module, argument: str = "model") -> None:
 
 
 def check_images(images: object, argument: str = "images", *, model: nn.Module | None = None) -> None:
-    """Raise BitscapeError unless `images` is a float32 tensor, of any shape and on any device.
+    """Raise BitscapeError unless `images` is a float32 tensor (n, ...) of one image or more, on any device.
 
     A `model` with an nn.Embedding may take int64 indices too.
     """
     if not isinstance(images, Tensor):
         kind = type(images).__name__
         raise BitscapeError(f"{argument}: a {kind} where a tensor is needed; give float32 tensors (n, c, h, w), without labels")
-    indexes = model is not None and any(isinstance(module, nn.Embedding) for module in model.modules())
-    if images.dtype != torch.float32 and not (indexes and images.dtype == torch.int64):
+    indexes = model is not None and takes_indices(model) and images.dtype == torch.int64
+    if images.dtype != torch.float32 and not indexes:
         advice = (
             f"call {argument}.float()"
             if images.is_floating_point()
             else f"normalize them for the network (Normalization.apply makes them from uint8, {argument}.float() changes the type alone)"
         )
         raise BitscapeError(f"{argument}: {images.dtype}; give a float32 tensor: {advice}")
+    if not images.ndim or not images.numel():
+        raise BitscapeError(f"{argument}: shape {tuple(images.shape)}; give at least one image as (n, ...), most often (n, c, h, w)")
+
+
+def takes_indices(model: nn.Module) -> bool:
+    """Whether `model`, which may be a traced graph, looks rows up in a table by int64 indices in place of images."""
+    return any(isinstance(module, nn.Embedding) or _looks_up(module) for module in model.modules())
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule) and any(node.target is torch.ops.aten.embedding.default for node in module.graph.nodes)

@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     other = [text for name in weights if name in state for text in _other_kind(name, weights[name], state[name])]
     _complain(path, "of another kind", other)
     try:
-        result = model.load_state_dict(versioned(weights, model), strict=False)
+        result = load_state(model, weights, strict=False)
     except RuntimeError as error:
         raise BitscapeError(f"path: {str(path)!r} does not fit the network; {' '.join(str(error).split())}") from error
     loaded = {id(state[key]) for key in state.keys() - set(result.missing_keys)}
@@ -94,11 +94,18 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     _complain(path, "not in the network", _uncounted(result.unexpected_keys), state)
 
 
-def versioned(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights as of the network's own version: files keep none, and some modules ask which one a state dict has."""
+def load_state(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> Any:
+    """`model.load_state_dict` for weights from a file; buffers that are expanded views get memory of their own.
+
+    Files keep no version, and some modules ask which one a state dict has: it is the network's own.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                module._buffers[name] = buffer.clone()  # torch writes no element that stands for several
     versioned = OrderedDict(weights)
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # how torch keeps versions
-    return versioned
+    return model.load_state_dict(versioned, strict=strict)
 
 
 def _timm(model: str, kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import reads_weights, split_attention
 from bitscape.models.copies import copied
+from bitscape.models.dtypes import check_module
 from bitscape.models.layers import quantizable_layers
 
 
@@ -41,6 +42,7 @@ def check_layers(model: nn.Module) -> None:
     itself: quantizing changes a layer's class, which that `forward` would hide. What torch.compile
     returned is refused too: its layers have other names.
     """
+    check_module(model)
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
         raise BitscapeError("model: it is compiled by torch.compile; give the network that was compiled, and compile afterwards")
     for name, layer in quantizable_layers(model).items():

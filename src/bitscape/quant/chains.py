@@ -9,6 +9,7 @@ branches that the example does not take. Whoever changes a network on the streng
 and after: `require_same`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
@@ -57,9 +58,8 @@ class Chain:
 
 
 def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
-    """Run `model` once in eval mode on the first image of `example` (n, ...) and return its calls in order."""
+    """Run `model` once in eval mode on the first image of `example` (n, ...), of `checked_example`; return its calls in order."""
     recorder = _Recorder()
-    image = _on_device(example[:1], model)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
@@ -67,7 +67,7 @@ def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
             handles.append(module.register_forward_hook(recorder.leave_as(name)))
     try:
         with evaluating(model), recorder:
-            output = model(image)
+            output = model(example[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -158,9 +158,16 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
 
 
 def outputs_of(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """Every tensor that the network returns for `example`, in eval mode."""
-    with evaluating(model):
-        return [tensor.detach().clone() for tensor in tensors_in(model(_on_device(example, model)))]
+    """Every tensor that the network returns for `example`, of `checked_example`, in eval mode.
+
+    Raises BitscapeError where values are not finite: nothing could be compared with them.
+    """
+    torch.clear_autocast_cache()  # within an autocast block it would hold weights as they were before a change in place
+    with evaluating(model), explained_forward(example):
+        outputs = [tensor.detach().clone() for tensor in tensors_in(model(example))]
+    if not all(bool(tensor.isfinite().all()) for tensor in outputs):
+        raise BitscapeError("example: the network's outputs on it are not finite; check the images, their normalization and the checkpoint")
+    return outputs
 
 
 def tolerance_of(calls: list[Call]) -> float:
@@ -170,7 +177,7 @@ def tolerance_of(calls: list[Call]) -> float:
 
 def same(before: list[Tensor], after: list[Tensor], tolerance: float = TOLERANCE) -> bool:
     """Whether two lists of outputs agree up to float rounding."""
-    return all(torch.isfinite(b).all() and _difference(a, b) <= tolerance for a, b in zip(before, after, strict=True))
+    return all(bool(b.isfinite().all()) and _difference(a, b) <= tolerance for a, b in zip(before, after, strict=True))
 
 
 def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason: str, tolerance: float = TOLERANCE) -> None:
@@ -181,10 +188,16 @@ def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason
 
 
 def _difference(before: Tensor, after: Tensor) -> float:
+    """Largest difference in units of the largest value; of what is no float, such as classes, 0 if all are equal, else infinite."""
+    if not before.is_floating_point():
+        return 0.0 if torch.equal(before, after) else math.inf
+    if not before.numel():
+        return 0.0
     return float((after - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
 
 
-def _on_device(example: Tensor, model: nn.Module) -> Tensor:
+def checked_example(example: Tensor, model: nn.Module) -> Tensor:
+    """`example` on the model's device. Raises BitscapeError for a model or images that are not float32, or no image."""
     check_float32(model)
     check_images(example, "example", model=model)
     return example.to(next((p.device for p in model.parameters()), example.device))

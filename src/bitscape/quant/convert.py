@@ -49,8 +49,8 @@ def quantize(
         BitscapeError: a model that is quantized already, not float32, or that `models.prepare` refuses;
             weights that are not finite (the layer is named).
     """
-    require_float(model)
     check_float32(model)
+    require_float(model)
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
@@ -140,7 +140,7 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     handles = [layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with bypassed(model), evaluating(model):
-            if not _run(model, batches_of(images, model)):
+            if not run_batches(model, batches_of(images, model)):
                 raise BitscapeError("images: no batch; give at least one image, better a few hundred")
     finally:
         for handle in handles:
@@ -152,9 +152,16 @@ def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: 
     """Batches of `images` on the model's device. Raises BitscapeError for a model or images that are not float32."""
     check_float32(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+        check_images(images, model=model)
     for batch in _cut(images, batch_size) if isinstance(images, Tensor) else images:
         check_images(batch, model=model)
-        yield batch.to(device)
+        yield _trackable(batch.to(device))
+
+
+def _trackable(batch: Tensor) -> Tensor:
+    """The batch, or a copy where it was made under torch.inference_mode: no gradient may pass those tensors."""
+    return batch.clone() if batch.is_inference() else batch
 
 
 def _cut(images: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -192,7 +199,7 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
     former statistics are back.
 
     Raises:
-        BitscapeError: `images` holds no batch.
+        BitscapeError: `images` holds no batch, or values of which a norm's statistics are not finite.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -204,8 +211,9 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over all batches
                 norm.train()
-            if not _run(model, without_single_images(batches_of(images, model, batch_size=128))):
+            if not run_batches(model, without_single_images(batches_of(images, model, batch_size=128))):
                 raise BitscapeError("images: no batch; give at least one, better about 50 batches of 128 images")
+            _check_statistics(model)
             _put_back_unused(norms, before)
         except BaseException:
             for norm, (_, buffers) in zip(norms, before, strict=True):
@@ -217,6 +225,14 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
     return model
 
 
+def _check_statistics(model: nn.Module) -> None:
+    for name, norm in model.named_modules():
+        if isinstance(norm, _BatchNorm) and not all(bool(buffer.isfinite().all()) for buffer in norm.buffers(recurse=False)):
+            raise BitscapeError(
+                f"images: the statistics of norm {name} on them are not finite; check the images, their normalization and the checkpoint"
+            )
+
+
 def _put_back_unused(norms: list[_BatchNorm], before: list[tuple[float | None, dict[str, Tensor]]]) -> None:
     for norm, (_, buffers) in zip(norms, before, strict=True):
         if norm.num_batches_tracked is not None and norm.num_batches_tracked == 0:
@@ -224,7 +240,7 @@ def _put_back_unused(norms: list[_BatchNorm], before: list[tuple[float | None, d
             norm.load_state_dict(buffers, strict=False)
 
 
-def _run(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def run_batches(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Run every batch, and count the images."""
     count = 0
     for batch in batches:

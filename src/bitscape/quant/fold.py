@@ -19,6 +19,7 @@ from bitscape.models.trial import check_repeatable
 from bitscape.quant.chains import (
     Call,
     called_once,
+    checked_example,
     only_user,
     outputs_of,
     record_calls,
@@ -28,13 +29,14 @@ from bitscape.quant.chains import (
     tolerance_of,
 )
 from bitscape.quant.convert import bypassed
-from bitscape.quant.functional import MINIMUM_SCALE, widened
+from bitscape.quant.functional import MINIMUM_SCALE, widened, without_autocast
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.quantizers.lsq import LsqWeight
 
 _log = logging.getLogger("bitscape.quant")
 
 
+@without_autocast()
 def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> nn.Module:
     """Fold every batch norm into the Conv1d, Conv2d or Linear before it, by its running statistics, and put nn.Identity in its place.
 
@@ -51,12 +53,14 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
         inplace: change `model` itself.
 
     Raises:
-        BitscapeError: a layer that cannot take bits; outputs that differ from run to run; the
+        BitscapeError: a model or example that is not float32; a layer that cannot take bits; outputs that
+            differ from run to run or are not finite; the
             output on `example` changed, because the network uses a layer in a way that the pass could
             not show; or a quantized layer cannot be folded exactly (another quantizer, one scale per tensor, or the
             code -2^(b-1) where gamma is negative), in which case `model` is unchanged even with `inplace`.
     """
     check_layers(model)
+    example = checked_example(example, model)
     model = model if inplace else copied(model)
     with bypassed(model, "input_quantizer"):
         check_repeatable(model, example)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitscape.errors import BitscapeError
 from bitscape.quant.grid import Grid, Number
 
 EDGE = 1e-6
@@ -28,6 +29,15 @@ HALF = (torch.bfloat16, torch.float16)
 def widened(x: Tensor) -> Tensor:
     """`x` in float32 if its type has less; otherwise `x` itself."""
     return x.float() if x.dtype in HALF else x
+
+
+def require_finite(values: Tensor) -> None:
+    """Raise BitscapeError for values to which no scale can be fitted."""
+    broken = int((~values.isfinite()).sum())
+    if broken:
+        raise BitscapeError(
+            f"{broken} of {values.numel()} values are NaN or infinite: no scale fits them; check the checkpoint and the input normalization"
+        )
 
 
 @contextmanager

@@ -57,10 +57,10 @@ class Mixture(FakeQuantizer):
             grid(bits, signed=signed)  # checks the bit-width
         super().__init__(torch.tensor(widths), signed=signed)
         self.widths = tuple(widths)
-        self.logits = nn.Parameter(torch.zeros(len(widths)))
+        self.logits = nn.Parameter(torch.zeros(len(widths), dtype=torch.float32))
         self.price: Tensor
-        self.register_buffer("price", torch.zeros(len(widths)))
-        self.scale = nn.Parameter(torch.ones(len(widths)) if channels is None else torch.ones(len(widths), channels))
+        self.register_buffer("price", torch.zeros(len(widths), dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones((len(widths),) if channels is None else (len(widths), channels), dtype=torch.float32))
 
     @property
     def shares(self) -> Tensor:
@@ -140,7 +140,7 @@ class _Mixed(torch.autograd.Function):
         along_input = torch.stack([torch.as_tensor(each.along_input, device=scale.device) for each in candidates])
         by_candidate = (-1, *[1] * (scale.ndim - 1))
         # d y_i / d scale_i is (y_i - x) / scale_i inside the range and y_i / scale_i outside.
-        factors = torch.tensor(ctx.factors, device=scale.device).reshape(by_candidate)
+        factors = torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device).reshape(by_candidate)
         g_scale = shares.reshape(by_candidate) * factors * (along_levels - along_input / scale)
         g_shares = (along_levels * scale).flatten().reshape(len(shares), -1).sum(1)
         return g_x, g_scale.to(scale.dtype), g_shares.to(shares.dtype), None, None

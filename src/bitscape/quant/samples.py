@@ -33,7 +33,7 @@ class ValueSample:
         if flat.numel() > SAMPLES_PER_BATCH:
             # Drawn, not every k-th: sizes of maps are powers of two, and a stride that divides them sees one column of every map.
             flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator).to(flat.device)]
-        keys = torch.rand(flat.numel(), generator=self._generator)
+        keys = torch.rand(flat.numel(), dtype=torch.float32, generator=self._generator)
         enters = keys < self._largest_key
         if enters.any():
             self._values.append(flat[enters.to(flat.device)].float())

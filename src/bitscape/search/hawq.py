@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bitscape.engine.task import tracked
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
@@ -96,9 +97,9 @@ class Hawq:
         layers = quantizable_layers(model)
         # Fused attention has no second derivative.
         with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
-            values = problem.meaning.outputs(model(batch.detach().requires_grad_()), len(batch))
+            values = problem.meaning.outputs(model(tracked(batch)), len(batch))
+            loss = problem.meaning.curved_loss(values, generator).mean()
         outputs_of(recorder.seen)  # refuses networks without gradients
-        loss = problem.meaning.curved_loss(values, generator).mean()
         weights = [layers[name].get_parameter("weight") for name in names]
         traces = hutchinson_traces(loss, [*weights, *(call.input for call in recorder.seen)], self.probes, generator)
         by_weight = {n: weight_scores(noise[n], t / w.numel()) for n, w, t in zip(names, weights, traces, strict=False)}

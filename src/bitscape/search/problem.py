@@ -82,7 +82,7 @@ class SearchProblem:
     model: nn.Module
     """Float network."""
     images: Tensor
-    """Proxy images, float32 (n, c, h, w), normalized for the network, at the target's input size."""
+    """Proxy images, float32 (n, c, h, w) or of whatever shape (n, ...) the network takes, normalized for it, at the target's input size."""
     budget: str | Sequence[str] | Mapping[str, float | str]
     """One or several caps, e.g. "bitops=0.25x" or ["bitops=w4a4", "weight_bytes=1.2MB"]; all must hold."""
     candidates: tuple[LayerBits, ...] = DEFAULT_CANDIDATES
@@ -119,7 +119,7 @@ class SearchProblem:
         check_candidates(self.candidates)
         check_float32(self.model)
         _check_finite(self.model)
-        _check_images(self.images)
+        _check_images(self.images, self.model)
         _check_labels(self.labels, len(self.images))
         if self.task not in (*get_args(TaskName), "auto"):
             raise BitscapeError(f"task={self.task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}")
@@ -323,16 +323,15 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def _check_images(images: Tensor) -> None:
-    check_images(images)
-    if images.ndim != 4 or not images.numel():
-        raise BitscapeError(f"images: shape {tuple(images.shape)}; give at least one image as (n, c, h, w)")
+def _check_images(images: Tensor, model: nn.Module) -> None:
+    check_images(images, model=model)
     broken = ~images.isfinite()
     if broken.any():
         image, *position = broken.nonzero()[0].tolist()
+        axes = "(channel, row, column) " if images.ndim == 4 else ""
         value = images[image, *position].item()
         raise BitscapeError(
-            f"images: image {image} holds {value} at (channel, row, column) {tuple(position)}; images must be finite; "
+            f"images: image {image} holds {value} at {axes}{tuple(position)}; images must be finite; "
             "check how it was decoded and normalized, or leave it out"
         )
 

@@ -78,7 +78,8 @@ class ScoreTable:
             if math.isnan(value) or value == -math.inf:
                 raise BitscapeError(
                     f"values: layer {name!r} has score {value} at {pair} bits; allowed are finite numbers, and "
-                    "infinity for a forbidden pair; look for NaN in the layer's weights or in the images"
+                    "infinity for a forbidden pair; look for NaN in the layer's weights or in the images, "
+                    "or values whose squares are beyond float32"
                 )
         if np.isinf(row).all():
             raise BitscapeError(f"values: every pair of layer {name!r} is forbidden; leave it one, or pin the layer")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bitscape.engine.task import Task
+from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
@@ -140,7 +140,7 @@ def calls_with_gradients(
     In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
     """
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
-        values = task.outputs(model(batch.detach().requires_grad_()), len(batch))
+        values = task.outputs(model(tracked(batch)), len(batch))
         loss = task.drawn_loss(values, generator).sum()
         outputs = outputs_of(recorder.seen)
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
@@ -152,6 +152,10 @@ def calls_with_gradients(
 def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
     """The recorded outputs; a BitscapeError where the network lets no gradient through to one."""
     for call in seen:
+        if torch.is_inference_mode_enabled():
+            raise BitscapeError(
+                "torch.inference_mode is on, and this method needs gradients; call it outside, or use method kl or local"
+            )
         if not call.output.requires_grad:
             raise BitscapeError(
                 f"layer {call.name}: no gradient reaches it, because the network runs it without (torch.no_grad, detach); "

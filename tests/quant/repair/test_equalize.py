@@ -116,3 +116,19 @@ def test_a_quantized_model_is_refused_and_a_hidden_use_is_an_error():
     policy = uniform_policy(layer_shapes(model), LayerBits(4, 8))
     with pytest.raises(BitscapeError, match="it is quantized"):
         equalize(quantize(model, policy), torch.randn(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, x: (model.bfloat16(), x), r"the network must be float32: call model\.float\(\) first"),
+        (lambda model, x: (model, x.double()), r"example: torch\.float64; give a float32 tensor"),
+        (lambda model, x: (model, x[:0]), r"example: shape \(0, 3, 9, 9\); give at least one image"),
+        (lambda model, x: (model, x[:, :2]), r"fails on a batch of shape .* check channels"),
+        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it are not finite"),
+    ],
+)
+def test_what_the_example_or_the_network_lacks_is_named(change, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    with pytest.raises(BitscapeError, match=message):
+        equalize(*change(model, torch.zeros(2, 3, 9, 9)))

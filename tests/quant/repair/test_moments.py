@@ -106,5 +106,14 @@ def test_attention_is_split_and_layers_with_a_computed_weight_are_left_out(caplo
 
 
 def test_inputs_that_are_not_finite_are_named():
-    with pytest.raises(BitscapeError, match="layer 0: its inputs are not finite"):
+    with pytest.raises(BitscapeError, match="layer 0: its inputs, or their squares in float32, are not finite"):
         input_moments(nn.Sequential(nn.Linear(2, 2)), torch.full((1, 2), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [([], "images: no batch; give at least one image"), (torch.zeros(2, 5), r"fails on a batch of shape \(2, 5\)")],
+)
+def test_what_gives_no_moments_is_an_error(images, message):
+    with pytest.raises(BitscapeError, match=message):
+        input_moments(nn.Sequential(nn.Linear(2, 2)), images)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import dequantize, fake_quantize, quantize, widened, without_autocast
+from bitscape.quant.functional import dequantize, fake_quantize, quantize, require_finite, widened, without_autocast
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
 
@@ -112,11 +112,7 @@ class FakeQuantizer(nn.Module, ABC):
         Raises:
             BitscapeError: values that are not finite.
         """
-        if not torch.isfinite(values).all():
-            raise BitscapeError(
-                f"{int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite: "
-                "no scale fits them; check the checkpoint and the input normalization"
-            )
+        require_finite(values)
         self._set_range(values.detach().float(), observer)
         self.initialized = True
 

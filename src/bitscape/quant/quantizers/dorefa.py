@@ -61,7 +61,7 @@ class ClippedActivation(FakeQuantizer):
 
     def __init__(self, bits: int | Tensor) -> None:
         super().__init__(bits, signed=False)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale, self.grid)

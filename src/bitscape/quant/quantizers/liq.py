@@ -28,7 +28,7 @@ class LiqWeight(WeightFakeQuantizer):
 
     def __init__(self, weight: Tensor, bits: int, restore_scale: bool) -> None:
         super().__init__(bits, signed=True, mid_rise=True)
-        self.clip = nn.Parameter(torch.ones((), device=weight.device))
+        self.clip = nn.Parameter(torch.ones((), dtype=torch.float32, device=weight.device))
         self.restore_scale = restore_scale
 
     @property

@@ -34,7 +34,7 @@ class LsqWeight(WeightFakeQuantizer):
     def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing) -> None:
         super().__init__(bits, signed=True)
         shape = scale_shape(weight.shape, sharing)
-        self.scale = nn.Parameter(torch.ones(shape, device=weight.device))
+        self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
         self.gradient_factor = lsq_gradient_factor(weight.numel() // max(1, math.prod(shape)), self.grid.qmax)
 
     def transform(self, weight: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class LsqActivation(FakeQuantizer):
 
     def __init__(self, bits: int | Tensor) -> None:
         super().__init__(bits, signed=False)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)

@@ -29,8 +29,8 @@ class LsqPlusActivation(FakeQuantizer):
 
     def __init__(self, bits: int | Tensor) -> None:
         super().__init__(bits, signed=False)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.offset = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+        self.offset = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)

@@ -29,7 +29,7 @@ class PactActivation(FakeQuantizer):
 
     def __init__(self, bits: int | Tensor, decay: float) -> None:
         super().__init__(bits, signed=False)
-        self.clip = nn.Parameter(torch.ones(()))
+        self.clip = nn.Parameter(torch.ones((), dtype=torch.float32))
         self.decay = decay
 
     @property

@@ -29,6 +29,7 @@ from bitscape.quant.chains import (
     Call,
     Chain,
     called_once,
+    checked_example,
     layer_chains,
     outputs_of,
     record_calls,
@@ -36,6 +37,7 @@ from bitscape.quant.chains import (
     shared_parameters,
     tolerance_of,
 )
+from bitscape.quant.functional import without_autocast
 from bitscape.quant.layers import quantized_layers
 
 _log = logging.getLogger("bitscape.quant.repair")
@@ -76,6 +78,7 @@ class Equalized:
     """Layers whose output goes through one activation that cannot be rescaled, and why."""
 
 
+@without_autocast()
 def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, sweeps: int = 20, inplace: bool = False) -> Equalized:
     """Equalize the weight ranges of every pair of layers joined by ReLU, padding, pooling or nothing; depthwise layers too.
 
@@ -87,12 +90,14 @@ def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, s
         inplace: change `model` itself.
 
     Raises:
-        BitscapeError: a quantized model, a layer that cannot take bits, outputs that differ from
-            run to run, or an output that changed (the network uses a layer in a way that the pass could not show).
+        BitscapeError: a quantized model, a model or example that is not float32, a layer that cannot take
+            bits, outputs that differ from run to run or are not finite, or an output that changed (the
+            network uses a layer in a way that the pass could not show).
     """
     if quantized_layers(model):
         raise BitscapeError("model: it is quantized; equalize the float network, then quantize it")
     check_layers(model)
+    example = checked_example(example, model)
     model = model if inplace else copied(model)
     check_repeatable(model, example)
     before = outputs_of(model, example)

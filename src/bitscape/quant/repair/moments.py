@@ -14,7 +14,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
-from bitscape.quant.convert import batches_of
+from bitscape.quant.convert import batches_of, run_batches
 from bitscape.quant.functional import without_autocast
 
 _log = logging.getLogger("bitscape.quant.repair")
@@ -45,8 +45,8 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
     names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
-        for batch in batches_of(images, model):
-            model(batch)
+        if not run_batches(model, batches_of(images, model)):
+            raise BitscapeError("images: no batch; give at least one image, better a few hundred")
     for name in names.values():
         if name not in collector.sums:
             _log.warning("layer %s: no moments, it never ran, or not with its own weight", name)
@@ -55,7 +55,9 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
 
 def _mean(name: str, total: Tensor, count: int) -> Tensor:
     if not torch.isfinite(total).all():
-        raise BitscapeError(f"layer {name}: its inputs are not finite; check the checkpoint and the normalization")
+        raise BitscapeError(
+            f"layer {name}: its inputs, or their squares in float32, are not finite; check the checkpoint and the normalization"
+        )
     return total / count
 
 

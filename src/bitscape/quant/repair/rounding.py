@@ -170,7 +170,7 @@ def _influence(moments: Float[Tensor, "g k k"], damping: float) -> Float[Tensor,
     """R_ij / R_jj above the diagonal, else 0, where R R^T is the damped H and R is upper triangular."""
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     scaled = moments / mean.clamp(min=1e-20)
-    identity = torch.eye(moments.shape[1], device=moments.device)
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
     # An upper factor in this order of R R^T is a lower factor with rows and columns reversed.
     reversed_factor, failures = torch.linalg.cholesky_ex((scaled + damping * identity).flip(1, 2))
     while failures.any():
