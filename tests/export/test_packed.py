@@ -485,7 +485,7 @@ def test_another_shape_under_the_same_names_is_an_error(saved):
 
 
 def test_a_quantized_network_to_load_into_is_an_error(saved):
-    with pytest.raises(BitscapeError, match="float_model: it is quantized already"):
+    with pytest.raises(BitscapeError, match="float_model: its layer '0' is quantized already"):
         load_packed(saved[1], saved[0])
 
 
