@@ -141,7 +141,8 @@ class Odd(nn.Module):
 
 
 def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_gradient() -> None:
-    seen = {c.name: c for c in calls_with_gradients(Odd(), ["named", "unread"], torch.randn(2, 1, 2, 2), torch.Generator().manual_seed(0))}
+    batch, generator = torch.randn(2, 1, 2, 2), torch.Generator().manual_seed(0)
+    seen = {c.name: c for c in calls_with_gradients(Odd(), ["named", "unread"], batch, Classes(), generator)}
     assert seen["named"].input.shape == (2, 4) and seen["named"].gradient.any()
     assert seen["unread"].gradient.shape == (2, 4) and not seen["unread"].gradient.any()
 

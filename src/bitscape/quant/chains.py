@@ -58,7 +58,7 @@ class Chain:
 
 def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
     """Run `model` once in eval mode on the first image of `example` (n, ...), of `checked_example`; return its calls in order."""
-    recorder = _Recorder()
+    recorder, image = _Recorder(), example[:1]
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
@@ -66,7 +66,7 @@ def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
             handles.append(module.register_forward_hook(recorder.leave_as(name)))
     try:
         with evaluating(model), recorder:
-            output = model(example[:1])
+            output = model(image)
     finally:
         for handle in handles:
             handle.remove()
