@@ -208,7 +208,7 @@ def test_a_network_that_autocasts_within_its_forward_is_folded():
         (lambda model, x: (model, x.double()), r"example: torch\.float64; give a float32 tensor"),
         (lambda model, x: (model, x[:0]), r"example: shape \(0, 3, 9, 9\); give at least one image"),
         (lambda model, x: (model, x[:, :2]), r"fails on a batch of shape .* check channels"),
-        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it are not finite"),
+        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it hold NaN"),
     ],
 )
 def test_what_the_example_or_the_network_lacks_is_named(change, message):
@@ -240,3 +240,19 @@ def test_outputs_that_are_classes_or_answers_must_be_equal():
     outputs = folded(images)
     assert torch.equal(outputs["classes"], expected["classes"]) and torch.equal(outputs["sure"], expected["sure"])
     torch.testing.assert_close(outputs["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_may_be_infinite_where_a_mask_is():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0, 0.0]).reshape(4, 1, 1))
+
+        def forward(self, x):
+            return self.body(x) + self.mask
+
+    model, images = Masked().eval(), torch.randn(2, 3, 5, 5)
+    folded = fold_norms(model, images)
+    assert isinstance(folded.body[1], nn.Identity)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)

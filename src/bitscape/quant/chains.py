@@ -59,7 +59,7 @@ class Chain:
 
 def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
     """Run `model` once in eval mode on the first image of `example` (n, ...), of `checked_example`; return its calls in order."""
-    recorder = _Recorder()
+    recorder, image = _Recorder(), example[:1]
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
@@ -67,7 +67,7 @@ def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
             handles.append(module.register_forward_hook(recorder.leave_as(name)))
     try:
         with evaluating(model), recorder:
-            output = model(example[:1])
+            output = model(image)
     finally:
         for handle in handles:
             handle.remove()
@@ -160,13 +160,13 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
 def outputs_of(model: nn.Module, example: Tensor) -> list[Tensor]:
     """Every tensor that the network returns for `example`, of `checked_example`, in eval mode.
 
-    Raises BitscapeError where values are not finite: nothing could be compared with them.
+    Raises BitscapeError for values that are NaN, with which nothing can be compared; a mask may well be infinite.
     """
     torch.clear_autocast_cache()  # within an autocast block it would hold weights as they were before a change in place
     with evaluating(model), explained_forward(example):
         outputs = [tensor.detach().clone() for tensor in tensors_in(model(example))]
-    if not all(bool(tensor.isfinite().all()) for tensor in outputs):
-        raise BitscapeError("example: the network's outputs on it are not finite; check the images, their normalization and the checkpoint")
+    if any(bool(tensor.isnan().any()) for tensor in outputs):
+        raise BitscapeError("example: the network's outputs on it hold NaN; check the images, their normalization and the checkpoint")
     return outputs
 
 
@@ -177,7 +177,7 @@ def tolerance_of(calls: list[Call]) -> float:
 
 def same(before: list[Tensor], after: list[Tensor], tolerance: float = TOLERANCE) -> bool:
     """Whether two lists of outputs agree up to float rounding."""
-    return all(bool(b.isfinite().all()) and _difference(a, b) <= tolerance for a, b in zip(before, after, strict=True))
+    return all(_difference(a, b) <= tolerance for a, b in zip(before, after, strict=True))
 
 
 def require_same(before: list[Tensor], after: list[Tensor], *, what: str, reason: str, tolerance: float = TOLERANCE) -> None:
@@ -191,6 +191,10 @@ def _difference(before: Tensor, after: Tensor) -> float:
     """Largest difference in units of the largest value; of what is no float, such as classes, 0 if all are equal, else infinite."""
     if not before.is_floating_point():
         return 0.0 if torch.equal(before, after) else math.inf
+    finite = before.isfinite()
+    if not torch.equal(finite, after.isfinite()) or not torch.equal(before[~finite], after[~finite]):
+        return math.inf
+    before, after = before[finite], after[finite]
     if not before.numel():
         return 0.0
     return float((after - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))

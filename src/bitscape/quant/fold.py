@@ -54,7 +54,7 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
 
     Raises:
         BitscapeError: a model or example that is not float32; a layer that cannot take bits; outputs that
-            differ from run to run or are not finite; the
+            differ from run to run or are NaN; the
             output on `example` changed, because the network uses a layer in a way that the pass could
             not show; or a quantized layer cannot be folded exactly (another quantizer, one scale per tensor, or the
             code -2^(b-1) where gamma is negative), in which case `model` is unchanged even with `inplace`.

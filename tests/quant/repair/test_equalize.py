@@ -125,7 +125,7 @@ def test_a_quantized_model_is_refused_and_a_hidden_use_is_an_error():
         (lambda model, x: (model, x.double()), r"example: torch\.float64; give a float32 tensor"),
         (lambda model, x: (model, x[:0]), r"example: shape \(0, 3, 9, 9\); give at least one image"),
         (lambda model, x: (model, x[:, :2]), r"fails on a batch of shape .* check channels"),
-        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it are not finite"),
+        (lambda model, x: (model, x.fill_(torch.nan)), "the network's outputs on it hold NaN"),
     ],
 )
 def test_what_the_example_or_the_network_lacks_is_named(change, message):

@@ -91,7 +91,7 @@ def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, s
 
     Raises:
         BitscapeError: a quantized model, a model or example that is not float32, a layer that cannot take
-            bits, outputs that differ from run to run or are not finite, or an output that changed (the
+            bits, outputs that differ from run to run or are NaN, or an output that changed (the
             network uses a layer in a way that the pass could not show).
     """
     if quantized_layers(model):
