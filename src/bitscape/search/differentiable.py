@@ -76,6 +76,7 @@ class Differentiable:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
+        claim(_folder(problem), problem, self)  # here, too: where nothing is to be decided, nothing is trained
         result = finish(problem, self, lambda: self._scored(problem))
         keep_policy(result.policy, _folder(problem))
         return result
