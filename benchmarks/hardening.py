@@ -5,8 +5,8 @@
 Fuzz: for every reader of a file that users pass around, good files are damaged (bits, bytes, lengths, JSON entries, tensors) and read in
 a process with little memory. Allowed are an error that names the file, and a file that is read and holds what it may hold. Hostile:
 files that are made to take memory or time, with a limit on both. Kill: SIGKILL at random moments and in the middle of writing, then the
-same command again; its files must be those of a run that was left alone, to the last byte. Write: artefacts are written over their old selves onto a disk that does not take them. A run with a bad case is an error, and
-no row.
+same command again; its files must be those of a run that was left alone, to the last byte. Write: artefacts are written over their old
+selves onto a disk that does not take them. A run with a bad case is an error, and no row.
 """
 
 import argparse
