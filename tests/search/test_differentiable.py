@@ -256,6 +256,7 @@ def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine
         ({"head_epochs": 0}, "head_epochs = 0"),
         ({"lr": 0.0}, "lr = 0.0"),
         ({"logit_lr": float("inf")}, "logit_lr = inf"),
+        ({"lr": 1e39}, r"lr = 1e\+39: it must be above 0 and at most 1e\+06"),
         ({"lr": float("nan")}, "lr = nan"),
         ({"held_out": 1.0}, "held_out = 1.0"),
         ({"held_out": -0.1}, "held_out = -0.1"),
