@@ -1,13 +1,12 @@
 """hardening: damaged files by the thousand, processes killed while they work, disks that are full or read-only.
 
-    python -m benchmarks.hardening [--only fuzz] [--reader packed]
+    python -m benchmarks.hardening [--only fuzz] [--reader packed] [--cases 1000]
 
 Fuzz: for every reader of a file that users pass around, good files are damaged (bits, bytes, lengths, JSON entries, tensors) and read in
-a process with little memory. Allowed are an error that names the file, and a file that is read and holds what it may hold. Hostile: files
-that are made to take memory or time, with a limit on both. Kill: SIGKILL
-at random moments and in the middle of writing, then the same command again; its files must be those of a run that was left alone, to the
-last byte. Write: artefacts are written over their old selves onto a disk that does not take them. A run with a bad case is an error, and
-no row.
+a process with little memory. Allowed are an error that names the file, and a file that is read and holds what it may hold. Hostile:
+files that are made to take memory or time, with a limit on both. Kill: SIGKILL at random moments and in the middle of writing, then the
+same command again; its files must be those of a run that was left alone, to the last byte. Write: artefacts are written over their old
+selves onto a disk that does not take them. A run with a bad case is an error, and no row.
 """
 
 import argparse
@@ -30,11 +29,13 @@ METHODS = ("fuzz", "hostile", "write", "kill")
 KILLS = 10
 
 
-def wanted(methods: tuple[str, ...] = METHODS, readers: tuple[str, ...] = tuple(READERS)) -> Iterator[dict[str, Any]]:
-    """Every run of the benchmark."""
+def wanted(
+    methods: tuple[str, ...] = METHODS, readers: tuple[str, ...] = tuple(READERS), cases: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every run of the benchmark, with `cases` damaged files of each kind, or as many as its reader says."""
     common = {"network": "digits_net", "seed": 0}
     if "fuzz" in methods:
-        yield from ({**common, "method": "fuzz", "variant": name, "settings": {"cases": READERS[name].cases}} for name in readers)
+        yield from ({**common, "method": "fuzz", "variant": name, "settings": {"cases": cases or READERS[name].cases}} for name in readers)
     if "hostile" in methods:
         yield from ({**common, "method": "hostile", "variant": name, "settings": {"files": len(HOSTILE[name])}} for name in readers)
     if "write" in methods:
@@ -62,9 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=METHODS)
     parser.add_argument("--reader", action="append", choices=list(READERS))
+    parser.add_argument("--cases", type=int, help="damaged files of each kind; default: 10,000")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runs = wanted(tuple(options.only or METHODS), tuple(options.reader or READERS))
+    runs = wanted(tuple(options.only or METHODS), tuple(options.reader or READERS), options.cases)
     bad = 0
     for run in missing(read_runs(RESULTS / f"{NAME}.jsonl"), runs, KEYS):
         extra = measure(dict(run))

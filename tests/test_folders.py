@@ -101,6 +101,36 @@ def test_what_fails_elsewhere_passes_through(error: Exception, tmp_path: Path, m
     assert raised.value is error
 
 
+FORK = """
+import os, sys
+from pathlib import Path
+from bitscape.errors import BitscapeError
+from bitscape.folders import locked
+folder = Path(sys.argv[1])
+
+def in_child():
+    if (child := os.fork()) == 0:
+        try:
+            with locked(folder):
+                os._exit(0)
+        except BitscapeError as error:
+            os._exit(1 if f"process {os.getppid()} on" in str(error) else 2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+with locked(folder):
+    print(in_child(), flush=True)
+print(in_child(), flush=True)
+with locked(folder):
+    print((folder / ".lock-owner").read_text().split()[1] == str(os.getpid()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_is_one_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["1", "0", "True"], "")
+
+
 def test_results_are_what_a_run_would_overwrite(tmp_path: Path) -> None:
     assert results_in(tmp_path / "absent") == []
     for name in (WEIGHTS_FILE, CHECKPOINT, "notes.txt", "run.json"):

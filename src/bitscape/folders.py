@@ -46,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
     The system frees the lock of a process that ends, however it ends. Raises BitscapeError, naming the process that holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = _lock(str(folder.resolve() / _LOCK)), folder / _OWNER
+    lock, owner = _lock(str(folder.resolve() / _LOCK), os.getpid()), folder / _OWNER
     outermost = not lock.is_locked
     try:
         lock.acquire(timeout=0)
@@ -74,8 +74,8 @@ def write_together(files: Mapping[Path, bytes | str]) -> None:
 
 
 @cache
-def _lock(path: str) -> FileLock:
-    """One object for each file, so that a thread that holds the lock may take it again."""
+def _lock(path: str, process: int) -> FileLock:
+    """One object for each file, so that a thread that holds the lock may take it again; another one after a fork."""
     return FileLock(path)
 
 

@@ -152,6 +152,7 @@ def test_mistakes_end_in_one_clear_line(refused, files, tmp_path):
     assert "--accuracy needs --data" in refused("bench", files[0], "--accuracy", 10)
     assert "--batch-size '1,x': write whole numbers from 1" in refused("bench", files[0], "--batch-size", "1,x")
     assert "--batch-size '0'" in refused("bench", files[0], "--batch-size", "0")
+    assert "--batch-size '2147483648': write whole numbers from 1 to 2147483647" in refused("bench", files[0], "--batch-size", 2**31)
     assert "takes images of 1x8x8, not 3x8x8" in refused("bench", files[0], "--input-shape", "3x8x8")
     assert "takes images of 1x9x9, not 1x8x8" in refused("bench", files[0], _write(tmp_path / "nine.onnx", side=9))
     fixed = _write(tmp_path / "fixed.onnx", batch=4)

@@ -15,6 +15,9 @@ from bitscape.search.fisher import Fisher
 from bitscape.search.problem import DEFAULT_CANDIDATES
 from bitscape.search.uniform import Uniform
 
+LONG = "9" * 5000
+"""More digits than `int` takes."""
+
 
 def test_candidates_are_all_pairs():
     assert parse_candidates("2,3,4,5,6,8") == DEFAULT_CANDIDATES
@@ -32,7 +35,7 @@ def test_pins_add_to_or_drop_the_default():
     assert parse_pins(["none", "a=8/8"]) == ({"a": LayerBits(8, 8)}, True)
 
 
-@pytest.mark.parametrize("text", ["conv1", "conv1=8", "=8/8", "conv1=8/x", "conv1=9/8"])
+@pytest.mark.parametrize("text", ["conv1", "conv1=8", "=8/8", "conv1=8/x", "conv1=9/8", f"conv1={LONG}/8"])
 def test_bad_pins_are_refused(text):
     with pytest.raises(BitscapeError, match=r"layer=weight/activation|from 1 to 8"):
         parse_pins([text])
@@ -41,14 +44,14 @@ def test_bad_pins_are_refused(text):
 def test_shapes():
     assert parse_shape("3x224x200") == (3, 224, 200)
     assert parse_shape(None) is None
-    for text in ("224", "3x224", "3x0x4", "axbxc"):
+    for text in ("224", "3x224", "3x0x4", "axbxc", f"3x{LONG}x4"):
         with pytest.raises(BitscapeError, match="3x224x224"):
             parse_shape(text)
 
 
 def test_widths():
     assert parse_widths("2-8") == (2, 8)
-    for text in ("", "4", "4-4", "8-2", "0-4", "2-9", "2..8", "a-b", "-2-8"):
+    for text in ("", "4", "4-4", "8-2", "0-4", "2-9", "2..8", "a-b", "-2-8", f"2-{LONG}"):
         with pytest.raises(BitscapeError, match=r"--dynamic .* e\.g\. 2-8"):
             parse_widths(text)
 

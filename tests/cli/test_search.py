@@ -123,6 +123,7 @@ def test_prints_a_front_whose_costs_are_budgets(cli, trained, tmp_path):
         (("--budget", "bitops=0.5x", "--method", "uniform", "--pick", "least-sharp"), "--pick least-sharp: uniform has no scores"),
         (("--budget", "bitops=0.5x", "--images", "9999"), "allows 1 to 1437"),
         (("--budget", "bitops=0.5x", "--device", "gpu"), "--device 'gpu' cannot be used"),
+        (("--budget", "bitops=0.5x", "--device", "meta"), "--device 'meta' cannot be used"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(refused, options, message):
@@ -151,6 +152,7 @@ def test_solving_says_what_it_needs(refused, trained):
     assert "--input-shape is missing" in refused(*solve, "--budget", "bitops=w4a4")
     assert "exactly one of the two" in refused(*solve, "--input-shape", "1x8x8")
     shape = ("--input-shape", "1x8x8")
+    assert "10000 is not in the range 2<=x<=1000" in refused(*solve, *shape, "--front", 10_000)
     assert "a front is many policies" in refused(*solve, *shape, "--front", 4, "--out", "p.json")
     assert "score it, or pin it" in refused(*solve, *shape, "--pin", "none", "--budget", "bitops=w4a4")
     assert "unknown entry 'tool'" in refused("solve", *MODEL, "--scores", trained / "mixed.json", *shape, "--front", 4)

@@ -113,6 +113,7 @@ def test_pinned_layers_keep_their_bits():
         ("peak_activation_bytes=w4", r"does not say the activation bits.*\(a4\)"),
         ("bitops=w9a4", r"'w9a4': bits must be from 1 to 8"),
         ("bitops=w0a4", r"'w0a4': bits must be from 1 to 8"),
+        pytest.param(f"bitops=w{'9' * 5000}a4", r"is not a positive amount", id="more digits than int takes"),
         ("bitops=w4a", r"bitops='w4a' is not a positive amount"),
         ("bitops=1e6,bitops=2e6", r"gives bitops twice, the second time as '2e6'"),
         ("", r"budget='' holds no cap; examples"),

@@ -56,6 +56,23 @@ def test_ranges_in_braces(pattern, names):
     assert [path.name for path in expand(pattern)] == names
 
 
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("{0..100000}.tar", "100,001"),
+        ("{0..999999}-{000..999}.tar", "1,000,000,000"),
+        (f"{{0..{10**18 - 1}}}.tar", "1,000,000,000,000,000,000"),
+    ],
+)
+def test_a_pattern_of_very_many_files_is_refused_before_they_are_listed(pattern, count):
+    with pytest.raises(BitscapeError, match=rf"names {count} files; at most 100,000 are read"):
+        expand(pattern)
+
+
+def test_as_many_files_as_are_allowed():
+    assert len(expand("{1..100000}.tar")) == 100_000
+
+
 @pytest.mark.parametrize("source", ["train-{0000..0002}.tar", ""])
 def test_a_range_and_a_folder_of_tar_files(shards, source):
     data = load_dataset(str(shards / source))

@@ -49,6 +49,9 @@ def test_frozen_parameters_are_left_out_and_a_frozen_model_refused() -> None:
     [
         (Sgd, {"lr": 0.0}, "lr is 0.0"),
         (Sgd, {"lr": math.nan}, "lr is nan"),
+        (Sgd, {"lr": 1e308}, r"lr is 1e\+308; it must be > 0 and at most 1e\+06"),
+        (Sgd, {"weight_decay": 1e39}, r"weight_decay is 1e\+39; it must be from 0 to 1e\+06"),
+        (AdamW, {"eps": math.inf}, "eps is inf"),
         (Sgd, {"momentum": 1.0}, "momentum is 1.0"),
         (Sgd, {"momentum": 0.0}, "nesterov=False"),
         (Sgd, {"weight_decay": -1.0}, "weight_decay is -1.0"),

@@ -77,6 +77,7 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
         ("nets_of_mine:nothing", "returned NoneType; it must return an nn.Module"),
         ("nets_of_mine:ready", "is a ReLU; name a function"),
         ("nets_of_yours:small", "cannot be imported: No module named 'nets_of_yours'"),
+        ("os:system", "cannot be called: missing a required argument: 'command'; name a function that builds the network by itself"),
         ("broken_net:small", "cannot be imported: No module named 'no_such_package'"),
         ("broken_net.py:small", "cannot be imported: No module named 'no_such_package'"),
         ("typo_net.py:small", "cannot be imported: invalid syntax"),
@@ -88,9 +89,15 @@ def test_what_cannot_be_found_is_named(folder, name, message):
         find_model(name)
 
 
-def test_an_error_of_the_users_function_passes_through(folder):
-    with pytest.raises(TypeError, match="width"):
+def test_an_argument_that_the_function_does_not_take_is_named(folder):
+    with pytest.raises(BitscapeError, match="'nets_of_mine:small' cannot be called: got an unexpected keyword argument 'width'"):
         find_model("nets_of_mine:small", width=3)
+
+
+def test_an_error_of_the_users_function_passes_through(folder):
+    Path("fails.py").write_text("def small():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        find_model("fails.py:small")
 
 
 @pytest.mark.parametrize("zoo", ["timm", "torchvision"])

@@ -72,12 +72,20 @@ def test_what_is_no_state_dict_of_the_network_is_named(document, message, tmp_pa
         load_weights(_network(), tmp_path / "w.pt")
 
 
-def test_a_dict_within_itself_is_no_state_dict(tmp_path: Path) -> None:
-    document = {}
-    document["model"] = document
+def test_a_document_that_holds_itself_is_named(tmp_path: Path) -> None:
+    document: dict[str, object] = {"epoch": 3}
+    document["state_dict"] = document
     torch.save(document, tmp_path / "w.pt")
-    with pytest.raises(BitscapeError, match="holds model; looked for a state dict"):
+    with pytest.raises(BitscapeError, match="holds epoch, state_dict; looked for a state dict"):
         load_weights(_network(), tmp_path / "w.pt")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_message_does_not_repeat_how_to_run_a_file(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Identity(), torch.ones(1)), tmp_path / "w.pt")
+    with pytest.raises(BitscapeError, match=r"cannot be read as weights \(.*\); save the weights alone") as refused:
+        load_weights(_network(), tmp_path / "w.pt")
+    assert "False" not in str(refused.value)
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:

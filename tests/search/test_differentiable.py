@@ -133,6 +133,14 @@ class TestFolderOfAnotherSearch:
             replace(method, epochs=1).search(replace(problem(tmp_path), **settings))
         assert str(refused.value).endswith("; give another folder, or delete this one")
 
+    @pytest.mark.parametrize("pinned", [(), ("0", "4", "6")])
+    @pytest.mark.parametrize("name", ["policy.json", "model.safetensors", "checkpoint.safetensors"])
+    def test_results_of_anything_else_are_left_as_they_are(self, name, pinned, tmp_path):
+        (tmp_path / name).write_text("of a training")
+        with pytest.raises(BitscapeError, match=rf"folder .* holds {name}, and not of a search; give another folder"):
+            Differentiable(**SHORT).search(problem(tmp_path, pinned=dict.fromkeys(pinned, LayerBits(4, 4))))
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "of a training"}
+
     def test_one_that_has_no_checkpoint_yet_is_free(self, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             kill_at(patched, 0)
@@ -248,6 +256,7 @@ def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine
         ({"head_epochs": 0}, "head_epochs = 0"),
         ({"lr": 0.0}, "lr = 0.0"),
         ({"logit_lr": float("inf")}, "logit_lr = inf"),
+        ({"lr": 1e39}, r"lr = 1e\+39: it must be above 0 and at most 1e\+06"),
         ({"lr": float("nan")}, "lr = nan"),
         ({"held_out": 1.0}, "held_out = 1.0"),
         ({"held_out": -0.1}, "held_out = -0.1"),

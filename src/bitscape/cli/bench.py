@@ -11,7 +11,7 @@ import click
 from bitscape.cli.network import ImageSettings, load_images, load_network, normalized_images
 from bitscape.cli.options import COUNT, MOST, all_of, image_options, seed_option
 from bitscape.cli.output import amount, print_table, short_names
-from bitscape.cli.parsing import parse_normalization, parse_shape
+from bitscape.cli.parsing import is_whole, parse_normalization, parse_shape
 from bitscape.cli.paths import FILE, MODEL, SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
@@ -108,9 +108,9 @@ def random_images(images: int, shape: Sequence[int], seed: int) -> "Tensor":
 
 
 def _batch_sizes(text: str) -> list[int]:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) for size in sizes):
-        raise BitscapeError(f"--batch-size {text!r}: write whole numbers from 1, e.g. 1,16")
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(is_whole(size) and 1 <= int(size) <= MOST for size in sizes):
+        raise BitscapeError(f"--batch-size {text!r}: write whole numbers from 1 to {MOST}, e.g. 1,16")
     return list(dict.fromkeys(map(int, sizes)))
 
 

@@ -85,7 +85,7 @@ def pick_device(name: str | None) -> "torch.device":
         wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun: one GPU a process
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)
+        float(torch.zeros(1, device=device))  # of "meta", nothing can be read back
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise BitscapeError(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bitscape.train import Plain, Sam
 
 UNPINNED = "none"
+MOST_DIGITS = 18
+"""Of a whole number: it fits 64 bits. `int` fails on thousands of digits, with words that are of no use here."""
 
 
 def parse_candidates(text: str) -> tuple[LayerBits, ...]:
@@ -46,9 +48,14 @@ def parse_pins(texts: Iterable[str]) -> tuple[dict[str, LayerBits], bool]:
 def _pin(text: str) -> tuple[str, LayerBits]:
     name, _, bits = text.rpartition("=")
     weight, _, activation = bits.partition("/")
-    if not name or not weight.isdecimal() or not activation.isdecimal():
+    if not name or not is_whole(weight) or not is_whole(activation):
         raise BitscapeError(f"--pin {text!r}: write layer=weight/activation bits, e.g. conv1=8/8, or none")
     return name, LayerBits(int(weight), int(activation))
+
+
+def is_whole(text: str) -> bool:
+    """Whether the text is a whole number without a sign, of at most `MOST_DIGITS` digits."""
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
@@ -56,7 +63,7 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+    if len(sizes) != 3 or not all(is_whole(size) and int(size) for size in sizes):
         raise BitscapeError(f"--input-shape {text!r}: write channels, height and width of one image, e.g. 3x224x224")
     channels, height, width = map(int, sizes)
     return channels, height, width
@@ -119,7 +126,7 @@ def make_trackers(texts: Iterable[str]) -> "list[Tracker]":
 def parse_widths(text: str) -> tuple[int, int]:
     """Read "2-8" as the least and the largest width."""
     low, _, high = text.partition("-")
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) < int(high) <= MAX_BITS):
+    if not (is_whole(low) and is_whole(high) and 1 <= int(low) < int(high) <= MAX_BITS):
         raise BitscapeError(f"--dynamic {text!r}: write the least and the largest width, from 1 to {MAX_BITS} bits, e.g. 2-8")
     return int(low), int(high)
 

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from bitscape.cost.profiles import Profile
     from bitscape.search.scores import ScoreTable
 
+MOST_POINTS = 1000
+"""Of a front: each is a problem of its own to solve."""
+
 
 @click.command()
 @click.option("--scores", required=True, type=FILE, metavar="FILE", help="What `bitscape search --scores` wrote.")
 @model_option
 @shape_option
 @budget_option
-@click.option("--front", type=click.IntRange(min=2), metavar="N", help="Instead of --budget: up to N best policies by cost.")
+@click.option("--front", type=click.IntRange(2, MOST_POINTS), metavar="N", help="Instead of --budget: up to N best policies by cost.")
 @click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
 @latency_option
 @profile_option

@@ -24,7 +24,8 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}, "ms": {"": 1, "ms": 1}}
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+\.)\s*([a-z]*)")
-_UNIFORM = re.compile(r"(?:w([0-9]+))?(?:a([0-9]+))?")
+_UNIFORM = re.compile(r"(?:w([0-9]{1,9}))?(?:a([0-9]{1,9}))?")
+"""`int` fails on thousands of digits."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing is unpacked: the headers are read once, then each image where it lies. C
 import io
 import itertools
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,9 @@ LABEL_FIELDS = ("cls", *LABEL_COLUMNS)
 MOST_HEADER_BYTES = 2**20
 """Of the header of one file in a tar, and of a label: long names and times take hundreds of bytes, but a header may claim terabytes."""
 MOST_IMAGE_BYTES = 2**28
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
+MOST_FILES = 100_000
+"""Of one pattern."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,18 @@ class _Sample:
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files of "train-{0000..0015}.tar": both ends belong to the range, and as many digits as they have are written."""
+    """Files of "train-{0000..0015}.tar": both ends belong to the range, and as many digits as they have are written.
+
+    Raises BitscapeError for a pattern of more than `MOST_FILES` files.
+    """
     pieces = _RANGE.split(pattern)
     texts, lows, highs = pieces[::3], pieces[1::3], pieces[2::3]
-    ranges = [[str(number).zfill(len(low)) for number in range(int(low), int(high) + 1)] for low, high in zip(lows, highs, strict=True)]
-    return [Path("".join(itertools.chain(*zip(texts, [*numbers, ""], strict=True)))) for numbers in itertools.product(*ranges)]
+    ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
+    count = math.prod(max(0, numbers.stop - numbers.start) for numbers in ranges)  # len fails beyond 64 bits
+    if count > MOST_FILES:
+        raise BitscapeError(f"{pattern!r} names {count:,} files; at most {MOST_FILES:,} are read: shorten its ranges")
+    written = [[str(number).zfill(len(low)) for number in numbers] for low, numbers in zip(lows, ranges, strict=True)]
+    return [Path("".join(itertools.chain(*zip(texts, [*numbers, ""], strict=True)))) for numbers in itertools.product(*written)]
 
 
 def read_shards(paths: Sequence[Path], name: str) -> EncodedSource:

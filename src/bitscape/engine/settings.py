@@ -10,6 +10,9 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 
+MOST_RATE = 1e6
+"""Of learning rates and decays: no training is that fast, and torch fails on numbers beyond float32."""
+
 
 class OptimizerSettings(Protocol):
     """Settings that build a torch optimizer over a model's trainable parameters.
@@ -72,7 +75,7 @@ class AdamW:
         _check_rates(self.lr, self.quantizer_lr, self.weight_decay)
         _check("beta1", self.beta1, 0.0 <= self.beta1 < 1.0, "in [0, 1)")
         _check("beta2", self.beta2, 0.0 <= self.beta2 < 1.0, "in [0, 1)")
-        _check("eps", self.eps, self.eps > 0.0, "> 0")
+        _check("eps", self.eps, 0.0 < self.eps <= MOST_RATE, f"> 0 and at most {MOST_RATE:g}")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the torch optimizer over the trainable parameters of `model`."""
@@ -146,10 +149,10 @@ def _fuse(model: nn.Module) -> bool:
 
 
 def _check_rates(lr: float, quantizer_lr: float | None, weight_decay: float) -> None:
-    _check("lr", lr, 0.0 < lr < math.inf, "> 0")
-    _check("weight_decay", weight_decay, 0.0 <= weight_decay < math.inf, ">= 0")
+    _check("lr", lr, 0.0 < lr <= MOST_RATE, f"> 0 and at most {MOST_RATE:g}")
+    _check("weight_decay", weight_decay, 0.0 <= weight_decay <= MOST_RATE, f"from 0 to {MOST_RATE:g}")
     if quantizer_lr is not None:
-        _check("quantizer_lr", quantizer_lr, 0.0 <= quantizer_lr < math.inf, ">= 0, or None for `lr`")
+        _check("quantizer_lr", quantizer_lr, 0.0 <= quantizer_lr <= MOST_RATE, f"from 0 to {MOST_RATE:g}, or None for `lr`")
 
 
 def _check(name: str, value: float, allowed: bool, rule: str) -> None:

@@ -21,7 +21,7 @@ _TELEMETRY = "openvino_telemetry"
 def runtime_module(name: str) -> Any:
     """Import "onnxruntime", "openvino" or a module within them; a choice that the user made about telemetry stands.
 
-    ONNX Runtime's is the environment variable ORT_DISABLE_TELEMETRY (0 or 1); OpenVINO's the file that its `opt_in_out` writes.
+    ONNX Runtime's is the environment variable ORT_DISABLE_TELEMETRY (0 or 1); OpenVINO's the file in which it keeps the user's consent.
 
     Raises:
         BitscapeError: the package is missing.

@@ -44,7 +44,9 @@ def find_model(name: str, **kwargs: Any) -> nn.Module:
     if not module or not function:
         raise BitscapeError(f"name: {name!r} names no network; write {_FORMS}")
     with _importable(Path.cwd()):
-        return _built(name, _builder(_user_module(module), function)(**kwargs))
+        build = _builder(_user_module(module), function)
+        _check_arguments(name, build, kwargs)
+        return _built(name, build(**kwargs))
 
 
 def import_torchvision() -> ModuleType:
@@ -106,6 +108,17 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool 
     versioned = OrderedDict(weights)
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # how torch keeps versions
     return model.load_state_dict(versioned, strict=strict)
+
+
+def _check_arguments(name: str, build: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(build)
+    except ValueError:  # some built-in functions tell of none
+        return
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise BitscapeError(f"name: {name!r} cannot be called: {error}; name a function that builds the network by itself") from None
 
 
 def _timm(model: str, kwargs: dict[str, Any]) -> Any:

@@ -19,8 +19,8 @@ from bitscape.files import check_safetensors_header
 _log = logging.getLogger("bitscape.models")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "module", "params")
 """Entries of a training checkpoint under which the weights may be, the first that is there first."""
-DEEPEST = 4
-"""Wrappers around the weights that are looked through."""
+MOST_WRAPPERS = 4
+"""One within the other; an entry may be the very object that holds it."""
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
@@ -32,7 +32,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix != ".safetensors" and start[8:] != b"{" and start.startswith((_ZIP, _PICKLE)):
-        return _state_dict(path, _loaded(path))
+        return _state_dict(path, _unwrapped(path, _loaded(path)))
     try:
         check_safetensors_header(path)
         return load_file(path)
@@ -66,23 +66,26 @@ def _loaded(path: Path) -> Any:
         if refused:
             reason = f"holds more than tensors ({refused[1]}), which is not loaded, for it could run code"
         else:
-            reason = f"cannot be read as weights ({first_line(error)})"
+            # torch goes on with how to run what the file holds
+            reason = f"cannot be read as weights ({first_line(error).partition(' In PyTorch 2.6')[0]})"
         raise BitscapeError(f"path: {str(path)!r} {reason}; save the weights alone: torch.save(model.state_dict(), path)") from error
 
 
-def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
-    """The state dict in what was saved: all of it, or an entry of it."""
-    if not isinstance(document, Mapping):
-        raise BitscapeError(
-            f"path: {str(path)!r} holds {type(document).__name__}; save a state dict: "
-            "torch.save(model.state_dict(), path)"
-        )
-    for _ in range(DEEPEST):  # a file may hold a dict within itself
-        name = next((name for name in WRAPPERS if isinstance(document.get(name), Mapping)), None)
-        if name is None:
+def _unwrapped(path: Path, document: Any) -> Any:
+    """The innermost entry that may be a state dict."""
+    for _ in range(MOST_WRAPPERS):
+        wrapped = [name for name in WRAPPERS if isinstance(document, Mapping) and isinstance(document.get(name), Mapping)]
+        if not wrapped:
             break
-        _log.info("%s: using its entry %r", path, name)
-        document = document[name]
+        _log.info("%s: using its entry %r", path, wrapped[0])
+        document = document[wrapped[0]]
+    return document
+
+
+def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
+    """What was saved, if it is a state dict."""
+    if not isinstance(document, Mapping):
+        raise BitscapeError(f"path: {str(path)!r} holds {type(document).__name__}; save a state dict: torch.save(model.state_dict(), path)")
     others = [name for name, value in document.items() if not isinstance(value, Tensor)]
     if others or not document:
         shown = ", ".join(map(str, list(document)[:5])) or "nothing"

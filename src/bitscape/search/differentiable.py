@@ -14,11 +14,11 @@ Measured  docs/how-to-choose: transfer-policies, asga-ladder. docs/results: spee
 """
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitscape.engine import Sgd, Step, train
+from bitscape.engine.settings import MOST_RATE
 from bitscape.errors import BitscapeError, check_choices
 from bitscape.search.mixed_network import Alternating, Mixed, MixtureSgd, MixtureStep, mixed_network
 from bitscape.search.problem import ScoreTable, SearchProblem, SearchResult
@@ -69,13 +69,14 @@ class Differentiable:
         check_choices(self)
         at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
         for name, value in (("lr", self.lr), ("logit_lr", self.logit_lr)):
-            if not 0 < value < math.inf:
-                raise BitscapeError(f"{name} = {value}: it must be above 0 and finite")
+            if not 0 < value <= MOST_RATE:
+                raise BitscapeError(f"{name} = {value}: it must be above 0 and at most {MOST_RATE:g}")
         if not 0 <= self.held_out < 1:
             raise BitscapeError(f"held_out = {self.held_out}: a share of the proxy from 0 (none) to below 1; 0.5 is usual")
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
+        claim(_folder(problem), problem, self)  # here, too: where nothing is to be decided, nothing is trained
         result = finish(problem, self, lambda: self._scored(problem))
         keep_policy(result.policy, _folder(problem))
         return result

@@ -18,7 +18,7 @@ from bitscape.engine.describe import describe
 from bitscape.engine.workers import is_first
 from bitscape.errors import BitscapeError
 from bitscape.files import parse_json, read_limited, write_atomic
-from bitscape.folders import CHECKPOINT, POLICY_FILE, SEARCH_FILE
+from bitscape.folders import CHECKPOINT, POLICY_FILE, SEARCH_FILE, results_in
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
@@ -132,13 +132,18 @@ def keep_policy(policy: Policy, folder: Path | None) -> None:
 
 
 def claim(folder: Path | None, problem: SearchProblem, method: Any) -> None:
-    """Note in the folder what its checkpoints are of. Raises BitscapeError, naming the difference, if they are of another search."""
+    """Note in the folder what its checkpoints are of.
+
+    Raises BitscapeError if they are of another search, naming the difference, and if it holds results of anything but a search.
+    """
     if folder is None:
         return
     asked, note = json.loads(json.dumps(_asked(problem, method))), folder / SEARCH_FILE
     if note.is_file() and any(folder.glob(f"*/{CHECKPOINT}")):
         if changed := changes(_noted(note), asked):
             raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
+    elif not note.is_file() and (held := results_in(folder)):
+        raise BitscapeError(f"folder {folder} holds {', '.join(held)}, and not of a search; give another folder")
     elif is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(note, json.dumps(asked, indent=2) + "\n")
