@@ -1,0 +1,183 @@
+"""Data as users have it: tensors, iterables of batches, DataLoaders, torch and Hugging Face datasets.
+
+A batch is whatever the loader gives. Two functions say how to read it, both with defaults:
+
+    inputs(batch)  -> what the network is called with: a tensor, a tuple of arguments, or a mapping of keywords
+    targets(batch) -> what a loss and a metric compare the outputs with, or None
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from bitscape.calling import Inputs, sample_count, tensors_in
+from bitscape.data.batches import Batches
+from bitscape.data.proxy import draw_proxy
+from bitscape.data.samples import Minibatch, Samples
+from bitscape.data.sources import Dataset
+from bitscape.errors import BitscapeError, first_line
+
+LABELS = ("label", "labels", "target", "targets", "y")
+"""Entries of a mapping that are targets."""
+LOADED_TOGETHER = 64
+"""Rows of a dataset that are collated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReader:
+    """How a batch of the user's is read."""
+
+    inputs: Callable[[Any], Inputs]
+    targets: Callable[[Any], Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Callable[[Any], Inputs] | None = None,
+        targets: Callable[[Any], Any] | None = None,
+    ) -> "BatchReader":
+        """Return the user's functions, with defaults in place of None.
+
+        By default the inputs are the tensor itself, the first entry of a pair, or of a mapping the entries that the
+        model's forward takes by name (its one tensor that is no label where it takes none); the targets are the second
+        entry of a pair, or the entry of a mapping that is called label, labels, target, targets or y.
+        """
+        keywords = _keywords(model)
+        return cls(inputs=inputs or (lambda batch: _default_inputs(batch, keywords)), targets=targets or _default_targets)
+
+    def read(self, batch: Any) -> Minibatch:
+        """Return the batch as inputs and targets. Raises BitscapeError for inputs without a tensor."""
+        made = Minibatch(self.inputs(batch), self.targets(batch))
+        sample_count(made.inputs)
+        return made
+
+
+def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -> Samples:
+    """Return up to `count` samples of `data`, held in memory.
+
+    Args:
+        data: a tensor, or a tuple or mapping of tensors (one large batch); a torch or Hugging Face dataset, or `Batches`
+            (both drawn from, by `seed`); or an iterable of batches, such as a DataLoader (its first samples).
+        reader: how a batch is read.
+        count: most samples that are kept.
+
+    Raises:
+        BitscapeError: no samples, a batch that cannot be read, or data of another kind.
+    """
+    if count < 1:
+        raise BitscapeError(f"count = {count}: it must be at least 1")
+    if isinstance(data, Samples):
+        return data.first(count)
+    return Samples(_until(count, (reader.read(batch) for batch in _batches(data, count, seed))))
+
+
+def _batches(data: Any, count: int, seed: int) -> Iterator[Any]:
+    if isinstance(data, Batches):
+        drawn = draw_proxy(data.dataset, images=min(count, len(data.dataset)), seed=seed)
+        yield (data.normalization.apply(drawn.images), drawn.labels)
+    elif isinstance(data, Dataset):
+        raise BitscapeError(
+            f"data: the images of {data.name} are uint8 and not normalized; pass Batches(dataset=..., normalization=...)"
+        )
+    elif isinstance(data, np.ndarray):
+        yield from _batches(torch.from_numpy(data), count, seed)
+    elif is_one_batch(data):
+        yield Minibatch(data).rows(_drawn(sample_count(data), count, seed)).inputs
+    elif is_map_dataset(data):
+        rows = _drawn(len(data), count, seed).tolist()
+        for start in range(0, len(rows), LOADED_TOGETHER):
+            yield collated([data[row] for row in rows[start : start + LOADED_TOGETHER]])
+    elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        yield from data
+    else:
+        raise BitscapeError(
+            f"data: {type(data).__name__}; pass a tensor, an iterable of batches, a torch Dataset or a DataLoader"
+            f"{'; a name or path is read by bitscape.load_dataset' if isinstance(data, str) else ''}"
+        )
+
+
+def is_one_batch(data: Any) -> bool:
+    """Whether `data` is one large batch: a tensor, or a tuple or mapping of tensors only."""
+    if isinstance(data, tuple | Mapping):
+        entries = list(data.values()) if isinstance(data, Mapping) else list(data)
+        return bool(entries) and all(isinstance(entry, Tensor) for entry in entries)
+    return isinstance(data, Tensor)
+
+
+def is_map_dataset(data: Any) -> bool:
+    """Whether `data` has rows to pick: a torch Dataset or a Hugging Face dataset, but no list of batches and no loader."""
+    return (
+        isinstance(data, Sized)
+        and hasattr(data, "__getitem__")
+        and not isinstance(data, list | tuple | Mapping | str | bytes | Tensor | DataLoader)
+    )
+
+
+def collated(rows: list[Any]) -> Any:
+    """Return rows of a dataset as one batch."""
+    try:
+        return default_collate(rows)
+    except (TypeError, RuntimeError) as error:
+        raise BitscapeError(
+            f"data: its rows do not stack into a batch ({first_line(error)}); let the dataset return tensors of one size, "
+            "or pass a DataLoader with a collate_fn"
+        ) from error
+
+
+def _until(count: int, batches: Iterator[Minibatch]) -> Iterator[Minibatch]:
+    left = count
+    for batch in batches:
+        yield batch.rows(slice(0, left)) if len(batch) > left else batch
+        left -= len(batch)
+        if left <= 0:  # asked before the next batch is loaded
+            return
+
+
+def _drawn(rows: int, count: int, seed: int) -> Tensor:
+    if rows <= count:
+        return torch.arange(rows)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _keywords(model: nn.Module) -> frozenset[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def _default_inputs(batch: Any, keywords: frozenset[str]) -> Inputs:
+    if isinstance(batch, Mapping):
+        return _of_mapping(batch, keywords)
+    if not isinstance(batch, tuple | list):
+        return batch
+    if len(batch) in (1, 2):
+        return batch[0]
+    raise BitscapeError(
+        f"data: a batch is a {type(batch).__name__} of {len(batch)} entries, of which any may be an input; "
+        "pass inputs= and targets=, functions from a batch to what the network is called with and to the labels"
+    )
+
+
+def _of_mapping(batch: Mapping[str, Any], keywords: frozenset[str]) -> Inputs:
+    unlabelled = {key: value for key, value in batch.items() if key not in LABELS and next(tensors_in(value), None) is not None}
+    named = {key: value for key, value in unlabelled.items() if key in keywords}
+    if named:
+        return named
+    if len(unlabelled) == 1:
+        return next(iter(unlabelled.values()))
+    raise BitscapeError(
+        f"data: a batch has the entries {', '.join(map(repr, batch))}, and the network's forward takes "
+        f"{', '.join(sorted(keywords)) or 'none by name'}; pass inputs=, a function from a batch to what the network is called with"
+    )
+
+
+def _default_targets(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABELS if key in batch), None)
+    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
