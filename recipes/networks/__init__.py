@@ -12,6 +12,7 @@ from torch import nn
 from bitscape.data.batches import Normalization
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.find import load_weights
+from recipes.networks.cct import cct4
 from recipes.networks.cifar import (
     resnet8_kc,
     resnet8_kc_cifar100,
@@ -30,6 +31,7 @@ from recipes.networks.imagenet import mobilenetv1_025_128, mobilenetv2_tfslim, r
 __all__ = [
     "WEIGHTS",
     "PretrainedNetwork",
+    "cct4",
     "load",
     "mobilenetv1_025_128",
     "mobilenetv2_tfslim",
@@ -69,6 +71,7 @@ class PretrainedNetwork:
 
 
 _IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _APOT = Normalization((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
 _KC_10 = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _KC_100 = Normalization((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
@@ -115,6 +118,7 @@ WEIGHTS: dict[str, PretrainedNetwork] = {
     "resnet32": _cifar10(resnet32, "resnet32_akamaster", _IMAGENET, 92.63),
     "resnet44": _cifar10(resnet44, "resnet44_akamaster", _IMAGENET, 93.10),
     "resnet20_apot": _cifar10(resnet20_apot, "resnet20_apot", _APOT, 92.96),
+    "cct4": _cifar10(cct4, "cct4_nik212", _CIFAR, 83.85),
     "resnet8_kc": _cifar10(resnet8_kc, "resnet8_kc", _KC_10, 89.59),
     "resnet14_kc": _cifar10(resnet14_kc, "resnet14_kc", _KC_10, 92.18),
     "wrn16_1_kc": _cifar10(wrn16_1_kc, "wrn16_1_kc", _KC_10, 91.75),

@@ -18,6 +18,7 @@ PARAMETERS = {
     "resnet32": 464_154,
     "resnet44": 658_586,
     "resnet20_apot": 272_474,
+    "cct4": 567_819,
     "resnet8_kc": 89_322,
     "resnet14_kc": 186_538,
     "wrn16_1_kc": 175_066,

@@ -1,0 +1,84 @@
+"""A network from an ONNX file, for users who have no source code of it."""
+
+import copy
+import keyword
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from bitscape.errors import BitscapeError, first_line, needs_extra
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read_onnx(path: Path | str) -> nn.Module:
+    """Return the network of an ONNX file as an `nn.Module` in eval mode, through onnx2torch (extra `onnx-input`).
+
+    Layers are called as the file's nodes, arguments as its inputs. A file with several outputs gives a mapping from their
+    names to tensors, one with a single output the tensor alone.
+
+    Raises:
+        BitscapeError: no ONNX file at `path`, or an operator that onnx2torch does not convert (named).
+    """
+    from bitscape.models.find import import_torchvision
+
+    with needs_extra("onnx-input"):
+        import onnx
+
+        import_torchvision()  # onnx2torch imports it
+        import onnx2torch
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and onnx raise many kinds
+        raise BitscapeError(f"{path}: no readable ONNX file ({first_line(error)})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the converter's own tensors
+            network = onnx2torch.convert(_without_constants(model))
+    except Exception as error:
+        raise BitscapeError(
+            f"{path}: onnx2torch cannot convert it ({first_line(error)}); export the network from its source, "
+            "or simplify the file with onnxsim first"
+        ) from error
+    return _with_names_of(model, network).eval()
+
+
+def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """Return a copy whose Constant nodes are initializers: onnx2torch reads shapes and axes only from these."""
+    from onnx import helper, numpy_helper
+
+    changed = copy.deepcopy(model)
+    graph = changed.graph
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        attribute = node.attribute[0]
+        value = helper.get_attribute_value(attribute)
+        tensor = value if attribute.name == "value" else numpy_helper.from_array(_array(value, attribute.name))
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
+    return changed
+
+
+def _array(value: object, attribute: str) -> "object":
+    import numpy as np
+
+    return np.array(value, dtype=np.float32 if "float" in attribute else np.int64)
+
+
+def _with_names_of(model: "onnx.ModelProto", network: fx.GraphModule) -> fx.GraphModule:
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [entry.name for entry in model.graph.input if entry.name not in stored]
+    placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, inputs, strict=True):
+        if name.isidentifier() and not keyword.iskeyword(name):
+            node.target = name
+    if len(model.graph.output) > 1:
+        (output,) = (node for node in network.graph.nodes if node.op == "output")
+        names = [entry.name for entry in model.graph.output]
+        output.args = (dict(zip(names, output.args[0], strict=True)),)
+    network.recompile()
+    return network
