@@ -20,13 +20,13 @@ import torch
 from benchmarks.common import DATA, dataset, do_missing, proxy_images
 from benchmarks.speed import clocked, random_scores
 from bitscape.cost.budget import Budget
-from bitscape.cost.layers import LayerCost, NetworkCost
+from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.cost.policy_cost import cost
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.search.allocation import allocate
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.allocation import allocate
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import DEFAULT_CANDIDATES, SearchProblem
+from bitscape.searches.scores import ScoreTable
 from recipes.networks import load
 
 NAME = "allocate"
@@ -51,7 +51,7 @@ def wanted() -> Iterator[dict[str, Any]]:
             yield {"network": network, "settings": {"pairs": 36, "caps": 3}, "seed": seed}
 
 
-def made_network(kind: str, layers: int, seed: int) -> NetworkCost:
+def made_network(kind: str, layers: int, seed: int) -> NetworkProfile:
     """Layers of random size over three magnitudes, of four sizes in turn, or of one size but for a relative spread."""
     rng = np.random.default_rng(seed)
     if kind == "random":
@@ -60,7 +60,7 @@ def made_network(kind: str, layers: int, seed: int) -> NetworkCost:
         sizes = np.array([BLOCK[at % len(BLOCK)] for at in range(layers)])
     else:
         sizes = np.array([1e9, 1e6, 1e6]) + rng.integers(0, max(3, int(1e9 * float(kind.split()[1]))), (layers, 3)) / [1, 1e3, 1e3]
-    return NetworkCost(layers=tuple(_layer(at, *row) for at, row in enumerate(sizes.astype(int).tolist())), input_shape=(3, 32, 32))
+    return NetworkProfile(layers=tuple(_layer(at, *row) for at, row in enumerate(sizes.astype(int).tolist())), input_shape=(3, 32, 32))
 
 
 def _layer(at: int, macs: int, columns: int, inputs: int) -> LayerCost:
@@ -85,7 +85,7 @@ def scored(network: str) -> tuple[SearchProblem, ScoreTable]:
     return problem, Fisher(images=images).score(problem)
 
 
-def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkCost, dict[str, LayerBits]]:
+def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkProfile, dict[str, LayerBits]]:
     """Scores, costs and pinned layers of a run."""
     if run["network"] in REAL:
         problem, scores = scored(run["network"])

@@ -16,10 +16,10 @@ from benchmarks.common import bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CASES, SEARCH_EPOCHS, problem, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.engine import evaluate
-from bitscape.search.allocation import allocate
-from bitscape.search.asga import Asga
-from bitscape.search.differentiable import Differentiable
-from bitscape.search.readout import probability_scores
+from bitscape.searches.allocation import allocate
+from bitscape.searches.asga import Asga
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.readout import probability_scores
 from bitscape.sharpness import probe_sharpness
 from recipes.networks import WEIGHTS
 

@@ -12,11 +12,11 @@ from bitscape.cli.methods import settings_of
 from bitscape.cli.parsing import training_steps
 from bitscape.errors import BitscapeError
 from bitscape.quant.quantizers import Quantizer
-from bitscape.search.methods import METHODS
+from bitscape.searches.methods import METHODS
 
 SECTIONS = {
-    "Search": "bitscape.search",
-    "Training steps": "bitscape.train",
+    "Search": "bitscape.searches",
+    "Training steps": "bitscape.steps",
     "Bits for each image": "bitscape.dynamic",
     "Quantizers": "bitscape.quant.quantizers",
     "Repair without training": "bitscape.quant.repair",

@@ -25,24 +25,24 @@ from torch import Tensor, nn
 
 from benchmarks.common import DATA, RESULTS, bits_of, dataset, record
 from bitscape.cli.network import calibrated
-from bitscape.cost.profiles import PROFILES
+from bitscape.cost.targets import TARGETS
 from bitscape.data.sources import Dataset
-from bitscape.export.agreement import Comparison
-from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
-from bitscape.export.integer_execution import run_integers
-from bitscape.export.integer_graph import IntegerNetwork, integer_network
-from bitscape.export.onnx_qdq import OnnxInfo, write_onnx
-from bitscape.export.openvino_ir import write_openvino
-from bitscape.export.openvino_parity import check_openvino_parity
-from bitscape.export.packages import runtime_module
-from bitscape.export.parity import check_parity
-from bitscape.export.runtime import RUNTIMES, OpenVino, Runtime, Session, time_alternately
+from bitscape.exporters.agreement import Comparison
+from bitscape.exporters.integer.execution import run_integers
+from bitscape.exporters.integer.form import IntegerNetwork, integer_network
+from bitscape.exporters.onnx.qdq import OnnxInfo, write_onnx
+from bitscape.exporters.openvino.ir import write_openvino
+from bitscape.exporters.openvino.parity import check_openvino_parity
+from bitscape.exporters.parity import check_parity
+from bitscape.measure.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.report.records import missing, read_runs
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import DEFAULT_CANDIDATES, SearchProblem
-from bitscape.search.random_policy import Random
+from bitscape.runtimes.packages import runtime_module
+from bitscape.runtimes.sessions import RUNTIMES, OpenVino, Runtime, Session, time_alternately
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import DEFAULT_CANDIDATES, SearchProblem
+from bitscape.searches.random_policy import Random
 from recipes.networks import WEIGHTS, load, resnet18, resnet50
 
 NAME = "deploy"
@@ -87,7 +87,7 @@ def policy(name: str, runtime: str, variant: str) -> Policy:
     """Bits of a row of ours."""
     if variant == UNIFORM[1]:
         return uniform_policy(quantizable_layers(network(name)), LayerBits(8, 8))
-    stored = PROFILES[PROFILE[runtime]]
+    stored = TARGETS[PROFILE[runtime]]
     pairs = tuple(LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
     budget = "weight_bytes=w4" if variant == MIXED[1] else "bitops=w4a4"
     problem = SearchProblem(model=network(name), images=normalized(name, data(name)[0].images), budget=budget, candidates=pairs)

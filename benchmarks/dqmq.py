@@ -43,9 +43,9 @@ from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import read_runs
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import SearchProblem
-from bitscape.train.plain import Plain
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import SearchProblem
+from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME = "dqmq"

@@ -29,7 +29,7 @@ from bitscape.cli.app import commands
 from bitscape.cli.packed import load_packed_network
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.data.batches import DIGITS, Batches
 from bitscape.data.sources import load_dataset
 from bitscape.dynamic import distill_tiers, dynamic_network
@@ -38,7 +38,7 @@ from bitscape.dynamic.storage import load_dynamic, load_tiers, save_dynamic, sav
 from bitscape.engine import Batch, Sgd, StepRecord, train
 from bitscape.engine.quality_grid import Cell, QualityGrid
 from bitscape.errors import BitscapeError
-from bitscape.export.packed import save_packed
+from bitscape.exporters.packed.file import save_packed
 from bitscape.files import UNSEALED, sealed
 from bitscape.models.digits import digits_net
 from bitscape.models.find import load_weights, save_weights
@@ -48,9 +48,9 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.documents import save_grid
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
-from bitscape.search.allocation import allocate
-from bitscape.search.problem import DEFAULT_CANDIDATES
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.allocation import allocate
+from bitscape.searches.problem import DEFAULT_CANDIDATES
+from bitscape.searches.scores import ScoreTable
 
 MODEL = "bitscape.models.digits:digits_net"
 SHAPE = (1, 8, 8)
@@ -68,7 +68,7 @@ def network() -> nn.Module:
 
 
 @cache
-def cost() -> NetworkCost:
+def cost() -> NetworkProfile:
     """What its layers do."""
     return measure(network(), SHAPE)
 

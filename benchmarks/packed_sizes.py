@@ -23,13 +23,13 @@ from benchmarks.common import DATA, RESULTS, bits_of, record
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
-from bitscape.export.packed import load_packed, save_packed
+from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.fold import fold_norms
 from bitscape.report.records import missing, read_runs
-from bitscape.search.problem import SearchProblem
-from bitscape.search.random_policy import Random
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.random_policy import Random
 from recipes.networks import WEIGHTS, load, resnet18, resnet50
 
 NAME = "packed-sizes"

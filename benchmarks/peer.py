@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
 from bitscape.cost.budget import parse_budget
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.engine import evaluate
@@ -34,9 +34,9 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.report.records import missing, read_runs
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import SearchProblem
-from bitscape.search.uniform import Uniform
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.uniform import Uniform
 from recipes.networks import WEIGHTS, load
 
 NAME, NETWORK = "peer", "resnet20"
@@ -72,7 +72,7 @@ def float_network() -> nn.Module:
 
 
 @cache
-def network_cost() -> NetworkCost:
+def network_cost() -> NetworkProfile:
     """What its layers cost."""
     return measure(float_network(), (3, 32, 32))
 

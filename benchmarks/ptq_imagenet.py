@@ -25,12 +25,12 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.repair import input_moments, repair
 from bitscape.report.records import missing, read_runs
-from bitscape.search.fisher import Fisher
-from bitscape.search.kl import Kl
-from bitscape.search.local import Local
-from bitscape.search.problem import SearchProblem, SearchResult
-from bitscape.search.random_policy import Random
-from bitscape.search.uniform import Uniform
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.kl import Kl
+from bitscape.searches.local import Local
+from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.random_policy import Random
+from bitscape.searches.uniform import Uniform
 from recipes.networks import WEIGHTS, load
 
 NAME = "ptq-imagenet"

@@ -21,13 +21,13 @@ from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, evaluate, train
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.search.fisher import Fisher
-from bitscape.search.kl import Kl
-from bitscape.search.local import Local
-from bitscape.search.problem import SearchProblem
-from bitscape.search.random_policy import Random
-from bitscape.search.uniform import Uniform
-from bitscape.train.plain import Plain
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.kl import Kl
+from bitscape.searches.local import Local
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.random_policy import Random
+from bitscape.searches.uniform import Uniform
+from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME, NETWORK = "qat-cifar10", "resnet20"

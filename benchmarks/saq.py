@@ -20,12 +20,12 @@ from bitscape.data.corruptions import CORRUPTIONS, corrupted
 from bitscape.engine import Step, StepSettings, evaluate
 from bitscape.policy import Policy
 from bitscape.quant.quantizers import Dorefa, Liq, LsqPlus, Pact, Quantizer
-from bitscape.search.fisher import Fisher
-from bitscape.search.uniform import Uniform
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.uniform import Uniform
 from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
-from bitscape.train.plain import Plain
-from bitscape.train.sam import Sam
-from bitscape.train.saq import Saq
+from bitscape.steps.plain import Plain
+from bitscape.steps.sam import Sam
+from bitscape.steps.saq import Saq
 from recipes.networks import WEIGHTS
 
 NAME = "saq"

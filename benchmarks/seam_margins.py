@@ -21,7 +21,7 @@ from bitscape.data.proxy import draw_proxy
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import identity, read_runs
-from bitscape.search.seam import network_margins
+from bitscape.searches.seam import network_margins
 from recipes.networks import WEIGHTS, load
 
 NAME, NETWORK, HEAD = "seam-margins", "resnet20", "linear"

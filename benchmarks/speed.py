@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cost.budget import parse_budget
-from bitscape.cost.layers import LayerCost, NetworkCost, measure
+from bitscape.cost.layers import LayerCost, NetworkProfile, measure
 from bitscape.engine import Batch, Sgd
 from bitscape.engine.forward import autocast_on
 from bitscape.engine.step import CrossEntropy
@@ -42,14 +42,14 @@ from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import missing, read_runs
-from bitscape.search.allocation import allocate
-from bitscape.search.asga import Asga
-from bitscape.search.differentiable import Differentiable
-from bitscape.search.fisher import Fisher
-from bitscape.search.mixed_network import MixtureSgd, mixed_network
-from bitscape.search.problem import DEFAULT_CANDIDATES, DEFAULT_PIN, SearchProblem
-from bitscape.search.proxy_task import proxy_task
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.allocation import allocate
+from bitscape.searches.asga import Asga
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.mixed_network import MixtureSgd, mixed_network
+from bitscape.searches.problem import DEFAULT_CANDIDATES, DEFAULT_PIN, SearchProblem
+from bitscape.searches.proxy_task import proxy_task
+from bitscape.searches.scores import ScoreTable
 from recipes.networks import WEIGHTS, load
 
 NAME = "speed"
@@ -238,7 +238,7 @@ def measure_search(run: dict[str, Any]) -> Clocks:
     return clocked(search)
 
 
-def random_costs(seed: int) -> NetworkCost:
+def random_costs(seed: int) -> NetworkProfile:
     """Layers of random size, over three magnitudes."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(np.log([1e5, 1e2, 1e2]), np.log([1e8, 1e6, 1e5]), (ALLOCATION["layers"], 3))).astype(int).tolist()
@@ -255,7 +255,7 @@ def random_costs(seed: int) -> NetworkCost:
         )
         for at, (macs, columns, inputs) in enumerate(sizes)
     ]
-    return NetworkCost(layers=tuple(layers), input_shape=(3, 32, 32))
+    return NetworkProfile(layers=tuple(layers), input_shape=(3, 32, 32))
 
 
 def random_scores(names: tuple[str, ...], candidates: tuple[LayerBits, ...], seed: int) -> ScoreTable:

@@ -26,16 +26,16 @@ from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.quantizers import Lsq, Quantizer
-from bitscape.search.asga import Asga
-from bitscape.search.differentiable import Differentiable
-from bitscape.search.fisher import Fisher
-from bitscape.search.local import Local
-from bitscape.search.methods import SearchMethod
-from bitscape.search.problem import SearchProblem
-from bitscape.search.random_policy import Random
-from bitscape.search.seam import Seam
-from bitscape.search.uniform import Uniform
-from bitscape.train.plain import Plain
+from bitscape.searches.asga import Asga
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.local import Local
+from bitscape.searches.methods import SearchMethod
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.random_policy import Random
+from bitscape.searches.seam import Seam
+from bitscape.searches.uniform import Uniform
+from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME = "transfer-policies"

@@ -37,13 +37,13 @@ from bitscape.quant.convert import quantize, record_inputs
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import Mse
 from bitscape.report.records import identity, read_runs
-from bitscape.search.fisher import Fisher
-from bitscape.search.hawq import Hawq
-from bitscape.search.kl import Kl
-from bitscape.search.local import Local
-from bitscape.search.problem import ScoreTable, SearchProblem
-from bitscape.search.random_policy import Random
-from bitscape.search.topological import Topological
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.hawq import Hawq
+from bitscape.searches.kl import Kl
+from bitscape.searches.local import Local
+from bitscape.searches.problem import ScoreTable, SearchProblem
+from bitscape.searches.random_policy import Random
+from bitscape.searches.topological import Topological
 from recipes.networks import WEIGHTS, load
 
 NAME = "transfer-scores"

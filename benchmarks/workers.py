@@ -37,10 +37,10 @@ from bitscape.data.sources import load_dataset
 from bitscape.engine import Batch, Sgd, Step, StepRecord, StepSettings, train
 from bitscape.engine.workers import rank
 from bitscape.report.records import missing, read_runs
-from bitscape.search.asga import Asga
-from bitscape.search.differentiable import Differentiable
-from bitscape.search.problem import SearchProblem
-from bitscape.train import Plain, Saq
+from bitscape.searches.asga import Asga
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.problem import SearchProblem
+from bitscape.steps import Plain, Saq
 from recipes.networks import WEIGHTS, load
 
 NAME = "workers"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bitscape.errors import BitscapeError
-from bitscape.export.packages import runtime_module
+from bitscape.runtimes.packages import runtime_module
 
 
 def runtime_or_skip(name: str) -> Any:

@@ -20,12 +20,12 @@ from bitscape.data.cache import cache_file
 from bitscape.data.sources import load_dataset
 from bitscape.dynamic.storage import load_tiers, read_tiers, tier_folder
 from bitscape.errors import BitscapeError
-from bitscape.export.packed import load_packed, save_packed
-from bitscape.export.runtime import RUNTIMES
+from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.search.scores import ScoreTable
+from bitscape.runtimes.sessions import RUNTIMES
+from bitscape.searches.scores import ScoreTable
 from tests.dynamic.small import float_net
 from tests.runtimes import runtime_or_skip
 

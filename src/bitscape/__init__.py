@@ -13,35 +13,35 @@ TYPE_CHECKING = False  # of typing, which is left out, too: Ctrl-C may come befo
 
 _NAMES = {
     "cost.latency": ("LatencyTable",),
-    "cost.layers": ("NetworkCost", "measure"),
+    "cost.layers": ("NetworkProfile", "measure"),
     "cost.policy_cost": ("policy_cost",),
-    "cost.profiles": ("PROFILES", "Profile"),
+    "cost.targets": ("TARGETS", "Target"),
     "data.batches": ("Batches", "Normalization"),
     "data.proxy": ("draw_proxy",),
     "data.sources": ("Dataset", "load_dataset"),
     "engine": ("Accuracy", "AdamW", "Cosine", "Sgd", "TrainResult", "evaluate"),
     "errors": ("BitscapeError",),
-    "export.packed": ("load_packed", "save_packed"),
+    "exporters.packed.file": ("load_packed", "save_packed"),
     "models.find": ("find_model", "load_weights"),
     "policy": ("LayerBits", "Policy", "PolicyError", "uniform_policy"),
     "quant.convert": ("calibrate", "quantize", "recalibrate_norms"),
     "quant.fold": ("fold_norms",),
     "quant.quantizers": ("Dorefa", "Liq", "Lsq", "LsqPlus", "Pact"),
     "quant.repair": ("equalize", "input_moments", "repair"),
-    "search.allocation": ("InfeasibleBudget", "allocate", "near_best", "pareto_front"),
-    "search.asga": ("Asga",),
-    "search.differentiable": ("Differentiable",),
-    "search.fisher": ("Fisher",),
-    "search.hawq": ("Hawq",),
-    "search.kl": ("Kl",),
-    "search.local": ("Local",),
-    "search.methods": ("METHODS", "SearchMethod"),
-    "search.problem": ("SearchProblem", "SearchResult"),
-    "search.random_policy": ("Random",),
-    "search.scores": ("ScoreTable",),
-    "search.seam": ("Seam",),
-    "search.topological": ("Topological",),
-    "search.uniform": ("Uniform",),
+    "searches.allocation": ("InfeasibleBudget", "allocate", "near_best", "pareto_front"),
+    "searches.asga": ("Asga",),
+    "searches.differentiable": ("Differentiable",),
+    "searches.fisher": ("Fisher",),
+    "searches.hawq": ("Hawq",),
+    "searches.kl": ("Kl",),
+    "searches.local": ("Local",),
+    "searches.methods": ("METHODS", "SearchMethod"),
+    "searches.problem": ("SearchProblem", "SearchResult"),
+    "searches.random_policy": ("Random",),
+    "searches.scores": ("ScoreTable",),
+    "searches.seam": ("Seam",),
+    "searches.topological": ("Topological",),
+    "searches.uniform": ("Uniform",),
     "sharpness": ("Ball", "probe_sharpness", "top_eigenvalue"),
     "train": ("Loss", "Plain", "Sam", "Saq"),
 }
@@ -50,11 +50,11 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
     from bitscape.cost.latency import LatencyTable as LatencyTable
-    from bitscape.cost.layers import NetworkCost as NetworkCost
+    from bitscape.cost.layers import NetworkProfile as NetworkProfile
     from bitscape.cost.layers import measure as measure
     from bitscape.cost.policy_cost import policy_cost as policy_cost
-    from bitscape.cost.profiles import PROFILES as PROFILES
-    from bitscape.cost.profiles import Profile as Profile
+    from bitscape.cost.targets import TARGETS as TARGETS
+    from bitscape.cost.targets import Target as Target
     from bitscape.data.batches import Batches as Batches
     from bitscape.data.batches import Normalization as Normalization
     from bitscape.data.proxy import draw_proxy as draw_proxy
@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from bitscape.engine import TrainResult as TrainResult
     from bitscape.engine import evaluate as evaluate
     from bitscape.errors import BitscapeError as BitscapeError
-    from bitscape.export.packed import load_packed as load_packed
-    from bitscape.export.packed import save_packed as save_packed
+    from bitscape.exporters.packed.file import load_packed as load_packed
+    from bitscape.exporters.packed.file import save_packed as save_packed
     from bitscape.models.find import find_model as find_model
     from bitscape.models.find import load_weights as load_weights
     from bitscape.policy import LayerBits as LayerBits
@@ -87,32 +87,32 @@ if TYPE_CHECKING:
     from bitscape.quant.repair import equalize as equalize
     from bitscape.quant.repair import input_moments as input_moments
     from bitscape.quant.repair import repair as repair
-    from bitscape.search.allocation import InfeasibleBudget as InfeasibleBudget
-    from bitscape.search.allocation import allocate as allocate
-    from bitscape.search.allocation import near_best as near_best
-    from bitscape.search.allocation import pareto_front as pareto_front
-    from bitscape.search.asga import Asga as Asga
-    from bitscape.search.differentiable import Differentiable as Differentiable
-    from bitscape.search.fisher import Fisher as Fisher
-    from bitscape.search.hawq import Hawq as Hawq
-    from bitscape.search.kl import Kl as Kl
-    from bitscape.search.local import Local as Local
-    from bitscape.search.methods import METHODS as METHODS
-    from bitscape.search.methods import SearchMethod as SearchMethod
-    from bitscape.search.problem import SearchProblem as SearchProblem
-    from bitscape.search.problem import SearchResult as SearchResult
-    from bitscape.search.random_policy import Random as Random
-    from bitscape.search.scores import ScoreTable as ScoreTable
-    from bitscape.search.seam import Seam as Seam
-    from bitscape.search.topological import Topological as Topological
-    from bitscape.search.uniform import Uniform as Uniform
+    from bitscape.searches.allocation import InfeasibleBudget as InfeasibleBudget
+    from bitscape.searches.allocation import allocate as allocate
+    from bitscape.searches.allocation import near_best as near_best
+    from bitscape.searches.allocation import pareto_front as pareto_front
+    from bitscape.searches.asga import Asga as Asga
+    from bitscape.searches.differentiable import Differentiable as Differentiable
+    from bitscape.searches.fisher import Fisher as Fisher
+    from bitscape.searches.hawq import Hawq as Hawq
+    from bitscape.searches.kl import Kl as Kl
+    from bitscape.searches.local import Local as Local
+    from bitscape.searches.methods import METHODS as METHODS
+    from bitscape.searches.methods import SearchMethod as SearchMethod
+    from bitscape.searches.problem import SearchProblem as SearchProblem
+    from bitscape.searches.problem import SearchResult as SearchResult
+    from bitscape.searches.random_policy import Random as Random
+    from bitscape.searches.scores import ScoreTable as ScoreTable
+    from bitscape.searches.seam import Seam as Seam
+    from bitscape.searches.topological import Topological as Topological
+    from bitscape.searches.uniform import Uniform as Uniform
     from bitscape.sharpness import Ball as Ball
     from bitscape.sharpness import probe_sharpness as probe_sharpness
     from bitscape.sharpness import top_eigenvalue as top_eigenvalue
-    from bitscape.train import Loss as Loss
-    from bitscape.train import Plain as Plain
-    from bitscape.train import Sam as Sam
-    from bitscape.train import Saq as Saq
+    from bitscape.steps import Loss as Loss
+    from bitscape.steps import Plain as Plain
+    from bitscape.steps import Sam as Sam
+    from bitscape.steps import Saq as Saq
 else:  # a type checker that saw this function would let every name pass
 
     def __getattr__(name: str) -> object:

@@ -10,8 +10,8 @@ from benchmarks.cards import FIELDS, Card, card_of, page, pages, sections
 from bitscape.cli.parsing import training_steps
 from bitscape.errors import BitscapeError
 from bitscape.quant.quantizers import Quantizer
-from bitscape.search import fisher
-from bitscape.search.methods import METHODS
+from bitscape.searches import fisher
+from bitscape.searches.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,15 +32,15 @@ def _module(name: str, text: str) -> ModuleType:
 
 
 def test_a_card_is_read_field_by_field():
-    card = card_of(_module("bitscape.search.name", CARD))
+    card = card_of(_module("bitscape.searches.name", CARD))
     assert card is not None
-    assert (card.name, card.title, card.gist, card.source) == ("name", "Name", "what it is.", "src/bitscape/search/name.py")
+    assert (card.name, card.title, card.gist, card.source) == ("name", "Name", "what it is.", "src/bitscape/searches/name.py")
     assert card.fields["Idea"] == "An idea that takes two lines."
     assert tuple(card.fields) == FIELDS
 
 
 def test_a_page_escapes_and_links():
-    card = card_of(_module("bitscape.search.name", CARD))
+    card = card_of(_module("bitscape.searches.name", CARD))
     assert card is not None
     text = page(card)
     assert "# Name\n\nWhat it is.\n" in text

@@ -2,7 +2,7 @@ from typing import Any
 
 from benchmarks.saq import BUDGETS, LONGER, PLAIN, QUANTIZERS, STEPS, SWEEP, SWEEP_SEED, step_of, swept, wanted
 from benchmarks.saq_summaries import saq
-from bitscape.train import Plain, Sam
+from bitscape.steps import Plain, Sam
 from tests.benchmarks.test_transfer_summaries import line_of
 
 

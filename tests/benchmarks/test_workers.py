@@ -28,7 +28,7 @@ from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import identity, read_runs
-from bitscape.search.problem import SearchProblem
+from bitscape.searches.problem import SearchProblem
 from recipes.networks import WEIGHTS
 
 CPU = torch.device("cpu")

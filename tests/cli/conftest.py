@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitscape.policy import LayerBits, fingerprint
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 from tests.cli.run import ENDS, MIXED, MODEL, SHAPES, Shown, run_cli, succeed
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bitscape.cli.app import commands
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.search.fisher import Fisher
+from bitscape.searches.fisher import Fisher
 from bitscape.version import __version__
 from tests.cli.run import MODEL, run_cli
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from bitscape.cli.export_report import computed_otherwise, report_agreement, report_file, report_parity
 from bitscape.cli.export_source import ExportSource
 from bitscape.errors import BitscapeError
-from bitscape.export.agreement import Agreement
-from bitscape.export.integer_execution import run_integers
-from bitscape.export.integer_graph import IntegerNetwork, integer_network
-from bitscape.export.parity import LayerParity, ParityReport
-from tests.export.networks import Applied, images, policy_for, quantized
+from bitscape.exporters.agreement import Agreement
+from bitscape.exporters.integer.execution import run_integers
+from bitscape.exporters.integer.form import IntegerNetwork, integer_network
+from bitscape.exporters.parity import LayerParity, ParityReport
+from tests.exporters.networks import Applied, images, policy_for, quantized
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitscape.cli.interrupts import interrupting
-from bitscape.search.fisher import Fisher
+from bitscape.searches.fisher import Fisher
 from tests.cli.run import MODEL, run_cli
 
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
@@ -23,7 +23,7 @@ def test_a_signal_ends_with_its_code_and_one_line(number, code, monkeypatch):
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("where", ["bitscape.cli.app", "click", "bitscape.search.problem"])
+@pytest.mark.parametrize("where", ["bitscape.cli.app", "click", "bitscape.searches.problem"])
 def test_ctrl_c_while_modules_are_imported_is_one_line(where: str, tmp_path: Path) -> None:
     """A finder that gets Ctrl-C when the module is looked for."""
     code = f"""

@@ -5,7 +5,7 @@ import pytest
 
 from bitscape.cli.latency import shown_pairs
 from bitscape.cost.latency import LatencyTable
-from bitscape.export import layer_times
+from bitscape.exporters import layer_times
 from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
 from tests.runtimes import runtime_or_skip

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from bitscape.cli.parsing import training_steps
-from bitscape.search.methods import METHODS
+from bitscape.searches.methods import METHODS
 
 STEPS = training_steps()
 

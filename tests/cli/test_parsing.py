@@ -11,9 +11,9 @@ from bitscape.cli.parsing import (
 from bitscape.data.batches import CIFAR10, DIGITS, Normalization
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import DEFAULT_CANDIDATES
-from bitscape.search.uniform import Uniform
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import DEFAULT_CANDIDATES
+from bitscape.searches.uniform import Uniform
 
 LONG = "9" * 5000
 """More digits than `int` takes."""
@@ -57,14 +57,14 @@ def test_widths():
 
 
 def test_normalizations():
-    assert parse_normalization("cifar10", "train.parquet") is CIFAR10
+    assert parse_normalization("cifar10", "steps.parquet") is CIFAR10
     assert parse_normalization(None, "digits") is DIGITS
     assert parse_normalization("0.5,0.4,0.3/1,2,3", "x") == Normalization((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
 
 
 def test_a_normalization_is_never_guessed():
     with pytest.raises(BitscapeError, match="--normalize is missing"):
-        parse_normalization(None, "train.parquet")
+        parse_normalization(None, "steps.parquet")
     with pytest.raises(BitscapeError, match="nearest: imagenet"):
         parse_normalization("imagnet", "x")
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from bitscape.cost.latency import LatencyTable
-from bitscape.cost.profiles import PROFILES
+from bitscape.cost.targets import TARGETS
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.search.fisher import Fisher
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.scores import ScoreTable
 from tests.cli.run import MODEL, run_cli
 
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 16)
@@ -201,7 +201,7 @@ def test_the_policy_so_far_can_be_shown_on_its_network(cli, tmp_path, monkeypatc
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitscape.search.differentiable.read_out", stop)
+    monkeypatch.setattr("bitscape.searches.differentiable.read_out", stop)
     run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     shown = cli("policy", "show", tmp_path / "run" / "policy.json", *MODEL)
     assert "after epoch 2 of 2, by readout probability" in shown.out
@@ -211,7 +211,7 @@ def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitscape.search.differentiable.read_out", stop)
+    monkeypatch.setattr("bitscape.searches.differentiable.read_out", stop)
     shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     assert shown.code == 130
     assert f"the policy so far is {tmp_path / 'run' / 'policy.json'}; run the same command to go on" in shown.err
@@ -270,13 +270,13 @@ def test_a_budget_in_milliseconds_says_how_to_get_a_table(refused, trained):
 
 
 def test_a_profile_restricts_the_bits_and_says_what_they_do(cli, tmp_path):
-    shown = cli(*SEARCH, "--profile", "openvino", "--budget", "weight_bytes=0.5x", "--pin", "down.0=6/8", "--out", tmp_path / "p.json")
+    shown = cli(*SEARCH, "--target", "openvino", "--budget", "weight_bytes=0.5x", "--pin", "down.0=6/8", "--out", tmp_path / "p.json")
     policy = Policy.load(tmp_path / "p.json")
-    assert all(PROFILES["openvino"].allows(bits) for bits in policy.layers.values())
-    assert policy.provenance["profile"] == "openvino"
-    assert PROFILES["openvino"].note(policy) in shown.out
+    assert all(TARGETS["openvino"].allows(bits) for bits in policy.layers.values())
+    assert policy.provenance["target"] == "openvino"
+    assert TARGETS["openvino"].note(policy) in shown.out
     assert "warning" not in shown.err
-    shown = cli(*SEARCH, "--profile", "openvino", "--budget", "bitops=0.6x", "--pin", "down.0=6/8")
+    shown = cli(*SEARCH, "--target", "openvino", "--budget", "bitops=0.6x", "--pin", "down.0=6/8")
     assert shown.err.count("says nothing about time on openvino") == 1
 
 
@@ -286,13 +286,13 @@ def test_without_a_profile_bytes_of_files_that_store_weights_wider_are_told(bits
     shown = cli(*search, "--out", tmp_path / "p.json").out
     assert ("weight_bytes are those of packed files" in shown) == (bits == 5)
     if bits == 5:
-        assert re.search(r"take .*B in ONNX files and .*B in OpenVINO files: .* --profile onnx-container or --profile openvino", shown)
+        assert re.search(r"take .*B in ONNX files and .*B in OpenVINO files: .* --target onnx-container or --target openvino", shown)
 
 
 def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
     table, scores = _latency(tmp_path / "table.json", 0.5, "onnxruntime 1.24"), tmp_path / "scores.json"
-    common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--profile")
-    told = "warning: latency table (onnxruntime 1.24, some cpu, threads: 1, batch: 1) was measured in onnxruntime, and profile openvino"
+    common = (*FOUR_OR_EIGHT, "--latency", table, "--budget", "weight_bytes=0.7x", "--target")
+    told = "warning: latency table (onnxruntime 1.24, some cpu, threads: 1, batch: 1) was measured in onnxruntime, and target openvino"
     assert cli(*SEARCH, *common, "openvino", "--scores", scores).err.count(told) == 1
     assert "was measured in" not in cli(*SEARCH, *common, "onnx-container").err
     solve = ("solve", *MODEL, "--scores", scores, "--input-shape", "1x8x8", *common[-5:])
@@ -300,26 +300,26 @@ def test_times_of_another_runtime_than_the_profiles_are_told(cli, tmp_path):
     assert "warning" not in cli(*solve, "onnx-container").err
 
 
-def test_solving_keeps_to_a_profile(cli, refused, trained, tmp_path):
+def test_solving_keeps_to_a_target(cli, refused, trained, tmp_path):
     solve = ("solve", *MODEL, "--scores", trained / "scores.json", "--input-shape", "1x8x8", "--budget", "weight_bytes=0.5x")
-    shown = cli(*solve, "--profile", "openvino", "--out", tmp_path / "p.json")
+    shown = cli(*solve, "--target", "openvino", "--out", tmp_path / "p.json")
     policy = Policy.load(tmp_path / "p.json")
-    assert all(PROFILES["openvino"].allows(bits) for bits in policy.layers.values())
-    assert policy.provenance["profile"] == "openvino"
-    assert PROFILES["openvino"].note(policy) in shown.out
+    assert all(TARGETS["openvino"].allows(bits) for bits in policy.layers.values())
+    assert policy.provenance["target"] == "openvino"
+    assert TARGETS["openvino"].note(policy) in shown.out
     cli(*solve, "--out", tmp_path / "free.json")
-    assert not all(PROFILES["openvino"].allows(bits) for bits in Policy.load(tmp_path / "free.json").layers.values())
-    wide = cli(*solve[:-1], "weight_bytes=1x", "--profile", "htp")  # it has no layer with more than 32 outputs
+    assert not all(TARGETS["openvino"].allows(bits) for bits in Policy.load(tmp_path / "free.json").layers.values())
+    wide = cli(*solve[:-1], "weight_bytes=1x", "--target", "htp")  # it has no layer with more than 32 outputs
     assert "htp: 0 of 8 layers have fewer than 8 weight bits" in wide.out
-    assert "pinned: layer 'down.0': 4/4" in refused(*solve, "--profile", "openvino", "--pin", "down.0=4/4")
+    assert "pinned: layer 'down.0': 4/4" in refused(*solve, "--target", "openvino", "--pin", "down.0=4/4")
     two = tmp_path / "two.json"
     ScoreTable(("down.0",), (LayerBits(2, 2),), [[1.0]], "fisher").save(two)
-    given = (*solve[:4], two, *solve[5:], "--profile", "openvino")
-    assert "--scores: 2/2 weight/activation bits are not what profile openvino" in refused(*given)
+    given = (*solve[:4], two, *solve[5:], "--target", "openvino")
+    assert "--scores: 2/2 weight/activation bits are not what target openvino" in refused(*given)
 
 
 def test_what_a_profile_does_not_have_is_refused(refused):
-    common = (*SEARCH, "--budget", "weight_bytes=0.5x", "--profile")
+    common = (*SEARCH, "--budget", "weight_bytes=0.5x", "--target")
     assert "candidates: 2/8, 5/8 weight" in refused(*common, "cortex-m", "--candidates", "w=2,4,5;a=8")
     assert "pinned: layer 'down.0': 4/4" in refused(*common, "openvino", "--pin", "down.0=4/4")
     assert "cpu-int8" in refused(*common, "cpu")
@@ -327,7 +327,7 @@ def test_what_a_profile_does_not_have_is_refused(refused):
 
 def test_the_help_names_the_profiles(cli):
     shown = " ".join(cli("search", "--help").out.split())
-    assert all(name in shown for name in PROFILES)
+    assert all(name in shown for name in TARGETS)
 
 
 def test_a_search_that_keeps_nothing_says_so(cli, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from bitscape.folders import locked
 from bitscape.policy import LayerBits, Policy
-from bitscape.train.plain import Plain
+from bitscape.steps.plain import Plain
 from tests.cli.run import MODEL, run_cli
 
 TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)

@@ -12,7 +12,7 @@ from torch import nn
 
 from bitscape.cost.budget import Budget, parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.policy_cost import CAPS, cost, layer_cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
@@ -310,7 +310,7 @@ def test_a_layer_run_twice_and_a_shared_weight_keep_their_own_times() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.two(self.one(self.one(x)))
 
-    network: NetworkCost = measure(Twice(), (4,))
+    network: NetworkProfile = measure(Twice(), (4,))
     layers = {"one": {"8/8": 2.0}, "two": {"8/8": 1.0}}
     changes = {"layers": layers, "fingerprint": fingerprint(network.shapes), "input_shape": (4,)}
     joined = with_latency(network, replace(TABLE, **changes))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.cost.layers import LayerCost, NetworkCost, Uncounted, measure
+from bitscape.cost.layers import LayerCost, NetworkProfile, Uncounted, measure
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from tests.networks import resnet18, resnet20
@@ -207,7 +207,7 @@ def test_ends_are_in_order_of_call_not_of_registration():
             return self.head(self.stem(x))
 
     cost = measure(Backwards(), (4,))
-    assert isinstance(cost, NetworkCost)
+    assert isinstance(cost, NetworkProfile)
     assert cost.ends == ("stem", "head")
 
 

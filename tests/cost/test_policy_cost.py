@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bitscape.cost.layers import LayerCost, NetworkCost, measure
+from bitscape.cost.layers import LayerCost, NetworkProfile, measure
 from bitscape.cost.policy_cost import (
     CAPS,
     bitops,
@@ -42,10 +42,10 @@ LAYERS = st.builds(
 
 
 @st.composite
-def networks_and_policies(draw) -> tuple[NetworkCost, Policy]:
+def networks_and_policies(draw) -> tuple[NetworkProfile, Policy]:
     layers = draw(st.lists(LAYERS, min_size=1, max_size=6))
     named = tuple(LayerCost(**{**layer.__dict__, "name": f"layer{index}"}) for index, layer in enumerate(layers))
-    network = NetworkCost(layers=named, input_shape=(3, 8, 8))
+    network = NetworkProfile(layers=named, input_shape=(3, 8, 8))
     return network, Policy({layer.name: draw(BITS) for layer in named})
 
 
@@ -160,7 +160,7 @@ def test_policy_must_fit_the_network():
 
 
 def test_never_called_layers_may_have_bits_and_cost_what_is_stored():
-    with_uncalled = NetworkCost(
+    with_uncalled = NetworkProfile(
         layers=measure(nn.Linear(4, 4), (4,)).layers,
         uncalled=("idle",),
         input_shape=(4,),

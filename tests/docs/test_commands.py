@@ -10,8 +10,8 @@ import pytest
 
 from bitscape.cli.app import commands
 from bitscape.errors import BitscapeError
-from bitscape.search.methods import METHODS
-from bitscape.train import STEPS
+from bitscape.searches.methods import METHODS
+from bitscape.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -19,10 +19,10 @@ from bitscape.engine import Batch, Sgd, train
 from bitscape.engine.step import Part
 from bitscape.models.digits import digits_net
 from bitscape.policy import Policy
-from bitscape.search.methods import METHODS
-from bitscape.search.problem import SearchProblem
-from bitscape.search.scores import ScoreTable
-from bitscape.train import STEPS, Plain
+from bitscape.searches.methods import METHODS
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.scores import ScoreTable
+from bitscape.steps import STEPS, Plain
 from tests.engine.tiny import tiny_batches, tiny_net
 
 ROOT = Path(__file__).parents[2]

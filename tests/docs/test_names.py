@@ -54,10 +54,10 @@ FOREIGN = {
         (
             "test_damped",
             "test_relative",
-            "src/bitscape/search/relative.py",
-            "src/bitscape/train/damped.py",
-            "tests/search/test_relative.py",
-            "tests/train/test_damped.py",
+            "src/bitscape/searches/relative.py",
+            "src/bitscape/steps/damped.py",
+            "tests/searches/test_relative.py",
+            "tests/steps/test_damped.py",
         ),
         "written by who follows the example",
     ),
@@ -200,6 +200,6 @@ def test_a_function_that_does_not_exist_is_found():
         "quant.grid.missing",
         "walk",
     ]
-    assert resolves("quant.grid", "bitscape.search.fisher")
-    assert resolves("pair_scores", "bitscape.search.fisher")
-    assert not resolves("quant.grid.missing", "bitscape.search.fisher")
+    assert resolves("quant.grid", "bitscape.searches.fisher")
+    assert resolves("pair_scores", "bitscape.searches.fisher")
+    assert not resolves("quant.grid.missing", "bitscape.searches.fisher")

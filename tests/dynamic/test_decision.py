@@ -1,20 +1,20 @@
 import pytest
 import torch
 
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.decision import Decision, joined
 from bitscape.policy import LayerBits, Policy
-from tests.search.small import layer, network, random_network
+from tests.searches.small import layer, network, random_network
 
 
-def drawn(cost: NetworkCost, images: int = 5, seed: int = 0) -> Decision:
+def drawn(cost: NetworkProfile, images: int = 5, seed: int = 0) -> Decision:
     generator = torch.Generator().manual_seed(seed)
     weight, activation = torch.randint(1, 9, (2, images, len(cost.layers)), generator=generator).float()
     return Decision(weight, activation)
 
 
-def policy_at(cost: NetworkCost, decision: Decision, image: int) -> Policy:
+def policy_at(cost: NetworkProfile, decision: Decision, image: int) -> Policy:
     pairs = zip(decision.weight[image].int().tolist(), decision.activation[image].int().tolist(), strict=True)
     return Policy({name: LayerBits(*pair) for name, pair in zip(cost.by_name, pairs, strict=True)})
 

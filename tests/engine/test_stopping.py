@@ -7,7 +7,7 @@ from bitscape.engine import Sgd, train
 from bitscape.engine.checkpoint import load_checkpoint
 from bitscape.engine.stopping import Stop, Stopping
 from bitscape.folders import CHECKPOINT
-from bitscape.train import Plain
+from bitscape.steps import Plain
 from tests.engine.tiny import same_state, tiny_batches, tiny_net
 
 USUAL = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3}

@@ -10,7 +10,7 @@ import pytest
 from bitscape.engine import Sgd, TensorBoard, train, workers
 from bitscape.engine import trackers as trackers_module
 from bitscape.errors import BitscapeError
-from bitscape.train import Plain
+from bitscape.steps import Plain
 from tests.engine.tiny import same_state, tiny_batches, tiny_net
 
 USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05)}

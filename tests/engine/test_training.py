@@ -41,7 +41,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.train import Loss, Plain, Saq
+from bitscape.steps import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
 USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3, "schedule": Cosine(warmup_epochs=0.5)}
@@ -215,7 +215,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from bitscape.engine import Sgd, train
-from bitscape.train import Plain
+from bitscape.steps import Plain
 from tests.engine.tiny import tiny_batches, tiny_net
 folder = Path(sys.argv[1])
 model = tiny_net()

@@ -13,7 +13,7 @@ from torch import nn
 from bitscape.engine import Batch, StepRecord, feed, workers
 from bitscape.engine.step import Part
 from bitscape.errors import BitscapeError
-from bitscape.train.sam import SharpStep
+from bitscape.steps.sam import SharpStep
 from tests.engine import two_workers
 from tests.engine.tiny import tiny_batches
 from tests.engine.two_workers import listed

@@ -20,12 +20,12 @@ from bitscape.engine.workers import rank
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.search.asga import Asga
-from bitscape.search.differentiable import Differentiable
-from bitscape.search.problem import SearchProblem
-from bitscape.search.seam import Seam
+from bitscape.searches.asga import Asga
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.seam import Seam
 from bitscape.sharpness import Ball
-from bitscape.train import Saq
+from bitscape.steps import Saq
 
 SHARP = Saq(rho=0.02, interval=3, reuse="orthogonal")
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import bitscape.quant.quantizers
-import bitscape.search
+import bitscape.searches
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import split_attention
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
-from bitscape.search.allocation import InfeasibleBudget
-from bitscape.search.methods import METHODS, SearchMethod
-from bitscape.search.problem import SearchProblem
-from bitscape.train.plain import Plain
+from bitscape.searches.allocation import InfeasibleBudget
+from bitscape.searches.methods import METHODS, SearchMethod
+from bitscape.searches.problem import SearchProblem
+from bitscape.steps.plain import Plain
 
 CANDIDATES = tuple(LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), (2, 3, 4, 6, 8)))
 
@@ -219,7 +219,7 @@ def test_the_union_is_the_list_of_methods():
 
 
 def test_no_method_file_is_left_out_of_the_union():
-    files = [importlib.import_module(f"bitscape.search.{m.name}") for m in pkgutil.iter_modules(bitscape.search.__path__)]
+    files = [importlib.import_module(f"bitscape.searches.{m.name}") for m in pkgutil.iter_modules(bitscape.searches.__path__)]
     found = {
         kind
         for module in files

@@ -16,14 +16,14 @@ from torch import nn
 
 import bitscape
 from bitscape.errors import BitscapeError
-from bitscape.export.packed import load_packed, save_packed
+from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.models.attention import split_attention
 from bitscape.models.find import find_model, import_torchvision, load_weights, save_weights
 from bitscape.models.preprocessing import ImageConfig, image_config
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
-from bitscape.search.fisher import Fisher
-from bitscape.search.problem import SearchProblem
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import SearchProblem
 
 NETWORK = """
 from neighbour import WIDTH

@@ -16,7 +16,7 @@ from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import equalize, input_moments
-from bitscape.search.problem import SearchProblem
+from bitscape.searches.problem import SearchProblem
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

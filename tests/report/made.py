@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bitscape.cost.latency import LatencyTable
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 
 CAPS = {"bitops": 20_000, "weight_bytes": 400}
 LAYERS = ("first", "second", "third", "last")
@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.last(self.second(self.third(self.first(x))).mean((2, 3)))
 
 
-def network() -> NetworkCost:
+def network() -> NetworkProfile:
     """MACs: first 64, third 384, second 384, last 12. Weights: 4, 24, 24, 12."""
     return measure(Net(), (1, 4, 4))
 

@@ -21,7 +21,7 @@ from bitscape.report.layer_charts import (
     share_panels,
 )
 from bitscape.report.svg import NAMESPACE
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 from tests.report.made import policy, scores
 
 Element = ElementTree.Element

@@ -14,7 +14,7 @@ from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.report.reproduce_section import _as_given, search_command
 from bitscape.report.words import NO_BREAK, cost_text
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 from tests.report.made import CAPS, LAYERS, bench, latency, network, policy, run, scores, searched
 from tests.report.reading import Page
 from tests.report.test_documents import grid
@@ -246,7 +246,7 @@ def test_provenance_of_any_form_is_no_error(tmp_path: Path, value: object) -> No
         "pick",
         "version",
         "normalize",
-        "profile",
+        "target",
     )
     saved = policy(**dict.fromkeys(names, value))
     saved.save(tmp_path / "policy.json")

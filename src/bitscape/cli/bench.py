@@ -21,7 +21,7 @@ from bitscape.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.export.bench import Contender, Measured
+    from bitscape.measure.bench import Contender, Measured
 
 RUNTIME_NAMES = ("onnxruntime", "openvino")
 IMAGES = 128
@@ -69,7 +69,7 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
         --weights resnet18.safetensors --data val/ --input-size 224 \\
         --normalize imagenet --accuracy 1000
     """
-    from bitscape.export.bench import measure_files
+    from bitscape.measure.bench import measure_files
 
     if not files and given["model"] is None:
         raise BitscapeError("FILE is missing; give exported files, or --model to time a float network")
@@ -132,7 +132,7 @@ def _calibration_images(given: dict[str, Any], settings: ImageSettings, network:
 
 def _image_shape(files: Sequence[Path], given: tuple[int, ...] | None, images: "Tensor | None") -> tuple[int, ...]:
     """Shape of one image: as given, of the data, or of the first file in which it is fixed. Raises BitscapeError unless all agree."""
-    from bitscape.export.bench import input_shape
+    from bitscape.measure.bench import input_shape
 
     shapes = {file: input_shape(file)[1:] for file in files}
     known = [shape for shape in shapes.values() if shape and None not in shape]
@@ -152,9 +152,9 @@ def _text(shape: Sequence[int | None]) -> str:
 def _contenders(
     files: Sequence[Path], runtimes: Sequence[str], threads: int, network: "nn.Module | None", images: "Tensor | None", folder: Path
 ) -> "list[Contender]":
-    from bitscape.export.baselines import save_float_onnx, save_onnxruntime_int8
-    from bitscape.export.bench import OPENVINO_SUFFIX, Contender
-    from bitscape.export.runtime import RUNTIMES
+    from bitscape.measure.baselines import save_float_onnx, save_onnxruntime_int8
+    from bitscape.measure.bench import OPENVINO_SUFFIX, Contender
+    from bitscape.runtimes.sessions import RUNTIMES
 
     def contender(name: str, path: Path, runtime: str) -> Contender:
         return Contender(name=name, path=path, runtime=RUNTIMES[runtime](threads=threads))
@@ -171,7 +171,7 @@ def _contenders(
 
 
 def _check_batches(contenders: "Sequence[Contender]", batch_sizes: Sequence[int]) -> None:
-    from bitscape.export.bench import input_shape
+    from bitscape.measure.bench import input_shape
 
     for contender in contenders:
         fixed = input_shape(contender.path)[0]

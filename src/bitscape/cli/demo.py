@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitscape.data.batches import Batches
-    from bitscape.search.methods import SearchMethod
-    from bitscape.search.problem import SearchProblem
+    from bitscape.searches.methods import SearchMethod
+    from bitscape.searches.problem import SearchProblem
 
 MODEL = "bitscape.models.digits:digits_net"
 BUDGET = ("bitops=w3a3", "weight_bytes=w3")
@@ -61,9 +61,9 @@ def demo(out: Path) -> None:
 
 def _run(out: Path) -> None:
     from bitscape.models.find import save_weights
-    from bitscape.search.fisher import Fisher
-    from bitscape.search.random_policy import Random
-    from bitscape.search.uniform import Uniform
+    from bitscape.searches.fisher import Fisher
+    from bitscape.searches.random_policy import Random
+    from bitscape.searches.uniform import Uniform
 
     click.echo("training the float network ...", err=True)
     digits = Digits.load()
@@ -131,7 +131,7 @@ class Digits:
 
     def problem(self, seed: int) -> "SearchProblem":
         """The search problem under the demo's budget."""
-        from bitscape.search.problem import SearchProblem
+        from bitscape.searches.problem import SearchProblem
 
         return SearchProblem(model=self.network, images=self.images, budget=BUDGET, seed=seed)
 
@@ -166,7 +166,7 @@ class Digits:
 
 def _train(network: "nn.Module", batches: "Batches", *, epochs: int, lr: float, seed: int) -> None:
     from bitscape.engine import Sgd, train
-    from bitscape.train import Plain
+    from bitscape.steps import Plain
 
     train(network, replace(batches, seed=seed), step=Plain(), optimizer=Sgd(lr=lr), epochs=epochs, seed=seed)
 
@@ -216,7 +216,7 @@ def _compared(when: str, uniform: float, fisher: float, images: int) -> str:
 
 
 def _pack(digits: Digits, fisher: Trained, path: Path, float_bytes: int) -> None:
-    from bitscape.export.packed import load_packed, save_packed
+    from bitscape.exporters.packed.file import load_packed, save_packed
 
     info = save_packed(fisher.network, path, policy=fisher.policy)
     check_same_outputs(fisher.network, load_packed(path, digits.network), digits.images, path)

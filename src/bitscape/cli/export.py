@@ -77,9 +77,9 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
         --policy policy.json --calibration train/ --input-size 224 \\
         --normalize imagenet --repair --out resnet18.onnx
     """
-    from bitscape.export.onnx_qdq import CONTAINERS, PORTABLE, write_onnx
-    from bitscape.export.parity import ALLOWED, check_parity
-    from bitscape.export.runtime import OnnxRuntime
+    from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, write_onnx
+    from bitscape.exporters.parity import ALLOWED, check_parity
+    from bitscape.runtimes.sessions import OnnxRuntime
 
     source, runtime = ExportSource.of(options), OnnxRuntime()
     network, images = source.integer_network()
@@ -109,10 +109,10 @@ def openvino(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.xml
     """
-    from bitscape.export.openvino_ir import write_openvino
-    from bitscape.export.openvino_parity import check_openvino_parity
-    from bitscape.export.parity import ALLOWED
-    from bitscape.export.runtime import OpenVino
+    from bitscape.exporters.openvino.ir import write_openvino
+    from bitscape.exporters.openvino.parity import check_openvino_parity
+    from bitscape.exporters.parity import ALLOWED
+    from bitscape.runtimes.sessions import OpenVino
 
     source, runtime = ExportSource.of(options), OpenVino()
     network, images = source.integer_network()
@@ -140,7 +140,7 @@ def qonnx(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.onnx
     """
-    from bitscape.export.qonnx import save_qonnx
+    from bitscape.exporters.onnx.qonnx import save_qonnx
 
     source = ExportSource.of(options)
     info = save_qonnx(source.network.cpu(), out, source.required_images())

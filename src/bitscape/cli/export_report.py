@@ -10,18 +10,18 @@ import click
 from bitscape.cli.export_source import ExportSource
 from bitscape.cli.network import network_shapes
 from bitscape.cli.output import amount, print_table, size_ratio
-from bitscape.cost.profiles import PROFILES
+from bitscape.cost.targets import TARGETS
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitscape.export.agreement import Agreement, Array
-    from bitscape.export.integer_graph import IntegerNetwork
-    from bitscape.export.packed import PackedInfo
-    from bitscape.export.parity import ParityReport
-    from bitscape.export.runtime import Session
+    from bitscape.exporters.agreement import Agreement, Array
+    from bitscape.exporters.integer.form import IntegerNetwork
+    from bitscape.exporters.packed.file import PackedInfo
+    from bitscape.exporters.parity import ParityReport
+    from bitscape.runtimes.sessions import Session
 
 BATCH = 32
 LEAST_SAME_CLASS, SMALL_DIFFERENCE, LARGE_DIFFERENCE = 0.8, 0.02, 0.25
@@ -44,7 +44,7 @@ def report_packed(source: ExportSource, info: "PackedInfo") -> None:
 
 def report_file(source: ExportSource, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
     """Print the bytes of a runtime's file, and what was added to the network."""
-    from bitscape.export.containers import scale_bytes
+    from bitscape.exporters.integer.containers import scale_bytes
 
     parts = {
         "weights, scales and biases, in the file": container_bytes,
@@ -65,14 +65,14 @@ def _print_bytes(source: ExportSource, parts: Mapping[str, int], file_bytes: int
     click.echo(f"{path}: {amount(file_bytes, 'B')}, {size_ratio(values / file_bytes)} than float32")
 
 
-def report_containers(containers: dict[str, int], policy: Policy, profile: str) -> None:
+def report_containers(containers: dict[str, int], policy: Policy, target: str) -> None:
     """Print how the weights are really stored, which layers are not integers, and what the bits do on the target."""
     widths = sorted(set(containers.values()))
     counts = (f"{sum(bits == width for bits in containers.values())} in {width} bits" for width in widths)
     click.echo(f"weights of {len(containers)} of {len(policy.layers)} layers are stored as integers: {', '.join(counts)}")
     if floats := [name for name in policy.layers if name not in containers]:
         click.echo(f"in float: {', '.join(floats)}")
-    click.echo(PROFILES[profile].note(policy))
+    click.echo(TARGETS[target].note(policy))
 
 
 def report_parity(report: "ParityReport", allowed: float) -> None:
@@ -92,9 +92,9 @@ def report_agreement(source: ExportSource, network: "IntegerNetwork", session: "
     """
     import torch
 
-    from bitscape.export.agreement import Comparison
-    from bitscape.export.integer_execution import run_integers
-    from bitscape.export.outputs import named_outputs
+    from bitscape.exporters.agreement import Comparison
+    from bitscape.exporters.integer.execution import run_integers
+    from bitscape.models.named_outputs import named_outputs
 
     exact, simulated = Comparison(), Comparison()
     for batch in source.compared_images.split(BATCH):

@@ -18,7 +18,7 @@ from bitscape.report.words import counted
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.export.integer_graph import IntegerNetwork
+    from bitscape.exporters.integer.form import IntegerNetwork
 
 source_options = all_of(
     network_options,
@@ -70,7 +70,7 @@ class ExportSource:
 
     def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
         """Bring the network into integer form, on the CPU; the images, too."""
-        from bitscape.export.integer_graph import integer_network
+        from bitscape.exporters.integer.form import integer_network
 
         images = self.required_images()
         return integer_network(self.network.cpu(), images), images

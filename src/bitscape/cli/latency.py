@@ -12,26 +12,26 @@ from bitscape.cli.options import COUNT, MOST, image_options, model_option, seed_
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_candidates, parse_shape
 from bitscape.cli.paths import FILE, SOURCE, OutputFile
-from bitscape.cost.profiles import PROFILES, Profile
+from bitscape.cost.targets import TARGETS, Target
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 
 if TYPE_CHECKING:
     from bitscape.cost.latency import LatencyTable
-    from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.layers import NetworkProfile
 
-OWN_PROFILE = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
+OWN_TARGET = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
 MOST_COLUMNS = 8
 IMAGES = 32
 """Images that calibrate, where nobody says how many."""
 
 
-def load_target(table_file: Path | None, profile_name: str | None) -> "tuple[LatencyTable | None, Profile | None]":
-    """Return what --latency and --profile name; that they are of two targets is told on stderr, before any time is spent on a search."""
-    table, profile = load_latency(table_file), None if profile_name is None else PROFILES[profile_name]
-    if table is not None and profile is not None and (note := profile.runtime_note(table)):
+def load_target(table_file: Path | None, target_name: str | None) -> "tuple[LatencyTable | None, Target | None]":
+    """Return what --latency and --target name; that they are of two targets is told on stderr, before any time is spent on a search."""
+    table, target = load_latency(table_file), None if target_name is None else TARGETS[target_name]
+    if table is not None and target is not None and (note := target.runtime_note(table)):
         click.echo(f"warning: {note}", err=True)
-    return table, profile
+    return table, target
 
 
 @click.group(invoke_without_command=True)
@@ -50,8 +50,8 @@ def latency(context: click.Context) -> None:
 @image_options
 @click.option("--input-shape", metavar="CxHxW", help="Instead of --data: shape of one image, e.g. 3x224x224.")
 @click.option("--runtime", default=RUNTIME_NAMES[0], show_default=True, type=click.Choice(RUNTIME_NAMES), help="What runs the layers.")
-@click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --profile]")
-@click.option("--profile", type=click.Choice(list(PROFILES)), help="Measure the bits of this target.  [default: the runtime's]")
+@click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --target]")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Measure the bits of this target.  [default: the runtime's]")
 @click.option("--batch-size", default=1, show_default=True, type=COUNT, help="Images at once.")
 @threads_option
 @click.option("--rounds", default=15, show_default=True, type=COUNT, help="Visits of each model; the quickest counts.")
@@ -69,7 +69,7 @@ def build(
     input_shape: str | None,
     runtime: str,
     candidates: str | None,
-    profile: str | None,
+    target: str | None,
     batch_size: int,
     threads: int,
     rounds: int,
@@ -86,11 +86,11 @@ def build(
         --runtime openvino --out resnet18-latency.json
       bitscape search --latency resnet18-latency.json --budget latency_ms=2.5 ...
     """
-    from bitscape.export.layer_times import build_table
-    from bitscape.export.runtime import RUNTIMES
+    from bitscape.measure.layer_times import build_table
     from bitscape.report.records import environment
+    from bitscape.runtimes.sessions import RUNTIMES
 
-    shape, pairs = parse_shape(input_shape), _pairs(candidates, profile or OWN_PROFILE[runtime])
+    shape, pairs = parse_shape(input_shape), _pairs(candidates, target or OWN_TARGET[runtime])
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
     settings = ImageSettings.checked(input_size, normalize, data)
@@ -122,13 +122,13 @@ def build(
     click.echo(f"\ntable: {out}; use it: bitscape search --latency {out} --budget latency_ms=...")
 
 
-def _pairs(candidates: str | None, profile: str) -> tuple[LayerBits, ...]:
+def _pairs(candidates: str | None, target: str) -> tuple[LayerBits, ...]:
     if candidates is not None:
         return parse_candidates(candidates)
-    return tuple(LayerBits(w, a) for w in PROFILES[profile].weight_bits for a in PROFILES[profile].activation_bits)
+    return tuple(LayerBits(w, a) for w in TARGETS[target].weight_bits for a in TARGETS[target].activation_bits)
 
 
-def _print(table: "LatencyTable", network: "NetworkCost") -> None:
+def _print(table: "LatencyTable", network: "NetworkProfile") -> None:
     pairs = shown_pairs(list(next(iter(table.layers.values()))))
     rows = []
     for layer in network.layers:

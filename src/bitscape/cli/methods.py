@@ -25,7 +25,7 @@ def methods(name: str | None) -> None:
       bitscape methods
       bitscape methods fisher
     """
-    from bitscape.search.methods import METHODS
+    from bitscape.searches.methods import METHODS
 
     steps = training_steps()
     known: dict[str, Any] = {**METHODS, **steps}

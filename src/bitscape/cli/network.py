@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitscape.cost.latency import LatencyTable
-    from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.layers import NetworkProfile
     from bitscape.data.batches import Batches
     from bitscape.data.sources import Dataset
     from bitscape.data.splits import Split
@@ -176,7 +176,7 @@ def with_mixed_quality(dataset: "Dataset", source: str, seed: int) -> "Dataset":
     return mixed_quality(dataset, seed=seed)[0]
 
 
-def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkCost":
+def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkProfile":
     """Count what each layer of the network does."""
     from bitscape.cost.layers import measure
 
@@ -210,13 +210,13 @@ def policy_shape(policy: Policy, given: tuple[int, int, int] | None) -> tuple[in
     raise BitscapeError("--input-shape is missing, and the policy does not tell it; write e.g. --input-shape 3x224x224")
 
 
-def with_pins(network: "NetworkCost", pins: Mapping[str, LayerBits], free_ends: bool) -> dict[str, LayerBits]:
+def with_pins(network: "NetworkProfile", pins: Mapping[str, LayerBits], free_ends: bool) -> dict[str, LayerBits]:
     """Add the default pins, first and last layer at 8/8, to those given."""
     ends = () if free_ends else network.ends
     return {**dict.fromkeys(ends, LayerBits(8, 8)), **pins}
 
 
-def uniform_cost(network: "NetworkCost", bits: int) -> dict[str, float]:
+def uniform_cost(network: "NetworkProfile", bits: int) -> dict[str, float]:
     """Return what the network costs with every layer at `bits`."""
     from bitscape.cost.policy_cost import policy_cost
     from bitscape.policy import uniform_policy

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 
 from bitscape.cli.paths import FILE, MODEL, SOURCE
-from bitscape.cost.profiles import PROFILES
+from bitscape.cost.targets import TARGETS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MOST = 2**31 - 1
@@ -89,10 +89,11 @@ latency_option = click.option(
     metavar="FILE",
     help="Times measured on the target machine by `bitscape latency build`; makes latency_ms a cost and a budget.",
 )
-profile_option = click.option(
-    "--profile",
-    type=click.Choice(list(PROFILES)),
-    help="; ".join(["Offer only bits that the target stores and computes", *(f"{each.name}: {each.what}" for each in PROFILES.values())])
+target_option = click.option(
+    "--target",
+    "target_name",
+    type=click.Choice(list(TARGETS)),
+    help="; ".join(["Offer only bits that the target stores and computes", *(f"{each.name}: {each.what}" for each in TARGETS.values())])
     + ".",
 )
 pin_option = click.option(

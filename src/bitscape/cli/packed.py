@@ -12,14 +12,14 @@ from bitscape.policy import Policy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.export.packed import PackedInfo
+    from bitscape.exporters.packed.file import PackedInfo
 
 _FOLDED = {"norms": "folded"}
 
 
 def save_packed_network(network: "nn.Module", path: Path, policy: Policy, *, folded: bool) -> "PackedInfo":
     """Write a packed file; whether norms were folded goes into its policy's provenance."""
-    from bitscape.export.packed import save_packed
+    from bitscape.exporters.packed.file import save_packed
 
     noted = replace(policy, provenance={**policy.provenance, **_FOLDED}) if folded else policy
     return save_packed(network, path, policy=noted)
@@ -29,7 +29,7 @@ def load_packed_network(path: Path, network: "nn.Module", shape: tuple[int, ...]
     """Return the network of a packed file and its policy; norms of the float `network` are folded if they were."""
     from bitscape.cli.network import folded
     from bitscape.engine.forward import device_of
-    from bitscape.export.packed import load_packed
+    from bitscape.exporters.packed.file import load_packed
 
     policy = packed_policy(path)
     if _FOLDED.items() <= policy.provenance.items():
@@ -52,6 +52,6 @@ def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor"
 
 def packed_policy(path: Path) -> Policy:
     """Read the policy in the header of a packed file."""
-    from bitscape.export.packed import read_header
+    from bitscape.exporters.packed.file import read_header
 
     return read_header(path).policy

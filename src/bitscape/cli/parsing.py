@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
     from bitscape.dynamic import Dqmq
     from bitscape.engine import Tracker
-    from bitscape.search.methods import SearchMethod
-    from bitscape.train import Plain, Sam
+    from bitscape.searches.methods import SearchMethod
+    from bitscape.steps import Plain, Sam
 
 UNPINNED = "none"
 MOST_DIGITS = 18
@@ -90,7 +90,7 @@ def parse_normalization(text: str | None, source: str) -> "Normalization":
 
 def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
     """Build a search method from its name and "field=value" texts, checked against its own dataclass."""
-    from bitscape.search.methods import METHODS
+    from bitscape.searches.methods import METHODS
 
     made: SearchMethod = _made("--method", name, METHODS, settings)
     return made
@@ -105,7 +105,7 @@ def make_step(name: str, settings: Sequence[str]) -> "Plain | Sam | Dqmq":
 def training_steps() -> "dict[str, type[Plain] | type[Sam] | type[Dqmq]]":
     """Name -> settings of every training step, at static bits and at those that images decide."""
     from bitscape.dynamic import Dqmq
-    from bitscape.train import STEPS
+    from bitscape.steps import STEPS
 
     return {**STEPS, "dqmq": Dqmq}
 

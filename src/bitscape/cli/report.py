@@ -15,7 +15,7 @@ from bitscape.files import write_atomic
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
-    from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.layers import NetworkProfile
     from bitscape.report.inputs import Inputs
 
 
@@ -48,7 +48,7 @@ def report(runs: tuple[Path, ...], model: str | None, weights: Path | None, inpu
     click.echo(f"report: {out}, {len(page.encode()) / 1000:.0f} kB")
 
 
-def _network(inputs: "Inputs", model: str, weights: Path | None, input_shape: str | None) -> "NetworkCost":
+def _network(inputs: "Inputs", model: str, weights: Path | None, input_shape: str | None) -> "NetworkProfile":
     told = (policy for policy in inputs.policies.values() if "images" in policy.provenance)
     shape = policy_shape(next(told, Policy({})), parse_shape(input_shape))
     return measure_network(load_network(model, weights, "cpu"), shape)

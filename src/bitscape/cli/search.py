@@ -19,8 +19,8 @@ from bitscape.cli.options import (
     latency_option,
     network_options,
     pin_option,
-    profile_option,
     seed_option,
+    target_option,
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.data.sources import Dataset
-    from bitscape.search.methods import SearchMethod
-    from bitscape.search.problem import SearchProblem
+    from bitscape.searches.methods import SearchMethod
+    from bitscape.searches.problem import SearchProblem
 
 _method_options = all_of(
     click.option("--images", type=COUNT, help=f"Proxy images drawn, evenly over the classes.  [default: {CALIBRATION_IMAGES}]"),
@@ -43,7 +43,7 @@ _method_options = all_of(
         "--candidates",
         metavar="BITS",
         help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.  "
-        "[default: 2,3,4,5,6,8, of these what --profile has]",
+        "[default: 2,3,4,5,6,8, of these what --target has]",
     ),
     click.option(
         "--for-training/--no-training",
@@ -84,7 +84,7 @@ _outputs = all_of(
 @budget_option
 @_method_options
 @latency_option
-@profile_option
+@target_option
 @pin_option
 @channels_last_option
 @seed_option
@@ -106,7 +106,7 @@ def search(
     task: str,
     pick: str,
     latency: Path | None,
-    profile: str | None,
+    target_name: str | None,
     pins: tuple[str, ...],
     channels_last: bool | None,
     seed: int,
@@ -134,7 +134,7 @@ def search(
     _check_method(method_name, method, scores, pick, folder)
     check_form(budgets, has_latency=latency is not None)
     seen = ImageSettings.checked(input_size, normalize, data)
-    times, target = load_target(latency, profile)
+    times, target = load_target(latency, target_name)
     if out is None and scores is None and folder is None:
         click.echo("warning: the policy will be shown and not kept; --out FILE keeps it, --scores FILE keeps the scores", err=True)
     if folder is not None:
@@ -143,7 +143,7 @@ def search(
     seen = seen.of_model(network)
     proxy = draw_images(data, split or TRAINING, images, seen, seed)
     common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "task": task, "pick": pick, "seed": seed}
-    common |= {**offered, "folder": folder, "latency": times, "profile": target, "channels_last": channels_last}
+    common |= {**offered, "folder": folder, "latency": times, "target": target, "channels_last": channels_last}
     problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:
@@ -180,7 +180,7 @@ def make_problem(
 ) -> "SearchProblem":
     """Put a search problem together; first and last layer are pinned unless freed."""
     from bitscape.engine.forward import device_of
-    from bitscape.search.problem import SearchProblem
+    from bitscape.searches.problem import SearchProblem
 
     images = parse_normalization(normalize, source).apply(proxy.images).to(device_of(network))
     pins = with_pins(measure_network(network, tuple(images.shape[1:])), *pinned) if any(pinned) else None
@@ -188,7 +188,7 @@ def make_problem(
 
 
 def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[str, Any], out: Path | None, scores: Path | None) -> None:
-    from bitscape.search.allocation import choices
+    from bitscape.searches.allocation import choices
 
     # A budget that nothing fits is refused before the minutes that scores may take.
     pinned, tied = problem.pinned_layers, problem.tied
@@ -205,7 +205,7 @@ def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[st
     print_loose_caps(policy, problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers)
     if problem.latency is not None:
         click.echo(f"latency_ms: {problem.latency.where}")
-    print_storage(policy, problem.network, problem.profile)
+    print_storage(policy, problem.network, problem.target)
     click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
     if result.scores is not None:
         click.echo(repairs_text(result.scores))

@@ -8,7 +8,7 @@ import click
 
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import load_network, measure_network, with_pins
-from bitscape.cli.options import budget_option, latency_option, model_option, pin_option, profile_option, shape_option
+from bitscape.cli.options import budget_option, latency_option, model_option, pin_option, shape_option, target_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
 from bitscape.cli.paths import FILE, OutputFile
@@ -17,9 +17,9 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
-    from bitscape.cost.layers import NetworkCost
-    from bitscape.cost.profiles import Profile
-    from bitscape.search.scores import ScoreTable
+    from bitscape.cost.layers import NetworkProfile
+    from bitscape.cost.targets import Target
+    from bitscape.searches.scores import ScoreTable
 
 MOST_POINTS = 1000
 """Of a front: each is a problem of its own to solve."""
@@ -33,7 +33,7 @@ MOST_POINTS = 1000
 @click.option("--front", type=click.IntRange(2, MOST_POINTS), metavar="N", help="Instead of --budget: up to N best policies by cost.")
 @click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
 @latency_option
-@profile_option
+@target_option
 @pin_option
 @click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json.")
 def solve(
@@ -44,7 +44,7 @@ def solve(
     front: int | None,
     along: str,
     latency: Path | None,
-    profile: str | None,
+    target_name: str | None,
     pins: tuple[str, ...],
     out: Path | None,
 ) -> None:
@@ -61,7 +61,7 @@ def solve(
     """
     from bitscape.cost.budget import check_form
     from bitscape.cost.latency import with_latency
-    from bitscape.search.scores import ScoreTable
+    from bitscape.searches.scores import ScoreTable
 
     shape = parse_shape(input_shape)
     if shape is None:
@@ -73,7 +73,7 @@ def solve(
     if budgets:
         check_form(budgets, has_latency=latency is not None)
     pins_given = parse_pins(pins)
-    table, (times, target) = ScoreTable.load(scores), load_target(latency, profile)
+    table, (times, target) = ScoreTable.load(scores), load_target(latency, target_name)
     network = measure_network(load_network(model, None, "cpu"), shape)
     source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
     if times is not None:
@@ -81,7 +81,7 @@ def solve(
     pinned = with_pins(network, *pins_given)
     if target is not None:
         table, pinned = _kept_to(target, table, network, pinned)
-        source["profile"] = target.name
+        source["target"] = target.name
     if front is not None:
         _print_front(table, network, pinned, along, front)
     else:
@@ -89,28 +89,28 @@ def solve(
 
 
 def _kept_to(
-    profile: "Profile", table: "ScoreTable", network: "NetworkCost", pinned: dict[str, LayerBits]
+    target: "Target", table: "ScoreTable", network: "NetworkProfile", pinned: dict[str, LayerBits]
 ) -> "tuple[ScoreTable, dict[str, LayerBits]]":
     """Leave the scores of pairs that the target has, and pin the layers to which it gives 8 bits."""
-    kept = [at for at, pair in enumerate(table.candidates) if profile.allows(pair)]
+    kept = [at for at, pair in enumerate(table.candidates) if target.allows(pair)]
     if not kept:
-        profile.check("--scores", table.candidates)
-    profile.check_pinned(pinned, network)
+        target.check("--scores", table.candidates)
+    target.check_pinned(pinned, network)
     candidates = tuple(table.candidates[at] for at in kept)
-    return replace(table, candidates=candidates, values=table.values[:, kept]), {**profile.pins(network), **pinned}
+    return replace(table, candidates=candidates, values=table.values[:, kept]), {**target.pins(network), **pinned}
 
 
 def _solve(
     table: "ScoreTable",
-    network: "NetworkCost",
+    network: "NetworkProfile",
     pinned: dict[str, LayerBits],
     budgets: tuple[str, ...],
     source: dict[str, object],
-    target: "Profile | None",
+    target: "Target | None",
     out: Path | None,
 ) -> None:
     from bitscape.cost.budget import parse_budget
-    from bitscape.search.allocation import allocate
+    from bitscape.searches.allocation import allocate
 
     budget = parse_budget(budgets, network, pinned)
     found = allocate(table, network, budget, pinned)
@@ -125,8 +125,8 @@ def _solve(
     click.echo("\nthe policy is not kept; --out FILE keeps it" if out is None else f"\npolicy: {out}")
 
 
-def _print_front(table: "ScoreTable", network: "NetworkCost", pinned: dict[str, LayerBits], along: str, points: int) -> None:
-    from bitscape.search.allocation import pareto_front
+def _print_front(table: "ScoreTable", network: "NetworkProfile", pinned: dict[str, LayerBits], along: str, points: int) -> None:
+    from bitscape.searches.allocation import pareto_front
 
     policies = pareto_front(table, network, pinned, along, points)
     columns = [f"{along}=", "weight_bytes", "mean weight bits", "mean activation bits", f"score ({table.method})"]

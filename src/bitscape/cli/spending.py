@@ -11,7 +11,7 @@ from bitscape.cli.output import amount, print_table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.layers import NetworkProfile
     from bitscape.engine.spending import Spent
     from bitscape.policy import Policy
 
@@ -32,7 +32,7 @@ def print_spent(network: "nn.Module", noted: "Sequence[Spent]") -> bool:
     return True
 
 
-def _print_costs(noted: "Sequence[Spent]", deciding: float, cost: "NetworkCost") -> None:
+def _print_costs(noted: "Sequence[Spent]", deciding: float, cost: "NetworkProfile") -> None:
     import torch
 
     bits, bitops = (torch.cat(values).double() for values in ([each.bits for each in noted], [each.bitops for each in noted]))
@@ -58,7 +58,7 @@ def shares_of(tiers: "Sequence[Tensor]", count: int) -> list[float]:
     return shares
 
 
-def print_tiers(policies: "Sequence[Policy]", cost: "NetworkCost", shares: Sequence[float]) -> None:
+def print_tiers(policies: "Sequence[Policy]", cost: "NetworkProfile", shares: Sequence[float]) -> None:
     """Print bits and BitOps of each tier, the gate left out, and its share of the images."""
     from bitscape.cost.policy_cost import policy_cost
 

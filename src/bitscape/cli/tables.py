@@ -10,9 +10,9 @@ from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
     from bitscape.cost.budget import Budget
-    from bitscape.cost.layers import NetworkCost
-    from bitscape.cost.profiles import Profile
-    from bitscape.search.scores import ScoreTable
+    from bitscape.cost.layers import NetworkProfile
+    from bitscape.cost.targets import Target
+    from bitscape.searches.scores import ScoreTable
 
 
 def print_bits(policy: Policy) -> None:
@@ -21,7 +21,7 @@ def print_bits(policy: Policy) -> None:
     print_table(["layer", "weight bits", "activation bits"], rows)
 
 
-def print_layers(policy: Policy, network: "NetworkCost") -> None:
+def print_layers(policy: Policy, network: "NetworkProfile") -> None:
     """Print bits, work, storage and, if it was measured, time of each layer, in call order; the last columns are at the policy's bits."""
     from bitscape.cost.policy_cost import layer_cost
 
@@ -39,19 +39,19 @@ def print_layers(policy: Policy, network: "NetworkCost") -> None:
     print_table(columns, rows, left=2)
 
 
-def print_storage(policy: Policy, network: "NetworkCost", profile: "Profile | None") -> None:
-    """Print what the bits do on the profile's target; without one, what weights take in files that store them wider than packed ones."""
-    from bitscape.cost.profiles import FILES, container_bytes
+def print_storage(policy: Policy, network: "NetworkProfile", target: "Target | None") -> None:
+    """Print what the bits do on the target's target; without one, what weights take in files that store them wider than packed ones."""
+    from bitscape.cost.targets import FILES, container_bytes
 
-    if profile is not None:
-        click.echo(f"\n{profile.note(policy)}")
+    if target is not None:
+        click.echo(f"\n{target.note(policy)}")
     elif stored := container_bytes(network, policy):
         counts = " and ".join(f"{amount(count, 'B')} in {kind} files" for kind, count in stored.items())
-        names = " or ".join(f"--profile {FILES[kind]}" for kind in stored)
+        names = " or ".join(f"--target {FILES[kind]}" for kind in stored)
         click.echo(f"\nweight_bytes are those of packed files; these weights take {counts}: to count those bytes, add {names}")
 
 
-def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget | None" = None) -> None:
+def print_within_budget(policy: Policy, network: "NetworkProfile", budget: "Budget | None" = None) -> None:
     """Print what a policy costs beside 8 bits everywhere, and beside the caps it was found under."""
     from bitscape.cli.network import uniform_cost
     from bitscape.cost.policy_cost import policy_cost
@@ -66,13 +66,13 @@ def print_within_budget(policy: Policy, network: "NetworkCost", budget: "Budget 
     columns = ["cost of one image", "policy", "8 bit", "of 8 bit", *(["budget", "used"] if caps else [])]
     print_table(columns, rows)
     if gap := policy.provenance.get("gap"):
-        from bitscape.search.allocation import gap_note
+        from bitscape.searches.allocation import gap_note
 
         click.echo(f"\nthe allocation ran out of time: {gap_note(gap)}")
 
 
 def print_loose_caps(
-    policy: Policy, network: "NetworkCost", budget: "Budget", candidates: Sequence[LayerBits], pinned: Mapping[str, LayerBits]
+    policy: Policy, network: "NetworkProfile", budget: "Budget", candidates: Sequence[LayerBits], pinned: Mapping[str, LayerBits]
 ) -> None:
     """Name the caps that even the widest bits on offer keep, and how many layers have these bits; print nothing where every cap binds."""
     from bitscape.cost.policy_cost import policy_cost

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bitscape.data.batches import Batches
     from bitscape.data.splits import Split
     from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, Tracker, TrainResult
-    from bitscape.train import Loss
+    from bitscape.steps import Loss
 
 _recipe = all_of(
     click.option("--epochs", default=10, show_default=True, type=COUNT, help="Passes over the data."),
@@ -222,7 +222,7 @@ def _training_batches(data: str, split: "Split", settings: ImageSettings, recipe
 
 
 def _loss(teacher: "nn.Module", recipe: dict[str, Any]) -> "Loss":
-    from bitscape.train import Loss
+    from bitscape.steps import Loss
 
     share = recipe["distill"]
     return Loss(label_smoothing=recipe["label_smoothing"], teacher=teacher if share else None, distillation=share)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
-from bitscape.cost.layers import NO_EFFECT, NetworkCost
+from bitscape.cost.layers import NO_EFFECT, NetworkProfile
 from bitscape.cost.policy_cost import CAPS, NO_TABLE, cap, cost
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, uniform_policy
@@ -35,11 +35,11 @@ class Budget:
     caps: Mapping[str, float] = field(default_factory=dict)
     """Kind of cost -> the largest cost allowed, absolute."""
 
-    def limits(self, network: NetworkCost) -> dict[str, int]:
+    def limits(self, network: NetworkProfile) -> dict[str, int]:
         """Return the caps as exact integers, in the units of `policy_cost.layer_cost`."""
         return {kind: cap(kind).limit(network, value) for kind, value in self.caps.items()}
 
-    def exceeded(self, network: NetworkCost, policy: Policy) -> dict[str, float]:
+    def exceeded(self, network: NetworkProfile, policy: Policy) -> dict[str, float]:
         """Return the kinds whose cap `policy` exceeds, with what it costs; empty when it fits."""
         costs = {kind: cost(kind, network, policy) for kind in self.caps}
         return {kind: value for kind, value in costs.items() if value > self.caps[kind]}
@@ -47,7 +47,7 @@ class Budget:
 
 def parse_budget(
     texts: str | Iterable[str] | Mapping[str, float | str],
-    network: NetworkCost,
+    network: NetworkProfile,
     pinned: Mapping[str, LayerBits] | None = None,
 ) -> Budget:
     """Turn budget texts into absolute caps for `network`.
@@ -92,7 +92,7 @@ def _entry(text: str) -> tuple[str, str]:
     return kind.strip(), value.strip()
 
 
-def _absolute(kind: str, value: float | str, network: NetworkCost, pinned: Mapping[str, LayerBits]) -> float:
+def _absolute(kind: str, value: float | str, network: NetworkProfile, pinned: Mapping[str, LayerBits]) -> float:
     form = _read(kind, value)
     if isinstance(form, LayerBits):
         absolute = cost(kind, network, _uniform(network, form, pinned))
@@ -120,7 +120,7 @@ def _read(kind: str, value: object) -> LayerBits | tuple[float, bool]:
     return form
 
 
-def _uniform(network: NetworkCost, bits: LayerBits, pinned: Mapping[str, LayerBits]) -> Policy:
+def _uniform(network: NetworkProfile, bits: LayerBits, pinned: Mapping[str, LayerBits]) -> Policy:
     """The uniform policy as a search would write it: layers that are never called have 8 bits, too."""
     names = [*network.by_name, *network.uncalled]
     return uniform_policy(names, bits, {**dict.fromkeys(network.uncalled, NO_EFFECT), **pinned})

@@ -40,7 +40,7 @@ from bitscape.policy import LayerBits, fingerprint
 from bitscape.version import __version__
 
 if TYPE_CHECKING:  # it would bring torch, and a table is plain data
-    from bitscape.cost.layers import NetworkCost
+    from bitscape.cost.layers import NetworkProfile
 
 FORMAT = 1
 EIGHT = "8/8"
@@ -194,7 +194,7 @@ _MEASURE = "measure this network: bitscape latency build"
 _WIDTHS = tuple("12345678")
 
 
-def with_latency(network: "NetworkCost", table: LatencyTable) -> "NetworkCost":
+def with_latency(network: "NetworkProfile", table: LatencyTable) -> "NetworkProfile":
     """Join a table to the network it was measured on: its layers get `latency_ns`, and the cost `latency_ms` is known.
 
     Times are scaled such that the network at 8 bits takes `table.network_ms`. Raises BitscapeError if names, weight shapes or

@@ -70,7 +70,7 @@ class Uncounted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkCost:
+class NetworkProfile:
     """The layers of one network at one input shape."""
 
     layers: tuple[LayerCost, ...]
@@ -141,7 +141,7 @@ def _idle_layer(name: str, shape: tuple[int, ...]) -> LayerCost:
     )
 
 
-def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkCost:
+def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkProfile:
     """Count what every layer of `model` does for one image of `input_shape`, such as (3, 224, 224).
 
     A layer run several times counts its MACs each time and its weights once; a linear layer on (n, tokens, c) counts
@@ -162,7 +162,7 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkCost:
         )
     called = {layer.name for layer in layers}
     uncalled = tuple(name for name in modules if name not in called)
-    cost = NetworkCost(
+    cost = NetworkProfile(
         layers=layers,
         uncalled=uncalled,
         uncounted=_uncounted(model, {layer.name: layer for layer in layers}, uncalled, runs),
@@ -241,7 +241,7 @@ def _what(module: nn.Module, parameters: tuple[str, ...], counted: bool, uncalle
     return f"{_kind(module)}, never called" if uncalled else _kind(module)
 
 
-def _warn_of_gaps(cost: NetworkCost) -> None:
+def _warn_of_gaps(cost: NetworkProfile) -> None:
     if cost.uncalled:
         _log.warning(
             "the forward pass never calls these layers, their bits have no effect: %s", ", ".join(cost.uncalled)

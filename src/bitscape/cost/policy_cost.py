@@ -25,7 +25,7 @@ from fractions import Fraction
 from math import floor
 from typing import Literal
 
-from bitscape.cost.layers import LayerCost, NetworkCost
+from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy
 
@@ -54,7 +54,7 @@ def layer_latency_ns(layer: LayerCost, bits: LayerBits) -> int:
             raise BitscapeError(f"latency_ms: {NO_TABLE}")
         raise BitscapeError(
             f"latency_ms: layer {layer.name!r} was not measured at {bits} weight/activation bits, "
-            f"only at {', '.join(map(str, layer.latency_ns))}; offer and pin these only (--candidates, --profile, --pin), "
+            f"only at {', '.join(map(str, layer.latency_ns))}; offer and pin these only (--candidates, --target, --pin), "
             "or measure the others too: bitscape latency build"
         )
     return layer.latency_ns[bits]
@@ -76,7 +76,7 @@ class Cap:
     """How layers make the network's cost. A "max" kind forbids each layer the bits above the limit, by itself."""
     depends_on: frozenset[Literal["weight", "activation"]]
     """Which of a layer's two widths matter."""
-    denominator: Callable[[NetworkCost], int] = lambda network: 1
+    denominator: Callable[[NetworkProfile], int] = lambda network: 1
     """What the combined integer is divided by: a constant of the network, 1 unless the cost is a mean."""
     unit: Literal["", "bytes", "bits", "ms"] = ""
     """Unit of the cost."""
@@ -87,13 +87,13 @@ class Cap:
         """Combine the integers of the layers."""
         return sum(costs) if self.combine == "sum" else max(costs)
 
-    def limit(self, network: NetworkCost, budget: float) -> int:
+    def limit(self, network: NetworkProfile, budget: float) -> int:
         """Return the largest combined integer whose cost, as `value` reports it, is at most `budget`."""
         exact = floor(Fraction(budget) * self.denominator(network))
         # A mean may round to the budget from just above: reported as equal, it is within.
         return exact + 1 if self.value(network, exact + 1) <= budget else exact
 
-    def value(self, network: NetworkCost, combined: int) -> float:
+    def value(self, network: NetworkProfile, combined: int) -> float:
         """Return the cost, in its unit, that the combined integer means; whole numbers stay exact integers."""
         denominator = self.denominator(network)
         return combined if denominator == 1 else combined / denominator
@@ -146,54 +146,54 @@ def layer_cost(kind: str, layer: LayerCost, bits: LayerBits) -> int:
     return cap(kind).layer_cost(layer, bits)
 
 
-def limit(kind: str, network: NetworkCost, budget: float) -> int:
+def limit(kind: str, network: NetworkProfile, budget: float) -> int:
     """Return the integer limit, in units of `layer_cost`, that an absolute `budget` of `kind` means."""
     return cap(kind).limit(network, budget)
 
 
-def bitops(network: NetworkCost, policy: Policy) -> int:
+def bitops(network: NetworkProfile, policy: Policy) -> int:
     """BitOps of one image."""
     return _combined("bitops", network, policy)
 
 
-def weight_bytes(network: NetworkCost, policy: Policy) -> int:
+def weight_bytes(network: NetworkProfile, policy: Policy) -> int:
     """Bytes of all packed weights and their scales."""
     return _combined("weight_bytes", network, policy)
 
 
-def mean_weight_bits(network: NetworkCost, policy: Policy) -> float:
+def mean_weight_bits(network: NetworkProfile, policy: Policy) -> float:
     """Weight bits, weighted by parameters."""
     return cost("mean_weight_bits", network, policy)
 
 
-def mean_activation_bits(network: NetworkCost, policy: Policy) -> float:
+def mean_activation_bits(network: NetworkProfile, policy: Policy) -> float:
     """Activation bits, weighted by input elements."""
     return cost("mean_activation_bits", network, policy)
 
 
-def peak_activation_bytes(network: NetworkCost, policy: Policy) -> int:
+def peak_activation_bytes(network: NetworkProfile, policy: Policy) -> int:
     """Bytes of the largest input and output that are alive together."""
     return _combined("peak_activation_bytes", network, policy)
 
 
-def cost(kind: str, network: NetworkCost, policy: Policy) -> float:
+def cost(kind: str, network: NetworkProfile, policy: Policy) -> float:
     """Return the cost of one kind, in its own unit."""
     return cap(kind).value(network, _combined(kind, network, policy))
 
 
-def policy_cost(network: NetworkCost, policy: Policy) -> dict[str, float]:
+def policy_cost(network: NetworkProfile, policy: Policy) -> dict[str, float]:
     """Return every kind of cost of `policy` that is known: the keys are those of `CAPS`, without `latency_ms` if no table was joined."""
     return {kind: cost(kind, network, policy) for kind, row in CAPS.items() if network.has_latency or not row.measured}
 
 
-def _combined(kind: str, network: NetworkCost, policy: Policy) -> int:
+def _combined(kind: str, network: NetworkProfile, policy: Policy) -> int:
     _check(network, policy.layers)
     row = cap(kind)
     stored = [layer for layer in network.never_called if layer.name in policy.layers]
     return row.combined(row.layer_cost(layer, policy.layers[layer.name]) for layer in [*network.layers, *stored])
 
 
-def _check(network: NetworkCost, bits: Mapping[str, LayerBits]) -> None:
+def _check(network: NetworkProfile, bits: Mapping[str, LayerBits]) -> None:
     """Refuse unknown layers, missing bits, and one shared weight at two widths; never-called layers are optional."""
     for name in bits:
         if name not in network.by_name and name not in network.uncalled:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.dynamic.heads import Head
 from bitscape.dynamic.layers import DynamicActivation, make_weights_dynamic
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
@@ -60,7 +60,7 @@ def unset_network(
 
 def _with_dynamic_inputs(
     model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
-) -> tuple[nn.Module, NetworkCost]:
+) -> tuple[nn.Module, NetworkProfile]:
     network = quantize(model, policy, quantizer)
     with bypassed(network):
         cost = measure(network, input_shape)
@@ -77,7 +77,7 @@ def _with_dynamic_inputs(
     return network, cost
 
 
-def _check_images(cost: NetworkCost) -> None:
+def _check_images(cost: NetworkProfile) -> None:
     if len(cost.input_shape) != 3:
         first = cost.layers[0]
         raise BitscapeError(
@@ -86,7 +86,7 @@ def _check_images(cost: NetworkCost) -> None:
         )
 
 
-def _wrapped(network: nn.Module, cost: NetworkCost, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
+def _wrapped(network: nn.Module, cost: NetworkProfile, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
     for layer in quantized_layers(network).values() if bits.weights else ():
         if isinstance(layer.input_quantizer, DynamicActivation):
             make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight), bits.low, bits.high, Mse())

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Bit-widths of every layer for every image; columns in the order of `NetworkCost.layers`."""
+    """Bit-widths of every layer for every image; columns in the order of `NetworkProfile.layers`."""
 
     weight: Tensor
     """(n, layers)."""
@@ -24,12 +24,12 @@ class Decision:
     def __getitem__(self, images: Tensor | slice) -> "Decision":
         return Decision(self.weight[images], self.activation[images])
 
-    def bitops(self, cost: NetworkCost) -> Tensor:
+    def bitops(self, cost: NetworkProfile) -> Tensor:
         """BitOps (n,) of the layers; differentiable."""
         macs = torch.tensor([float(layer.macs) for layer in cost.layers], device=self.weight.device)
         return (self.weight * self.activation) @ macs
 
-    def activation_bits(self, cost: NetworkCost) -> Tensor:
+    def activation_bits(self, cost: NetworkProfile) -> Tensor:
         """Mean width (n,) of an image's activations, counted by elements as `policy_cost` does."""
         elements = torch.tensor([float(layer.input_elements) for layer in cost.layers], device=self.weight.device)
         return self.activation @ elements / elements.sum()

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.cost.layers import LayerCost, NetworkCost
+from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.dynamic.decision import Decision, joined
 from bitscape.dynamic.heads import Head, bounded, gumbel
 from bitscape.dynamic.layers import DynamicActivation, DynamicWeight, make_static
@@ -94,7 +94,7 @@ class DynamicNetwork(nn.Module):
         softness: mean of f (1 - f) over the sampled widths of the last batch, f the part between two whole numbers.
     """
 
-    def __init__(self, model: nn.Module, cost: NetworkCost, bits: DynamicBits) -> None:
+    def __init__(self, model: nn.Module, cost: NetworkProfile, bits: DynamicBits) -> None:
         super().__init__()
         self.model, self.cost, self.bits = model, cost, bits
         layers = quantized_layers(model)

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from pydantic import ConfigDict, with_config
 from torch import nn
 
-from bitscape.cost.layers import NetworkCost, measure
+from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.build import unset_network
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork
@@ -192,7 +192,7 @@ def tier_folder(folder: Path, at: int) -> Path:
     return folder / f"tier{at + 1}"
 
 
-def _summary(cost: NetworkCost, policy: Policy, share: float) -> TierSummary:
+def _summary(cost: NetworkProfile, policy: Policy, share: float) -> TierSummary:
     costs = policy_cost(cost, policy)
     means = {kind: costs[kind] for kind in ("mean_weight_bits", "mean_activation_bits")}
     return TierSummary(bitops=int(costs["bitops"]), share=share, **means)

@@ -14,7 +14,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.dynamic.decision import Decision
 from bitscape.dynamic.heads import Standardizing
@@ -78,7 +78,7 @@ class TieredNetwork(nn.Module):
         tiers: (n,), of the last batch.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], policies: Sequence[Policy], gate: Gate, cost: NetworkCost) -> None:
+    def __init__(self, networks: Sequence[nn.Module], policies: Sequence[Policy], gate: Gate, cost: NetworkProfile) -> None:
         super().__init__()
         self.networks, self.policies, self.gate, self.cost = nn.ModuleList(networks), tuple(policies), gate, cost
         costs = [policy_cost(cost, policy) for policy in policies]

@@ -4,8 +4,10 @@ import copy
 import keyword
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx, nn
 
 from bitscape.errors import BitscapeError, first_line, needs_extra
@@ -63,9 +65,7 @@ def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
     return changed
 
 
-def _array(value: object, attribute: str) -> "object":
-    import numpy as np
-
+def _array(value: object, attribute: str) -> NDArray[Any]:
     return np.array(value, dtype=np.float32 if "float" in attribute else np.int64)
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bitscape.cost.budget import Budget
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.search.allocation import choices, pareto_front
-from bitscape.search.knapsack import reachable
-from bitscape.search.random_policy import LARGEST_SHORTFALL, usage, walk
-from bitscape.search.scores import ScoreTable
-from bitscape.search.uniform import widths
+from bitscape.searches.allocation import choices, pareto_front
+from bitscape.searches.knapsack import reachable
+from bitscape.searches.random_policy import LARGEST_SHORTFALL, usage, walk
+from bitscape.searches.scores import ScoreTable
+from bitscape.searches.uniform import widths
 
 RANDOM_POLICIES = 20
 POINTS = 20
@@ -59,7 +59,7 @@ class Front:
         return statistics.median(point.score for point in self.random)
 
 
-def front_of(scores: ScoreTable, network: NetworkCost, chosen: Policy | None = None, caps: Mapping[str, float] | None = None) -> Front:
+def front_of(scores: ScoreTable, network: NetworkProfile, chosen: Policy | None = None, caps: Mapping[str, float] | None = None) -> Front:
     """Compute the front of a score table along the first cap, BitOps without one.
 
     Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Raises BitscapeError if scores, caps and
@@ -90,12 +90,12 @@ def score_of(scores: ScoreTable, policy: Policy) -> float | None:
     return total if np.isfinite(total) else None
 
 
-def _point(name: str, scores: ScoreTable, network: NetworkCost, policy: Policy, kind: str) -> Point | None:
+def _point(name: str, scores: ScoreTable, network: NetworkProfile, policy: Policy, kind: str) -> Point | None:
     score = score_of(scores, policy)
     return None if score is None else Point(name, cost(kind, network, policy), score)
 
 
-def _uniform(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+def _uniform(scores: ScoreTable, network: NetworkProfile, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
     try:
         columns = widths(scores.candidates, list(caps))
     except BitscapeError:  # no pair of equal widths among the candidates
@@ -110,7 +110,7 @@ def _uniform(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, Laye
     return points
 
 
-def _random(scores: ScoreTable, network: NetworkCost, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+def _random(scores: ScoreTable, network: NetworkProfile, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
     """Random policies within the caps, by seeds 0, 1, ...; those that end further below than the method `random` accepts are left out."""
     stated = choices(network, Budget(caps), scores.candidates, pinned)
     rows = {name: row for row, name in enumerate(scores.layers)}

@@ -20,7 +20,7 @@ from bitscape.files import parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
 from bitscape.report.documents import BenchDocument, load_bench, load_grid
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 
 READS = (
     "folders of `bitscape train` and `tiers`; policy and score files of `bitscape search` and `solve`; "

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from bitscape.policy import LayerBits
 from bitscape.report.svg import Scale, line, picture, rect, text
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 
 LEFT, RIGHT = 44, 12
 WIDTH, NARROWEST, WIDEST = 940, 17, 56

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitscape.cost.latency import with_latency
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.policy import LayerBits, Policy, uniform_policy
@@ -23,7 +23,7 @@ class Material:
     """
 
     inputs: Inputs
-    network: NetworkCost | None = None
+    network: NetworkProfile | None = None
     """Of the float network; None leaves out what only it tells."""
     model: str | None = None
     """What the network is called; None: as the policies call it."""
@@ -96,6 +96,6 @@ class Material:
         return {name: policy.layers[name] for name in dict.fromkeys([*order, *policy.layers])}
 
 
-def without_latency(network: NetworkCost) -> NetworkCost:
+def without_latency(network: NetworkProfile) -> NetworkProfile:
     """The network as it was before a latency table was joined."""
     return replace(network, layers=tuple(replace(layer, latency_ns={}) for layer in network.layers))

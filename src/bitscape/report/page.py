@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jinja2
 from markupsafe import Markup, escape
 
-from bitscape.cost.layers import NetworkCost
+from bitscape.cost.layers import NetworkProfile
 from bitscape.errors import printable_lines
 from bitscape.report.blocks import Missing, Section
 from bitscape.report.heat_map import BLUES, shade, web_color
@@ -25,7 +25,7 @@ SECTIONS: tuple[Callable[[Material], Section | Missing], ...] = (
 """In the order of the page."""
 
 
-def report_page(inputs: Inputs, *, network: NetworkCost | None = None, model: str | None = None, command: str | None = None) -> str:
+def report_page(inputs: Inputs, *, network: NetworkProfile | None = None, model: str | None = None, command: str | None = None) -> str:
     """Write the page.
 
     Args:

@@ -12,7 +12,7 @@ from bitscape.report.material import Material, without_latency
 from bitscape.report.policies import CONTROLS, Shown
 from bitscape.report.result_section import GIVE_POLICY
 from bitscape.report.words import amount, cost_name, cost_text, listed, percent
-from bitscape.search.scores import ScoreTable
+from bitscape.searches.scores import ScoreTable
 
 GIVE_MODEL = "Needs --model NAME, which counts what layers cost; with --input-shape CxHxW where no policy tells the shape"
 MOST_DRAWN = 4

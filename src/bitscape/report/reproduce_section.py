@@ -67,7 +67,7 @@ def search_command(policy: Policy, name: str) -> str | None:
     settings = found.get("settings")
     words += [word for key, value in (settings.items() if isinstance(settings, dict) else ()) for word in ("--set", f"{key}={value}")]
     words += ["--for-training"] if found.get("for_training") is True else []
-    words += _option("--pick", found.get("pick") if found.get("pick") != "best" else None) + _option("--profile", found.get("profile"))
+    words += _option("--pick", found.get("pick") if found.get("pick") != "best" else None) + _option("--target", found.get("target"))
     words += _option("--task", found.get("task") if found.get("task") != "auto" else None)
     return _line([*words, *_option("--seed", found.get("seed")), "--out", name])
 

@@ -64,7 +64,7 @@ def _question(policy: Policy) -> list[Table]:
         "images": _images(found),
         "to be trained afterwards": None if "for_training" not in found else "yes" if found["for_training"] is True else "no",
         "seed of the search": found.get("seed"),
-        "target": found.get("profile"),
+        "target": found.get("target"),
         "fingerprint": policy.fingerprint,
     }
     rows = [[name, str(value)] for name, value in facts.items() if value is not None]

@@ -1,5 +1,0 @@
-"""A quantized network as a file: small, complete, and read back bit for bit."""
-
-from bitscape.export.packed import PackedInfo, load_packed, save_packed
-
-__all__ = ["PackedInfo", "load_packed", "save_packed"]

@@ -1,0 +1,1 @@
+"""A quantized network in integer form: the graph that the exporters start from."""

@@ -1,0 +1,1 @@
+"""ONNX files: for integer runtimes, and QONNX for tools that build hardware."""

@@ -1,0 +1,1 @@
+"""OpenVINO IR files, and the check that OpenVINO computes them as integers say it must."""

@@ -1,0 +1,91 @@
+"""KL: how far the network's output distribution moves when one layer is quantized and all others stay float.
+
+Paper     the per-layer sensitivity of common toolkits (for instance AIMET's and ModelOpt's); the separation below is ours
+Idea      Quantize one layer at a time and compare the outputs with the float network's; no model of the loss is needed. Outputs
+          other than class scores are compared by the divergence of their task.
+Computes  S(layer, pair) = KL(float || weight at b_w) + KL(float || input at b_a), mean over images -> `Classes.divergence`
+Departs   Weight and activation are quantized one after the other, not as pairs: R_w + R_a networks a layer instead of R_w * R_a.
+Costs     1 + L (R_w + R_a) forward passes over the images, hence the smaller default of images.
+Measured  docs/results: ptq-imagenet.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitscape.engine.task import Task
+from bitscape.models.modes import evaluating
+from bitscape.progress import track
+from bitscape.quant.convert import batches_of
+from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
+
+
+def _outputs(task: Task, model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([task.outputs(model(batch), len(batch)) for batch in batches_of(images, model)])
+
+
+@contextmanager
+def _weight_at(noise: LayerNoise, bits: int) -> Iterator[None]:
+    weight = noise.layer.get_parameter("weight")
+    original = weight.detach().clone()
+    try:
+        weight.data.add_(noise.weights[bits])
+        yield
+    finally:
+        weight.data.copy_(original)
+
+
+@contextmanager
+def _input_at(noise: LayerNoise, bits: int) -> Iterator[None]:
+    def quantized(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        x, *others = inputs or (named["input"],)
+        return (x + noise.of_input(x, bits), *others), {name: value for name, value in named.items() if name != "input"}
+
+    handle = noise.layer.register_forward_pre_hook(quantized, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kl:
+    """KL divergence of the logits, one layer quantized at a time (control)."""
+
+    images: int = 64
+    """Proxy images scored, at least 1."""
+
+    def __post_init__(self) -> None:
+        at_least_one(images=self.images)
+
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Score every free layer and candidate, then allocate bits exactly within the budget."""
+        return solve(problem, self)
+
+    def score(self, problem: SearchProblem) -> ScoreTable:
+        """The table of scores alone."""
+        model, images = problem.prepared, problem.images[: self.images]
+        noise = layer_noise(model, list(problem.free_layers), images, problem.candidates)
+        task = problem.meaning
+
+        def moved() -> float:
+            return float(task.divergence(_outputs(task, model, images), reference).mean())
+
+        with evaluating(model):
+            reference = _outputs(task, model, images)
+            scores = {}
+            for name in track(problem.free_layers, label="kl: layer"):
+                by_weight, by_input = [], []
+                for bits in noise[name].weights:
+                    with _weight_at(noise[name], bits):
+                        by_weight.append(moved())
+                for bits in noise[name].ranges:
+                    with _input_at(noise[name], bits):
+                        by_input.append(moved())
+                scores[name] = np.add.outer(by_weight, by_input)
+        return score_table("kl", problem.candidates, scores, problem.network.shapes)

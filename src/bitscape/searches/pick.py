@@ -1,0 +1,66 @@
+"""Which of several policies with near-equal scores to keep: the best-scored, or the least sharp.
+
+Scores differ by less than they are wrong where policies are near-equal, so that something else may decide. SAQ (Liu, Cai,
+Zhuang, arXiv 2111.12273v1) keeps, of the policies its controller samples, the one whose quantized network has the least
+sharp loss. Here the candidates come from the exact allocation instead, for any method that scores.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bitscape.policy import Policy
+from bitscape.progress import track
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.searches.allocation import allocate, near_best
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.scores import ScoreTable
+from bitscape.sharpness import probe_sharpness
+
+
+def chosen(problem: SearchProblem, scores: ScoreTable) -> tuple[Policy, tuple[dict[str, Any], ...]]:
+    """Return the policy within the budget that the problem's `pick` asks for, and the trace: one record per policy that was probed.
+
+    "best" is `allocate`; "least-sharp" is the `least_sharp` of `near_best`, 8 policies within 1 %. Raises InfeasibleBudget.
+    """
+    stated = scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied
+    if problem.pick == "best":
+        return allocate(*stated), ()
+    policy, records = least_sharp(problem, near_best(*stated))
+    return policy, tuple(records)
+
+
+def least_sharp(
+    problem: SearchProblem, policies: Sequence[Policy], *, images: int = 128, radius: float = 0.05
+) -> tuple[Policy, list[dict[str, Any]]]:
+    """Return the policy whose quantized, calibrated network has the smallest sharpness gap, and a record per policy.
+
+    Of equal gaps the first policy wins; a gap that is not a number loses. Labels are what the float network decides for
+    each image: they stand in for true ones, which a proxy may not have or may have of other classes.
+
+    Args:
+        problem: the float network and the proxy images.
+        policies: at least one, by ascending score, as `near_best` returns them.
+        images: proxy images to calibrate and to probe with, from 1.
+        radius: of the probe; see `probe_sharpness`.
+
+    Returns:
+        The policy, and for each policy its "score", the probe's "gap" and "curvature", and "layers_changed": in how many
+        layers its bits differ from the first policy's.
+    """
+    proxy = problem.images[:images]
+    labels = problem.decisions[:images]
+    records = []
+    for policy in track(policies, label="least sharp: policy"):
+        model = calibrate(quantize(problem.prepared, policy), proxy)
+        probed = probe_sharpness(model, proxy, labels, radius=radius)
+        records.append(
+            {
+                "score": policy.provenance["score"],
+                "gap": probed.gap,
+                "curvature": probed.curvature,
+                "layers_changed": len(policy.difference(policies[0])),
+            }
+        )
+    gaps = [math.inf if math.isnan(record["gap"]) else record["gap"] for record in records]
+    return policies[gaps.index(min(gaps))], records

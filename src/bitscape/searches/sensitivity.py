@@ -1,0 +1,246 @@
+"""What the sensitivity scores share: candidate ranges calibrated once, a layer's output change under each, the table of scores, the result.
+
+A layer's output is linear in its input and in its weight, so that for a pair (weight bits, activation bits)
+
+    Y(pair) - Y = dY_w + dY_a + cross,   dY_w = layer(X, Q(W) - W),   dY_a = layer(Q(X) - X, W),   cross = layer(Q(X) - X, Q(W) - W)
+
+and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, which is of second order.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitscape.engine.task import Task, tracked
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import quantizable_layers
+from bitscape.models.modes import evaluating
+from bitscape.policy import LayerBits, fingerprint
+from bitscape.progress import track
+from bitscape.quant.convert import batches_of, record_inputs
+from bitscape.quant.functional import dequantize, quantize, widened
+from bitscape.quant.grid import Grid, grid
+from bitscape.quant.layers import apply_layer
+from bitscape.quant.observers import Mse
+from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
+from bitscape.searches.allocation import only_choice
+from bitscape.searches.pick import chosen
+from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """One layer's quantization noise under every candidate width."""
+
+    layer: nn.Module
+    weights: Mapping[int, Tensor]
+    """weight bits -> Q(W) - W."""
+    ranges: Mapping[int, tuple[Tensor, Grid]]
+    """activation bits -> scale and grid of the layer's input."""
+
+    def of_input(self, x: Tensor, bits: int) -> Tensor:
+        """Q(X) - X, in float32."""
+        x, (scale, levels) = widened(x), self.ranges[bits]
+        return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
+
+    @torch.no_grad()
+    def output_changes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """dY_w for each weight width and dY_a for each activation width, in the order of the two mappings."""
+        weight = self.layer.get_parameter("weight")
+        by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
+        by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
+        return by_weight, by_input
+
+
+def tracked_batches(images: Tensor, model: nn.Module, batch_size: int, *, label: str) -> Iterator[Tensor]:
+    """Batches on the model's device, with progress in the log."""
+    total = math.ceil(len(images) / batch_size)
+    return track(batches_of(images, model, batch_size), label=label, total=total)
+
+
+def at_least_one(**counts: int) -> None:
+    """Check a method's settings that count something."""
+    for name, count in counts.items():
+        if count < 1:
+            raise BitscapeError(f"{name} = {count}: it must be at least 1")
+
+
+def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
+    """The different weight bits and activation bits among the candidates, ascending."""
+    return sorted({c.weight for c in candidates}), sorted({c.activation for c in candidates})
+
+
+@torch.no_grad()
+def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
+    """Calibrate every candidate width of the named layers once: squared-error scales, per channel for weights, per tensor for inputs.
+
+    Args:
+        model: float network, eval mode.
+        images: normalized (n, c, h, w); a sample of at most 64 is used for the input ranges.
+    """
+    weight_bits, activation_bits = widths(candidates)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
+    inputs = record_inputs(model, layers, images[:64])
+    noise = {}
+    for name, layer in layers.items():
+        values = inputs[name].reshape(1, -1)
+        signed = bool(values.min() < 0)
+        grids = {bits: grid(bits, signed=signed) for bits in activation_bits}
+        noise[name] = LayerNoise(
+            layer,
+            {bits: _weight_noise(layer.get_parameter("weight"), bits) for bits in weight_bits},
+            {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()},
+        )
+    return noise
+
+
+def _weight_noise(weight: Tensor, bits: int) -> Tensor:
+    levels = grid(bits, signed=True)
+    shape = scale_shape(weight.shape, PerChannel())
+    scale = Mse().scale(grouped(weight, shape), levels).reshape(shape)
+    return dequantize(quantize(weight, scale, levels), scale, levels.zero_point) - weight
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One run of one layer on one batch: what came in and what went out; `calls` gives both in float32, also under autocast."""
+
+    name: str
+    input: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class GradedCall(LayerCall):
+    """A run with the loss gradient at the layer's output, in the output's shape."""
+
+    gradient: Tensor
+
+
+def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCall]:
+    """Run `batch` without a graph and yield every run of the named layers."""
+    with evaluating(model), Recorder(model, names) as recorder:
+        model(batch)
+    for call in recorder.seen:
+        yield LayerCall(call.name, widened(call.input), widened(call.output))
+
+
+def calls_with_gradients(
+    model: nn.Module, names: list[str], batch: Tensor, task: Task, generator: torch.Generator
+) -> Iterator[GradedCall]:
+    """As `calls`, with gradients of the task's drawn loss, summed over images: no labels are needed.
+
+    In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
+    """
+    with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
+        values = task.outputs(model(tracked(batch)), len(batch))
+        loss = task.drawn_loss(values, generator).sum()
+        outputs = outputs_of(recorder.seen)
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+    for call, g in zip(recorder.seen, gradients, strict=True):
+        output = widened(call.output.detach())
+        yield GradedCall(call.name, widened(call.input.detach()), output, torch.zeros_like(output) if g is None else widened(g))
+
+
+def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
+    """The recorded outputs; a BitscapeError where the network lets no gradient through to one."""
+    for call in seen:
+        if torch.is_inference_mode_enabled():
+            raise BitscapeError(
+                "torch.inference_mode is on, and this method needs gradients; call it outside, or use method kl or local"
+            )
+        if not call.output.requires_grad:
+            raise BitscapeError(
+                f"layer {call.name}: no gradient reaches it, because the network runs it without (torch.no_grad, detach); "
+                "use method kl or local, which need none"
+            )
+    return [call.output for call in seen]
+
+
+class Recorder:
+    """Collects every run of the named layers while open."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        wanted = set(names)
+        self.layers = {name: layer for name, layer in quantizable_layers(model).items() if name in wanted}
+        self.seen: list[LayerCall] = []
+
+    def __enter__(self) -> "Recorder":
+        self.handles = [layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()]
+        return self
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+            self.seen.append(LayerCall(name, inputs[0] if inputs else named["input"], output))
+            return output.clone()  # an in-place activation behind the layer would overwrite what was recorded
+
+        return record
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def score_table(
+    method: str,
+    candidates: Sequence[LayerBits],
+    by_layer: Mapping[str, NDArray[np.float64]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> ScoreTable:
+    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted.
+
+    `shapes` are the network's weight shapes, by which the table is later checked.
+    """
+    weight_bits, activation_bits = widths(tuple(candidates))
+    at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
+    raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()]).reshape(len(by_layer), len(at))
+    values = monotone(raw, candidates)
+    repairs = int((~np.isclose(values, raw, rtol=1e-6, atol=0)).sum())
+    return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs, fingerprint(shapes))
+
+
+def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> NDArray[np.float64]:
+    """Scores (L, R) that never rise with more bits: the mean of the smallest such table above `values` and the largest below.
+
+    It equals `values` where these are monotone already, and approximates isotonic regression where sampling noise made them not.
+    """
+    larger = np.array([[d.weight >= c.weight and d.activation >= c.activation for d in candidates] for c in candidates])
+    above: NDArray[np.float64] = np.where(larger[None], values[:, None, :], -np.inf).max(2)
+    below: NDArray[np.float64] = np.where(larger.T[None], values[:, None, :], np.inf).min(2)
+    return (above + below) / 2
+
+
+class Scoring(Protocol):
+    """A method that scores."""
+
+    def score(self, problem: SearchProblem) -> ScoreTable:
+        """The table of scores alone; any budget is then one integer programme away."""
+        ...
+
+
+Trace = tuple[Mapping[str, Any], ...]
+
+
+def solve(problem: SearchProblem, method: Scoring) -> SearchResult:
+    """Score every free layer and candidate with `method`, then allocate bits exactly within the problem's budget."""
+    return finish(problem, method, lambda: (method.score(problem), ()))
+
+
+def finish(problem: SearchProblem, method: Any, scored: Callable[[], tuple[ScoreTable, Trace]]) -> SearchResult:
+    """Run `scored`, then choose the policy within the budget by the problem's `pick`; say where it comes from."""
+    started = time.perf_counter()
+    provenance = problem.provenance(method)
+    if not problem.free_layers:
+        policy = only_choice(problem.network, problem.parsed_budget, problem.candidates, problem.pinned, problem.tied)
+        return SearchResult(replace(policy, provenance=provenance), None, (), time.perf_counter() - started)
+    scores, trace = scored()
+    policy, probed = chosen(problem, scores)
+    provenance = {**policy.provenance, **provenance, "repairs": scores.repairs}
+    return SearchResult(replace(policy, provenance=provenance), scores, (*trace, *probed), time.perf_counter() - started)

@@ -1,0 +1,222 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from bitscape.errors import BitscapeError
+from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.proxy_task import HEAD_RATE, FollowFloat, ProxyBatches, ProxyData, ProxyTask, new_head, proxy_task
+from tests.searches.small import square
+from tests.sharpness.small import batch, float_net
+
+IMAGES = 48
+
+
+def problem(labels=None, model=None, seed=0, images=IMAGES):
+    return SearchProblem(
+        model=model or float_net(), images=batch(images)[0], budget="bitops=w4a4", candidates=square(2, 8), labels=labels, seed=seed
+    )
+
+
+def task(given, name="auto", head_epochs=1, folder=None, batch_size=16):
+    return proxy_task(given, name, batch_size=batch_size, head_epochs=head_epochs, folder=folder)
+
+
+def correct(given, share, classes):
+    """The network's own decisions, of which all but a share are moved to another of the classes."""
+    labels = given.decisions.clone()
+    wrong = round((1 - share) * len(labels))
+    labels[:wrong] = (labels[:wrong] + 1) % classes
+    return labels
+
+
+class TestAuto:
+    def test_without_labels_the_float_network_is_followed(self):
+        given = problem()
+        stated = task(given)
+        assert stated.name == "follow" and isinstance(stated.loss, FollowFloat)
+        assert torch.equal(stated.batches.dataset.labels, given.decisions)
+
+    @pytest.mark.parametrize(("right", "name"), [(1.0, "labels"), (0.8, "labels"), (0.3, "new-head")])
+    def test_labels_that_the_network_predicts_are_its_own(self, right, name):
+        assert task(problem(correct(problem(), right, 3))).name == name
+
+    @pytest.mark.parametrize(("wrong", "name"), [(2, "labels"), (12, "new-head")])
+    def test_so_with_two_classes_of_which_each_is_half_of_the_images(self, wrong, name):
+        model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(64, 2, bias=False))
+        half = batch(IMAGES // 2)[0]
+        images = torch.cat([half, -half])  # without biases the opposite image has the opposite logits
+        settings = {"model": model, "images": images, "budget": "bitops=w4a4", "candidates": square(2, 8), "pinned": {}}
+        labels = SearchProblem(**settings).decisions.clone()
+        assert labels.bincount().tolist() == [IMAGES // 2] * 2
+        for first in (0, IMAGES // 2):
+            labels[first : first + wrong] = 1 - labels[first : first + wrong]
+        assert task(SearchProblem(**settings, labels=labels)).name == name
+
+    def test_labels_of_other_classes_get_a_classifier_with_as_many_outputs(self):
+        labels = torch.arange(IMAGES) % 7
+        stated = task(problem(labels))
+        assert stated.name == "new-head" and stated.model(batch(2)[0]).shape == (2, 7)
+        assert torch.equal(stated.batches.dataset.labels, labels)
+        assert stated.loss.for_batch(batch(2)[0]) is cross_entropy
+
+    @pytest.mark.parametrize(("decided", "name"), [(1, "labels"), (0, "new-head")])
+    def test_a_single_class_is_its_own_where_all_are_right(self, decided, name):
+        model = float_net()
+        with torch.no_grad():
+            model[6].bias[decided] = 100.0
+        assert task(problem(torch.full((IMAGES,), 1), model)).name == name
+
+
+@pytest.mark.parametrize("name", ["labels", "new-head"])
+def test_a_task_with_labels_needs_them(name):
+    with pytest.raises(BitscapeError, match=f"task='{name}' learns labels, and the problem has none; .*'follow'"):
+        task(problem(), name)
+
+
+def test_labels_beyond_the_networks_outputs_are_refused():
+    with pytest.raises(BitscapeError, match=r"label 6.* outputs 0\.\.2"):
+        Differentiable(task="labels").search(problem(torch.arange(IMAGES) % 7))
+
+
+def test_the_prepared_network_is_left_alone():
+    given = problem(torch.arange(IMAGES) % 7)
+    before = {name: value.clone() for name, value in given.prepared.state_dict().items()}
+    assert task(given, "new-head").model is not given.prepared
+    assert task(given, "labels").model is not given.prepared
+    assert all(torch.equal(given.prepared.state_dict()[name], value) for name, value in before.items())
+    assert not given.prepared.training
+
+
+class TestNewHead:
+    def test_it_learns_what_the_features_tell_and_nothing_else_moves(self):
+        labels = 4 - batch(IMAGES)[1]  # other numbers for the classes that the images show: 2 to 4
+        given = problem(labels)
+        stated = task(given, "new-head", head_epochs=120)
+        untrained = task(given, "new-head", head_epochs=1)
+        losses = [cross_entropy(each.model.eval()(given.images), labels).item() for each in (stated, untrained)]
+        assert losses[0] < 0.5 * math.log(3) and losses[0] < losses[1]
+        assert (stated.model(given.images).argmax(1) == labels).float().mean() > 0.8
+        for (name, new), (_, old) in zip(stated.model.named_parameters(), given.prepared.named_parameters(), strict=True):
+            assert new.requires_grad and (name.startswith("6.") or torch.equal(new, old))
+
+    def test_the_body_stays_as_it_is(self):
+        model = float_net(dropout=0.5)
+        given = problem(torch.arange(IMAGES) % 7, model)
+        stated = task(given, "new-head", head_epochs=2)
+        body = {name: value for name, value in given.prepared.state_dict().items() if not name.startswith("6.")}
+        assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= body.keys()
+        assert all(torch.equal(stated.model.state_dict()[name], value) for name, value in body.items())
+
+    def test_it_learns_from_the_features_of_the_float_network(self):
+        """One step of AdamW moves each weight by its rate against the sign of the gradient, here at the frozen network's own features."""
+        labels = torch.arange(IMAGES) % 7
+        given = problem(labels, float_net(dropout=0.5))
+        torch.manual_seed(given.seed)
+        head = new_head("6", given.prepared[6], 7)
+        cross_entropy(head(given.prepared[:6](given.images)), labels).backward()
+        expected = head.weight - HEAD_RATE * head.weight.grad.sign()
+        stated = task(given, "new-head", batch_size=IMAGES)
+        clear = head.weight.grad.abs() > 1e-5
+        torch.testing.assert_close(stated.model[6].weight[clear], expected[clear], rtol=0, atol=1e-5)
+
+    def test_no_gpu_is_touched_to_draw_it(self, monkeypatch):
+        def touched(*_):
+            raise AssertionError("a GPU's random state is read or set")
+
+        given = problem(torch.arange(IMAGES) % 7)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name in ("get_rng_state", "set_rng_state", "manual_seed_all"):
+            monkeypatch.setattr(torch.cuda, name, touched)
+        monkeypatch.setattr("bitscape.searches.proxy_task.train", lambda *_, **__: None)
+        assert task(given, "new-head").name == "new-head"
+
+    def test_it_depends_on_the_seed_alone(self):
+        heads = []
+        for outside, seed in ((1, 5), (2, 5), (1, 6)):
+            torch.manual_seed(outside)
+            state = torch.get_rng_state()
+            heads.append(task(problem(torch.arange(IMAGES) % 7, seed=seed), "new-head").model[6].weight)
+            assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+    def test_a_convolution_at_the_end_gets_another_one(self):
+        model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        stated = task(problem(torch.arange(IMAGES) % 5, model), "new-head")
+        assert stated.model[2].weight.shape == (5, 8, 1, 1) and stated.model(batch(2)[0]).shape == (2, 5)
+
+    def test_it_is_like_the_old_one_but_for_its_outputs(self):
+        old = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=2, bias=False, dtype=torch.float64)
+        made = new_head("head", old, 9)
+        assert made.bias is None and made.weight.dtype == torch.float64
+        x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+        assert made(x).shape == (2, 9, *old(x).shape[2:])
+        linear = new_head("head", nn.Linear(4, 6), 2)
+        assert linear.weight.shape == (2, 4) and linear.bias.shape == (2,)
+
+    @pytest.mark.parametrize("old", [nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(4, 4, 1)])
+    def test_other_layers_cannot_be_replaced(self, old):
+        with pytest.raises(BitscapeError, match=f"layer last: a {type(old).__name__} .*task='follow'"):
+            new_head("last", old, 3)
+
+
+def test_following_is_the_divergence_from_the_float_outputs():
+    given = problem()
+    images, logits = given.images[:6], torch.randn(6, 3)
+    aim = given.prepared(images).softmax(1)
+    expected = (aim * (aim.log() - logits.log_softmax(1))).sum(1).mean()
+    loss = task(given).loss.for_batch(images)
+    torch.testing.assert_close(loss(logits, given.decisions[:6]), expected)
+    torch.testing.assert_close(loss(given.prepared(images), given.decisions[:6]), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def numbered(images=20, batch_size=6, seed=0):
+    """Batches of images that hold their own number, which is their label too."""
+    data = ProxyData("numbers", torch.arange(float(images)).reshape(-1, 1, 1, 1), torch.arange(images))
+    return ProxyBatches(dataset=data, batch_size=batch_size, seed=seed)
+
+
+class TestBatches:
+    def test_they_depend_on_seed_epoch_and_number_alone(self):
+        whole = [labels.tolist() for _, labels in numbered().epoch(2)]
+        torch.manual_seed(7)
+        assert [labels.tolist() for _, labels in numbered().epoch(2)] == whole
+        assert [labels.tolist() for _, labels in numbered().epoch(2, start=1)] == whole[1:]
+        assert [labels.tolist() for _, labels in numbered().epoch(3)] != whole
+        assert [labels.tolist() for _, labels in numbered(seed=1).epoch(2)] != whole
+
+    def test_an_epoch_has_whole_batches_of_different_images_with_their_labels(self):
+        batches = list(numbered().epoch(0))
+        assert len(numbered()) == len(batches) == 3 and {len(labels) for _, labels in batches} == {6}
+        assert len({int(label) for _, labels in batches for label in labels}) == 18
+        assert all(torch.equal(images.flatten().long(), labels) for images, labels in batches)
+
+    def test_fewer_images_than_a_batch_make_one(self):
+        ((_, labels),) = numbered(4).epoch(0)
+        assert len(numbered(4)) == 1 and sorted(labels.tolist()) == [0, 1, 2, 3]
+
+
+class TestSplit:
+    def stated(self, images=20, seed=0):
+        return ProxyTask(name="labels", model=nn.Identity(), batches=numbered(images, seed=seed))
+
+    def test_it_is_a_partition_drawn_by_the_seed(self):
+        parts = [self.stated(seed=seed).split(0.3) for seed in (0, 0, 1)]
+        held_out = [sorted(part[1].batches.dataset.labels.tolist()) for part in parts]
+        assert held_out[0] == held_out[1] != held_out[2] and len(held_out[0]) == 6
+        kept = parts[0][0].batches.dataset
+        assert sorted([*kept.labels.tolist(), *held_out[0]]) == list(range(20))
+        assert torch.equal(kept.images.flatten().long(), kept.labels)
+        assert parts[0][1].batches.batch_size == 6
+
+    def test_nothing_held_out_is_the_task_itself(self):
+        stated = self.stated()
+        assert stated.split(0.0) == (stated, None)
+
+    @pytest.mark.parametrize(("images", "share"), [(1, 0.5), (20, 0.01), (20, 0.99)])
+    def test_a_side_without_images_is_refused(self, images, share):
+        with pytest.raises(BitscapeError, match=f"held_out = {share} of {images} images"):
+            self.stated(images).split(share)

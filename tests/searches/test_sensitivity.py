@@ -1,0 +1,180 @@
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bitscape.engine.task import Classes
+from bitscape.errors import BitscapeError
+from bitscape.models.layers import layer_shapes
+from bitscape.policy import LayerBits, fingerprint
+from bitscape.quant.layers import apply_layer
+from bitscape.searches.allocation import allocate
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.hawq import Hawq
+from bitscape.searches.kl import Kl
+from bitscape.searches.local import Local
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.sensitivity import calls, calls_with_gradients, layer_noise, monotone, score_table, widths
+
+PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
+
+
+def small_net(inplace: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(inplace=inplace),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+
+
+def images(n: int = 6) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_widths_are_those_of_the_candidates() -> None:
+    assert widths(PAIRS) == ([2, 4, 8], [2, 8])
+
+
+def test_noise_falls_with_bits_and_the_input_of_a_relu_is_unsigned() -> None:
+    noise = layer_noise(small_net(), ["0", "2", "6"], images(), PAIRS)
+    sizes = [float(change.square().sum()) for change in noise["2"].weights.values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 100 * sizes[-1]
+    assert noise["2"].ranges[2][1].qmin == 0
+    assert noise["0"].ranges[2][1].qmin == -2
+
+
+def test_output_changes_are_those_of_the_quantized_layer() -> None:
+    model = small_net()
+    noise = layer_noise(model, ["2"], images(), PAIRS)["2"]
+    (call,) = calls(model, ["2"], images())
+    by_weight, by_input = noise.output_changes(call.input)
+    weight = noise.layer.get_parameter("weight")
+    with torch.no_grad():
+        changed = apply_layer(noise.layer, call.input + noise.of_input(call.input, 2), weight + noise.weights[4])
+        cross = apply_layer(noise.layer, noise.of_input(call.input, 2), noise.weights[4])
+        bias = noise.layer.get_parameter("bias")[:, None, None]
+    torch.testing.assert_close(changed + bias - call.output, by_weight[1] + by_input[0] + cross, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_are_those_at_the_layers_own_output(inplace: bool) -> None:
+    graded = {c.name: c for c in calls_with_gradients(small_net(inplace), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
+    plain = {c.name: c for c in calls_with_gradients(small_net(), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
+    torch.testing.assert_close(graded["0"].output, plain["0"].output)
+    torch.testing.assert_close(graded["0"].gradient, plain["0"].gradient)
+    assert (plain["0"].output < 0).any()
+
+
+def test_a_layer_that_runs_twice_is_seen_twice() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer)
+    assert [call.name for call in calls(model, ["1"], torch.randn(2, 1, 2, 2))] == ["1", "1"]
+
+
+class Returning(nn.Module):
+    """A network whose answer is `wrap` of the logits."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.net, self.wrap = small_net(), wrap
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda y: {"logits": y}, "the model returns dict; scores need one tensor"),
+        (lambda y: (y, y), "the model returns tuple"),
+        (lambda y: y[:3], r"the model returns shape \(3, 4\) for 6 images"),
+        (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's outputs of image 5 are not finite"),
+        (lambda y: y * torch.nan, "the model's outputs of image 0 are not finite"),
+    ],
+)
+@pytest.mark.parametrize("method", [Fisher, Hawq, Kl])
+def test_answers_that_are_no_finite_tensor_are_told(
+    method: type[Fisher | Hawq | Kl], wrap: Callable[[torch.Tensor], object], message: str
+) -> None:
+    stated = SearchProblem(model=Returning(wrap), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=message):
+        method().score(stated)
+
+
+@pytest.mark.parametrize("method", [Fisher, Hawq])
+def test_a_network_that_lets_no_gradient_through_is_told(method: type[Fisher | Hawq]) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return self.net(x)
+
+    stated = SearchProblem(model=Cut(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=r"layer net\.2: no gradient .*no_grad.*kl or local"):
+        method().score(stated)
+
+
+class Odd(nn.Module):
+    """A layer called by keyword, one whose output nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.unread, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.named(input=x.flatten(1))
+        self.unread(x)
+        return self.head(x)
+
+
+def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    graded = calls_with_gradients(Odd(), ["named", "unread"], torch.randn(2, 1, 2, 2, generator=generator), Classes(), generator)
+    seen = {call.name: call for call in graded}
+    assert seen["named"].input.shape == (2, 4) and seen["named"].gradient.any()
+    assert seen["unread"].gradient.shape == (2, 4) and not seen["unread"].gradient.any()
+
+
+@pytest.mark.parametrize("method", [Fisher, Hawq, Kl, Local])
+def test_tables_carry_the_networks_fingerprint_and_serve_no_other(method: type[Fisher | Hawq | Kl | Local]) -> None:
+    stated = SearchProblem(model=small_net(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    table = method().score(stated)
+    assert table.fingerprint == fingerprint(layer_shapes(stated.model))
+    wider = small_net()
+    wider[6] = nn.Linear(8, 5)
+    other = SearchProblem(model=wider, images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    with pytest.raises(BitscapeError, match=r"scores: they are of a network with fingerprint .* this one has"):
+        allocate(table, other.network, other.parsed_budget)
+
+
+@given(st.lists(st.floats(0, 100), min_size=len(PAIRS), max_size=len(PAIRS)))
+def test_repaired_scores_never_rise_with_bits_and_repair_is_idempotent(row: list[float]) -> None:
+    repaired = monotone(np.array([row]), PAIRS)[0]
+    for (i, less), (j, more) in product(enumerate(PAIRS), enumerate(PAIRS)):
+        if more.weight >= less.weight and more.activation >= less.activation:
+            assert repaired[j] <= repaired[i] + 1e-9
+    np.testing.assert_allclose(monotone(repaired[None], PAIRS)[0], repaired)
+    assert min(row) - 1e-9 <= repaired.min() and repaired.max() <= max(row) + 1e-9
+
+
+def test_repairs_are_counted() -> None:
+    falling = np.array([[9.0, 8.0], [5.0, 4.0], [3.0, 1.0]])
+    assert score_table("m", PAIRS, {"a": falling}, {}).repairs == 0
+    rising = falling.copy()
+    rising[2, 0] = 6.0  # 8/2 scores worse than 4/2
+    table = score_table("m", PAIRS, {"a": falling, "b": rising}, {})
+    assert table.repairs == 2
+    np.testing.assert_allclose(table.values[1], [9.0, 8.0, 5.5, 4.0, 5.5, 1.0])
