@@ -34,7 +34,34 @@ def test_the_shape_of_the_outputs_tells_the_task(model: nn.Module, task: Task | 
 def test_any_other_outputs_are_followed_in_units_of_their_spread(model: nn.Module) -> None:
     task = task_of(model, IMAGES)
     assert isinstance(task, Follow)
-    assert task.spread == pytest.approx(float(model(IMAGES).detach().std(unbiased=False)))
+    spread = float(model(IMAGES).detach().std(unbiased=False))
+    assert task.spreads == {"output0": pytest.approx(spread)}
+    torch.testing.assert_close(task.outputs(model(IMAGES), len(IMAGES)), model(IMAGES).reshape(len(IMAGES), -1) / spread)
+
+
+class Heads(nn.Module):
+    """Outputs of several forms, scales and types."""
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"boxes": [100 * x, x.unflatten(1, (2, 2))], "cells": x.reshape(1, -1, 2), "best": x.argmax(1)}
+
+
+def test_each_output_of_a_structure_is_followed_in_its_own_unit() -> None:
+    task = task_of(Heads(), IMAGES)
+    assert isinstance(task, Follow)
+    assert list(task.spreads) == ["boxes.0", "boxes.1", "cells"]
+    assert task.spreads["boxes.0"] == pytest.approx(100 * task.spreads["boxes.1"])
+    rows = task.outputs(Heads()(IMAGES), len(IMAGES))
+    torch.testing.assert_close(rows, (IMAGES / task.spreads["cells"]).repeat(1, 3))
+
+
+def test_outputs_that_change_or_do_not_part_among_images_are_refused() -> None:
+    with pytest.raises(BitscapeError, match=r"the model returns output0, and boxes before"):
+        Follow({"boxes": 1.0}).outputs(IMAGES, len(IMAGES))
+    with pytest.raises(BitscapeError, match=r"output output0 has shape \(3,\) for 2 images"):
+        Follow().outputs(torch.zeros(3), 2)
+    with pytest.raises(BitscapeError, match="no floating-point tensor"):
+        Follow().outputs({"best": torch.zeros(2, dtype=torch.int64)}, 2)
 
 
 def test_a_task_that_is_asked_for_is_taken() -> None:
@@ -46,7 +73,7 @@ def test_a_task_that_is_asked_for_is_taken() -> None:
 def test_constant_outputs_have_the_unit_one() -> None:
     model = linear(1)
     nn.init.zeros_(model.get_parameter("0.weight"))
-    assert task_of(model, IMAGES) == Follow(1.0)
+    assert task_of(model, IMAGES) == Follow({"output0": 1.0})
 
 
 def test_divergence_of_classes_in_closed_form() -> None:
@@ -66,11 +93,11 @@ def test_divergence_of_yes_and_no_is_that_of_two_classes() -> None:
 def test_divergence_of_followed_outputs_is_half_the_squared_difference() -> None:
     reference = torch.zeros(2, 3)
     outputs = torch.tensor([[2.0, 0.0, 2.0], [0.0, 0.0, 4.0]])
-    assert Follow(2.0).divergence(outputs, reference).tolist() == [1.0, 2.0]
-    assert Follow(2.0).divergence(outputs[:, 0], reference[:, 0]).tolist() == [0.5, 0.0]
+    task = Follow({"output0": 2.0})
+    assert task.divergence(task.outputs(outputs, 2), task.outputs(reference, 2)).tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("task", [Classes(), Binary(), Follow(0.5)])
+@pytest.mark.parametrize("task", [Classes(), Binary(), Follow()])
 def test_squared_gradients_of_the_drawn_loss_expect_to_the_curvature_of_the_divergence(task: Task) -> None:
     values = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
     curvature = hessian(lambda moved: task.divergence(moved[None], values[None])[0], values).diagonal()
@@ -110,8 +137,7 @@ def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
     ],
 )
 def test_outputs_of_another_kind_are_refused(output: Tensor, message: str) -> None:
-    for task in (Binary(), Follow()):
-        with pytest.raises(BitscapeError, match=message):
+    with pytest.raises(BitscapeError, match=message):
             task.outputs(output, 2)
 
 

@@ -2,14 +2,15 @@
 
     classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels drawn from it
     binary    logits, or the probabilities of a final sigmoid, of any shape (n, ...): the same for each yes or no
-    follow    any tensor (n, ...): half the squared difference, in units of the float outputs' spread
+    follow    any outputs, nested ones too: half the squared difference, each tensor in units of its own spread
 
 A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence` has as its second derivative at
 the float outputs: the Fisher information, or Gauss-Newton's approximation for `follow`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
+from bitscape.models.named_outputs import named_outputs
 
 TaskName = Literal["classes", "binary", "follow"]
 SAMPLE = 64
@@ -96,22 +98,26 @@ class Binary:
 class Follow:
     """Any outputs: they should stay what they are."""
 
-    spread: float = 1.0
-    """Standard deviation of the float network's outputs: the unit of differences."""
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    """Name of each floating-point output of the float network -> its standard deviation, the unit of its differences."""
     name: TaskName = "follow"
 
     def outputs(self, output: object, images: int) -> Tensor:
-        """Return finite float32 outputs (n, ...)."""
-        return _finite(_one_tensor(output, images))
+        """Return all floating-point outputs in their units, side by side: finite float32 (n, values of an image)."""
+        named = _floating(output)
+        if self.spreads and named.keys() != self.spreads.keys():
+            raise BitscapeError(f"the model returns {', '.join(named)}, and {', '.join(self.spreads)} before; its outputs must not change")
+        columns = [_rows(name, tensor, images) / self.spreads.get(name, 1.0) for name, tensor in named.items()]
+        return _finite(torch.cat(columns, dim=1))
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Half the squared difference of each image, (n,)."""
-        return _per_image(((outputs - reference) / self.spread).square()) / 2
+        return _per_image((outputs - reference).square()) / 2
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Sum of each image's outputs (n,), with signs drawn at random."""
         signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-        return _per_image(outputs * signs) / self.spread
+        return _per_image(outputs * signs)
 
     def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """The divergence from the outputs' own values (n,): flat here, and curved."""
@@ -140,15 +146,38 @@ def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] =
     sample = images[:SAMPLE]
     with evaluating(model), torch.enable_grad():
         output = model(tracked(sample))
-    tensor = _finite(_one_tensor(output, len(sample)))
-    ends_in_sigmoid = tensor.grad_fn is not None and tensor.grad_fn.name() == "SigmoidBackward0"
-    if name == "auto" and tensor.ndim == 2 and tensor.shape[1] > 1:
+    only = output if isinstance(output, Tensor) and output.ndim and len(output) == len(sample) else None
+    ends_in_sigmoid = only is not None and only.grad_fn is not None and only.grad_fn.name() == "SigmoidBackward0"
+    if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
         return Classes()
-    if name == "binary" or (name == "auto" and ends_in_sigmoid and tensor[0].numel() == 1):
+    if name == "binary" or (name == "auto" and ends_in_sigmoid and only is not None and only[0].numel() == 1):
+        _finite(_one_tensor(output, len(sample)))
         return Binary(probabilities=ends_in_sigmoid)
+    return Follow({key: _spread(tensor) for key, tensor in _floating(output).items()})
+
+
+def _spread(tensor: Tensor) -> float:
     values = tensor.detach().double()
     spread, largest = float(values.std(unbiased=False)), float(values.abs().max())
-    return Follow(spread if spread > CONSTANT * largest else 1.0)
+    return spread if spread > CONSTANT * largest else 1.0
+
+
+def _floating(output: object) -> dict[str, Tensor]:
+    """The floating-point tensors among a network's outputs, by name."""
+    named = {name: tensor for name, tensor in named_outputs(output).items() if tensor.is_floating_point() and tensor.numel()}
+    if not named:
+        raise BitscapeError("the model returns no floating-point tensor; scores need one: return it beside the others, or use method local")
+    return named
+
+
+def _rows(name: str, tensor: Tensor, images: int) -> Tensor:
+    """A row of values for each image: detectors may lay the cells of all images end to end."""
+    if tensor.numel() % images:
+        raise BitscapeError(
+            f"the model's output {name} has shape {tuple(tensor.shape)} for {images} images, which is not so many values for each; "
+            "use method local, which does not look at outputs"
+        )
+    return tensor.float().reshape(images, -1)
 
 
 def tracked(images: Tensor) -> Tensor:
