@@ -103,3 +103,11 @@ def _is_full(folder: Path, error: Exception) -> bool:
     if isinstance(error, OSError) and error.filename is not None and not Path(os.fspath(error.filename)).is_relative_to(folder):
         return False  # another disk
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < _FULL_BYTES
+
+
+@contextmanager
+def replaced_if_good(*paths: Path) -> Iterator[Path]:
+    """Give a draft of the first of the files, elsewhere; if nothing fails within the block, the files are replaced by the drafts."""
+    with scratch_folder() as folder:
+        yield folder / paths[0].name
+        write_together({path: (folder / path.name).read_bytes() for path in reversed(paths)})

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from bitscape.cli.export import _replaced_if_good
 from bitscape.errors import BitscapeError
+from bitscape.folders import replaced_if_good
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_draft_that_fails_leaves_the_old_files(files: tuple[Path, Path]) -> None:
-    with pytest.raises(BitscapeError, match="differ"), _replaced_if_good(*files) as draft:
+    with pytest.raises(BitscapeError, match="differ"), replaced_if_good(*files) as draft:
         draft.write_text("new")
         draft.with_suffix(".bin").write_bytes(b"new weights")
         raise BitscapeError("codes differ")
@@ -24,7 +24,7 @@ def test_a_draft_that_fails_leaves_the_old_files(files: tuple[Path, Path]) -> No
 
 
 def test_a_good_draft_replaces_them(files: tuple[Path, Path]) -> None:
-    with _replaced_if_good(*files) as draft:
+    with replaced_if_good(*files) as draft:
         assert (draft.name, draft.parent == files[0].parent) == ("net.xml", False)
         draft.write_text("new")
         draft.with_suffix(".bin").write_bytes(b"new weights")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitscape.cli.export_report import computed_otherwise, report_agreement, report_file, report_parity
+from bitscape.cli.export_report import report_agreement, report_file, report_parity
 from bitscape.cli.export_source import ExportSource
 from bitscape.errors import BitscapeError
-from bitscape.exporters.agreement import Agreement
+from bitscape.exporters.agreement import Agreement, computed_otherwise
 from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.parity import LayerParity, ParityReport

@@ -138,7 +138,7 @@ def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
 )
 def test_outputs_of_another_kind_are_refused(output: Tensor, message: str) -> None:
     with pytest.raises(BitscapeError, match=message):
-            task.outputs(output, 2)
+        Binary().outputs(output, 2)
 
 
 def test_classes_need_two_outputs() -> None:

@@ -1,14 +1,12 @@
 """`bitscape export`: a quantized network as a file, packed or for a runtime, checked before it is called good."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bitscape.cli.export_report import (
-    PARITY_IMAGES,
     report_agreement,
     report_containers,
     report_file,
@@ -20,7 +18,7 @@ from bitscape.cli.options import seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import check_same_outputs, load_packed_network, save_packed_network
 from bitscape.cli.paths import OutputFile
-from bitscape.folders import scratch_folder, write_together
+from bitscape.folders import replaced_if_good
 
 
 def _out(suffix: str, *also: str, note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -78,12 +76,12 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
         --normalize imagenet --repair --out resnet18.onnx
     """
     from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, write_onnx
-    from bitscape.exporters.parity import ALLOWED, check_parity
+    from bitscape.exporters.parity import ALLOWED, PARITY_IMAGES, check_parity
     from bitscape.runtimes.sessions import OnnxRuntime
 
     source, runtime = ExportSource.of(options), OnnxRuntime()
     network, images = source.integer_network()
-    with _replaced_if_good(out) as draft:
+    with replaced_if_good(out) as draft:
         info = write_onnx(network, draft, images, containers=CONTAINERS if int2 else PORTABLE)
         report_file(source, network, info.container_bytes, info.file_bytes, out)
         report_parity(check_parity(draft, source.compared_images[:PARITY_IMAGES].numpy(), runtime), ALLOWED["onnxruntime"])
@@ -111,12 +109,12 @@ def openvino(out: Path, **options: Any) -> None:
     """
     from bitscape.exporters.openvino.ir import write_openvino
     from bitscape.exporters.openvino.parity import check_openvino_parity
-    from bitscape.exporters.parity import ALLOWED
+    from bitscape.exporters.parity import ALLOWED, PARITY_IMAGES
     from bitscape.runtimes.sessions import OpenVino
 
     source, runtime = ExportSource.of(options), OpenVino()
     network, images = source.integer_network()
-    with _replaced_if_good(out, out.with_suffix(".bin")) as draft:
+    with replaced_if_good(out, out.with_suffix(".bin")) as draft:
         info = write_openvino(network, draft, images)
         report_file(source, network, info.weight_bytes, info.file_bytes, out)
         report_parity(check_openvino_parity(draft, info.source, source.compared_images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
@@ -147,11 +145,3 @@ def qonnx(out: Path, **options: Any) -> None:
     rows = [[f"{w} x {a}", f"{macs:,}", f"{w * a * macs:,}"] for (w, a), macs in sorted(info.macs.items())]
     print_table(["weight x activation bits", "MACs", "BitOps"], [*rows, ["all", f"{sum(info.macs.values()):,}", f"{info.bitops:,}"]])
     click.echo(f"{out}: {amount(info.file_bytes, 'B')}, its weights in float32 on their grids; {info.weight_bits:,} bits of weights")
-
-
-@contextmanager
-def _replaced_if_good(*paths: Path) -> Iterator[Path]:
-    """Give a draft of the first of the files, elsewhere; if nothing fails within the block, the files are replaced by the drafts."""
-    with scratch_folder() as folder:
-        yield folder / paths[0].name
-        write_together({path: (folder / path.name).read_bytes() for path in reversed(paths)})

@@ -11,24 +11,15 @@ from bitscape.cli.export_source import ExportSource
 from bitscape.cli.network import network_shapes
 from bitscape.cli.output import amount, print_table, size_ratio
 from bitscape.cost.targets import TARGETS
-from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bitscape.exporters.agreement import Agreement, Array
+    from bitscape.exporters.agreement import Agreement
     from bitscape.exporters.integer.form import IntegerNetwork
     from bitscape.exporters.packed.file import PackedInfo
     from bitscape.exporters.parity import ParityReport
     from bitscape.runtimes.sessions import Session
 
-BATCH = 32
-LEAST_SAME_CLASS, SMALL_DIFFERENCE, LARGE_DIFFERENCE = 0.8, 0.02, 0.25
-"""Outputs that are more than so far off, by their norm, were computed otherwise; less far if fewer images have the class of exact integers:
-a large difference costs classes, while a small one changes those that hang by a thread. Roundings of additions differ in OpenVINO."""
-PARITY_IMAGES = 16
-"""Images whose every code is compared: the reference computes exactly, and slowly."""
 
 
 def report_packed(source: ExportSource, info: "PackedInfo") -> None:
@@ -90,49 +81,22 @@ def report_agreement(source: ExportSource, network: "IntegerNetwork", session: "
     Raises:
         BitscapeError: an output is further from exact integers than roundings of additions explain.
     """
-    import torch
+    from bitscape.exporters.agreement import compare_outputs, require_same
 
-    from bitscape.exporters.agreement import Comparison
-    from bitscape.exporters.integer.execution import run_integers
-    from bitscape.models.named_outputs import named_outputs
-
-    exact, simulated = Comparison(), Comparison()
-    for batch in source.compared_images.split(BATCH):
-        outputs = dict(zip(session.outputs, session.run(batch.numpy()), strict=True))
-        exact.add(len(batch), _arrays(run_integers(network, batch)), outputs)
-        with torch.no_grad():
-            simulated.add(len(batch), _arrays(named_outputs(source.network(batch))), outputs)
-    _print_agreement({"exact integers": exact.result(), "before the export": simulated.result()})
+    exact, simulated = compare_outputs(network, source.network, session, source.compared_images)
+    _print_agreement({"exact integers": exact, "before the export": simulated})
     click.echo(f"{runtime}, compared on {source.compared_on}")
-    for name, agreement in exact.result().items():
-        if computed_otherwise(agreement):
-            raise BitscapeError(
-                f"{runtime} computes output {name} otherwise than the file says: {100 * agreement.difference:.2g} % off exact integers, "
-                f"and their class on {_percent(agreement.same_class)} of the images; do not use the file with this version, or export for "
-                "another runtime"
-            )
-
-
-def _arrays(outputs: "Mapping[str, Tensor]") -> "dict[str, Array]":
-    return {name: tensor.numpy() for name, tensor in outputs.items()}
+    require_same(exact, runtime)
 
 
 def _print_agreement(results: "Mapping[str, Mapping[str, Agreement]]") -> None:
     """Print, for each output, a row for each of the networks that it is compared with."""
+    from bitscape.exporters.agreement import percent
+
     names = next(iter(results.values()))
     rows = [
-        [name, other, f"{100 * found.difference:.2g} %", _percent(found.same_class), _percent(found.identical)]
+        [name, other, f"{100 * found.difference:.2g} %", percent(found.same_class), percent(found.identical)]
         for name in names
         for other, found in ((other, agreements[name]) for other, agreements in results.items())
     ]
     print_table(["output", "compared with", "off", "same class", "equal bits"], rows, left=2)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def computed_otherwise(exact: "Agreement") -> bool:
-    """Whether a runtime's outputs are further from exact integers than roundings of additions explain."""
-    other_classes = exact.same_class is not None and exact.same_class < LEAST_SAME_CLASS
-    return exact.difference > (SMALL_DIFFERENCE if other_classes else LARGE_DIFFERENCE)

@@ -6,11 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.exporters.integer.execution import run_integers
+from bitscape.exporters.integer.form import IntegerNetwork
+from bitscape.models.named_outputs import named_outputs
+from bitscape.runtimes.sessions import Session
 
 Array = NDArray[Any]
+BATCH = 32
+LEAST_SAME_CLASS, SMALL_DIFFERENCE, LARGE_DIFFERENCE = 0.8, 0.02, 0.25
+"""Outputs that are more than so far off, by their norm, were computed otherwise; less far if fewer images have the class of exact integers:
+a large difference costs classes, while a small one changes near-tied classes. Roundings of additions differ in OpenVINO."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +113,46 @@ def _differences(expected: Array, actual: Array, equal: Array) -> Array:
     with np.errstate(invalid="ignore"):
         off = np.where(equal, 0.0, actual.astype(np.float64) - expected.astype(np.float64))
     return np.where(np.isnan(off), np.inf, off)
+
+
+def compare_outputs(
+    integers: IntegerNetwork, simulated: nn.Module, session: Session, images: Tensor
+) -> tuple[dict[str, Agreement], dict[str, Agreement]]:
+    """Run a file on `images` (n, c, h, w) and compare every output, by name, with two networks.
+
+    Returns:
+        How far the file agrees with exact integers, and with the network as it was simulated.
+    """
+    exact, before = Comparison(), Comparison()
+    for batch in images.split(BATCH):
+        outputs = dict(zip(session.outputs, session.run(batch.numpy()), strict=True))
+        exact.add(len(batch), _arrays(run_integers(integers, batch)), outputs)
+        with torch.no_grad():
+            before.add(len(batch), _arrays(named_outputs(simulated(batch))), outputs)
+    return exact.result(), before.result()
+
+
+def require_same(exact: Mapping[str, Agreement], runtime: str) -> None:
+    """Raise BitscapeError if an output is further from exact integers than roundings of additions explain."""
+    for name, agreement in exact.items():
+        if computed_otherwise(agreement):
+            raise BitscapeError(
+                f"{runtime} computes output {name} otherwise than the file says: {100 * agreement.difference:.2g} % off exact integers, "
+                f"and their class on {percent(agreement.same_class)} of the images; do not use the file with this version, or export for "
+                "another runtime"
+            )
+
+
+def computed_otherwise(exact: Agreement) -> bool:
+    """Whether a runtime's outputs are further from exact integers than roundings of additions explain."""
+    other_classes = exact.same_class is not None and exact.same_class < LEAST_SAME_CLASS
+    return exact.difference > (SMALL_DIFFERENCE if other_classes else LARGE_DIFFERENCE)
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _arrays(outputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: tensor.numpy() for name, tensor in outputs.items()}

@@ -34,6 +34,8 @@ ROUNDING = 2.0**-22
 """Of float32, relative; two operations at most."""
 ALLOWED = {"onnxruntime": 0.0, "openvino": 1e-3}
 """Share of codes that may differ, by one."""
+PARITY_IMAGES = 16
+"""Images whose every code is compared: the reference computes exactly, and slowly."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,1 @@
+"""What users call: search, quantize and export, each with everything it needs done in the right order."""

@@ -1,0 +1,171 @@
+"""The way from a float network to checked files, as users call it, on networks and data of many forms."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bitscape as bs
+from bitscape.engine.forward import device_of
+from bitscape.quant.layers import quantized_layers, static_bits
+from bitscape.searches.problem import SearchProblem
+
+CANDIDATES = [bs.LayerBits(weight, 8) for weight in (2, 4, 8)]
+
+
+def classifier() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        ).eval()
+
+
+class Detector(nn.Module):
+    """Two heads of different scale in a mapping, and whole numbers beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = classifier()[:5]
+        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, pixels: Tensor) -> dict[str, object]:
+        features = self.body(pixels)
+        scores = self.scores(features)
+        return {"boxes": 100 * self.boxes(features), "heads": [scores], "best": scores.argmax(1)}
+
+
+IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(40) % 5
+DATA = {
+    "tensor": IMAGES,
+    "loader": DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16),
+    "dataset": TensorDataset(IMAGES),
+    "mappings": [{"pixels": part, "labels": label} for part, label in zip(IMAGES.split(8), LABELS.split(8), strict=True)],
+}
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_any_form_of_the_same_data_gives_the_same_policy_and_network(data):
+    model = classifier()
+    expected = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES).policy
+    policy = bs.search(model, data, "weight_bytes=w4", candidates=CANDIDATES).policy
+    assert policy.layers == expected.layers
+    outputs = [bs.quantize(model, policy, each)(IMAGES) for each in (data, IMAGES)]
+    assert torch.equal(*outputs)
+
+
+def test_the_verb_searches_as_the_method_does():
+    model = classifier()
+    problem = SearchProblem(model=model, images=IMAGES, budget="weight_bytes=w4", candidates=tuple(CANDIDATES))
+    by_method = bs.Fisher(images=16).search(problem).policy
+    by_verb = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES, method=bs.Fisher(images=16)).policy
+    assert by_verb.layers == by_method.layers and by_verb.provenance == by_method.provenance
+
+
+def test_the_quantized_network_has_the_bits_of_its_policy_and_the_model_is_left_alone():
+    model = classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    policy = bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8))
+    network = bs.quantize(model, policy, IMAGES)
+    assert {name: static_bits(layer) for name, layer in quantized_layers(network).items()} == policy.layers
+    assert not network.training and device_of(network).type == "cpu"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    trainable = bs.quantize(model, policy, IMAGES, for_training=True)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in trainable.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_repair_brings_outputs_nearer_to_those_of_the_float_network():
+    model, policy = classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
+    with torch.no_grad():
+        expected = model(IMAGES)
+        errors = [float((bs.quantize(model, policy, IMAGES, repair=repair)(IMAGES) - expected).norm()) for repair in ("compensate", None)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl", "hawq", "local"])
+def test_a_network_with_several_outputs_is_scored_and_quantized(method):
+    model = Detector().eval()
+    result = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES, method=method)
+    assert result.scores is not None and (result.scores.values.max(1) > result.scores.values.min(1)).all()
+    outputs = bs.quantize(model, result.policy, IMAGES)(IMAGES)
+    assert outputs["boxes"].shape == (40, 4, 8, 8) and outputs["heads"][0].shape == (40, 3, 8, 8)
+
+
+def test_scores_of_several_outputs_do_not_depend_on_their_units():
+    scores = []
+    for unit in (1.0, 1000.0):
+        model = Detector().eval()
+        with torch.no_grad():
+            model.boxes.weight.mul_(unit), model.boxes.bias.mul_(unit)
+        scores.append(bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES).scores)
+    torch.testing.assert_close(torch.from_numpy(scores[0].values), torch.from_numpy(scores[1].values), rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "runtime"), [(".onnx", "onnxruntime"), (".xml", "openvino")])
+@pytest.mark.parametrize("build", [classifier, Detector])
+def test_files_are_written_checked_and_told_of(build, suffix, runtime, tmp_path):
+    from tests.runtimes import runtime_or_skip
+
+    runtime_or_skip(runtime)
+    model = build().eval()
+    policy = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES).policy
+    report = bs.export(bs.quantize(model, policy, IMAGES), tmp_path / f"network{suffix}", IMAGES)
+    assert report.path.is_file() and report.runtime.startswith(runtime)
+    assert report.parity.float_layers == () and set(report.exact) == set(report.simulated)
+    assert set(report.exact) == ({"output0"} if build is classifier else {"boxes", "heads.0", "best"})
+    assert report.exact["output0" if build is classifier else "boxes"].images == 10  # every fourth of forty sets no range
+
+
+def test_packed_files_are_read_back(tmp_path):
+    model = classifier()
+    network = bs.quantize(model, bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES, for_training=True)
+    report = bs.export(network, tmp_path / "network.safetensors")
+    assert report.file_bytes == report.path.stat().st_size
+    assert torch.equal(bs.load_packed(report.path, model).eval()(IMAGES), network(IMAGES))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = classifier()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        difference: Tensor = self.body(left) - self.body(right)
+        return difference
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: bs.search(classifier(), IMAGES, "weight_bytes=w4", method="fischer"), "method='fischer': unknown; nearest: fisher"),
+        (lambda: bs.search(classifier(), IMAGES, "weight_bytes=w4", target="openvine"), "target='openvine': unknown; nearest: openvino"),
+        (lambda: bs.search(classifier(), "photos/", "weight_bytes=w4"), "a name or path is read by bitscape.load_dataset"),
+        (
+            lambda: bs.search(Pair(), [((IMAGES, IMAGES), LABELS)], "weight_bytes=w4"),
+            "called with a tuple of several inputs; a network of one input tensor is needed",
+        ),
+        (lambda: bs.search(classifier(), [IMAGES, IMAGES[..., :6]], "weight_bytes=w4"), "resize or crop them to one size"),
+        (lambda: bs.export(classifier(), "x.onnx", IMAGES), "network: it has no quantized layer"),
+    ],
+)
+def test_mistakes_are_named(call, said):
+    with pytest.raises(bs.BitscapeError, match=said):
+        call()
+
+
+def test_a_file_needs_a_known_suffix_and_samples(tmp_path):
+    network = bs.quantize(classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES)
+    with pytest.raises(bs.BitscapeError, match=r"unknown suffix; use .safetensors \(packed\), .onnx or .xml"):
+        bs.export(network, tmp_path / "network.pt", IMAGES)
+    with pytest.raises(bs.BitscapeError, match="data is missing: samples set ranges in .onnx files"):
+        bs.export(network, tmp_path / "network.onnx")
