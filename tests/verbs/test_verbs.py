@@ -167,5 +167,5 @@ def test_a_file_needs_a_known_suffix_and_samples(tmp_path):
     network = bs.quantize(classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES)
     with pytest.raises(bs.BitscapeError, match=r"unknown suffix; use .safetensors \(packed\), .onnx or .xml"):
         bs.export(network, tmp_path / "network.pt", IMAGES)
-    with pytest.raises(bs.BitscapeError, match="data is missing: samples set ranges in .onnx files"):
+    with pytest.raises(bs.BitscapeError, match=r"data is missing: samples set ranges in .onnx files"):
         bs.export(network, tmp_path / "network.onnx")
