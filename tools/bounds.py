@@ -1,6 +1,6 @@
 """Run the tests with the lowest versions that pyproject.toml allows, in a virtual environment of their own.
 
-    python3.11 tools/bounds.py --torch 2.13.0 --extra huggingface tests/search
+    python3.11 tools/bounds.py --torch 2.13.0 --extra huggingface tests/searches
 
 torch is installed first, at the version asked for, so that nothing resolved later brings another build of it.
 """

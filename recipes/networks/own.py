@@ -1,6 +1,6 @@
 """Two small networks of other tasks on CIFAR images, and how they are trained: plain PyTorch, minutes on one core.
 
-`rotation_regressor` tells by how many degrees an image was turned (one number). `same_class` tells whether two images show
+`RotationRegressor` tells by how many degrees an image was turned (one number). `SameClass` tells whether two images show
 the same class (two inputs, one logit); both go through one shared body.
 """
 

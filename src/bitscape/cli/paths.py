@@ -111,15 +111,17 @@ class SourceText(TextType):
 
 
 class ModelText(TextType):
-    """A network by name; "hf:" may name a folder."""
+    """A network by name; "hf:" may name a folder, "onnx:" names a file."""
 
     name = "model"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the text."""
         kind, _, name = value.partition(":")
-        if kind == "hf" and Path(name).is_dir():
-            _noted(ctx, Place(option=_option(param, value), path=Path(name), role="model", output=False))
+        roles: dict[str, tuple[bool, Role]] = {"hf": (Path(name).is_dir(), "model"), "onnx": (Path(name).is_file(), "file")}
+        exists, role = roles.get(kind, (False, "file"))
+        if exists:
+            _noted(ctx, Place(option=_option(param, value), path=Path(name), role=role, output=False))
         return str(value)
 
 

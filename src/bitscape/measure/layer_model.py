@@ -1,6 +1,7 @@
 """One layer alone as an ONNX model of random integers: what is timed where a layer of a network shall be.
 
-Copies with weights of their own stand side by side, in the form in which `onnx_qdq` writes layers; of each output one value is kept:
+Copies with weights of their own stand side by side, in the form in which `exporters.onnx.qdq` writes layers; of each output one value
+is kept:
 
     uint8 codes -> DequantizeLinear -+-> layer -> QuantizeLinear (-> Clip) -> Slice -+-> Concat
                                      +-> ...                                         |
@@ -174,7 +175,7 @@ class _Graph:
         kinds = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
         stored = self.constant(codes.astype(kinds[bits]))
         stored = stored if bits == 8 else self.node("Cast", stored, to=3)  # INT8
-        # As in `onnx_qdq`: ONNX Runtime fuses products only with a zero point.
+        # As in `exporters.onnx.qdq`: ONNX Runtime fuses products only with a zero point.
         zeros = np.zeros(channels, np.int8) if product else None
         return self.dequantized(stored, np.full(channels, W_SCALE), zeros, axis=int(form.operator == "MatMul"))
 

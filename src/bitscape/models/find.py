@@ -1,7 +1,7 @@
 """Find the user's network by name, and load its weights.
 
-Five forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18", and "hf:name" or
-"hf:path/to/folder" for an image classifier of Hugging Face with its weights.
+Six forms: "package.module:function", "path/to/file.py:function", "timm:resnet18", "torchvision:resnet18", "hf:name" or
+"hf:path/to/folder" for an image classifier of Hugging Face with its weights, and "onnx:path/to/file.onnx" with its weights.
 Weights come as safetensors, or as torch saves state dicts; nothing in a file is run.
 """
 
@@ -25,7 +25,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.files import write_atomic
 from bitscape.models.saved import read_weights, renamed
 
-_FORMS = '"package.module:function", "path/to/file.py:function", "timm:name", "torchvision:name" or "hf:name"'
+_FORMS = '"package.module:function", "path/to/file.py:function", "timm:name", "torchvision:name", "hf:name" or "onnx:file"'
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # A library's operators vanish when the object that declared them does.
 _declared: list[torch.library.Library] = []
@@ -167,7 +167,20 @@ def _with_logits_alone(network: nn.Module) -> nn.Module:
     return network
 
 
-_ZOOS: dict[str, Callable[[str, dict[str, Any]], Any]] = {"timm": _timm, "torchvision": _torchvision, "hf": _huggingface}
+def _onnx(path: str, kwargs: dict[str, Any]) -> Any:
+    from bitscape.models.onnx_input import read_onnx
+
+    if kwargs:
+        raise BitscapeError(f"name: onnx:{path} is read as it is; leave out {', '.join(kwargs)}")
+    return read_onnx(path)
+
+
+_ZOOS: dict[str, Callable[[str, dict[str, Any]], Any]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _huggingface,
+    "onnx": _onnx,
+}
 
 
 def _optional(package: str, extra: str = "vision") -> ModuleType:

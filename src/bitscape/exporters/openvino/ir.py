@@ -1,6 +1,6 @@
 """OpenVINO IR files: a network with integer layers for OpenVINO, weights in 2, 3, 4, 6 or 8 bits.
 
-The graph is that of the ONNX file (`onnx_qdq`), read by OpenVINO and changed in three places:
+The graph is that of the ONNX file (`exporters.onnx.qdq`), read by OpenVINO and changed in three places:
 
     weights     u2, u3 or u6 constant -> Convert(i8) -> Subtract(2^(b-1)); i4 -> Convert(i8); i8. Folded when OpenVINO loads the file.
                 A constant for every product: OpenVINO computes those in float that share one. The .bin file has equal ones once.

@@ -1,0 +1,69 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.models.find import find_model
+from bitscape.models.layers import quantizable_layers
+
+onnx = pytest.importorskip("onnx")
+if importlib.util.find_spec("onnx2torch") is None:  # imported by `read_onnx`, behind torchvision
+    pytest.skip("onnx2torch is not installed", allow_module_level=True)
+
+
+def small_file(path: Path) -> dict[str, torch.Tensor]:
+    """A convolution, a reshape by a Constant node, a product with bias; two outputs. Returns the weights."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"kernel": (4, 3, 3, 3), "matrix": (5, 144), "bias": (5,)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 144])
+    nodes = [
+        helper.make_node("Conv", ["pixels", "kernel"], ["features"], name="stem", kernel_shape=[3, 3]),
+        helper.make_node("Constant", [], ["shape"], name="constant", value=shape),
+        helper.make_node("Reshape", ["features", "shape"], ["flat"], name="flatten"),
+        helper.make_node("Gemm", ["flat", "matrix", "bias"], ["scores"], name="head", transB=1),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 8, 8])
+    outputs = [
+        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 4, 6, 6]),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 5]),
+    ]
+    stored = [numpy_helper.from_array(value.numpy(), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "small", [pixels], outputs, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return weights
+
+
+def test_a_file_is_a_network_with_its_names(tmp_path):
+    weights = small_file(tmp_path / "small.onnx")
+    network = find_model(f"onnx:{tmp_path / 'small.onnx'}")
+    assert not network.training and list(quantizable_layers(network)) == ["stem", "head"]
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    outputs = network(pixels=images)
+    features = nn.functional.conv2d(images, weights["kernel"])
+    torch.testing.assert_close(outputs["features"], features)
+    torch.testing.assert_close(outputs["scores"], features.flatten(1) @ weights["matrix"].T + weights["bias"])
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"no protobuf", "no readable ONNX file"), (None, "no readable ONNX file")])
+def test_what_is_no_onnx_file_is_named(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises(BitscapeError, match=said):
+        find_model(f"onnx:{tmp_path / 'bad.onnx'}")
+
+
+def test_an_operator_that_cannot_be_converted_is_named(tmp_path):
+    from onnx import TensorProto, helper
+
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])
+    graph = helper.make_graph([helper.make_node("Det", ["x"], ["y"])], "odd", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "odd.onnx")
+    with pytest.raises(BitscapeError, match=r"onnx2torch cannot convert it \(.*Det"):
+        find_model(f"onnx:{tmp_path / 'odd.onnx'}")
