@@ -27,7 +27,12 @@ def loaded(name: str, bits=((8, 8),)):
 def constants(model) -> dict[str, np.ndarray]:
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     made = (node for node in model.graph.node if node.op_type == "Constant")
-    return found | {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in made}
+    return found | {node.output[0]: _value(node.attribute[0]) for node in made}
+
+
+def _value(attribute) -> np.ndarray:
+    value = onnx.helper.get_attribute_value(attribute)
+    return onnx.numpy_helper.to_array(value) if attribute.name == "value" else np.array(value)
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)
