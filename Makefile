@@ -31,7 +31,7 @@ docs: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/pytest tests/docs tests/test_readme.py
 
-# Not a part of `make test`: it downloads. For example: make bounds PYTHON=python3.12 BOUNDS="--torch 2.11.0 tests/search"
+# Not a part of `make test`: it downloads. For example: make bounds PYTHON=python3.12 BOUNDS="--torch 2.11.0 tests/searches"
 bounds:
 	$(PYTHON) tools/bounds.py $(BOUNDS)
 
