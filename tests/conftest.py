@@ -1,6 +1,7 @@
 """What every test gets: checked shapes, one torch thread, reproducible examples, and the path of the real data."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from tests import typechecks
 
 # Before the first import of the package: its modules are instrumented as they load. Costs half a second.
 install_import_hook("bitscape.quant", f"{typechecks.__name__}.checked")
+
+# Shells let programs that they start in the background ignore Ctrl-C; tests that raise it want its usual effect.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread: on two busy cores, threads that wait for each other cost more than they give.
 torch.set_num_threads(1)

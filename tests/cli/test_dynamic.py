@@ -49,7 +49,7 @@ class Given:
 
     @property
     def train(self) -> tuple[object, ...]:
-        data = ("--data", self.folder / "steps.npz", "--policy", self.folder / "w4.json")
+        data = ("--data", self.folder / "train.npz", "--policy", self.folder / "w4.json")
         return ("train", *self.model, *data, "--epochs", 2, "--batch-size", 32, "--lr", 0.05)
 
     @property
@@ -90,7 +90,7 @@ def tiers(given, run):
         state[f"heads.{head}.linear.bias"][0] = 5
     state["shift"].zero_()
     save_file(state, parted / "model.safetensors")
-    data = ("--data", given.folder / "steps.npz", "--checkpoint", parted)
+    data = ("--data", given.folder / "train.npz", "--checkpoint", parted)
     return folder, succeed("tiers", *given.model, *data, "--count", 2, "--out", folder).out
 
 
@@ -160,7 +160,7 @@ def test_a_tier_evaluates_and_packs_as_any_static_network(given, tiers, tmp_path
     assert _row(shown, "bitops")[1] == _row(tiers[1], "tier1")[3]
     model = given.model[:-2]
     succeed("export", "packed", *model, "--checkpoint", own, "--out", packed)
-    read = succeed("evaluate", *given.model, "--data", given.folder / "steps.npz", "--packed", packed).out
+    read = succeed("evaluate", *given.model, "--data", given.folder / "train.npz", "--packed", packed).out
     assert read.splitlines()[0] == shown.splitlines()[0]
 
 
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(given, run, refused, t
     with monkeypatch.context() as patched:
         patched.setattr(DqmqStep, "__call__", interrupt)
         assert run_cli(*again).code == 130
-    data = ("--data", given.folder / "steps.npz", "--checkpoint", tmp_path / "broken")
+    data = ("--data", given.folder / "train.npz", "--checkpoint", tmp_path / "broken")
     assert "no model.safetensors; train to the end" in refused("evaluate", *given.model, *data)
     succeed(*again, "--resume")
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (run[0] / "model.safetensors").read_bytes()
@@ -274,7 +274,7 @@ def test_options_that_belong_together(given, refused, tmp_path):
 
 
 def test_folders_of_another_kind_are_told_apart(given, refused, run, tiers, tmp_path):
-    data = ("--data", given.folder / "steps.npz")
+    data = ("--data", given.folder / "train.npz")
     evaluate, out = ("evaluate", *given.model, *data), ("--out", tmp_path / "out.safetensors")
     packed = ("export", "packed", *given.model[:-2], *out, "--checkpoint")
     assert "bitscape tiers --checkpoint" in refused(*packed, run[0])

@@ -57,14 +57,14 @@ def test_widths():
 
 
 def test_normalizations():
-    assert parse_normalization("cifar10", "steps.parquet") is CIFAR10
+    assert parse_normalization("cifar10", "train.parquet") is CIFAR10
     assert parse_normalization(None, "digits") is DIGITS
     assert parse_normalization("0.5,0.4,0.3/1,2,3", "x") == Normalization((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
 
 
 def test_a_normalization_is_never_guessed():
     with pytest.raises(BitscapeError, match="--normalize is missing"):
-        parse_normalization(None, "steps.parquet")
+        parse_normalization(None, "train.parquet")
     with pytest.raises(BitscapeError, match="nearest: imagenet"):
         parse_normalization("imagnet", "x")
 
