@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import bitscape as bs
 from bitscape.errors import BitscapeError
 from bitscape.models.find import find_model
 from bitscape.models.layers import quantizable_layers
@@ -48,6 +49,17 @@ def test_a_file_is_a_network_with_its_names(tmp_path):
     features = nn.functional.conv2d(images, weights["kernel"])
     torch.testing.assert_close(outputs["features"], features)
     torch.testing.assert_close(outputs["scores"], features.flatten(1) @ weights["matrix"].T + weights["bias"])
+
+
+@pytest.mark.slow
+def test_a_network_from_a_file_is_quantized_and_exported_under_its_names(tmp_path):
+    small_file(tmp_path / "small.onnx")
+    model = find_model(f"onnx:{tmp_path / 'small.onnx'}")
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    network = bs.quantize(model, bs.uniform_policy(["stem", "head"], bs.LayerBits(4, 8)), images)
+    report = bs.export(network, tmp_path / "int.onnx", images)
+    assert set(report.exact) == {"features", "scores"}
+    assert [entry.name for entry in onnx.load(tmp_path / "int.onnx").graph.input] == ["pixels"]
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"no protobuf", "no readable ONNX file"), (None, "no readable ONNX file")])

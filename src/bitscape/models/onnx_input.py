@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
@@ -46,7 +47,7 @@ def read_onnx(path: Path | str) -> nn.Module:
             f"{path}: onnx2torch cannot convert it ({first_line(error)}); export the network from its source, "
             "or simplify the file with onnxsim first"
         ) from error
-    return _with_names_of(model, network).eval()
+    return _with_fixed_sizes(_with_names_of(model, network)).eval()
 
 
 def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -80,5 +81,23 @@ def _with_names_of(model: "onnx.ModelProto", network: fx.GraphModule) -> fx.Grap
         (output,) = (node for node in network.graph.nodes if node.op == "output")
         names = [entry.name for entry in model.graph.output]
         output.args = (dict(zip(names, output.args[0], strict=True)),)
+    network.recompile()
+    return network
+
+
+def _with_fixed_sizes(network: fx.GraphModule) -> fx.GraphModule:
+    """Let reshapes by stored sizes take them as numbers: torch.export follows no sizes that are read from a tensor."""
+    graph, modules = network.graph, dict(network.named_modules())
+    for node in [node for node in graph.nodes if node.op == "call_module"]:
+        if type(modules[node.target]).__name__ != "OnnxReshape" or node.args[1].op != "get_attr":
+            continue
+        owner, _, name = node.args[1].target.rpartition(".")
+        sizes = getattr(modules[owner], name).tolist()
+        with graph.inserting_before(node):  # 0 stands for the size as it is
+            kept = {axis: graph.call_method("size", (node.args[0], axis)) for axis, size in enumerate(sizes) if size == 0}
+            shape = tuple(kept.get(axis, size) for axis, size in enumerate(sizes))
+            fixed = graph.call_function(torch.reshape, (node.args[0], shape))
+        node.replace_all_uses_with(fixed)
+        graph.erase_node(node)
     network.recompile()
     return network
