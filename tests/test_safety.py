@@ -27,7 +27,7 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.runtimes.sessions import RUNTIMES
 from bitscape.searches.scores import ScoreTable
 from tests.dynamic.small import float_net
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("src", "benchmarks", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -7,7 +7,7 @@ from benchmarks.compatibility import PARTS, measure, travel
 from benchmarks.compatibility_summaries import compatibility as table
 from benchmarks.zoo import Entry, images
 from bitscape.errors import BitscapeError
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 SOURCE = """
 from torch import nn

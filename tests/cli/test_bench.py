@@ -5,11 +5,11 @@ import pytest
 
 from bitscape.cli.network import load_network
 from bitscape.data.sources import load_dataset
-from bitscape.exporters import bench
+from bitscape.measure import bench
 from bitscape.report.documents import load_bench
 from bitscape.runtimes.sessions import Timing
 from tests.cli.run import MODEL, run_cli
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
 

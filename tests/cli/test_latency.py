@@ -5,10 +5,10 @@ import pytest
 
 from bitscape.cli.latency import shown_pairs
 from bitscape.cost.latency import LatencyTable
-from bitscape.exporters import layer_times
+from bitscape.measure import layer_times
 from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
 

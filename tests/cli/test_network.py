@@ -13,13 +13,14 @@ def gpus(monkeypatch):
     """A machine with two GPUs, as far as can be told without one; returns where tensors were made."""
     made = []
 
-    def empty(*_, device):
+    def zeros(*_, device):
         made.append(device)
         if device.type == "cuda" and device.index not in (0, 1):
             raise RuntimeError("CUDA error: invalid device ordinal\nmore")
+        return 0.0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return made
 

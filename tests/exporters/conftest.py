@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 
 @cache

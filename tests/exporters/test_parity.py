@@ -5,8 +5,8 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.parity import ALLOWED, LayerParity, ParityReport, check_parity, read_layers
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime
 from tests.exporters.networks import CASES, MIXED, exported, other_images
-from tests.exporters.test_runtime import with_float_layer
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
+from tests.runtimes.test_sessions import with_float_layer
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters import baselines
+from bitscape.measure import baselines
 from bitscape.measure.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.models.digits import digits_net
 from bitscape.runtimes.sessions import RUNTIMES
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 onnx = pytest.importorskip("onnx")
 runtime_or_skip("onnxruntime")

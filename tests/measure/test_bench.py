@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters import bench
+from bitscape.measure import bench
 from bitscape.measure.bench import Contender, input_shape, measure_files
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, Timing
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 IMAGES = np.random.default_rng(0).random((11, 1, 2, 2), np.float32)
 

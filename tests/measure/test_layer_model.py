@@ -9,7 +9,7 @@ from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE
 from bitscape.measure.layer_model import MOST_COPIES, MOST_WEIGHTS, LayerForm, LayerModel, form_of, without_layers
 from bitscape.policy import LayerBits
 from bitscape.runtimes.sessions import RUNTIMES
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 CONV = {"operator": "Conv", "strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1)}
 FORMS = {

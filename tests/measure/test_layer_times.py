@@ -10,7 +10,7 @@ from torch import nn
 
 from bitscape.cost.latency import LatencyTable
 from bitscape.errors import BitscapeError
-from bitscape.exporters import layer_times
+from bitscape.measure import layer_times
 from bitscape.measure.layer_times import LEAST_MS, build_table, layer_calls
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits

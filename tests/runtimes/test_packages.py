@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters import packages
+from bitscape.runtimes import packages
 from bitscape.runtimes.packages import EXTRAS, runtime_module
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 ROOT = Path(__file__).parents[2]
 SESSION = """

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters import runtime
 from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.graph import quiet
 from bitscape.exporters.onnx.qdq import write_onnx
+from bitscape.runtimes import sessions as runtime
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, OpenVino, time_alternately
 from tests.exporters.networks import MIXED, OUTPUTS_OF_HEADS, exported, images, integers, other_images
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 ALL = sorted(RUNTIMES)
 

@@ -56,7 +56,7 @@ def test_bad_input_is_named(measure):
     model, (images, labels) = small_net(), batch()
     with pytest.raises(BitscapeError, match="12 images, 11 labels"):
         measure(model, images, labels[:11])
-    with pytest.raises(BitscapeError, match="0 images"):
+    with pytest.raises(BitscapeError, match="at least one image"):
         measure(model, images[:0], labels[:0])
     with pytest.raises(BitscapeError, match="batch_size = 0"):
         measure(model, images, labels, batch_size=0)

@@ -117,7 +117,7 @@ def test_scores_of_several_outputs_do_not_depend_on_their_units():
 @pytest.mark.parametrize(("suffix", "runtime"), [(".onnx", "onnxruntime"), (".xml", "openvino")])
 @pytest.mark.parametrize("build", [classifier, Detector])
 def test_files_are_written_checked_and_told_of(build, suffix, runtime, tmp_path):
-    from tests.runtimes import runtime_or_skip
+    from tests.needs import runtime_or_skip
 
     runtime_or_skip(runtime)
     model = build().eval()

@@ -19,8 +19,8 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
+from tests.needs import runtime_or_skip
 from tests.networks import basic_block, conv_norm, inverted_residual
-from tests.runtimes import runtime_or_skip
 
 pytestmark = pytest.mark.slow
 

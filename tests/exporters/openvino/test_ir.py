@@ -17,7 +17,7 @@ from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.openvino.ir import CONTAINERS, OpenvinoInfo, openvino_model, pack, save_openvino, write_openvino
 from bitscape.runtimes.sessions import OpenVino
 from tests.exporters.networks import OUTPUTS_OF_HEADS, Applied, Heads, head, images, made, mobile, other_images, plain, quantized, residual
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from bitscape.exporters.openvino.parity import check_openvino_parity
 from bitscape.exporters.parity import ALLOWED, ParityReport
 from bitscape.runtimes.sessions import OpenVino
 from tests.exporters.networks import CASES, Applied, images, integers, made, other_images, quantized
-from tests.runtimes import runtime_or_skip
+from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
 
