@@ -1,11 +1,14 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from bitscape.data.batches import DIGITS
 from bitscape.data.sources import load_dataset
 from bitscape.models.digits import digits_net
+
+pytestmark = pytest.mark.slow
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -9,6 +9,8 @@ from benchmarks.zoo import Entry, images
 from bitscape.errors import BitscapeError
 from tests.needs import runtime_or_skip
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 from torch import nn
 

@@ -19,6 +19,8 @@ from bitscape.engine.describe import describe
 from bitscape.policy import LayerBits, Policy
 from tests.cli.run import MODEL, run_cli, succeed
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 from torch import nn
 

@@ -15,6 +15,8 @@ from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from tests.cli.run import MIXED, MODEL
 
+pytestmark = pytest.mark.slow
+
 EVALUATE = ("evaluate", *MODEL, "--data", "digits")
 CALIBRATION = ("--calibration", "digits", "--calibration-images", 64)
 

@@ -6,6 +6,8 @@ import pytest
 from tests.cli.run import MODEL
 from tests.report.reading import Page
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(cli, trained, tmp_path_factory):

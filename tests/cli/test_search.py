@@ -13,6 +13,8 @@ from bitscape.searches.fisher import Fisher
 from bitscape.searches.scores import ScoreTable
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.slow
+
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 16)
 
 

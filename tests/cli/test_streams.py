@@ -13,6 +13,8 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.slow
+
 SEARCH = (*MODEL, "--data", "digits", "--method", "uniform", "--images", 8, "--budget", "bitops=w4a4")
 RUN = "from bitscape.cli import main; main()"
 

@@ -10,6 +10,8 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.steps.plain import Plain
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)
 
 

@@ -25,6 +25,8 @@ from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers, st
 from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of, set_heads, vary_heads, whole_widths
 from tests.networks import resnet20
 
+pytestmark = pytest.mark.slow
+
 ALL = DynamicBits(static=())
 WEIGHTS = DynamicBits(weights=True)
 every_kind = pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from bitscape.quant.convert import quantize
 from bitscape.quant.quantizers import Pact
 from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of
 
+pytestmark = pytest.mark.slow
+
 IMAGES = mixed_images(64, seed=1)
 BITS = [DynamicBits(), DynamicBits(low=3, high=5), DynamicBits(weights=True), DynamicBits(static=("0", "6"))]
 

@@ -44,6 +44,8 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.steps import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
+pytestmark = pytest.mark.slow
+
 USUAL: dict[str, Any] = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3, "schedule": Cosine(warmup_epochs=0.5)}
 
 

@@ -12,6 +12,8 @@ from bitscape.models.find import find_model
 from bitscape.models.layers import quantizable_layers
 from recipes.networks import WEIGHTS, load
 
+pytestmark = pytest.mark.slow
+
 # Parameter counts as the sources of the weights state them.
 PARAMETERS = {
     "resnet20": 269_722,

@@ -20,6 +20,8 @@ from bitscape.searches.seam import Seam
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net, gradients
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 24
 SHORT = {"epochs": 2, "batch_size": 6}
 

@@ -21,6 +21,8 @@ from bitscape.searches.problem import ScoreTable, SearchProblem
 from bitscape.sharpness import probe_sharpness
 from tests.searches.small import noise_scores, square
 
+pytestmark = pytest.mark.slow
+
 
 def problem(budget: str = "bitops=w4a4") -> SearchProblem:
     with torch.random.fork_rng():

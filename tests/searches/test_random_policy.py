@@ -14,6 +14,8 @@ from bitscape.searches.problem import SearchProblem, SearchResult
 from bitscape.searches.random_policy import Random
 from tests.searches.small import fits
 
+pytestmark = pytest.mark.slow
+
 
 class Net(nn.Sequential):
     def __init__(self, layers: int = 12) -> None:

@@ -17,6 +17,8 @@ from bitscape.searches.readout import LEAN, Progress, _leaning, _offered, _resco
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (2, 4, 8)
 IMAGES = 30
 

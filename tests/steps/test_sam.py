@@ -25,6 +25,8 @@ from bitscape.steps.sam import across, add_share
 from tests.engine.tiny import same_state, tiny_batches
 from tests.sharpness.small import batch, gradients, quantized, same, small_net, whole
 
+pytestmark = pytest.mark.slow
+
 STEPS = [Sam(), Saq(case=1), Saq(case=2), Saq(case=3)]
 IDS = ["sam", "case 1", "case 2", "case 3"]
 

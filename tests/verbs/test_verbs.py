@@ -11,6 +11,8 @@ from bitscape.engine.forward import device_of
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.searches.problem import SearchProblem
 
+pytestmark = pytest.mark.slow
+
 CANDIDATES = [bs.LayerBits(weight, 8) for weight in (2, 4, 8)]
 
 

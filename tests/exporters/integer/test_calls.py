@@ -13,6 +13,8 @@ from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Lsq, LsqPlus, Pact, PerTensor
 from tests.exporters.networks import Applied, images, integers, made, quantized
 
+pytestmark = pytest.mark.slow
+
 CALLS = ("tower", "tower:2", "tower:3", "tower:4")
 
 

@@ -20,6 +20,8 @@ from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerChannel, PerTensor
 from recipes.networks import resnet18
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = [
     Lsq(),
     Lsq(weight_scales=PerTensor()),

@@ -9,6 +9,8 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.repair import input_moments, repair
 from recipes.networks import WEIGHTS, load
 
+pytestmark = pytest.mark.slow
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, PerChannel, Per
 from bitscape.quant.repair import adaptive_rounding, compensate_rounding, input_moments
 from bitscape.quant.repair.rounding import rounding_tasks
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [Lsq(), Lsq(weight_scales=PerTensor()), Lsq(weight_scales=PerChannel(1)), LsqPlus()]
 ROUNDINGS = [compensate_rounding, lambda m, x: adaptive_rounding(m, x, steps=200)]
 
