@@ -18,6 +18,8 @@ from bitscape.quant.layers import quantized_layers
 from tests.dynamic.small import dynamic, float_net, mixed_images, policy_of, set_heads, vary_heads
 from tests.engine.tiny import same_state, tiny_batches
 
+pytestmark = pytest.mark.slow
+
 IMAGES, LABELS = mixed_images(16), torch.arange(16) % 4
 SCHEDULE = {"warm_up": 0.1, "ramp": 0.2, "hard_from": 0.6, "hard_until": 1.0}
 AMPLE = 1e12

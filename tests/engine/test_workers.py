@@ -18,7 +18,10 @@ from tests.engine import two_workers
 from tests.engine.tiny import tiny_batches
 from tests.engine.two_workers import listed
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
+]
 
 RUNS = ("plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", "sharp", "sharp continued")
 SEARCHES = ("differentiable", "held out", "seam")

@@ -25,6 +25,8 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 from neighbour import WIDTH
 from torch import nn

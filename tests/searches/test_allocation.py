@@ -18,6 +18,8 @@ from bitscape.searches.knapsack import Solution
 from bitscape.searches.scores import ScoreTable
 from tests.searches.small import every_policy, fits, layer, network, noise_scores, random_network, square, uniform
 
+pytestmark = pytest.mark.slow
+
 KINDS = sorted(CAPS)
 
 

@@ -14,6 +14,8 @@ from bitscape.searches.proxy_task import proxy_task
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net, gradients, same, whole
 
+pytestmark = pytest.mark.slow
+
 TINY = {"rho": 1e-9, "rho_min": 1e-9}
 
 

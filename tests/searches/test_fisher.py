@@ -16,6 +16,8 @@ from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import ScoreTable, SearchProblem
 from bitscape.searches.sensitivity import GradedCall, layer_noise
 
+pytestmark = pytest.mark.slow
+
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 4, 8)))
 
 

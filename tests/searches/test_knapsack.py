@@ -17,6 +17,8 @@ from bitscape.searches import knapsack, programme
 from bitscape.searches.knapsack import CapRow, UndecidedError, smallest
 from bitscape.searches.programme import Choice, Outcome, row_of
 
+pytestmark = pytest.mark.slow
+
 
 def row(costs: list[list[int]], limit: int, *, fixed: int = 0, additive: bool = True) -> CapRow:
     return CapRow("bitops", np.array(costs, dtype=object), limit, fixed, additive)

@@ -14,6 +14,8 @@ from bitscape.searches.soft_cost import soft_cost
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (2, 3, 8)
 SUMS = ("bitops=w4a4", "weight_bytes=w4", "mean_weight_bits=4", "mean_activation_bits=5")
 SEVERAL = [("bitops=w4a4", "weight_bytes=w3"), ("mean_weight_bits=3", "mean_activation_bits=3"), SUMS]

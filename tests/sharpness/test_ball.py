@@ -15,6 +15,8 @@ from bitscape.quant.quantizers import Liq, Lsq, Pact, PerTensor
 from bitscape.sharpness.ball import Ball
 from tests.sharpness.small import batch, float_net, gradients, quantized, same, small_net
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = {"0.weight", "4.weight", "6.weight"}
 DEFAULT = Ball()
 BIASES = {"0.bias", "4.bias", "6.bias"}
