@@ -15,10 +15,11 @@ check test: export OMP_NUM_THREADS = 1
 
 # Whole files: the tests of one share fixtures.
 check: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not signals"
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -m signals
+	$(BIN)/pytest -n 2 --dist loadfile -m "not signals"
 
 # No cache of import-linter: it does not notice that a module, imported before it existed, has been added.
 lint: $(READY)

@@ -11,6 +11,8 @@ from bitscape.cli.interrupts import interrupting
 from bitscape.searches.fisher import Fisher
 from tests.cli.run import MODEL, run_cli
 
+pytestmark = pytest.mark.signals
+
 SEARCH = ("search", *MODEL, "--data", "digits", "--images", 8, "--budget", "bitops=0.5x")
 WORD = "interrupted: no result was written; run the command again"
 

@@ -10,7 +10,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.steps.plain import Plain
 from tests.cli.run import MODEL, run_cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.signals]
 
 TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)
 

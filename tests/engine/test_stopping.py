@@ -10,6 +10,8 @@ from bitscape.folders import CHECKPOINT
 from bitscape.steps import Plain
 from tests.engine.tiny import same_state, tiny_batches, tiny_net
 
+pytestmark = pytest.mark.signals
+
 USUAL = {"step": Plain(), "optimizer": Sgd(lr=0.05), "epochs": 3}
 
 
