@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from bitscape.calling import call, map_tensors, rows_of, sample_count, tensors_in
+from bitscape.calling import call, map_tensors, rows_of, sample_count
 from bitscape.errors import BitscapeError
+from bitscape.nested import tensors_in
 
 
 class Sum(nn.Module):

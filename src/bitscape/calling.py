@@ -1,12 +1,13 @@
 """How a network is called: with one tensor, with several, or by keyword; and what is done to all of its inputs alike."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.nested import tensors_in
 
 Inputs: TypeAlias = Any
 """A tensor, a tuple of arguments, or a mapping from keyword to argument; tensors may be nested in them."""
@@ -30,18 +31,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, tuple | list):
         return type(tree)(map_tensors(function, value) for value in tree)
     return tree
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of `tree` in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, tuple | list):
-        for value in tree:
-            yield from tensors_in(value)
 
 
 def sample_count(inputs: Inputs) -> int:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from bitscape.calling import Inputs, sample_count, tensors_in
+from bitscape.calling import Inputs, sample_count
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError, first_line
+from bitscape.nested import tensors_in
 
 LABELS = ("label", "labels", "target", "targets", "y")
 """Entries of a mapping that are targets."""

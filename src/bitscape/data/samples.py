@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitscape.calling import Inputs, moved, rows_of, sample_count, shapes_of, tensors_in
+from bitscape.calling import Inputs, moved, rows_of, sample_count, shapes_of
 from bitscape.errors import BitscapeError
+from bitscape.nested import tensors_in
 
 
 @dataclass(frozen=True, eq=False)

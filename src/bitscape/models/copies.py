@@ -11,7 +11,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError, first_line
 from bitscape.models.layers import quantizable_layers
-from bitscape.models.outputs import tensors_in
+from bitscape.nested import tensors_in
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.outputs import tensors_by_path
+from bitscape.nested import tensors_by_path
 
 
 def named_outputs(returned: Any) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
-from bitscape.models.outputs import tensors_in
+from bitscape.nested import tensors_in
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that counts as rounding, relative to the largest output: float32 after a hundred layers."""

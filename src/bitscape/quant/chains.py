@@ -23,8 +23,8 @@ from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
-from bitscape.models.outputs import tensors_in
 from bitscape.models.trial import TOLERANCE
+from bitscape.nested import tensors_in
 from bitscape.quant.functional import HALF
 from bitscape.quant.layers import QuantizedLayer
 

@@ -1,4 +1,4 @@
-"""The tensors that a network returns, out of whatever holds them."""
+"""The tensors that a network takes or returns, out of whatever holds them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

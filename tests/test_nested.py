@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitscape.models.outputs import tensors_by_path, tensors_in
+from bitscape.nested import tensors_by_path, tensors_in
 
 A, B = torch.zeros(1), torch.ones(1)
 
