@@ -27,9 +27,10 @@ import json
 import math
 import numbers
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from bitscape.errors import BitscapeError, nearest
 from bitscape.files import json_text, parse_json, read_limited, write_atomic
@@ -37,6 +38,11 @@ from bitscape.version import __version__
 
 FORMAT = 1
 MAX_BITS = 8
+"""Of what a search offers unless it is told otherwise, and of weights."""
+WEIGHT_BITS = (*range(1, MAX_BITS + 1),)
+ACTIVATION_BITS = (*WEIGHT_BITS, 16)
+FLOAT_BITS = 32
+"""Of weights and activations that stay float."""
 SHOWN_NAMES = 5  # an error names this many layers and counts the others
 
 
@@ -46,20 +52,50 @@ class PolicyError(BitscapeError):
 
 @dataclass(frozen=True, order=True)
 class LayerBits:
-    """Bit-widths of one layer, each from 1 to 8."""
+    """Bit-widths of one layer: weights from 1 to 8, activations from 1 to 8 or 16; or 32 for both, a layer that stays float."""
 
     weight: int
     """Bits of the layer's weights."""
     activation: int
     """Bits of the layer's input."""
 
+    EIGHT: ClassVar["LayerBits"]
+    """Weights and activations of 8 bits."""
+    FLOAT: ClassVar["LayerBits"]
+    """A layer left as it is."""
+
     def __post_init__(self) -> None:
-        for name, bits in (("weight", self.weight), ("activation", self.activation)):
-            if type(bits) is not int or not 1 <= bits <= MAX_BITS:
-                raise PolicyError(f"{name} bits are {bits!r}; allowed are whole numbers from 1 to {MAX_BITS}")
+        if self.is_float:
+            return
+        for name, bits, allowed in (("weight", self.weight, WEIGHT_BITS), ("activation", self.activation, ACTIVATION_BITS)):
+            if type(bits) is not int or bits not in allowed:
+                more = " and 16" if allowed is ACTIVATION_BITS else ""
+                raise PolicyError(
+                    f"{name} bits are {bits!r}; allowed are whole numbers from 1 to {MAX_BITS}{more}, "
+                    "or 32 for weights and activations of a layer that stays float"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> "LayerBits":
+        """Read "4/8" (weight / activation bits) or "float". Raises PolicyError for any other text."""
+        if text == "float":
+            return cls.FLOAT
+        if not (pair := _PAIR.fullmatch(text)):
+            raise PolicyError(f"bits {text!r}: write weight/activation bits, e.g. 4/8, or float")
+        return cls(int(pair.group(1)), int(pair.group(2)))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer is left as it is."""
+        return type(self.weight) is type(self.activation) is int and self.weight == self.activation == FLOAT_BITS
 
     def __str__(self) -> str:
-        return f"{self.weight}/{self.activation}"
+        return "float" if self.is_float else f"{self.weight}/{self.activation}"
+
+
+LayerBits.EIGHT = LayerBits(8, 8)
+LayerBits.FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
+_PAIR = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
 @dataclass(frozen=True)

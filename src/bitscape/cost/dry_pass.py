@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from bitscape.calling import Inputs, call, moved, shapes_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import takes_indices
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
+from bitscape.nested import tensors_in
 
 _log = logging.getLogger("bitscape.cost")
 
@@ -49,27 +51,43 @@ class ModuleRun:
     """Elements of its output, all calls together."""
 
 
-def dry_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, ModuleRun]:
-    """Run `model` once in eval mode on one image of `input_shape` (without batch).
+def dry_pass(model: nn.Module, sample: Inputs) -> dict[str, ModuleRun]:
+    """Run `model` once in eval mode on one sample: its inputs as a batch of one, or the shape of one image without batch.
 
     Return module name -> what it did, in order of first call. Training mode, buffers and hooks of the model are as
     before afterwards. Raises BitscapeError when the forward fails.
     """
+    run = _of_shape if is_shape(sample) else _of_inputs
     try:
-        return _first_pass(meta_copy(model), input_shape)
+        return run(meta_copy(model), sample)
     except Exception as error:
         _log.debug("no dry pass on the meta device, the network itself runs: %s", error)
     try:
         with unchanged(model):
-            return _first_pass(model, input_shape)
+            return run(model, sample)
     except Exception as error:
         raise BitscapeError(
-            f"input_shape={input_shape}: the network's forward fails on an input of shape {(1, *input_shape)} with "
-            f"{type(error).__name__}: {error}; input_shape is the shape of one image, without the batch dimension"
+            f"{_named(sample)} with {type(error).__name__}: {error}; input_shape is the shape of one image, without the batch dimension"
         ) from error
 
 
-def _first_pass(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, ModuleRun]:
+def is_shape(sample: Inputs) -> bool:
+    """Whether `sample` is the shape of one image, not the inputs themselves."""
+    return isinstance(sample, tuple) and next(tensors_in(sample), None) is None
+
+
+def _named(sample: Inputs) -> str:
+    if is_shape(sample):
+        return f"input_shape={sample}: the network's forward fails on an input of shape {(1, *sample)}"
+    return f"inputs: the network's forward fails on inputs of shapes {', '.join(map(str, shapes_of(sample)))}"
+
+
+def _of_inputs(model: nn.Module, inputs: Inputs) -> dict[str, ModuleRun]:
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    return _record(model, moved(inputs, device))
+
+
+def _of_shape(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, ModuleRun]:
     """A pass on an image; where that fails, and the network may take indices, on indices."""
     image = _image(model, input_shape)
     try:
@@ -101,7 +119,7 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _record(model: nn.Module, image: Tensor) -> dict[str, ModuleRun]:
+def _record(model: nn.Module, inputs: Inputs) -> dict[str, ModuleRun]:
     recorder = _Recorder()
     # Flags are set one by one because a user's own `train` method may do more than set them.
     for module in model.modules():
@@ -109,7 +127,7 @@ def _record(model: nn.Module, image: Tensor) -> dict[str, ModuleRun]:
     try:
         recorder.attach(model)
         with torch.no_grad(), _plain_attention(), recorder.counter, recorder:
-            model(image)
+            call(model, inputs)
     finally:
         recorder.detach()
     return recorder.runs

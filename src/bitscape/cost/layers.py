@@ -13,7 +13,8 @@ from functools import cached_property
 
 from torch import nn
 
-from bitscape.cost.dry_pass import ModuleRun, dry_pass
+from bitscape.calling import Inputs, shapes_of
+from bitscape.cost.dry_pass import ModuleRun, dry_pass, is_shape
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE, layer_shapes, quantizable_layers
 from bitscape.models.prepare import as_prepared
@@ -80,7 +81,7 @@ class NetworkProfile:
     uncounted: tuple[Uncounted, ...] = ()
     """Parameters and MACs outside `layers`, per module."""
     input_shape: tuple[int, ...]
-    """Shape of one image, without batch."""
+    """Shape of one image, without batch; of the first input where the network takes several."""
     uncalled_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Weight shapes of `uncalled`."""
 
@@ -141,8 +142,10 @@ def _idle_layer(name: str, shape: tuple[int, ...]) -> LayerCost:
     )
 
 
-def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkProfile:
-    """Count what every layer of `model` does for one image of `input_shape`, such as (3, 224, 224).
+def measure(model: nn.Module, sample: Inputs) -> NetworkProfile:
+    """Count what every layer of `model` does for one sample: the shape of an image, such as (3, 224, 224), or inputs.
+
+    Inputs are what `calling.call` takes, as a batch of one.
 
     A layer run several times counts its MACs each time and its weights once; a linear layer on (n, tokens, c) counts
     every token. The model is unchanged afterwards. Logs a warning when layers are never called, or when the layers
@@ -150,9 +153,12 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkProfile:
     Raises BitscapeError when the forward fails on that shape or runs no such layer, and for a layer that cannot take bits
     (a computed weight, a forward set on the instance).
     """
-    shape = _checked_shape(input_shape)
+    if is_shape(sample):
+        sample = shape = _checked_shape(sample)
+    else:
+        shape = tuple(shapes_of(sample)[0][1:])
     model = as_prepared(model)
-    runs = dry_pass(model, shape)
+    runs = dry_pass(model, sample)
     modules = quantizable_layers(model)
     layers = _layer_costs(modules, runs)
     if not layers:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bitscape.data.cuts import Cuts
+from bitscape.calling import Inputs, call, map_tensors, moved, sample_count
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import layer_shapes, quantizable_layers
@@ -148,24 +149,26 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     return {name: sample.values() for name, sample in samples.items()}
 
 
-def batches_of(images: Tensor | Iterable[Tensor], model: nn.Module, batch_size: int = 32) -> Iterator[Tensor]:
-    """Batches of `images` on the model's device. Raises BitscapeError for a model or images that are not float32."""
+def batches_of(data: Samples | Tensor | Iterable[Inputs], model: nn.Module, batch_size: int = 32) -> Iterator[Inputs]:
+    """Yield the inputs of `data`, samples, a tensor or batches of inputs, in batches on the model's device.
+
+    Raises BitscapeError for a model, or an only input, that is not float32.
+    """
     check_float32(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(images, Tensor) or not isinstance(images, Iterable):
-        check_images(images, model=model)
-    for batch in _cut(images, batch_size) if isinstance(images, Tensor) else images:
-        check_images(batch, model=model)
-        yield _trackable(batch.to(device))
+    if isinstance(data, Tensor) or not isinstance(data, Iterable | Samples):
+        check_images(data, model=model)
+        data = Samples.of(data)
+    batches = (batch.inputs for batch in data.batches(batch_size)) if isinstance(data, Samples) else data
+    for inputs in batches:
+        if isinstance(inputs, Tensor):
+            check_images(inputs, model=model)
+        yield map_tensors(_trackable, moved(inputs, device))
 
 
 def _trackable(batch: Tensor) -> Tensor:
     """The batch, or a copy where it was made under torch.inference_mode: no gradient may pass those tensors."""
     return batch.clone() if batch.is_inference() else batch
-
-
-def _cut(images: Tensor, batch_size: int) -> Iterator[Tensor]:
-    return (images[rows.start : rows.stop] for rows in Cuts(len(images), batch_size))
 
 
 def without_single_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -240,11 +243,11 @@ def _put_back_unused(norms: list[_BatchNorm], before: list[tuple[float | None, d
             norm.load_state_dict(buffers, strict=False)
 
 
-def run_batches(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Run every batch, and count the images."""
+def run_batches(model: nn.Module, batches: Iterable[Inputs]) -> int:
+    """Run every batch, and count the samples."""
     count = 0
-    for batch in batches:
-        with explained_forward(batch):
-            model(batch)
-        count += len(batch)
+    for inputs in batches:
+        with explained_forward(inputs):
+            call(model, inputs)
+        count += sample_count(inputs)
     return count
