@@ -159,14 +159,14 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         macs = (self.counter.get_total_flops() - before) // 2
         given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        for call in reversed(self._open):
-            if given.isdisjoint(call.weights):
+        for outer in reversed(self._open):
+            if given.isdisjoint(outer.weights):
                 continue
             if macs:
-                self.runs[call.name].weight_macs += macs
+                self.runs[outer.name].weight_macs += macs
                 self.runs[self._open[-1].name].counted_macs += macs
                 break
-            call.weights.update((id(made), made) for made in tree_leaves(result) if isinstance(made, Tensor))
+            outer.weights.update((id(made), made) for made in tree_leaves(result) if isinstance(made, Tensor))
         return result
 
     def attach(self, model: nn.Module) -> None:
