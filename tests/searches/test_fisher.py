@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -160,16 +161,24 @@ def test_nothing_to_decide_gives_the_pinned_policy(method: SearchMethod) -> None
 
 
 @pytest.mark.parametrize(
-    "last", [[nn.Linear(8, 1)], [nn.Linear(8, 1), nn.Sigmoid()], [nn.Linear(8, 1), nn.Flatten(0)], [nn.Conv2d(8, 1, 1)]]
+    "last",
+    [
+        lambda: [nn.Linear(8, 1)],
+        lambda: [nn.Linear(8, 1), nn.Sigmoid()],
+        lambda: [nn.Linear(8, 1), nn.Flatten(0)],
+        lambda: [nn.Conv2d(8, 1, 1)],
+    ],
+    ids=["linear", "sigmoid", "flat", "conv"],
 )
 @pytest.mark.parametrize("method", [Fisher(), Kl(), Hawq()])
-def test_one_output_is_scored_by_how_far_it_moves(method: Fisher | Kl | Hawq, last: list[nn.Module]) -> None:
+def test_one_output_is_scored_by_how_far_it_moves(method: Fisher | Kl | Hawq, last: Callable[[], list[nn.Module]]) -> None:
     torch.manual_seed(0)
+    end = last()
     body = [nn.Conv2d(3, 8, 3), nn.ReLU()]
-    middle = [] if isinstance(last[0], nn.Conv2d) else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    middle = [] if isinstance(end[0], nn.Conv2d) else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     images = torch.randn(16, 3, 6, 6)
     pairs = (LayerBits(2, 8), LayerBits(8, 8))
-    model = nn.Sequential(*body, *middle, *last)
+    model = nn.Sequential(*body, *middle, *end)
     stated = SearchProblem(model=model, images=images, budget="weight_bytes=w8", candidates=pairs, pinned={})
     values = method.score(stated).values
     assert (values[:, 0] > 10 * values[:, 1]).all() and (values[:, 1] >= 0).all()
