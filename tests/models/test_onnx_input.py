@@ -62,6 +62,24 @@ def test_a_network_from_a_file_is_quantized_and_exported_under_its_names(tmp_pat
     assert [entry.name for entry in onnx.load(tmp_path / "int.onnx").graph.input] == ["pixels"]
 
 
+def test_a_file_for_one_sample_takes_several(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper
+
+    kernel = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [1, 4, -1])
+    nodes = [
+        helper.make_node("Conv", ["pixels", "kernel"], ["features"], name="stem", kernel_shape=[3, 3]),
+        helper.make_node("Reshape", ["features", "sizes"], ["cells"], name="flatten"),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, 8, 8])
+    cells = helper.make_tensor_value_info("cells", TensorProto.FLOAT, [1, 4, 36])
+    graph = helper.make_graph(nodes, "one", [pixels], [cells], [numpy_helper.from_array(kernel.numpy(), "kernel"), sizes])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "one.onnx")
+    network = find_model(f"onnx:{tmp_path / 'one.onnx'}")
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(network(images), nn.functional.conv2d(images, kernel).flatten(2))
+
+
 @pytest.mark.parametrize(("content", "said"), [(b"no protobuf", "no readable ONNX file"), (None, "no readable ONNX file")])
 def test_what_is_no_onnx_file_is_named(tmp_path, content, said):
     if content is not None:

@@ -41,7 +41,7 @@ def read_onnx(path: Path | str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the converter's own tensors
-            network = onnx2torch.convert(_without_constants(model))
+            network = onnx2torch.convert(_for_any_batch(_without_constants(model)))
     except Exception as error:
         raise BitscapeError(
             f"{path}: onnx2torch cannot convert it ({first_line(error)}); export the network from its source, "
@@ -64,6 +64,35 @@ def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
         graph.initializer.append(tensor)
         graph.node.remove(node)
     return changed
+
+
+def _for_any_batch(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """Let a network that was written for one sample take several: reshapes to (1, ...) keep the first size of what they get.
+
+    For one sample that is the same, as only values whose first size is 1 are meant. Written in place.
+    """
+    from onnx import numpy_helper, shape_inference
+
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    inputs = [entry for entry in graph.input if entry.name not in stored]
+    if not all(_first_size(entry) == 1 for entry in inputs):
+        return model
+    inferred = shape_inference.infer_shapes(model).graph
+    of_one = {entry.name for entry in (*inferred.value_info, *inputs) if _first_size(entry) == 1}
+    for node in graph.node:
+        if node.op_type == "Reshape" and node.input[0] in of_one and node.input[1] in stored:
+            sizes = numpy_helper.to_array(stored[node.input[1]])
+            if len(sizes) > 1 and sizes[0] == 1:
+                kept = numpy_helper.from_array(np.array([0, *sizes[1:]]), f"{node.input[1]}, any batch, {node.name}")
+                graph.initializer.append(kept)
+                node.input[1] = kept.name
+    return model
+
+
+def _first_size(entry: "onnx.ValueInfoProto") -> int | None:
+    sizes = entry.type.tensor_type.shape.dim
+    return sizes[0].dim_value if sizes else None
 
 
 def _array(value: object, attribute: str) -> NDArray[Any]:
