@@ -266,19 +266,21 @@ class Heads(nn.Module):
         super().__init__()
         self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=2)
         self.boxes, self.scores, self.masks = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(8, 2, 1)
-        self.classes = nn.Linear(8, 5)
+        self.classes, self.tap = nn.Linear(8, 5), nn.Conv2d(8, 8, 1)
         self.register_buffer("anchors", torch.arange(8.0).reshape(2, 4))
 
     def forward(self, pixels: Tensor) -> dict[str, object]:
         features = F.relu(self.body(F.relu(self.stem(pixels))))
         scores = self.scores(features)
-        masks = F.interpolate(torch.sigmoid(self.masks(features)), scale_factor=2, mode="bilinear")
+        tapped = self.tap(features)  # a convolution takes what is an output, too
+        masks = F.interpolate(torch.sigmoid(self.masks(tapped)), scale_factor=2, mode="bilinear")
         heads = [self.boxes(features) * 8, scores.flatten(2).transpose(1, 2)]
         logits = self.classes(features.mean((2, 3)))
-        return {"logits": logits, "heads": heads, "masks": masks, "relu": features, "pixels": pixels, "anchors": self.anchors, "none": None}
+        maps = {"masks": masks, "relu": features, "tap": tapped}
+        return {"logits": logits, "heads": heads, **maps, "pixels": pixels, "anchors": self.anchors, "none": None}
 
 
-OUTPUTS_OF_HEADS = ("logits", "heads.0", "heads.1", "masks", "relu", "pixels", "anchors")
+OUTPUTS_OF_HEADS = ("logits", "heads.0", "heads.1", "masks", "relu", "tap", "pixels", "anchors")
 
 
 def pyramid() -> nn.Module:

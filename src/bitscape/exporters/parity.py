@@ -336,7 +336,7 @@ class _Graph:
 
     def _output(self, name: str) -> dict[str, Any]:
         users = self._users.get(name, [])
-        if len(users) != 1 or users[0].op_type != "QuantizeLinear":
+        if name in self._outputs or len(users) != 1 or users[0].op_type != "QuantizeLinear":
             return {"output": name, "output_scale": None}
         quantize = users[0]
         found = {"output_scale": np.float32(self._known(quantize.input[1])), "output_zero_point": int(self._known(quantize.input[2]))}
