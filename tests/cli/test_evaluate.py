@@ -13,6 +13,7 @@ from bitscape.data.sources import load_dataset
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
+from bitscape.report.documents import load_evaluation
 from tests.cli.run import MIXED, MODEL
 
 pytestmark = pytest.mark.slow
@@ -218,3 +219,16 @@ def test_mistakes_end_in_one_clear_line(refused, trained, weights, tmp_path):
     other = tmp_path / "other.json"
     uniform_policy(["conv1"], LayerBits(4, 4)).save(other)
     assert "no layer 'conv1'" in refused(*EVALUATE, "--policy", other, *CALIBRATION)
+
+
+def test_figures_go_into_a_file_that_the_report_reads(cli, trained, weights, tmp_path):
+    files = [tmp_path / "float.json", tmp_path / "mixed-figures.json"]
+    cli(*EVALUATE, *weights, "--json", files[0])
+    shown = cli(*EVALUATE, *weights, "--policy", trained / "mixed.json", *CALIBRATION, "--json", files[1])
+    in_float, mixed = (load_evaluation(file) for file in files)
+    assert round(in_float.value, 2) == _accuracy(trained / "model.safetensors") and round(mixed.value, 2) == _top1(shown)
+    assert (in_float.evaluated, mixed.evaluated, mixed.samples) == ("float", "mixed.json", len(load_dataset("digits", split="test")))
+    assert in_float.cost["macs"] == 473_216 and mixed.cost["weight_bytes"] < in_float.cost["parameter_bytes"]
+    page = tmp_path / "report.html"
+    cli("report", *files, trained / "mixed.json", "--out", page)
+    assert "Measured on digits, top-1 %" in page.read_text()

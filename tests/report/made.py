@@ -10,6 +10,7 @@ from torch import nn
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.policy import LayerBits, Policy, fingerprint
+from bitscape.report.documents import EvaluationDocument
 from bitscape.searches.scores import ScoreTable
 
 CAPS = {"bitops": 20_000, "weight_bytes": 400}
@@ -55,6 +56,13 @@ def scores() -> ScoreTable:
     """Of the inner layers at 2/2, 4/4, 2/4, 4/2."""
     pairs = (LayerBits(2, 2), LayerBits(4, 4), LayerBits(2, 4), LayerBits(4, 2))
     return ScoreTable(("second", "third"), pairs, [[1.0, 0.01, 0.125, 0.5], [2.0, 0.02, 0.75, 0.25]], "fisher", 0, mark())
+
+
+def evaluation(evaluated: str = "float", value: float = 90.0, **changed: Any) -> EvaluationDocument:
+    """What `bitscape evaluate --json` leaves."""
+    about = {"model": "made:Net", "data": "digits", "metric": "top-1 %", "others": {"loss": 0.5}, "samples": 100}
+    costs = {"parameter_bytes": 300.0} if evaluated == "float" else {"weight_bytes": 70.0, "bitops": 11_008.0}
+    return EvaluationDocument(**{"format": 1, "evaluated": evaluated, "value": value, "cost": costs, **about, **changed})
 
 
 def latency(**changed: Any) -> LatencyTable:

@@ -9,13 +9,13 @@ import pytest
 from bitscape.cost.policy_cost import layer_cost, policy_cost
 from bitscape.errors import BitscapeError, printable
 from bitscape.policy import LayerBits, Policy
-from bitscape.report.documents import save_grid
+from bitscape.report.documents import save_evaluation, save_grid
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.report.reproduce_section import _as_given, search_command
 from bitscape.report.words import NO_BREAK, cost_text
 from bitscape.searches.scores import ScoreTable
-from tests.report.made import CAPS, LAYERS, bench, latency, network, policy, run, scores, searched
+from tests.report.made import CAPS, LAYERS, bench, evaluation, latency, network, policy, run, scores, searched
 from tests.report.reading import Page
 from tests.report.test_documents import grid
 
@@ -324,3 +324,19 @@ def test_recorded_commands_are_quoted_again() -> None:
     assert _as_given(usual) == usual
     assert _as_given("bitscape train; rm -rf ~ && $(id)") == "bitscape 'train;' rm -rf '~' '&&' '$(id)'"
     assert shlex.split(_as_given("bitscape 'x; rm -rf ~")) == ["bitscape 'x; rm -rf ~"]
+
+
+def test_measured_networks_are_compared_with_the_float_one(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("mixed.json", "float.json", "policy.json")]
+    save_evaluation(evaluation("policy.json", 88.5), files[0])
+    save_evaluation(evaluation(), files[1])
+    searched().save(files[2])
+    shown = page(*files, network=network())
+    rows = shown.table("Measured on digits")
+    assert list(rows) == ["float", "policy.json"]
+    assert rows["policy.json"] == {
+        **{"network": "policy.json", "top-1 %": "88.5", "beside float": "-1.5", "loss": "0.5"},
+        **{"weight bytes": "70 B", "BitOps": "11.01 k", "samples": "100"},
+    }
+    assert rows["float"]["weight bytes"] == "300 B" and rows["float"]["BitOps"] == "-"
+    assert "Measured on digits, top-1 %: 90 float and 88.5 policy.json." in shown.said(RESULT)

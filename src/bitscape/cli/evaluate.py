@@ -3,7 +3,7 @@
 With --corruptions also its accuracy, and its bits if they depend on the image, under each corruption at each severity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,14 @@ from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
+from bitscape.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bitscape.cost.latency import LatencyTable
     from bitscape.data.batches import Batches
+    from bitscape.engine.evaluate import Accuracy
     from bitscape.engine.quality_grid import Cell, QualityGrid
 
 calibration_options = all_of(
@@ -83,6 +85,7 @@ def _check_beside(context: click.Context, parameter: click.Parameter, value: Pat
     metavar="FILE",
     help="Also measure ten corruptions at five severities; heat map, .svg, and its cells beside it, .json.",
 )
+@click.option("--json", "json_file", type=OutputFile(".json"), metavar="FILE", help="Where the figures go, .json, for `bitscape report`.")
 @latency_option
 @channels_last_option
 @seed_option
@@ -103,6 +106,7 @@ def evaluate(
     checkpoint: Path | None,
     decisions: str | None,
     corruptions: Path | None,
+    json_file: Path | None,
     latency: Path | None,
     channels_last: bool | None,
     seed: int,
@@ -139,7 +143,9 @@ def evaluate(
     _set_decisions(network, decisions)
     if times is not None and policy is None:
         raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
-    _report(network, policy, batches, shape, times, channels_last)
+    accuracy, cost = _report(network, policy, batches, shape, times, channels_last)
+    if json_file is not None:
+        _write(json_file, accuracy, cost, policy, model, data, next(filter(None, (policy_file, packed, checkpoint)), None))
     if corruptions is not None:
         _report_corruptions(network, batches, corruptions, seed)
 
@@ -163,7 +169,8 @@ def _report(
     shape: tuple[int, ...],
     times: "LatencyTable | None",
     channels_last: bool | None,
-) -> None:
+) -> "tuple[Accuracy, Mapping[str, float]]":
+    """Print accuracy and costs, and return them."""
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
     from bitscape.engine import evaluate as accuracy_of
@@ -177,16 +184,45 @@ def _report(
         accuracy = accuracy_of(network, batches, channels_last=channels_last)
     click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
     if print_spent(network, noted):
-        return
-    cost = timed or measure_network(network, shape)
+        return accuracy, {}
+    profile = timed or measure_network(network, shape)
     if policy is None:
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        click.echo(f"float: {amount(cost.total_macs)} MACs an image, {amount(4 * parameters, 'B')} of parameters")
-        return
+        click.echo(f"float: {amount(profile.total_macs)} MACs an image, {amount(4 * parameters, 'B')} of parameters")
+        return accuracy, {"macs": profile.total_macs, "parameter_bytes": 4 * parameters}
     click.echo()
-    print_within_budget(policy, cost)
+    print_within_budget(policy, profile)
     if times is not None:
         click.echo(f"latency_ms: {times.where}")
+    return accuracy, policy_cost(profile, policy)
+
+
+def _write(
+    path: Path,
+    accuracy: "Accuracy",
+    cost: Mapping[str, float],
+    policy: Policy | None,
+    model: str,
+    data: str,
+    bits_from: Path | None,
+) -> None:
+    from bitscape.report.documents import FORMAT, EvaluationDocument, save_evaluation
+
+    document = EvaluationDocument(
+        format=FORMAT,
+        tool=f"bitscape {__version__}",
+        evaluated="float" if bits_from is None else bits_from.name,
+        model=model,
+        data=data,
+        metric="top-1 %",
+        value=accuracy.top1,
+        others={"top-5 %": accuracy.top5, "loss": accuracy.loss},
+        samples=accuracy.images,
+        cost=dict(cost),
+        fingerprint=None if policy is None else policy.fingerprint,
+    )
+    save_evaluation(document, path)
+    click.echo(f"figures: {path}")
 
 
 def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:

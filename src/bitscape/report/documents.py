@@ -82,6 +82,45 @@ class BenchDocument:
     """Batch size by batch size; of each, the first row is what the others are compared with."""
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, kw_only=True)
+class EvaluationDocument:
+    """What `bitscape evaluate --json` writes."""
+
+    format: Literal[1]
+    """Of this file."""
+    tool: str = ""
+    """What wrote it; not read."""
+    evaluated: str
+    """"float", or the file or folder that holds the bits."""
+    model: str
+    """Name of the network."""
+    data: str
+    """What --data said."""
+    metric: str
+    """What `value` is, such as "top-1 %"."""
+    value: float
+    """Of all samples."""
+    others: dict[str, float]
+    """Further figures by name, such as "loss"."""
+    samples: int
+    """That were measured."""
+    cost: dict[str, float]
+    """Kind of cost -> what one image costs; of a float network "parameter_bytes" and "macs"."""
+    fingerprint: str | None = None
+    """Of the network, where the policy has one."""
+
+
+def save_evaluation(document: EvaluationDocument, path: str | os.PathLike[str]) -> None:
+    """Write measurements as JSON; a crash leaves the old file or the new one."""
+    write_atomic(path, json_text(asdict(document)))
+
+
+def load_evaluation(path: str | os.PathLike[str]) -> EvaluationDocument:
+    """Read measurements. Raises BitscapeError, naming the file, for a damaged one."""
+    return read_document(EvaluationDocument, path, format=FORMAT)
+
+
 def save_grid(grid: QualityGrid, path: str | os.PathLike[str]) -> None:
     """Write the cells of a grid as JSON; a crash leaves the old file or the new one."""
     cells = [asdict(cell) for cell in grid.cells]

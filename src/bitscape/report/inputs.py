@@ -1,4 +1,4 @@
-"""What a report is made of: folders of runs, policies, scores, grids, benches and latency tables, told apart by their content."""
+"""What a report is made of: folders of runs, and files of policies, scores and measurements, told apart by their content."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,17 +19,18 @@ from bitscape.errors import BitscapeError
 from bitscape.files import parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
-from bitscape.report.documents import BenchDocument, load_bench, load_grid
+from bitscape.report.documents import BenchDocument, EvaluationDocument, load_bench, load_evaluation, load_grid
 from bitscape.searches.scores import ScoreTable
 
 READS = (
     "folders of `bitscape train` and `tiers`; policy and score files of `bitscape search` and `solve`; "
-    "the .json of `bitscape evaluate --corruptions`, `bench --json` and `latency build`"
+    "the .json of `bitscape evaluate --json` and `--corruptions`, `bench --json` and `latency build`"
 )
 
 _READERS: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
     ("network_ms", "latencies", LatencyTable.load),  # before policies: it has layers too
     ("layers", "policies", Policy.load),
+    ("evaluated", "evaluations", load_evaluation),
     ("scores", "scores", ScoreTable.load),
     ("cells", "grids", load_grid),
     ("rows", "benches", load_bench),
@@ -99,6 +100,7 @@ class Inputs:
     """Of policy files, of runs, and of tiers."""
     scores: Mapping[str, ScoreTable]
     tiers: Mapping[str, TiersDocument]
+    evaluations: Mapping[str, EvaluationDocument]
     grids: Mapping[str, QualityGrid]
     benches: Mapping[str, BenchDocument]
     latencies: Mapping[str, LatencyTable]
@@ -115,7 +117,8 @@ def read_inputs(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
     found = list(dict.fromkeys(Path(path) for path in paths))
     if not found:
         raise BitscapeError(f"RUN is missing; give at least one of: {READS}")
-    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in ("runs", "policies", "scores", "tiers", "grids", "benches", "latencies")}
+    names_of_kinds = ("runs", "policies", "scores", "tiers", "evaluations", "grids", "benches", "latencies")
+    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in names_of_kinds}
     names = _names(found)
     for path, name in zip(found, names, strict=True):
         for kind, label, value in _folder(path, name) if path.is_dir() else [_file(path, name)]:
@@ -210,7 +213,7 @@ def _check_one_network(inputs: Inputs) -> None:
     for name, part in parts.items():
         if first is not None and not set(part.layers) <= inputs.policies[first].layers.keys():
             raise _two_networks(name, first)
-    everything: dict[str, Policy | ScoreTable | LatencyTable] = {**inputs.policies, **parts}
+    everything: dict[str, Policy | ScoreTable | LatencyTable | EvaluationDocument] = {**inputs.policies, **parts, **inputs.evaluations}
     marks = {name: part.fingerprint for name, part in everything.items() if part.fingerprint is not None}
     for name, mark in marks.items():
         if mark != next(iter(marks.values())):

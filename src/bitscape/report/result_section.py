@@ -7,24 +7,28 @@ from typing import Any
 from bitscape.dynamic.storage import TiersDocument
 from bitscape.policy import Policy
 from bitscape.report.blocks import Block, Missing, Section, Table, Text
+from bitscape.report.documents import EvaluationDocument
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import Shown, caps_of, group_of
 from bitscape.report.words import NONE, amount, cost_name, cost_text, counted, listed, percent, points
 
+FLOAT = "float"
+"""What an evaluation calls the network without bits."""
 GIVE_POLICY = "Needs a policy file of `bitscape search`, or a folder of `bitscape train --policy`"
 
 
 def asked(material: Material) -> Section | Missing:
     """Section 1: the question, the chosen policy and its cost, accuracy."""
     title = "What was asked and what came out"
-    if material.chosen is None and not material.inputs.runs:
+    if material.chosen is None and not material.inputs.runs and not material.inputs.evaluations:
         return Missing(title=title, reason=GIVE_POLICY)
     blocks: list[Block] = [Text(summary(material))]
     if material.chosen is not None:
         blocks += [*_question(material.chosen.policy), _cost_table(material, material.chosen)]
     if len(material.policies) > 1:
         blocks.append(_policy_table(material))
+    blocks += [_evaluations(data, documents) for data, documents in _by_data(material).items()]
     blocks += [_tiers_table(name, tiers) for name, tiers in material.inputs.tiers.items()]
     if material.inputs.runs:
         blocks.append(_accuracy(material))
@@ -34,9 +38,42 @@ def asked(material: Material) -> Section | Missing:
 def summary(material: Material) -> str:
     """The result in a few sentences."""
     said = [] if material.chosen is None else _of_policy(material, material.chosen)
+    said += [_in_words(data, documents) for data, documents in _by_data(material).items()]
     means = [f"{group.mean:.2f} % {group.method} ({counted(len(group.top1), 'seed')})" for group in material.groups]
     said += [f"Top-1 after training: {listed(means)}."] if means else []
     return " ".join(said) or f"{counted(len(material.inputs.runs), 'run')} without validation."
+
+
+def _by_data(material: Material) -> dict[tuple[str, str], list[EvaluationDocument]]:
+    """Evaluations that can be compared, by data and metric; the float network first."""
+    documents = sorted(material.inputs.evaluations.values(), key=lambda document: document.evaluated != FLOAT)
+    pairs = dict.fromkeys((document.data, document.metric) for document in documents)
+    return {pair: [document for document in documents if (document.data, document.metric) == pair] for pair in pairs}
+
+
+def _in_words(pair: tuple[str, str], documents: list[EvaluationDocument]) -> str:
+    data, metric = pair
+    return f"Measured on {data}, {metric}: {listed(f'{document.value:.4g} {document.evaluated}' for document in documents)}."
+
+
+def _evaluations(pair: tuple[str, str], documents: list[EvaluationDocument]) -> Table:
+    data, metric = pair
+    others = list(dict.fromkeys(name for document in documents for name in document.others))
+    first = documents[0]
+    rows = [
+        [
+            document.evaluated,
+            f"{document.value:.4g}",
+            NONE if document is first else f"{document.value - first.value:+.4g}",
+            *(f"{document.others[name]:.4g}" if name in document.others else NONE for name in others),
+            cost_text("weight_bytes", document.cost.get("weight_bytes", document.cost.get("parameter_bytes"))),
+            cost_text("bitops", document.cost.get("bitops")),
+            str(document.samples),
+        ]
+        for document in documents
+    ]
+    columns = ["network", metric, f"beside {first.evaluated}", *others, "weight bytes", "BitOps", "samples"]
+    return _without_empty(Table(caption=f"Measured on {data}", columns=columns, rows=rows))
 
 
 def _of_policy(material: Material, shown: Shown) -> list[str]:
