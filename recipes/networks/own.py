@@ -11,19 +11,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recipes.networks.cifar import resnet_kc
-
 MOST_DEGREES = 45.0
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """Inputs and target."""
 
 
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut of 1x1."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv(inputs, outputs, 2), _conv(outputs, outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, outputs, h / 2, w / 2)."""
+        return functional.relu(self.second(functional.relu(self.first(x))) + self.shortcut(x))
+
+
+def body(outputs: int) -> nn.Sequential:
+    """A small residual network of 10 million MACs: (n, 3, 32, 32) -> (n, outputs)."""
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, outputs)
+    return nn.Sequential(_conv(3, 16), nn.ReLU(), Block(16, 32), Block(32, 64), Block(64, 96), *ends)
+
+
 class RotationRegressor(nn.Module):
-    """A CIFAR ResNet of eight layers with one output, in units of MOST_DEGREES."""
+    """One output, in units of MOST_DEGREES."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = resnet_kc(8, classes=1)
+        self.body = body(1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) -> (n, 1)."""
@@ -36,7 +57,7 @@ class SameClass(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = resnet_kc(8, classes=64)
+        self.body = body(64)
         self.head = nn.Linear(64, 1)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
