@@ -4,8 +4,6 @@ from .data.sources import load_dataset as load_dataset
 from .engine import AdamW as AdamW
 from .engine import Cosine as Cosine
 from .engine import Sgd as Sgd
-from .engine import evaluate as evaluate
-from .engine import train as train
 from .errors import BitscapeError as BitscapeError
 from .exporters.packed.file import load_packed as load_packed
 from .models.find import find_model as find_model
@@ -20,7 +18,9 @@ from .searches.seam import Seam as Seam
 from .steps import Loss as Loss
 from .steps import Plain as Plain
 from .steps import Saq as Saq
+from .verbs.evaluate import evaluate as evaluate
 from .verbs.export import export as export
 from .verbs.quantize import quantize as quantize
 from .verbs.search import search as search
+from .verbs.train import train as train
 from .version import __version__ as __version__

@@ -57,6 +57,11 @@ def moved(tree: Any, device: torch.device) -> Any:
     return map_tensors(lambda t: t.to(device, non_blocking=True), tree)
 
 
+def described(inputs: Inputs) -> str:
+    """Return shape and type of every tensor, for a message."""
+    return " and ".join(f"{tuple(tensor.shape)}, {tensor.dtype}" for tensor in tensors_in(inputs)) or type(inputs).__name__
+
+
 def shapes_of(inputs: Inputs) -> list[list[int]]:
     """Return the shape of every tensor, as plain lists."""
     return [list(tensor.shape) for tensor in tensors_in(inputs)]

@@ -98,7 +98,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_forward(images: Any) -> Iterator[None]:
-    """Within the block, a network that fails on the tensor `images` raises a BitscapeError with their shape and the network's words."""
+    """Within the block, a network that fails on `images` raises a BitscapeError with their shape and the network's words.
+
+    images: a tensor, or what `calling.described` says of inputs.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -109,8 +112,9 @@ def explained_forward(images: Any) -> Iterator[None]:
             if "more than 1 value per channel" in str(error)
             else "check channels, size and normalization against what it was trained with"
         )
+        shown = images if isinstance(images, str) else f"{tuple(images.shape)}, {images.dtype}"
         raise BitscapeError(
-            f"images: the network fails on a batch of shape {tuple(images.shape)}, {images.dtype}: {first_line(error)}; {advice}"
+            f"images: the network fails on a batch of shape {shown}: {first_line(error)}; {advice}"
         ) from error
 
 

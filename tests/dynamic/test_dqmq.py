@@ -106,7 +106,7 @@ def test_the_objective_by_hand(done: float, weight: float) -> None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
     assert float(record.loss) == pytest.approx(float(loss.detach())) and not record.loss.requires_grad
-    assert int(record.correct) == int((logits.argmax(1) == LABELS).sum())
+    assert int(record.sums[0]) == int((logits.argmax(1) == LABELS).sum())
     expected = {"bits": float(twin.spent.bits.mean()), "bitops": float(twin.spent.bitops.mean()), "excess": float(excess.detach())}
     assert {name: float(value) for name, value in record.extras.items()} == pytest.approx(expected, rel=1e-5)
     assert not any(value.requires_grad for value in record.extras.values())
@@ -170,7 +170,7 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(whole.loss, parted.loss)
-    assert whole.correct == parted.correct
+    assert torch.equal(whole.sums, parted.sums)
     for name, value in whole.extras.items():
         torch.testing.assert_close(value, parted.extras[name])
 

@@ -73,7 +73,7 @@ def test_differences_are_named() -> None:
         check_same_settings(path, {"a": {"lr": 1.0}}, {"a": {"lr": 2.0}, "b": None})
 
 
-COUNTS = '"batch": 0, "images": 0, "train_s": 0, "records": []}'
+COUNTS = '"batch": 0, "steps": 0, "images": 0, "train_s": 0, "records": []}'
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ COUNTS = '"batch": 0, "images": 0, "train_s": 0, "records": []}'
 def test_a_header_that_another_program_wrote_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.safetensors"
     path.write_bytes(sealed(save({}, {"bitscape": text.replace("CHECKSUM", f'"checksum": "{UNSEALED}"')})))
-    parts: Any = {"optimizer": SimpleNamespace(), "step": SimpleNamespace()}
+    parts: Any = {name: SimpleNamespace() for name in ("optimizer", "rates", "step", "task")}
     state = RunState(model=torch.nn.ReLU(), ema=None, settings={}, device=torch.device("cpu"), **parts)
     with pytest.raises(CheckpointError, match=f"{path}.*{message}"):
         state.restore(path)

@@ -79,7 +79,7 @@ def unlabelled_by_minus_one() -> TinyBatches:
 
 class Wrapped(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": images}
+        return {"logits": images, "features": images}
 
 
 @pytest.mark.parametrize(

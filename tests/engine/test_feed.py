@@ -5,7 +5,7 @@ import torch
 
 from bitscape.data.batches import DIGITS, Batches
 from bitscape.data.sources import load_dataset
-from bitscape.engine.feed import feed, for_all_workers, images_of_all, prefetch
+from bitscape.engine.feed import Feed, for_all_workers, own_part, prefetch
 from tests.engine.tiny import tiny_batches
 
 
@@ -39,11 +39,11 @@ def test_prefetch_passes_errors_on_after_the_items_before_them() -> None:
 def test_feed_starts_in_the_middle_and_lays_images_out_channels_last() -> None:
     batches = tiny_batches()
     whole = list(batches.epoch(1))
-    rest = list(feed(batches, 1, start=3, device=torch.device("cpu"), channels_last=True))
-    assert len(rest) == 2
-    for (images, labels), (expected, expected_labels) in zip(rest, whole[3:], strict=True):
-        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
-        assert images.is_contiguous(memory_format=torch.channels_last)
+    rest = list(Feed(batches=batches, device=torch.device("cpu"), channels_last=True).epoch(1, start=3))
+    assert [fed.whole for fed in rest] == [16, 6]
+    for fed, (expected, expected_labels) in zip(rest, whole[3:], strict=True):
+        assert torch.equal(fed.part.inputs, expected) and torch.equal(fed.part.targets, expected_labels)
+        assert fed.part.inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("images", "workers", "sizes"), [(11, 1, [4, 4, 3]), (11, 2, [4, 7]), (12, 2, [4, 4, 4]), (9, 1, [4, 5])])
@@ -53,11 +53,11 @@ def test_the_last_batch_has_two_images_for_every_worker(
     monkeypatch.setattr("bitscape.engine.feed.world_size", lambda: workers)
     batches = for_all_workers(Batches(dataset=load_dataset("digits", limit=images), normalization=DIGITS, batch_size=4))
     assert [len(batch) for batch, _ in batches.epoch(0)] == sizes
-    assert [images_of_all(batches, number, own=size) for number, size in enumerate(sizes)] == sizes
+    assert [whole for _, whole in own_part(batches, 0)] == sizes
 
 
 def test_batches_of_another_kind_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitscape.engine.feed.world_size", lambda: 2)
     batches = tiny_batches(images=19)
-    assert for_all_workers(batches) is batches  # type: ignore[arg-type, comparison-overlap]  # has what the loop uses of Batches
-    assert [images_of_all(batches, number, own=1) for number in (0, 1)] == [16, 3]  # type: ignore[arg-type]  # as above
+    assert for_all_workers(batches) is batches
+    assert [(len(own), whole) for own, whole in own_part(batches, 0)] == [(8, 16), (2, 3)]

@@ -78,7 +78,7 @@ def test_validation_is_interrupted_and_done_again(tmp_path: Path, monkeypatch: p
     settings = {**USUAL, "validation": tiny_batches(), "ema_decay": 0.9}
     expected = train(whole, tiny_batches(), **settings)
     with monkeypatch.context() as patched:
-        patched.setattr("bitscape.engine.loop.evaluate", interrupt)
+        patched.setattr("bitscape.engine.loop.measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_net(), tiny_batches(), **settings, folder=tmp_path)
     _, header = load_checkpoint(tmp_path / CHECKPOINT)

@@ -129,7 +129,7 @@ def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ((torch.zeros(2, 1),), "returns tuple.*method local"),
+        ((torch.zeros(2, 1), torch.zeros(2, 1)), "returns tuple.*method local"),
         (torch.zeros(()), r"returns shape \(\) for 2 images"),
         (torch.zeros(3, 1), r"returns shape \(3, 1\) for 2 images"),
         (torch.tensor([[0.0], [math.nan]]), "outputs of image 1 are not finite"),

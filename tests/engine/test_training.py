@@ -72,7 +72,7 @@ def test_a_batch_is_cut_by_images_and_shares_of_the_loss_are_prepared_once() -> 
         batch.backward(tiny_net())
     assert prepared == [6, 5, 5] and len(batch) == 16
     assert [part.share for part in batch.parts] == [6 / 16, 5 / 16, 5 / 16]
-    assert torch.equal(torch.cat([part.labels for part in batch.parts]), labels)
+    assert torch.equal(torch.cat([part.targets for part in batch.parts]), labels)
     assert len(Batch.of(images[:2], labels[:2], Noted(), 5).parts) == 2
 
 
@@ -319,7 +319,7 @@ def test_a_failing_validation_leaves_the_epoch_in_the_checkpoint(tmp_path: Path,
     def fails(*_args: object, **_kwargs: object) -> None:
         raise NonFiniteError("no accuracy")
 
-    monkeypatch.setattr(loop_module, "evaluate", fails)
+    monkeypatch.setattr(loop_module, "measured", fails)
     with pytest.raises(NonFiniteError, match="no accuracy"):
         train(failed, tiny_batches(), **settings, folder=tmp_path)
     tensors, header = load_checkpoint(tmp_path / CHECKPOINT)
@@ -441,7 +441,7 @@ def other_labels() -> TinyBatches:
     [
         ({"optimizer": Sgd(lr=0.1)}, "optimizer.lr was 0.05 and is 0.1"),
         ({"epochs": 4}, "epochs was 3 and is 4"),
-        ({"loss": Loss(label_smoothing=0.1)}, "loss.kind was 'CrossEntropy' and is 'Loss'"),
+        ({"loss": Loss(label_smoothing=0.1)}, "loss.kind was 'TaskLoss' and is 'Loss'"),
         ({"batches": other_labels()}, "batches.dataset.labels.sample_sha256 was"),
         ({"model": nn.Sequential(nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "another model: "),
         ({"model": tiny_net(classes=4)}, r"7.weight has shape \(3, 16\), the model \(4, 16\)"),
@@ -593,7 +593,7 @@ def test_log_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch
         ({"step": None}, "step is None; it must be"),
         ({"model": tiny_net(classes=2)}, r"outputs 0\.\.1"),
         (
-            {"step": lambda model, batch: StepRecord(model(batch.parts[0].images).sum(), batch.parts[0].labels[0])},
+            {"step": lambda model, batch: StepRecord(batch.parts[0].outputs(model).sum(), torch.zeros(3))},
             "no gradient",
         ),
     ],
@@ -674,7 +674,7 @@ def test_no_norm_gets_a_single_image(images: int, accumulate: int, parts: list[l
     seen: list[list[int]] = []
 
     def step(model: nn.Module, batch: Batch) -> StepRecord:
-        seen.append([len(part.images) for part in batch.parts])
+        seen.append([len(part) for part in batch.parts])
         return batch.backward(model)
 
     data = Batches(dataset=load_dataset("digits", limit=images), normalization=DIGITS, batch_size=4)

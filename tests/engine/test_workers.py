@@ -106,9 +106,9 @@ class TwoInOne:
         sums, loss = {}, torch.zeros(())
         for worker, step in enumerate(self.steps):
             model.zero_grad()
-            images, labels = whole.images[worker::2], whole.labels[worker::2]
+            images, labels = whole.inputs[worker::2], whole.targets[worker::2]
             record = step(model, Batch((Part(images, labels, whole.loss, 1.0),)))
-            share = len(images) / len(whole.images)
+            share = len(images) / len(whole)
             loss += share * record.loss
             for parameter in model.parameters():
                 sums[parameter] = sums.get(parameter, 0) + share * parameter.grad
@@ -116,7 +116,7 @@ class TwoInOne:
             parameter.grad = gradient
         one, other = self.steps
         one.kept = other.kept = {name: (part + other.kept[name]) / 2 for name, part in one.kept.items()}
-        return StepRecord(loss=loss, correct=record.correct)
+        return StepRecord(loss=loss, sums=record.sums)
 
 
 def test_sharp_steps_of_two_workers_are_those_of_each_on_its_part(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
@@ -161,8 +161,9 @@ def test_parts_together_are_the_batch(monkeypatch: pytest.MonkeyPatch, worker: i
     whole = list(batches.epoch(1, start=1))
     monkeypatch.setattr(feed, "world_size", lambda: 3)
     monkeypatch.setattr(feed, "rank", lambda: worker)
-    for (images, labels), (own, own_labels) in zip(whole, feed.own_part(batches, 1, start=1), strict=True):
-        assert torch.equal(own, images[worker::3]) and torch.equal(own_labels, labels[worker::3])
+    for (images, labels), (own, samples) in zip(whole, feed.own_part(batches, 1, start=1), strict=True):
+        assert torch.equal(own.inputs, images[worker::3]) and torch.equal(own.targets, labels[worker::3])
+        assert samples == len(images)
 
 
 def test_a_batch_without_an_image_for_each_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

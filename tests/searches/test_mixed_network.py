@@ -111,7 +111,7 @@ def test_the_step_is_the_gradient_of_the_loss_at_the_budgets_price():
     value = cross_entropy(logits, labels)
     value.backward()
     assert any(mixture.price.any() for mixture in network.weights)
-    assert torch.equal(record.loss, value) and int(record.correct) == int((logits.argmax(1) == labels).sum())
+    assert torch.equal(record.loss, value) and int(record.sums[0]) == int((logits.argmax(1) == labels).sum())
     assert same(gradients(network.model), gradients(twin.model))
     assert all(logits.grad.any() for logits in network.logits())
 
@@ -145,7 +145,7 @@ class TestAlternating:
         task, seen = held_out_task(network), []
 
         def noted(model, batch):
-            seen.append((batch.parts[0].images, batch.parts[0].labels))
+            seen.append((batch.parts[0].inputs, batch.parts[0].targets))
             return MixtureStep(mixed=network)(model, batch)
 
         step = Alternating(step=noted, held_out=task, mixed=network)

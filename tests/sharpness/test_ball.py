@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bitscape.engine.forward import loop_forward
+from bitscape.engine.forward import as_logits, loop_forward
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import bypassed, quantize
@@ -347,7 +347,11 @@ def test_a_compiled_network_is_watched_and_moved_like_an_uncompiled_one():
 
 def test_autocast_does_not_erase_the_move():
     model = small_net(norm=False)
-    with bypassed(model, "input_quantizer"), loop_forward(model, autocast=torch.bfloat16, compiled=False, highest_label=2):
+
+    def read(output: object, samples: int) -> torch.Tensor:
+        return as_logits(output, samples, highest_label=2)
+
+    with bypassed(model, "input_quantizer"), loop_forward(model, autocast=torch.bfloat16, compiled=False, read=read):
         ascent, value = first_pass(model, Ball(biases=False))
         rho = 1e-3
         with ascent.applied(ascent.factor(rho)):

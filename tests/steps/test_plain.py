@@ -16,4 +16,4 @@ def test_the_gradient_is_autograds() -> None:
     expected = torch.autograd.grad(value, list(twin.parameters()))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
     assert torch.equal(record.loss, value.detach()) and not record.loss.requires_grad
-    assert int(record.correct) == int((logits.argmax(1) == labels).sum())
+    assert int(record.sums[0]) == int((logits.argmax(1) == labels).sum())

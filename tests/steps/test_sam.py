@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from bitscape.engine import Batch, BatchLoss, Cosine, NonFiniteError, Sgd, StepRecord, train
 from bitscape.engine import loop as loop_module
 from bitscape.engine.checkpoint import load_checkpoint
-from bitscape.engine.forward import loop_forward
+from bitscape.engine.forward import as_logits, loop_forward
 from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
 from bitscape.quant.convert import bypassed
@@ -79,7 +79,7 @@ def test_radius_0_is_the_plain_step_bit_for_bit(settings: Sam, interval: int) ->
             net.zero_grad()
             torch.manual_seed(seed)
             record = take(net, whole(images, labels))
-            seen.append((record.loss, record.correct, torch.rand(3), gradients(net)))
+            seen.append((record.loss, record.sums, torch.rand(3), gradients(net)))
         (*values, found), (*expected, plain) = seen
         assert all(torch.equal(one, other) for one, other in zip(values, expected, strict=True)) and same(found, plain)
         assert same_state(model, twin)
@@ -321,7 +321,10 @@ def test_settings_serve_several_runs() -> None:
 def test_rounding_of_autocast_does_not_erase_the_perturbation() -> None:
     model = small_net(norm=False, bits=8)
     images, labels = batch()
-    with bypassed(model, "input_quantizer"), loop_forward(model, autocast=torch.bfloat16, compiled=False, highest_label=2):
+    def read(output: object, samples: int) -> torch.Tensor:
+        return as_logits(output, samples, highest_label=2)
+
+    with bypassed(model, "input_quantizer"), loop_forward(model, autocast=torch.bfloat16, compiled=False, read=read):
         for share in (3e-4, 3e-3):
             record = Saq(rho=share).build()(model, whole(images, labels))
             assert float(record.extras["gap_of_predicted"]) == pytest.approx(1, abs=0.03)

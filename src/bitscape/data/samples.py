@@ -26,7 +26,11 @@ class Minibatch:
     def rows(self, rows: slice | Tensor) -> "Minibatch":
         """Return the picked samples."""
         samples = len(self)
-        return Minibatch(rows_of(self.inputs, rows, samples), rows_of(self.targets, rows, samples))
+        if isinstance(self.targets, list) and len(self.targets) == samples:  # one of whatever form for each sample
+            targets: Any = [self.targets[row] for row in torch.arange(samples)[rows].tolist()]
+        else:
+            targets = rows_of(self.targets, rows, samples)
+        return Minibatch(rows_of(self.inputs, rows, samples), targets)
 
     def to(self, device: torch.device) -> "Minibatch":
         """Return the same samples on `device`."""

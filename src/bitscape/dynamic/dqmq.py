@@ -20,7 +20,7 @@ Measured  docs/dynamic: dqmq. ResNet-20 on corrupted CIFAR-10, short schedules, 
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from bitscape.dynamic.decision import Decision
 from bitscape.dynamic.network import DynamicNetwork, Sampling
 from bitscape.engine import Batch, Sgd, Step, StepRecord
 from bitscape.engine.settings import sgd_with_rate
-from bitscape.engine.step import Part, count_correct, sum_of
+from bitscape.engine.step import Part, sum_of
 from bitscape.errors import BitscapeError, check_choices
 from bitscape.sharpness import random_state, repeating
 
@@ -112,23 +112,23 @@ class DqmqStep:
     def _of_part(self, network: DynamicNetwork, part: Part, done: float) -> StepRecord:
         settings = self.settings
         if done < settings.warm_up:
-            with network.using(network.even(len(part.images))):
-                logits = cast(Tensor, network(part.images))
+            with network.using(network.even(len(part))):
+                outputs = part.outputs(network)
         else:
-            logits = network(part.images)
-        value, decision, spent = part.loss(logits, part.labels), network.decision, network.spent
+            outputs = part.outputs(network)
+        value, decision, spent = part.loss(outputs, part.targets), network.decision, network.spent
         excess = self._excess(network, decision)
         objective = value
         if done >= settings.warm_up:
             weight = settings.cost_weight * _risen(done, settings.warm_up, settings.warm_up + settings.ramp)
             objective = objective + weight * excess + settings.hardening_weight * network.softness
             if settings.estimator in ("both", "score"):
-                objective = objective + settings.score_weight * self._score_term(network, part, logits, decision)
+                objective = objective + settings.score_weight * self._score_term(network, part, outputs, decision)
         (objective * part.share).backward()
         extras = {"bits": spent.bits.mean(), "bitops": spent.bitops.mean(), "excess": excess.detach()}
         return StepRecord(
             loss=value.detach() * part.share,
-            correct=count_correct(logits, part.labels),
+            sums=part.counted(outputs),
             extras={name: each * part.share for name, each in extras.items()},
         )
 
@@ -140,12 +140,17 @@ class DqmqStep:
 
     def _score_term(self, network: DynamicNetwork, part: Part, logits: Tensor, decision: Decision) -> Tensor:
         """Raise the density of sampled decisions whose loss at whole bits is below the batch's mean (REINFORCE, with that baseline)."""
+        if part.task.name != "classes":
+            raise BitscapeError(
+                f"estimator={self.settings.estimator!r} needs the loss of each label, and the task is {part.task.name!r}; "
+                "use estimator='pathwise', which takes any task"
+            )
         density = network.log_density
         with torch.no_grad():
             if network.sampling != "whole":
                 with repeating(network, random_state(network)), network.using(decision.detach().rounded()):
-                    logits = network(part.images)
-            losses = functional.cross_entropy(logits, part.labels, reduction="none")
+                    logits = part.outputs(network)
+            losses = functional.cross_entropy(logits, part.targets, reduction="none")
             advantage = (losses - losses.mean()) / losses.std(correction=0).clamp(min=1e-6)
         return (advantage * density).mean() / len(network.names)
 

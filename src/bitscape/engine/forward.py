@@ -1,29 +1,30 @@
-"""The model's forward as the loop runs it: autocast, compiled, logits checked."""
+"""The model's forward as the loop runs it: autocast, compiled, outputs read."""
 
+import functools
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, described, sample_count
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.memory_format import set_memory_format
 from bitscape.quant.convert import bypassed
-
-if TYPE_CHECKING:
-    from bitscape.data.batches import Batches
 
 _log = logging.getLogger("bitscape.engine")
 
 
 @contextmanager
-def loop_forward(model: nn.Module, *, autocast: torch.dtype | None, compiled: bool, highest_label: int) -> Iterator[None]:
-    """Inside the block `model(images)` runs under autocast, compiled if asked, and returns checked float32 logits.
+def loop_forward(
+    model: nn.Module, *, autocast: torch.dtype | None, compiled: bool, read: Callable[[Any, int], Any]
+) -> Iterator[None]:
+    """Inside the block the model runs under autocast, compiled if asked, and returns `read(output, samples)`.
 
     The instance's `forward` is shadowed, so hooks, names and `modules()` stay as they are, and a step that runs
     several passes gets each of them right: autocast's cache of cast weights ends with every call.
@@ -32,10 +33,12 @@ def loop_forward(model: nn.Module, *, autocast: torch.dtype | None, compiled: bo
     shadowed = vars(model).get("forward")
     inner = _compile(model.forward, device) if compiled else model.forward
 
-    def forward(images: Tensor) -> Tensor:
-        with autocast_on(device, autocast), explained_forward(images):
-            output = inner(images)
-        return as_logits(output, len(images), highest_label)
+    @functools.wraps(model.forward)
+    def forward(*args: Any, **keywords: Any) -> Any:
+        inputs = [*args, *keywords.values()]
+        with autocast_on(device, autocast), explained_forward(described(inputs)):
+            output = inner(*args, **keywords)
+        return read(output, sample_count(inputs))
 
     model.forward = forward
     try:
@@ -57,19 +60,33 @@ def as_logits(output: object, images: int, highest_label: int) -> Tensor:
         raise BitscapeError(f"the model returns {type(output).__name__}; it must return one tensor of logits (n, classes): wrap it")
     if output.ndim != 2 or output.shape[0] != images:
         raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; allowed: (n, classes)")
-    if highest_label >= output.shape[1]:
-        raise BitscapeError(
-            f"the dataset has label {highest_label}, the model has outputs 0..{output.shape[1] - 1}; "
-            "use the dataset the model was made for, or give the model a head of the right size"
-        )
+    check_highest(highest_label, output.shape[1])
     return output.float()
 
 
-def lay_out(model: nn.Module, batches: "Batches", channels_last: bool | None, *, training: bool) -> bool:
-    """Set the memory format by images of the first batch, as `set_memory_format` does; return whether it is channels_last."""
-    images, _ = next(iter(batches.epoch(0)))
+def check_highest(label: int, classes: int) -> None:
+    """Raise BitscapeError unless the model has an output for the label."""
+    if label >= classes:
+        raise BitscapeError(
+            f"the dataset has label {label}, the model has outputs 0..{classes - 1}; "
+            "use the dataset the model was made for, or give the model a head of the right size"
+        )
+
+
+def lay_out(model: nn.Module, inputs: Inputs, channels_last: bool | None, *, training: bool) -> bool:
+    """Set the memory format by a batch of images, as `set_memory_format` does; return whether it is channels_last.
+
+    A network of several inputs stays contiguous. Raises BitscapeError where channels_last is asked for, and the network does not take it.
+    """
+    if not isinstance(inputs, Tensor):
+        if channels_last:
+            raise BitscapeError(
+                f"channels_last: True, and the network is called with a {type(inputs).__name__}; that memory format is for one tensor "
+                "of images: leave channels_last out"
+            )
+        return False
     with bypassed(model, "input_quantizer"):  # a rounded activation would turn float noise into steps
-        return set_memory_format(model, images, channels_last, training=training)
+        return set_memory_format(model, inputs, channels_last, training=training)
 
 
 def check_autocast(autocast: torch.dtype | None) -> None:

@@ -2,23 +2,26 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, described
+from bitscape.data.epochs import Epochs, Loaded, batches_in
 from bitscape.engine import origin, workers
 from bitscape.engine.describe import versions
-from bitscape.engine.evaluate import evaluate
-from bitscape.engine.feed import feed, images_of_all
+from bitscape.engine.evaluate import measured
+from bitscape.engine.feed import Fed, Feed
 from bitscape.engine.forward import autocast_on
+from bitscape.engine.metrics import Collected
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
-from bitscape.engine.settings import Cosine
+from bitscape.engine.rates import Position
 from bitscape.engine.state import RunState
 from bitscape.engine.step import Batch, LossFunction, least_part, pooled
 from bitscape.engine.stopping import Stop, Stopping
@@ -26,9 +29,6 @@ from bitscape.engine.trackers import Watched
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.files import write_atomic
 from bitscape.folders import CHECKPOINT, METRICS, RUN
-
-if TYPE_CHECKING:
-    from bitscape.data.batches import Batches
 
 _log = logging.getLogger("bitscape.engine")
 STOP_EVERY = 16
@@ -40,13 +40,13 @@ class Loop:
     """A run: its state, and the parts that do not change."""
 
     state: RunState
-    batches: "Batches"
-    validation: "Batches | None"
+    feed: Feed
+    validation: Epochs | None
     epochs: int
-    schedule: Cosine
     loss: LossFunction
     autocast: torch.dtype | None
-    channels_last: bool
+    highest_label: int
+    """Of all targets so far."""
     accumulate: int
     clip_norm: float | None
     folder: Path | None
@@ -55,12 +55,12 @@ class Loop:
     trackers: Watched
     first_bad: Tensor = field(init=False)
     """Batch of this epoch whose loss or gradient was not finite first, -1 = none; read as seldom as possible."""
-    base_lrs: list[float] = field(init=False)
+    inputs: tuple[int, Inputs] | None = field(default=None, init=False)
+    """Number and inputs of the last batch."""
     stopping: Stopping = field(default_factory=Stopping, init=False)
 
     def __post_init__(self) -> None:
         self.first_bad = torch.full((), -1, device=self.state.device)
-        self.base_lrs = [group["lr"] for group in self.state.optimizer.param_groups]
 
     def open(self, resume: bool) -> None:
         """Prepare the folder; go on from its checkpoint."""
@@ -132,8 +132,9 @@ class Loop:
             raise
 
     def _run_epoch(self, pace: Pace) -> None:
-        for images, labels in self._feed(self.state.batch):
-            self._run_batch(images, labels)
+        state = self.state
+        for fed in self.feed.epoch(state.epoch, start=state.batch):
+            self._run_batch(fed)
             pace.count_step()
             if self._may_stop():
                 self._look_up(pace)
@@ -171,32 +172,39 @@ class Loop:
             self._save()
             pace.go_on(saved=True)
 
-    def _feed(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        state = self.state
-        return feed(self.batches, state.epoch, start=start, device=state.device, channels_last=self.channels_last)
-
     def _report(self, step_s: float) -> None:
         if not workers.is_first():
             return
-        state, per_epoch = self.state, len(self.batches)
-        left_s = (self.epochs * per_epoch - self._steps_done()) * step_s
+        state, batches = self.state, self._batches
         _log.info(
-            "epoch %d/%d, batch %d/%d: loss %.4f, %.0f images/s, %.0f s left",
-            *(state.epoch + 1, self.epochs, state.batch, per_epoch),
-            *(state.means()["loss"], state.images / state.batch / step_s, left_s),
+            "epoch %d/%d, batch %d%s: loss %.4f, %.0f images/s%s",
+            *(state.epoch + 1, self.epochs, state.batch, "" if batches is None else f"/{batches}"),
+            *(state.means()["loss"], state.images / state.batch / step_s),
+            "" if batches is None else f", {self._steps_left(batches) * step_s:.0f} s left",
         )
 
-    def _run_batch(self, images: Tensor, labels: Tensor) -> None:
-        state = self.state
-        self._set_rates()
+    @property
+    def _batches(self) -> int | None:
+        return batches_in(self.feed.batches)
+
+    def _steps_left(self, batches: int) -> int:
+        return max(0, (self.epochs - self.state.epoch) * batches - self.state.batch)
+
+    def _position(self) -> Position:
+        return Position.at(self.state.epoch, self.state.batch, epochs=self.epochs, batches=self._batches)
+
+    def _run_batch(self, fed: Fed) -> None:
+        state, position = self.state, self._position()
+        inputs, samples = fed.part.inputs, len(fed.part)
+        self.inputs, self.highest_label = (state.batch, inputs), max(self.highest_label, fed.highest_label)
+        state.rates.before_step(position)
         workers.seed_at(state.settings["seed"], state.epoch, state.batch)
         state.optimizer.zero_grad(set_to_none=True)
-        whole = images_of_all(self.batches, state.batch, len(images))
-        own = whole // workers.world_size()  # as the worker with the fewest images: steps may talk in each part
+        own = fed.whole // workers.world_size()  # as the worker with the fewest samples: steps may talk in each part
         parts = min(self.accumulate, max(1, own // least_part(state.model)))
-        with autocast_on(state.device, self.autocast), explained_forward(images):  # a teacher may fail on them
-            batch = Batch.of(images, labels, self.loss, parts, self._steps_done() / (self.epochs * len(self.batches)))
-        share = len(images) / whole
+        with autocast_on(state.device, self.autocast), explained_forward(described(inputs)):  # a teacher may fail on them
+            batch = Batch.of(inputs, fed.part.targets, self.loss, parts, position.step / position.steps, state.task)
+        share = samples / fed.whole
         with workers.averaged_buffers(state.model, share):
             record = state.step(state.model, batch)
         workers.average_gradients(self._updated(), share)
@@ -205,20 +213,9 @@ class Loop:
         self._flag(record.loss.isfinite() & norm.isfinite())
         state.optimizer.step()
         if state.ema is not None:
-            state.ema.update(state.model, self._steps_done())
-        state.add(record, norm, whole)
-
-    def _set_rates(self) -> None:
-        factor = self._factor(self._steps_done())
-        for group, base in zip(self.state.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
-
-    def _factor(self, step: int) -> float:
-        per_epoch = len(self.batches)
-        return self.schedule.factor(step, steps=self.epochs * per_epoch, steps_per_epoch=per_epoch)
-
-    def _steps_done(self) -> int:
-        return self.state.epoch * len(self.batches) + self.state.batch
+            state.ema.update(state.model, state.steps)
+        state.rates.after_step()
+        state.add(record, norm, fed.whole)
 
     def _updated(self) -> list[nn.Parameter]:
         return [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
@@ -246,19 +243,25 @@ class Loop:
         if batch < 0:
             return
         state = self.state
-        images, _ = next(self._feed(batch))
         saved = None if self.folder is None else self.folder / CHECKPOINT
         raise NonFiniteError(
             f"loss or gradient is not finite at epoch {state.epoch + 1} of {self.epochs}, batch {batch} (from 0): "
-            f"{_of_worker()}{diagnose(state.model, images)}; the update was not made{_but_statistics(state.model)}. "
+            f"{_of_worker()}{self._diagnosed(batch)}; the update was not made{_but_statistics(state.model)}. "
             f"Last good checkpoint: {saved if saved is not None and saved.exists() else 'none'}. "
             "Try a smaller lr, a warm-up, clip_norm=1.0, or autocast=None"
         )
 
+    def _diagnosed(self, batch: int) -> str:
+        state = self.state
+        if self.inputs is not None and self.inputs[0] == batch:
+            return diagnose(state.model, self.inputs[1])
+        if isinstance(self.feed.batches, Loaded) and self.feed.batches.once:
+            return "the batch cannot be read again to tell where it arises"
+        return diagnose(state.model, next(self.feed.epoch(state.epoch, start=batch)).part.inputs)
+
     def _record(self) -> dict[str, Any]:
         state = self.state
-        rate = self.base_lrs[0] * self._factor(self._steps_done() - 1)
-        record = {"epoch": state.epoch + 1, **state.means(), "lr": rate, "images": state.images}
+        record = {"epoch": state.epoch + 1, **state.means(), "lr": state.rates.used, "images": state.images}
         record["train_s"] = round(state.train_s, 3)
         if self.validation is not None:
             try:
@@ -282,8 +285,15 @@ class Loop:
     def _validate(self, prefix: str) -> dict[str, float]:
         assert self.validation is not None
         with self.stopping.interruptible() if workers.world_size() == 1 else nullcontext():  # workers would wait for each other
-            accuracy = evaluate(self.state.model, self.validation, together=True)
-        return {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
+            seen = measured(
+                self.state.model,
+                self.validation,
+                self.state.task,
+                reference=self.feed.reference,
+                together=not isinstance(self.state.task.metric, Collected),
+                highest_label=self.highest_label,
+            )
+        return {f"{prefix}{name}": value for name, value in seen.numbers.items()}
 
     def _save(self) -> None:
         if self.folder is not None and workers.is_first():

@@ -1,5 +1,6 @@
 """Optimizers and the learning-rate schedule, as settings that build the torch objects."""
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bitscape.engine.describe import describe
 from bitscape.errors import BitscapeError
 
 MOST_RATE = 1e6
@@ -17,7 +19,7 @@ MOST_RATE = 1e6
 class OptimizerSettings(Protocol):
     """Settings that build a torch optimizer over a model's trainable parameters.
 
-    A dataclass, so that a checkpoint can tell them from others by its fields. The optimizer keeps its state as tensors per parameter.
+    A dataclass, so that a checkpoint can tell them from others by its fields.
     """
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -104,6 +106,29 @@ class Cosine:
             return (step + 1) / (warmup + 1)
         done = (step - warmup) / max(steps - warmup, 1)
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise BitscapeError unless the optimizer holds parameters of the model, and updates them without a closure."""
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    name = type(optimizer).__name__
+    if foreign:
+        raise BitscapeError(
+            f"optimizer: the {name} has {len(foreign)} parameters that the network does not have, first one of shape "
+            f"{tuple(foreign[0].shape)}; build it on this network's parameters, after bitscape.quantize"
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise BitscapeError(f"optimizer: {name} evaluates the loss by itself (step(closure)); use another, e.g. torch.optim.AdamW")
+
+
+def describe_optimizer(optimizer: OptimizerSettings | torch.optim.Optimizer) -> Any:
+    """Return the settings of an optimizer as JSON data."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return describe(optimizer)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return {"kind": type(optimizer).__name__, "parameters": sizes, **describe(optimizer.defaults)}
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """All that changes while a run goes on, to and from a checkpoint's tensors and header."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from bitscape.engine.checkpoint import check_same_settings, check_same_tensors, load_checkpoint, restoring, save_checkpoint
 from bitscape.engine.ema import Ema
+from bitscape.engine.rates import Rates
 from bitscape.engine.step import Step, StepRecord, restore_step, step_state
+from bitscape.engine.task import Task
+from bitscape.engine.trees import packed, unpacked
 from bitscape.errors import BitscapeError
 from bitscape.models.find import load_state
+
+_COUNTS = ("epoch", "batch", "steps", "images")
+_OF_MACHINE = ("params", "fused", "foreach", "capturable")
+"""Entries of an optimizer's groups that belong to this process, not to the run."""
 
 
 @dataclass(kw_only=True)
@@ -21,7 +28,9 @@ class RunState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    rates: Rates
     step: Step
+    task: Task
     ema: Ema | None
     settings: Mapping[str, Any]
     device: torch.device
@@ -29,6 +38,8 @@ class RunState:
     """Epochs finished."""
     batch: int = 0
     """Batches finished of the epoch under way."""
+    steps: int = 0
+    """Batches finished, over all epochs."""
     images: int = 0
     """Images seen in the epoch under way."""
     train_s: float = 0.0
@@ -41,25 +52,28 @@ class RunState:
     def add(self, record: StepRecord, gradient_norm: Tensor, images: int) -> None:
         """Count one finished batch of `images`."""
         self._sum("loss", record.loss * images)
-        self._sum("correct", record.correct)
+        self._sum("metric", record.sums)
         self._sum("gradient_norm", gradient_norm * images)
         for name, value in record.extras.items():
             self._sum(f"extra.{name}", value.detach() * images)
             self._sum(f"images.{name}", torch.full_like(value, images, dtype=torch.float64))
         self.batch += 1
+        self.steps += 1
         self.images += images
 
     def means(self) -> dict[str, float]:
-        """Return the epoch's means so far: loss, top1 (%), gradient_norm, the step's extras. Waits for the GPU."""
+        """Return the epoch's means so far: loss, the task's metric (top1 in %), gradient_norm, the step's extras. Waits for the GPU."""
         if not self.sums:
             return {}
-        sums = dict(zip(self.sums, torch.stack([value.to(self.device) for value in self.sums.values()]).tolist(), strict=True))
-        extras = {name.removeprefix("extra."): total for name, total in sums.items() if name.startswith("extra.")}
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        extras = {name.removeprefix("extra."): float(total) for name, total in sums.items() if name.startswith("extra.")}
+        metric = self.task.metric
+        measured = metric.numbers(sums["metric"])
         return {
-            "loss": sums["loss"] / self.images,
-            "top1": 100 * sums["correct"] / self.images,
-            "gradient_norm": sums["gradient_norm"] / self.images,
-            **{name: total / sums[f"images.{name}"] for name, total in extras.items()},
+            "loss": float(sums["loss"]) / self.images,
+            **({metric.name: measured[metric.name]} if metric.name in measured else {}),
+            "gradient_norm": float(sums["gradient_norm"]) / self.images,
+            **{name: total / float(sums[f"images.{name}"]) for name, total in extras.items()},
         }
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
@@ -69,9 +83,12 @@ class RunState:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint from which the run goes on bit for bit."""
+        of_optimizer, optimizer = packed(self.optimizer.state_dict(), "optimizer")
+        of_rates, rates = packed(self.rates.state(), "rates")
         tensors = {
             **_named("model", tensors_of(self.model)),
-            **_named("optimizer", dict(self._optimizer_tensors())),
+            **of_optimizer,
+            **of_rates,
             **_named("step", step_state(self.step)),
             **_named("sum", self.sums),
             **_named("ema", self.ema.values if self.ema else {}),
@@ -79,8 +96,9 @@ class RunState:
         }
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        counts = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "train_s": self.train_s}
-        save_checkpoint(path, tensors, {"settings": self.settings, "records": self.records, **counts})
+        counts = {name: getattr(self, name) for name in (*_COUNTS, "train_s")}
+        plain = {"optimizer": optimizer, "rates": rates}
+        save_checkpoint(path, tensors, {"settings": self.settings, "records": self.records, **plain, **counts})
 
     def restore(self, path: Path) -> None:
         """Become the state in the checkpoint; CheckpointError, and nothing changed, if it is of another run."""
@@ -93,13 +111,14 @@ class RunState:
 
     def _take(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         load_state(self.model, _part("model", tensors))
-        self._restore_optimizer(_part("optimizer", tensors))
+        self.rates.restore(unpacked(header["rates"], tensors))
+        self._restore_optimizer(unpacked(header["optimizer"], tensors))
         if self.ema:
             self.ema.values = {name: value.to(self.device) for name, value in _part("ema", tensors).items()}
         restore_step(self.step, _part("step", tensors))
         self.sums = {name: value.to(self.device) for name, value in _part("sum", tensors).items()}
         self.records = header["records"]
-        self.epoch, self.batch, self.images = header["epoch"], header["batch"], header["images"]
+        self.epoch, self.batch, self.steps, self.images = (header[name] for name in _COUNTS)
         self.train_s = header["train_s"]
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
@@ -108,28 +127,29 @@ class RunState:
     def _sum(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
 
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):  # SGD keeps None where a parameter had no gradient yet
-                    yield f"{name}.{key}", value
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
+    def _restore_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Not by `load_state_dict`, which changes types and memory formats."""
+        groups = self.optimizer.param_groups
+        for group, saved in zip(groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name not in _OF_MACHINE})
+        parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer.state.clear()
-        for full_name, value in tensors.items():
-            name, key = full_name.rsplit(".", 1)
-            self.optimizer.state[parameters[name]][key] = self._like(parameters[name], key, value)
+        for number, values in state["state"].items():
+            parameter = parameters[number]
+            self.optimizer.state[parameter] = {
+                key: self._like(parameter, key, value) if isinstance(value, Tensor) else value for key, value in values.items()
+            }
 
     def _like(self, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
         if key == "step" or value.shape != parameter.shape:  # counts are on the device only where the kernel is fused
-            return value.to(parameter.device if value.ndim or self.optimizer.defaults.get("fused") else "cpu")
+            on_device = value.ndim or self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
+            return value.to(parameter.device if on_device else "cpu")
         # The parameter's memory format: fused kernels walk both in memory order.
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _check_counts(header: Mapping[str, Any]) -> None:
-    counts, records = [header[name] for name in ("epoch", "batch", "images")], header["records"]
+    counts, records = [header[name] for name in _COUNTS], header["records"]
     if not all(type(count) is int and count >= 0 for count in counts) or type(header["train_s"]) not in (int, float):
         raise ValueError("its counts are no whole numbers from 0")
     if not isinstance(records, list) or len(records) != header["epoch"] or not all(isinstance(record, dict) for record in records):

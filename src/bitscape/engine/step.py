@@ -1,33 +1,58 @@
 """What the loop and a training step say to each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bitscape.calling import Inputs, call, map_tensors, sample_count
+from bitscape.data.samples import Minibatch
 from bitscape.engine import workers
+from bitscape.engine.task import CLASSES, Task, loss_of
 from bitscape.sharpness.probe import BatchLoss
 
 
 class LossFunction(Protocol):
     """A loss; `for_batch` lets it do once what several passes over one batch share, such as a teacher's logits."""
 
-    def for_batch(self, images: Tensor) -> BatchLoss:
-        """Return the loss of the batch `images` (n, c, h, w)."""
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Return the loss of the batch `inputs`, e.g. images (n, c, h, w)."""
         ...
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Mean cross entropy: the loop's own loss when none is given."""
+    """Mean cross entropy."""
 
-    def for_batch(self, images: Tensor) -> BatchLoss:
-        """Return plain cross entropy, whatever the images."""
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Return plain cross entropy, whatever the inputs."""
         return functional.cross_entropy
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """What a task learns: the loop's own loss when none is given."""
+
+    task: Task
+
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Return the task's loss, whatever the inputs."""
+        return self.task.loss
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """The user's function (outputs, targets) -> loss, a scalar or one value for each sample."""
+
+    function: Callable[[Any, Any], Any]
+
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Return the mean of what the function returns, whatever the inputs."""
+        return lambda outputs, targets: loss_of(self.function, outputs, targets).mean()
 
 
 @dataclass(frozen=True)
@@ -36,24 +61,39 @@ class StepRecord:
 
     loss: Tensor
     """Scalar, detached: the mean loss of the batch at the unperturbed weights."""
-    correct: Tensor
-    """Scalar count of images whose largest logit is the label's."""
+    sums: Tensor
+    """What the task's metric adds up, see `Part.counted`; for classes images right, right among five, and all."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further scalars, the same names on every worker; the epoch's record holds the mean of each."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images of a batch that go through the network together."""
+    """Samples of a batch that go through the network together."""
 
-    images: Tensor
-    """(n, c, h, w)."""
-    labels: Tensor
-    """(n,)."""
+    inputs: Inputs
+    """What the network is called with: a tensor (n, ...), a tuple of arguments or a mapping of keywords."""
+    targets: Any
+    """What the loss compares the outputs with, e.g. labels (n,)."""
     loss: BatchLoss
-    """Mean over these images."""
+    """Mean over these samples."""
     share: float
-    """Of the batch's images; the shares of all parts add up to 1."""
+    """Of the batch's samples; the shares of all parts add up to 1."""
+    task: Task = CLASSES
+    """What the outputs mean."""
+
+    def __len__(self) -> int:
+        return sample_count(self.inputs)
+
+    def outputs(self, model: nn.Module) -> Any:
+        """Run the model."""
+        return call(model, self.inputs)
+
+    @torch.no_grad()
+    def counted(self, outputs: Any) -> Tensor:
+        """Return what the task's metric adds up for these outputs."""
+        detached = outputs.detach() if isinstance(outputs, Tensor) else map_tensors(Tensor.detach, outputs)
+        return self.task.metric.sums(detached, self.targets, len(self))
 
 
 @dataclass(frozen=True)
@@ -65,27 +105,33 @@ class Batch:
 
     parts: tuple[Part, ...]
     progress: float = 0.0
-    """Share of the run's steps that are done before this batch."""
+    """Share of the run's steps that are done before this batch; of its epochs, for data whose length is not known."""
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, loss: LossFunction, parts: int = 1, progress: float = 0.0) -> "Batch":
-        """Cut `images` (n, c, h, w) and `labels` (n,) into `parts`, or n if that is less; what passes share of the loss is done here."""
-        pieces = min(parts, len(images))
-        cut = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
-        return cls(tuple(Part(x, y, loss.for_batch(x), len(x) / len(images)) for x, y in cut), progress)
+    def of(
+        cls, inputs: Inputs, targets: Any, loss: LossFunction, parts: int = 1, progress: float = 0.0, task: Task = CLASSES
+    ) -> "Batch":
+        """Cut inputs and targets (n, ...) into `parts`, or n if that is less; what passes share of the loss is done here."""
+        whole = Minibatch(inputs, targets)
+        pieces = torch.arange(len(whole)).tensor_split(min(parts, len(whole)))
+        cut = [whole] if len(pieces) == 1 else [whole.rows(slice(int(rows[0]), int(rows[-1]) + 1)) for rows in pieces]
+        return cls(
+            tuple(Part(each.inputs, each.targets, loss.for_batch(each.inputs), len(each) / len(whole), task) for each in cut),
+            progress,
+        )
 
     def __len__(self) -> int:
-        return sum(len(part.images) for part in self.parts)
+        return sum(map(len, self.parts))
 
     def backward(self, model: nn.Module) -> StepRecord:
         """Run forward and backward of every part: `.grad` gains the gradient of the batch's mean loss."""
         return sum_of([self._of_part(model, part) for part in self.parts])
 
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
-        logits = model(part.images)
-        value = part.loss(logits, part.labels) * part.share
+        outputs = part.outputs(model)
+        value = part.loss(outputs, part.targets) * part.share
         value.backward()
-        return StepRecord(loss=value.detach(), correct=count_correct(logits, part.labels))
+        return StepRecord(loss=value.detach(), sums=part.counted(outputs))
 
 
 class Step(Protocol):
@@ -93,8 +139,8 @@ class Step(Protocol):
 
     On entry every `.grad` is None and the model is in training mode. On return `.grad` holds the gradient to descend
     along and all weights have their entry values. A step that perturbs weights does so by the gradient of all parts of the
-    batch. Each call `model(images)` runs under the loop's autocast and its compiled forward, if any, and returns float32
-    logits; `backward` belongs outside autocast and is so by itself.
+    batch. Each call `part.outputs(model)` runs under the loop's autocast and its compiled forward, if any, and returns what the
+    loss takes, e.g. float32 logits; `backward` belongs outside autocast and is so by itself.
 
     Of several workers each calls its step on its own part of the batch, and the loop averages `.grad` afterwards. A step that
     perturbs weights so does it along its own worker's gradient, as m-sharpness is defined (Foret et al., arXiv 2010.01412, section 4.1).
@@ -119,13 +165,8 @@ class StepSettings(Protocol):
 
 
 def least_part(model: nn.Module) -> int:
-    """Return the fewest images of a part: two where norms take their statistics from it, which a single pixel does not have."""
+    """Return the fewest samples of a part: two where norms take their statistics from it, which a single pixel does not have."""
     return 2 if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()) else 1
-
-
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return how many rows of logits (n, classes) have their maximum at the label (n,), as a scalar tensor."""
-    return (logits.detach().argmax(1) == labels).sum()
 
 
 def sum_of(records: Sequence[StepRecord]) -> StepRecord:
@@ -133,8 +174,8 @@ def sum_of(records: Sequence[StepRecord]) -> StepRecord:
     if len(records) == 1:
         return records[0]
     extras = {name: torch.stack([record.extras[name] for record in records]).sum() for name in records[0].extras}
-    loss, correct = (torch.stack([getattr(record, name) for record in records]).sum() for name in ("loss", "correct"))
-    return StepRecord(loss=loss, correct=correct, extras=extras)
+    loss = torch.stack([record.loss for record in records]).sum()
+    return StepRecord(loss=loss, sums=torch.stack([record.sums for record in records]).sum(0), extras=extras)
 
 
 def pooled(record: StepRecord, share: float) -> StepRecord:
@@ -146,8 +187,9 @@ def pooled(record: StepRecord, share: float) -> StepRecord:
         return record
     names = sorted(record.extras)
     means = torch.stack([value.detach().to(record.loss.device).double() for value in (record.loss, *(record.extras[n] for n in names))])
-    loss, *extras, correct = workers.total(torch.cat([share * means, record.correct.double().view(1)])).unbind()
-    return StepRecord(loss=loss, correct=correct, extras=dict(zip(names, extras, strict=True)))
+    total = workers.total(torch.cat([share * means, record.sums.to(means).flatten()]))
+    loss, *extras = total[: len(means)].unbind()
+    return StepRecord(loss=loss, sums=total[len(means) :], extras=dict(zip(names, extras, strict=True)))
 
 
 def step_state(step: Step) -> dict[str, Tensor]:

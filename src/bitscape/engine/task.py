@@ -1,32 +1,109 @@
-"""What a network's outputs mean: how far two sets of outputs are apart, and a loss whose gradients measure that.
+"""What a network's outputs mean: how far two sets of outputs are apart, what is learned, and what is measured.
 
     classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels drawn from it
+    dense     logits (n, k, ...): the same at every position, averaged; labels (n, ...), 255 and -100 are left out
     binary    logits, or the probabilities of a final sigmoid, of any shape (n, ...): the same for each yes or no
     follow    any outputs, nested ones too: half the squared difference, each tensor in units of its own spread
+    User      any outputs, with the user's own loss and metric
 
 A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence` has as its second derivative at
 the float outputs: the Fisher information, or Gauss-Newton's approximation for `follow`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.engine.forward import as_logits
-from bitscape.errors import BitscapeError
+from bitscape.calling import Inputs, call, map_tensors, rows_of, sample_count
+from bitscape.engine.forward import as_logits, check_highest
+from bitscape.engine.metrics import (
+    BinaryAccuracy,
+    MeanIou,
+    Metric,
+    OnlyLoss,
+    RelativeError,
+    TopK,
+    metric_of,
+)
+from bitscape.engine.outputs import (
+    drawn_labels,
+    finite,
+    floating,
+    not_finite,
+    one_tensor,
+    only_tensor,
+    per_sample,
+    rows_by_name,
+    spreads_of,
+)
+from bitscape.errors import BitscapeError, nearest
 from bitscape.models.modes import evaluating
-from bitscape.models.named_outputs import named_outputs
+from bitscape.nested import tensors_in
 
-TaskName = Literal["classes", "binary", "follow"]
+TaskName = Literal["classes", "dense", "binary", "follow"]
 SAMPLE = 64
 """Images whose outputs determine the spread."""
-CONSTANT = 1e-6
-"""Outputs that spread less than this share of the largest are constant but for rounding."""
+IGNORED = (255, -100)
+"""Labels of positions that are left out; 255 is a class where there are more."""
+
+
+class Task(Protocol):
+    """What outputs mean. Scores look at `outputs`; training and evaluation at what `read` returns."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """What is measured."""
+        ...
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
+        """Return finite float32 outputs (n, ...) of a network for `samples` inputs; a BitscapeError says what else came out."""
+        ...
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """How far each sample's outputs are from the reference, (n,)."""
+        ...
+
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """Return a loss of each sample (n,) whose squared gradients expect to the curvature of `divergence`."""
+        ...
+
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """Return a loss of each sample (n,) whose second derivative is that curvature, which is never negative."""
+        ...
+
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> Any:
+        """Return what `loss` and `metric` take of a network's output; a BitscapeError says what else came out."""
+        ...
+
+    def read_targets(self, targets: Any) -> tuple[Any, int]:
+        """Return targets as `loss` and `metric` take them, and the highest label, -1 for none. Raises BitscapeError for others."""
+        ...
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return what training lowers: a scalar, the mean over samples (over labelled positions for dense)."""
+        ...
+
+    def weight(self, outputs: Any, targets: Any, samples: int) -> Tensor | int:
+        """Return how many samples or positions `loss` is the mean of."""
+        ...
+
+    def broken(self, outputs: Any) -> Tensor:
+        """Return for each sample (n,) whether its outputs are not finite."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,25 +112,140 @@ class Classes:
 
     name: TaskName = "classes"
 
-    def outputs(self, output: object, images: int) -> Tensor:
-        """Return finite float32 logits (n, k >= 2); a BitscapeError says what else came out."""
-        logits = as_logits(output, images, highest_label=-1)
+    @property
+    def metric(self) -> Metric:
+        """Top-1 and top-5 accuracy."""
+        return TopK()
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
+        """Return finite float32 logits (n, k >= 2)."""
+        logits = self.read(output, samples)
         if logits.shape[1] < 2:
-            raise BitscapeError("task='classes': a softmax over one output is always 1; use task='follow' or 'binary'")
-        return _finite(logits)
+            raise BitscapeError(
+                "task='classes': a softmax over one output is always 1; use task='follow' or 'binary'"
+            )
+        return finite(logits)
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """KL(softmax(reference) || softmax(outputs)) of each image, (n,)."""
-        pair = outputs.log_softmax(1), reference.log_softmax(1)
-        return functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
+        return _kl(outputs, reference).sum(1)
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
         """Cross entropy of each image (n,), for labels drawn from the softmax."""
         return functional.cross_entropy(outputs, drawn_labels(outputs, generator), reduction="none")
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of each image (n,) whose second derivative is the curvature."""
-        return self.drawn_loss(outputs, generator)
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """The divergence from the outputs' own values (n,): flat here, and curved."""
+        return self.divergence(outputs, outputs.detach())
+
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> Tensor:
+        """Return float32 logits (n, k), k above the highest label."""
+        return as_logits(only_tensor(output), samples, highest_label)
+
+    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+        """Return labels, int64 (n,), or probabilities (n, k)."""
+        labels = _tensor("labels", targets)
+        if labels.is_floating_point() and labels.ndim == 2:
+            return labels, labels.shape[1] - 1
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise BitscapeError(
+                f"targets are {labels.dtype} of shape {tuple(labels.shape)}; task 'classes' needs whole numbers (n,), or "
+                "probabilities (n, classes); use another task, or give loss="
+            )
+        return labels.long(), _highest(labels)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, in nats."""
+        return functional.cross_entropy(outputs, targets)
+
+    def weight(self, outputs: Tensor, targets: Tensor, samples: int) -> int:
+        """All samples."""
+        return samples
+
+    def broken(self, outputs: Tensor) -> Tensor:
+        """Return which images' logits are not finite."""
+        return not_finite(outputs)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Logits of classes at every position, such as a pixel."""
+
+    name: TaskName = "dense"
+
+    @property
+    def metric(self) -> Metric:
+        """Mean intersection over union."""
+        return MeanIou(_ignored)
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
+        """Return finite float32 logits (n, k >= 2, ...)."""
+        return finite(self.read(output, samples))
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """KL of the softmax, mean over the positions of each image, (n,)."""
+        return _kl(outputs, reference).sum(1).flatten(1).mean(1)
+
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """Cross entropy for labels drawn at each position, (n,): the sum over the root of their number, for squares to be averages."""
+        rows = outputs.detach().movedim(1, -1)
+        labels = drawn_labels(rows.reshape(-1, outputs.shape[1]), generator).reshape(
+            rows.shape[:-1]
+        )
+        losses = functional.cross_entropy(outputs, labels, reduction="none").flatten(1)
+        return losses.sum(1) / math.sqrt(losses.shape[1])
+
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """The divergence from the outputs' own values (n,): flat here, and curved."""
+        return self.divergence(outputs, outputs.detach())
+
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> Tensor:
+        """Return float32 logits (n, k, ...), k above the highest label."""
+        logits = one_tensor(output, samples)
+        if logits.ndim < 3 or logits.shape[1] < 2:
+            raise BitscapeError(
+                f"task='dense': the model returns shape {tuple(logits.shape)}; allowed: (n, classes, positions) or (n, classes, h, w); "
+                "use another task, e.g. task='classes' for (n, classes)"
+            )
+        check_highest(highest_label, logits.shape[1])
+        return logits
+
+    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+        """Return labels, int64 (n, ...)."""
+        labels = _tensor("labels", targets)
+        if labels.is_floating_point():
+            raise BitscapeError(
+                f"targets are {labels.dtype}; task 'dense' needs a whole number at each position; give loss= for others"
+            )
+        labels = labels.long()
+        return labels, _highest(labels[(labels != IGNORED[0]) & (labels != IGNORED[1])])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, mean over all labelled positions, in nats; 0 without one."""
+        ignored = _ignored(_same_positions(targets, outputs), outputs.shape[1])
+        total = functional.cross_entropy(
+            outputs,
+            targets.masked_fill(ignored, IGNORED[1]),
+            ignore_index=IGNORED[1],
+            reduction="sum",
+        )
+        return total / (~ignored).sum().clamp(min=1)
+
+    def weight(self, outputs: Tensor, targets: Tensor, samples: int) -> Tensor:
+        """All positions but those of the ignored labels."""
+        return (~_ignored(targets, outputs.shape[1])).sum()
+
+    def broken(self, outputs: Tensor) -> Tensor:
+        """Return which images' logits are not finite."""
+        return not_finite(outputs)
 
 
 @dataclass(frozen=True)
@@ -64,9 +256,14 @@ class Binary:
     """Whether the outputs went through a sigmoid already."""
     name: TaskName = "binary"
 
-    def outputs(self, output: object, images: int) -> Tensor:
+    @property
+    def metric(self) -> Metric:
+        """Accuracy over all answers."""
+        return BinaryAccuracy(0.5 if self.probabilities else 0.0)
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
         """Return finite float32 outputs (n, ...)."""
-        return _finite(_one_tensor(output, images))
+        return finite(self.read(output, samples))
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """KL of the Bernoulli distributions of each image, summed over its outputs, (n,)."""
@@ -74,18 +271,61 @@ class Binary:
         share = reference.sigmoid()
         yes = share * (functional.logsigmoid(reference) - functional.logsigmoid(outputs))
         no = (1 - share) * (functional.logsigmoid(-reference) - functional.logsigmoid(-outputs))
-        return _per_image(yes + no)
+        return per_sample(yes + no)
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
         """Cross entropy of each image (n,), for answers drawn by the outputs' own probabilities."""
         logits = self._logits(outputs)
-        chances = torch.rand(logits.shape, dtype=torch.float32, generator=generator).to(logits.device)
+        chances = torch.rand(logits.shape, dtype=torch.float32, generator=generator).to(
+            logits.device
+        )
         answers = (chances < logits.detach().sigmoid()).to(logits.dtype)
-        return _per_image(functional.binary_cross_entropy_with_logits(logits, answers, reduction="none"))
+        return per_sample(
+            functional.binary_cross_entropy_with_logits(logits, answers, reduction="none")
+        )
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
         """The divergence from the outputs' own values (n,): flat here, and curved."""
         return self.divergence(outputs, outputs.detach())
+
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> Tensor:
+        """Return float32 outputs (n, ...)."""
+        return one_tensor(output, samples)
+
+    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+        """Return answers, float32 (n, ...), from 0 (no) to 1 (yes)."""
+        answers = _tensor("answers", targets).float()
+        if (
+            answers.numel()
+            and not answers.is_cuda
+            and not 0 <= float(answers.min()) <= float(answers.max()) <= 1
+        ):
+            raise BitscapeError(
+                f"targets are from {float(answers.min()):g} to {float(answers.max()):g}; task 'binary' needs 0 or 1"
+            )
+        return answers, -1
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Binary cross entropy, mean over all answers, in nats."""
+        if targets.numel() != outputs.numel():
+            raise BitscapeError(
+                f"targets have shape {tuple(targets.shape)}, the model's outputs {tuple(outputs.shape)}; task 'binary' needs one answer each"
+            )
+        return functional.binary_cross_entropy_with_logits(
+            self._logits(outputs), targets.reshape(outputs.shape)
+        )
+
+    def weight(self, outputs: Tensor, targets: Tensor, samples: int) -> int:
+        """All samples."""
+        return samples
+
+    def broken(self, outputs: Tensor) -> Tensor:
+        """Return which samples' outputs are not finite."""
+        return not_finite(outputs)
 
     def _logits(self, outputs: Tensor) -> Tensor:
         if not self.probabilities:
@@ -96,121 +336,296 @@ class Binary:
 
 @dataclass(frozen=True)
 class Follow:
-    """Any outputs: they should stay what they are."""
+    """Any outputs: they should stay what they are, or become what the targets are."""
 
     spreads: Mapping[str, float] = field(default_factory=dict)
     """Name of each floating-point output of the float network -> its standard deviation, the unit of its differences."""
     name: TaskName = "follow"
 
-    def outputs(self, output: object, images: int) -> Tensor:
+    @property
+    def metric(self) -> Metric:
+        """Relative error of the outputs."""
+        return RelativeError(tuple(self.spreads))
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
         """Return all floating-point outputs in their units, side by side: finite float32 (n, values of an image)."""
-        named = _floating(output)
-        if self.spreads and named.keys() != self.spreads.keys():
-            raise BitscapeError(f"the model returns {', '.join(named)}, and {', '.join(self.spreads)} before; its outputs must not change")
-        columns = [_rows(name, tensor, images) / self.spreads.get(name, 1.0) for name, tensor in named.items()]
-        return _finite(torch.cat(columns, dim=1))
+        return finite(self._in_units(self.read(output, samples)))
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Half the squared difference of each image, (n,)."""
-        return _per_image((outputs - reference).square()) / 2
+        return per_sample((outputs - reference).square()) / 2
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
         """Sum of each image's outputs (n,), with signs drawn at random."""
         signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-        return _per_image(outputs * signs)
+        return per_sample(outputs * signs)
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
         """The divergence from the outputs' own values (n,): flat here, and curved."""
         return self.divergence(outputs, outputs.detach())
 
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> dict[str, Tensor]:
+        """Return every floating-point output by name, float32 (n, values of an image)."""
+        rows = rows_by_name(output, samples)
+        if self.spreads and rows.keys() != self.spreads.keys():
+            raise BitscapeError(
+                f"the model returns {', '.join(rows)}, and {', '.join(self.spreads)} before; its outputs must not change"
+            )
+        return rows
 
-Task = Classes | Binary | Follow
+    def read_targets(self, targets: Any) -> tuple[dict[str, Tensor], int]:
+        """Return what is followed by name, float32 (n, values of an image): tensors in the structure of the outputs."""
+        if targets is None:
+            raise BitscapeError(
+                "data: task 'follow' needs what to follow; pass reference=, the float network, or data with targets"
+            )
+        followed = targets.float() if isinstance(targets, Tensor) else targets
+        return self.read(followed, sample_count(followed)), -1
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """Half the squared difference in units of the spread, mean over samples and values."""
+        for name, output in outputs.items():
+            if output.shape != targets[name].shape:
+                raise BitscapeError(
+                    f"output {name} has {output.shape[1]} values for each sample, and what it follows {targets[name].shape[1]}; "
+                    "give targets of the outputs' sizes, or loss="
+                )
+        return (self._in_units(outputs) - self._in_units(targets)).square().mean() / 2
+
+    def weight(
+        self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], samples: int
+    ) -> int:
+        """All samples."""
+        return samples
+
+    def broken(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return which samples have an output that is not finite."""
+        return not_finite(torch.cat(list(outputs.values()), dim=1))
+
+    def _in_units(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [tensor / self.spreads.get(name, 1.0) for name, tensor in rows.items()], dim=1
+        )
 
 
-def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] = "auto") -> Task:
+@dataclass(frozen=True)
+class User:
+    """The user's own loss and metric, on outputs as the network returns them; without a loss, scores follow the outputs."""
+
+    own_loss: Callable[[Any, Any], Tensor] | None = None
+    """(outputs, targets) -> loss: a scalar, the mean over the batch, or one value for each sample (n,)."""
+    own_metric: Any = None
+    """(outputs, targets) -> number; or an object with `update(outputs, targets)` and `compute()`. None: the loss."""
+    follow: Follow = field(default_factory=Follow)
+    """How far outputs are apart, which scores ask for."""
+    name: str = "user"
+
+    @property
+    def metric(self) -> Metric:
+        """The user's metric, or else the loss alone."""
+        return OnlyLoss() if self.own_metric is None else metric_of(self.own_metric)
+
+    def outputs(self, output: Any, samples: int) -> Tensor:
+        """Return all floating-point outputs as `Follow` does; the tensor remembers in `returned` what the loss takes."""
+        rows = self.follow.outputs(output, samples)
+        rows.returned = output  # type: ignore[attr-defined]
+        return rows
+
+    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Half the squared difference of each sample, (n,)."""
+        return self.follow.divergence(outputs, reference)
+
+    def drawn_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """The user's loss of each sample (n,) where there are targets; without, the sum of its outputs with drawn signs."""
+        if targets is None or self.own_loss is None:
+            return self.follow.drawn_loss(outputs, generator)
+        return self._losses(outputs, targets)
+
+    def curved_loss(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    ) -> Tensor:
+        """The user's loss less its linear part in the outputs (n,), which leaves the curvature of Gauss and Newton."""
+        if targets is None or self.own_loss is None:
+            return self.follow.curved_loss(outputs, generator)
+        losses = self._losses(outputs, targets)
+        tensors = [tensor for tensor in tensors_in(_returned(outputs)) if tensor.requires_grad]
+        slopes = torch.autograd.grad(losses.sum(), tensors, retain_graph=True, allow_unused=True)
+        linear = sum(
+            (slope * tensor).sum()
+            for slope, tensor in zip(slopes, tensors, strict=True)
+            if slope is not None
+        )
+        return losses - linear / len(losses)
+
+    def read(self, output: Any, samples: int, highest_label: int = -1) -> Any:
+        """Return the output as it is; a tensor in float32."""
+        return (
+            output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
+        )
+
+    def read_targets(self, targets: Any) -> tuple[Any, int]:
+        """Return the targets as they are."""
+        return targets, -1
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The user's loss, its mean where it has a value for each sample."""
+        if self.own_loss is None:
+            raise BitscapeError(
+                "loss is None, and the metric is your own; give loss=, a function (outputs, targets) -> loss"
+            )
+        return loss_of(self.own_loss, outputs, targets).mean()
+
+    def weight(self, outputs: Any, targets: Any, samples: int) -> int:
+        """All samples."""
+        return samples
+
+    def broken(self, outputs: Any) -> Tensor:
+        """None: the metric says what it makes of them."""
+        return torch.zeros(1, dtype=torch.bool)
+
+    def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
+        assert self.own_loss is not None
+        value = loss_of(self.own_loss, _returned(outputs), targets)
+        return value if value.shape == outputs.shape[:1] else value.mean().expand(len(outputs))
+
+
+CLASSES = Classes()
+
+
+def loss_of(function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Tensor:
+    """Call the user's loss. Raises BitscapeError unless it returns a floating-point tensor."""
+    value = function(outputs, targets)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        shown = (
+            f"{value.dtype} of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise BitscapeError(
+            f"loss: it returns {shown}; it must return a floating-point tensor, () or (n,)"
+        )
+    return value
+
+
+def task_of(
+    model: nn.Module, images: Inputs, name: TaskName | Literal["auto"] = "auto", targets: Any = None
+) -> Task:
     """Return the task of that name, or the one that the outputs suggest.
 
-    "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and follows any others:
-    a regression of two or more values has the shape of classes, so that `name` must say "follow".
+    "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and follows any others.
+    Without targets a regression of two or more values has the shape of classes, so that `name` must say "follow". With
+    targets, whole numbers (n,) beside (n, k) are classes, (n, ...) beside (n, k, ...) dense classes, 0 and 1 beside a single
+    output yes or no, and all others are followed.
 
     Args:
         model: float network, eval mode.
-        images: normalized (n, c, h, w); at most 64 are run.
+        images: what it is called with, normalized, e.g. (n, c, h, w); at most 64 samples are run.
         name: which task.
+        targets: of the same samples, where there are any.
 
     Raises:
-        BitscapeError: the outputs are none of the task's, or not finite.
+        BitscapeError: an unknown name, or outputs that are none of the task's, or not finite.
     """
-    if name == "classes":
-        return Classes()
-    sample = images[:SAMPLE]
+    if name not in (*get_args(TaskName), "auto"):
+        raise BitscapeError(
+            f"task={name!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}{nearest(str(name), get_args(TaskName))}"
+        )
+    if name in ("classes", "dense"):
+        return Classes() if name == "classes" else Dense()
+    samples = sample_count(images)
+    sample = rows_of(images, slice(SAMPLE), samples)
+    count = min(samples, SAMPLE)
     with evaluating(model), torch.enable_grad():
-        output = model(tracked(sample))
-    only = output if isinstance(output, Tensor) and output.ndim and len(output) == len(sample) else None
-    ends_in_sigmoid = only is not None and only.grad_fn is not None and only.grad_fn.name() == "SigmoidBackward0"
+        output = call(model, tracked(sample))
+    only = output if isinstance(output, Tensor) and output.ndim and len(output) == count else None
+    if name == "auto" and isinstance(targets, Tensor):
+        return _by_targets(
+            only_tensor(output), targets[:SAMPLE] if targets.ndim else targets, output
+        )
+    ends_in_sigmoid = (
+        only is not None and only.grad_fn is not None and only.grad_fn.name() == "SigmoidBackward0"
+    )
     if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
         return Classes()
-    if name == "binary" or (name == "auto" and ends_in_sigmoid and only is not None and only[0].numel() == 1):
-        _finite(_one_tensor(output, len(sample)))
+    if name == "binary" or (
+        name == "auto" and ends_in_sigmoid and only is not None and only[0].numel() == 1
+    ):
+        finite(one_tensor(output, count))
         return Binary(probabilities=ends_in_sigmoid)
-    return Follow({key: _spread(tensor) for key, tensor in _floating(output).items()})
+    return Follow(spreads_of(floating(output)))
 
 
-def _spread(tensor: Tensor) -> float:
-    values = tensor.detach().double()
-    spread, largest = float(values.std(unbiased=False)), float(values.abs().max())
-    return spread if spread > CONSTANT * largest else 1.0
+def _by_targets(output: object, targets: Tensor, returned: object) -> Task:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or not output.ndim:
+        return Follow(spreads_of(floating(returned)))
+    whole, several = not targets.is_floating_point(), output.ndim > 1 and output.shape[1] > 1
+    if whole and several and targets.ndim == 1 and output.ndim == 2:
+        return Classes()
+    if whole and several and output.ndim > 2 and targets.shape == (len(output), *output.shape[2:]):
+        return Dense()
+    in_sigmoid = output.grad_fn is not None and output.grad_fn.name() == "SigmoidBackward0"
+    answers = whole and targets.numel() > 0 and 0 <= int(targets.min()) <= int(targets.max()) <= 1
+    if output[0].numel() == 1 and (in_sigmoid or answers):
+        return Binary(probabilities=in_sigmoid)
+    return Follow(spreads_of(floating(returned)))
 
 
-def _floating(output: object) -> dict[str, Tensor]:
-    """The floating-point tensors among a network's outputs, by name."""
-    named = {name: tensor for name, tensor in named_outputs(output).items() if tensor.is_floating_point() and tensor.numel()}
-    if not named:
-        raise BitscapeError("the model returns no floating-point tensor; scores need one: return it beside the others, or use method local")
-    return named
+def tracked(images: Inputs) -> Inputs:
+    """The inputs with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
+    return map_tensors(
+        lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), images
+    )
 
 
-def _rows(name: str, tensor: Tensor, images: int) -> Tensor:
-    """A row of values for each image: detectors may lay the cells of all images end to end."""
-    if tensor.numel() % images:
+def _kl(outputs: Tensor, reference: Tensor) -> Tensor:
+    pair = outputs.log_softmax(1), reference.log_softmax(1)
+    return functional.kl_div(*pair, log_target=True, reduction="none")
+
+
+def _returned(outputs: Tensor) -> Any:
+    return outputs.returned  # type: ignore[attr-defined]  # by User.outputs
+
+
+def _tensor(what: str, targets: Any) -> Tensor:
+    if targets is None:
         raise BitscapeError(
-            f"the model's output {name} has shape {tuple(tensor.shape)} for {images} images, which is not so many values for each; "
-            "use method local, which does not look at outputs"
+            f"data: a batch has no {what} (no labels or targets); give (input, label) pairs, or pass targets=, a function from a batch"
         )
-    return tensor.float().reshape(images, -1)
-
-
-def tracked(images: Tensor) -> Tensor:
-    """The images with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
-    return images.detach().requires_grad_(images.is_floating_point())
-
-
-def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
-    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-
-
-def _one_tensor(output: object, images: int) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise BitscapeError(f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap it, or use method local")
-    if output.ndim == 0 or len(output) != images:
-        raise BitscapeError(f"the model returns shape {tuple(output.shape)} for {images} images; scores need (n, ...), or use method local")
-    if not output.is_floating_point():
+    if not isinstance(targets, Tensor):
         raise BitscapeError(
-            f"the model returns {output.dtype}, as of classes; scores need logits or other values: return those, or use method local"
+            f"targets are a {type(targets).__name__}, and the task needs one tensor of {what}; pass targets=, or loss="
         )
-    return output.float()
+    return targets
 
 
-def _finite(outputs: Tensor) -> Tensor:
-    broken = ~outputs.flatten(1).isfinite().all(1) if outputs.ndim > 1 else ~outputs.isfinite()
-    if bool(broken.any()):
+def _highest(labels: Tensor) -> int:
+    if labels.is_cuda or not labels.numel():  # a look at a GPU waits for it
+        return -1
+    if int(labels.min()) < 0:
         raise BitscapeError(
-            f"the model's outputs of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
-            "or use method local, which does not look at them"
+            f"data: it has the label {int(labels.min())}; labels count from 0: leave those samples out"
         )
-    return outputs
+    return int(labels.max())
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values.reshape(len(values), math.prod(values.shape[1:])).sum(1)
+def _ignored(labels: Tensor, classes: int) -> Tensor:
+    return (labels == IGNORED[1]) | (
+        (labels == IGNORED[0])
+        if classes <= IGNORED[0]
+        else torch.zeros_like(labels, dtype=torch.bool)
+    )
+
+
+def _same_positions(labels: Tensor, logits: Tensor) -> Tensor:
+    if labels.shape != (len(logits), *logits.shape[2:]):
+        raise BitscapeError(
+            f"targets have shape {tuple(labels.shape)}, the model's logits {tuple(logits.shape)}; "
+            f"task 'dense' needs labels {(len(logits), *logits.shape[2:])}: resize labels or logits"
+        )
+    return labels

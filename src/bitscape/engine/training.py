@@ -6,28 +6,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from bitscape.data.epochs import Epochs, batches_in, first_of
 from bitscape.engine import workers
 from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.ema import Ema
 from bitscape.engine.evaluate import highest_label
-from bitscape.engine.feed import check_shared, for_all_workers
+from bitscape.engine.feed import Feed, check_shared, for_all_workers
 from bitscape.engine.forward import check_autocast, device_of, lay_out, loop_forward
 from bitscape.engine.loop import Loop
-from bitscape.engine.settings import Cosine, OptimizerSettings
+from bitscape.engine.rates import Rates, Schedule, check_schedule, describe_schedule
+from bitscape.engine.settings import Cosine, OptimizerSettings, check_optimizer, describe_optimizer
 from bitscape.engine.state import RunState
-from bitscape.engine.step import CrossEntropy, LossFunction, Step, StepSettings
+from bitscape.engine.step import LossFunction, Step, StepSettings, TaskLoss
+from bitscape.engine.task import CLASSES, Classes, Task
 from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
 from bitscape.folders import locked
 from bitscape.models.dtypes import check_float32
-
-if TYPE_CHECKING:
-    from bitscape.data.batches import Batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +36,21 @@ class TrainResult:
     """What a run leaves besides the trained model."""
 
     records: tuple[Mapping[str, Any], ...]
-    """One record an epoch, as in metrics.jsonl: epoch (from 1), loss, top1, gradient_norm, lr, images, train_s (wall
-    clock of all steps so far), the step's extras, and validation_* and ema_validation_* with a validation set."""
+    """One record an epoch, as in metrics.jsonl: epoch (from 1), loss, top1 or the task's other metric, gradient_norm, lr, images,
+    train_s (wall clock of all steps so far), the step's extras, and validation_* and ema_validation_* with a validation set."""
     ema: Mapping[str, Tensor] | None
     """Averaged state dict, if `ema_decay` was given."""
 
 
 def train(
     model: nn.Module,
-    batches: "Batches",
+    batches: Epochs,
     *,
     step: Step | StepSettings,
-    optimizer: OptimizerSettings,
+    optimizer: OptimizerSettings | torch.optim.Optimizer,
     epochs: int,
-    schedule: Cosine | None = None,
+    schedule: Schedule | LRScheduler | None = None,
+    task: Task = CLASSES,
     loss: LossFunction | None = None,
     autocast: torch.dtype | None = None,
     channels_last: bool | None = None,
@@ -56,7 +58,9 @@ def train(
     accumulate: int = 1,
     ema_decay: float | None = None,
     clip_norm: float | None = None,
-    validation: "Batches | None" = None,
+    augment: Callable[[Any], Any] | None = None,
+    reference: nn.Module | None = None,
+    validation: Epochs | None = None,
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every_s: float = 60.0,
     resume: bool = True,
@@ -66,7 +70,12 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
-    schedule: None = `Cosine()`. loss: None = cross entropy. autocast: None or torch.bfloat16. channels_last:
+    optimizer: settings, or an optimizer of torch on the model's parameters, whose state goes into checkpoints. schedule: what rates
+    are multiplied by, or a schedule of torch on that optimizer, stepped after each update; None = `Cosine()`, or as they are in an
+    optimizer of torch. Where the batches of
+    an epoch are not known beforehand, an epoch counts as one step of ours. task: what outputs mean. loss: None = the task's.
+    augment: what is done to the inputs of each batch, on the device, under a random state of (seed, epoch, batch). reference: a network
+    whose outputs take the place of the targets. autocast: None or torch.bfloat16. channels_last:
     memory format of the convolutions, None = channels_last, which is faster, where two images of the first
     batch show that the network takes it. compile: the model's forward through torch.compile, where a C++
     compiler is found. accumulate: cut each batch into so many parts, whose gradients add up: memory for one part
@@ -98,18 +107,27 @@ def train(
     _check_step(step)
     _check(epochs, accumulate, ema_decay, clip_norm, checkpoint_every_s, autocast)
     check_float32(model)
-    if len(batches) == 0:
+    if batches_in(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
-    schedule, loss = schedule or Cosine(), loss or CrossEntropy()
-    laid_out = lay_out(model, batches, channels_last, training=True)
+    loss = loss or TaskLoss(task)
+    laid_out = lay_out(model, first_of(batches).inputs, channels_last, training=True)
+    built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.build(model)
+    check_optimizer(built, model)
+    if schedule is None and built is not optimizer:
+        schedule = Cosine()
+    elif schedule is not None:
+        check_schedule(schedule, built)
     settings: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,
         "bits": bits_of(model),
         "step": describe(step),
-        "optimizer": describe(optimizer),
-        "schedule": describe(schedule),
+        "optimizer": describe_optimizer(optimizer),
+        "schedule": describe_schedule(schedule),
+        "task": task.name,
         "loss": describe(loss),
+        "augment": describe(augment),
+        "reference": describe(reference),
         "autocast": describe(autocast),
         "channels_last": laid_out,
         "compile": compile,
@@ -127,7 +145,9 @@ def train(
     workers.same_start(model)
     state = RunState(
         model=model,
-        optimizer=optimizer.build(model),
+        optimizer=built,
+        rates=Rates(optimizer=built, schedule=schedule),
+        task=task,
         step=step if callable(step) else step.build(),
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
@@ -135,13 +155,20 @@ def train(
     )
     loop = Loop(
         state=state,
-        batches=batches,
+        feed=Feed(
+            batches=batches,
+            device=device,
+            task=task,
+            channels_last=laid_out,
+            augment=augment,
+            seed=seed,
+            reference=reference,
+        ),
         validation=validation,
         epochs=epochs,
-        schedule=schedule,
         loss=loss,
         autocast=autocast,
-        channels_last=laid_out,
+        highest_label=_known_labels(task, batches, validation),
         accumulate=accumulate,
         clip_norm=clip_norm,
         folder=None if folder is None else Path(folder),
@@ -151,13 +178,23 @@ def train(
     )
     with ExitStack() as block:
         block.enter_context(_seeded(seed, device))
-        highest = max(highest_label(data) for data in (batches, validation) if data is not None)
-        block.enter_context(loop_forward(model, autocast=autocast, compiled=compile, highest_label=highest))
+
+        def read(output: Any, samples: int) -> Any:
+            return task.read(output, samples, loop.highest_label)
+
+        block.enter_context(loop_forward(model, autocast=autocast, compiled=compile, read=read))
         if folder is not None and workers.is_first():
             block.enter_context(locked(Path(folder)))
         loop.open(resume)
         loop.run()
     return TrainResult(records=tuple(state.records), ema=None if state.ema is None else state.ema.values)
+
+
+def _known_labels(task: Task, *datasets: Any) -> int:
+    """The highest label of classes, of data that hold all labels; -1 for others, whose labels are looked at batch by batch."""
+    if not isinstance(task, Classes):
+        return -1
+    return max((highest_label(data) for data in datasets if hasattr(data, "dataset")), default=-1)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Differentiable:
         step = self.step(mixed, stated)
         result = train(
             mixed.model,
-            learned.batches,  # type: ignore[arg-type]  # has what the loop uses of Batches
+            learned.batches,
             step=step if held_out is None else Alternating(step=step, held_out=held_out, mixed=mixed),
             optimizer=MixtureSgd(sgd=Sgd(lr=self.lr), logit_lr=self.logit_lr),
             loss=learned.loss,

@@ -147,7 +147,7 @@ def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, ep
     _log.info("warming the new classifier up, epochs: %d", epochs)
     train(
         model,
-        batches,  # type: ignore[arg-type]  # has what the loop uses of Batches
+        batches,
         step=_HeadStep(),
         optimizer=AdamW(lr=HEAD_RATE, weight_decay=0.0),
         epochs=epochs,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.engine import Batch, Step, StepRecord
-from bitscape.engine.step import Part, count_correct, sum_of
+from bitscape.engine.step import Part, sum_of
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
@@ -132,9 +132,9 @@ class SeamStep:
         return sum_of([self._of_part(model, part) for part in batch.parts])
 
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
-        labels = part.labels
+        labels = part.targets
         with features_of(self.layers) as features:
-            logits = model(part.images)
+            logits = part.outputs(model)
         value = part.loss(logits, labels)
         centers = [self._moved(at, each.detach(), labels) for at, each in enumerate(features)] if self.fixed is None else self.fixed
         terms = [self._term(each, labels, about) for each, about in zip(features, centers, strict=True)]
@@ -142,7 +142,7 @@ class SeamStep:
         ((value + self.weight * regularizer) * part.share).backward()
         margin = _finite_mean(margins(features[-1].detach(), labels, centers[-1]))
         extras = {"margin_term": regularizer.detach() * part.share, "margin": margin * part.share}
-        return StepRecord(loss=value.detach() * part.share, correct=count_correct(logits, labels), extras=extras)
+        return StepRecord(loss=value.detach() * part.share, sums=part.counted(logits), extras=extras)
 
     def _term(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         return hinge(features, labels, centers, self.margin) if self.term == "hinge" else fisher_ratio(features, labels, centers)

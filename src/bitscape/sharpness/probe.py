@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.modes import evaluating
 from bitscape.sharpness.ball import Ball
 
-BatchLoss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (n, classes), labels (n,)) -> scalar loss, averaged over the batch."""
+BatchLoss = Callable[[Any, Any], Tensor]
+"""(outputs, targets) -> scalar loss, averaged over the batch; for classes logits (n, classes) and labels (n,)."""
 DEFAULT_BALL = Ball()
 
 

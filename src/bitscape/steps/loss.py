@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.calling import Inputs, call, sample_count
 from bitscape.engine import BatchLoss
+from bitscape.engine.task import CLASSES
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 
@@ -40,9 +42,9 @@ class Loss:
             given = "no teacher" if self.teacher is None else "a teacher"
             raise BitscapeError(f"distillation is {self.distillation} with {given}; give both or neither")
 
-    def for_batch(self, images: Tensor) -> BatchLoss:
-        """Run the teacher once on `images` (n, c, h, w); return the loss of student logits and labels."""
-        taught = None if self.teacher is None else _teacher_logits(self.teacher, images)
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Run the teacher once on `inputs`, e.g. (n, c, h, w); return the loss of student logits and labels."""
+        taught = None if self.teacher is None else _teacher_logits(self.teacher, inputs)
 
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
             value = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -69,7 +71,6 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _teacher_logits(teacher: nn.Module, images: Tensor) -> Tensor:
+def _teacher_logits(teacher: nn.Module, inputs: Inputs) -> Tensor:
     with evaluating(teacher):
-        logits: Tensor = teacher(images)
-    return logits.float()
+        return CLASSES.read(call(teacher, inputs), sample_count(inputs))

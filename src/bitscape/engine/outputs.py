@@ -1,0 +1,108 @@
+"""What networks return, as tasks look at it: one tensor, or all floating-point ones in rows; finite; in float32."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bitscape.errors import BitscapeError
+from bitscape.models.named_outputs import named_outputs
+from bitscape.nested import tensors_in
+
+CONSTANT = 1e-6
+"""Outputs that spread less than this share of the largest are constant but for rounding."""
+
+
+def only_tensor(output: object) -> object:
+    """Return the tensor of a structure that holds a single one, anything else as it is."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = list(tensors_in(output))
+    return tensors[0] if len(tensors) == 1 else output
+
+
+def one_tensor(output: object, samples: int) -> Tensor:
+    """Return one tensor (n, ...) in float32; a BitscapeError says what else came out."""
+    output = only_tensor(output)
+    if not isinstance(output, Tensor):
+        raise BitscapeError(
+            f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap it, or use method local"
+        )
+    if output.ndim == 0 or len(output) != samples:
+        raise BitscapeError(
+            f"the model returns shape {tuple(output.shape)} for {samples} images; scores need (n, ...), or use method local"
+        )
+    if not output.is_floating_point():
+        raise BitscapeError(
+            f"the model returns {output.dtype}, as of classes; scores need logits or other values: return those, or use method local"
+        )
+    return output.float()
+
+
+def floating(output: object) -> dict[str, Tensor]:
+    """Return the floating-point tensors among a network's outputs, by name; BitscapeError if there is none."""
+    named = {
+        name: tensor
+        for name, tensor in named_outputs(output).items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    if not named:
+        raise BitscapeError(
+            "the model returns no floating-point tensor; scores need one: return it beside the others, or use method local"
+        )
+    return named
+
+
+def rows_by_name(output: object, samples: int) -> dict[str, Tensor]:
+    """Return every floating-point output as a row of float32 values for each sample."""
+    return {name: _rows(name, tensor, samples) for name, tensor in floating(output).items()}
+
+
+def _rows(name: str, tensor: Tensor, samples: int) -> Tensor:
+    """Detectors may lay the cells of all images end to end."""
+    if tensor.numel() % samples:
+        raise BitscapeError(
+            f"the model's output {name} has shape {tuple(tensor.shape)} for {samples} images, which is not so many values for each; "
+            "use method local, which does not look at outputs"
+        )
+    return tensor.float().reshape(samples, -1)
+
+
+def spreads_of(outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the standard deviation of each output, 1 for constant ones."""
+    return {name: _spread(tensor) for name, tensor in outputs.items()}
+
+
+def _spread(tensor: Tensor) -> float:
+    values = tensor.detach().double()
+    spread, largest = float(values.std(unbiased=False)), float(values.abs().max())
+    return spread if spread > CONSTANT * largest else 1.0
+
+
+def finite(outputs: Tensor) -> Tensor:
+    """Return the outputs; a BitscapeError names the first sample whose are not finite."""
+    broken = not_finite(outputs)
+    if bool(broken.any()):
+        raise BitscapeError(
+            f"the model's outputs of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
+            "or use method local, which does not look at them"
+        )
+    return outputs
+
+
+def not_finite(outputs: Tensor) -> Tensor:
+    """Return for each sample (n,) whether a value of its outputs (n, ...) is not finite."""
+    return ~outputs.flatten(1).isfinite().all(1) if outputs.ndim > 1 else ~outputs.isfinite()
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """Return the sum over each sample's values (n, ...), (n,)."""
+    return values.reshape(len(values), math.prod(values.shape[1:])).sum(1)
+
+
+def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
+    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(
+        logits.device
+    )
