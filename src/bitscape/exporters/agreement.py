@@ -16,7 +16,9 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.form import IntegerNetwork
 from bitscape.exporters.integer.interface import as_samples
+from bitscape.models.modes import evaluating
 from bitscape.models.named_outputs import named_outputs
+from bitscape.nested import tensors_in
 from bitscape.runtimes.sessions import Session
 
 Array = NDArray[Any]
@@ -145,6 +147,15 @@ def compare_outputs(
         with torch.no_grad():
             before.add(len(batch), _arrays(named_outputs(call(simulated, batch.inputs))), outputs)
     return exact.result(), before.result()
+
+
+def require_equal(saved: nn.Module, loaded: nn.Module, data: Samples | Inputs, path: object) -> None:
+    """Raise BitscapeError unless two networks give the same bits; `path` is the file that one was read from."""
+    with evaluating(saved), evaluating(loaded):
+        for batch in as_samples(data).batches(BATCH):
+            pairs = [list(tensors_in(call(network, batch.inputs))) for network in (saved, loaded)]
+            if len(pairs[0]) != len(pairs[1]) or not all(map(torch.equal, *pairs)):
+                raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
 
 
 def require_same(exact: Mapping[str, Agreement], runtime: str) -> None:

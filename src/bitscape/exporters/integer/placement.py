@@ -12,8 +12,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
     it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
 
-Linear layers keep float results unless all that is made of them passes one quantizer: runtimes can return those, and the residual streams of transformers
-tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+Linear layers keep float results unless all that is made of them passes one quantizer: runtimes can return those, and the residual streams
+of transformers tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
 """
 
 from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ from torch import nn
 from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
+from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import FAKE_QUANTIZE, layer_of
 from bitscape.exporters.integer.interface import as_samples, example_of
@@ -58,6 +58,8 @@ class OnnxInfo:
     """Its size."""
     container_bytes: int
     """Weights in their containers, weight scales, and biases."""
+    scale_bytes: int
+    """Of it weight scales and biases."""
     containers: dict[str, int]
     """Layer -> bits of the container of its weights."""
     added: int
@@ -90,7 +92,9 @@ def write_onnx(
     content = checked_bytes(_compact(model))
     write_atomic(path, content)
     stored = layer_containers(network, containers)
-    return OnnxInfo(Path(path), len(content), container_bytes(network, containers), stored, len(network.added))
+    return OnnxInfo(
+        Path(path), len(content), container_bytes(network, containers), scale_bytes(network), stored, len(network.added)
+    )
 
 
 def onnx_model(network: IntegerNetwork, data: Samples | Inputs, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":

@@ -32,7 +32,7 @@ from torch import nn
 from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
+from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import layer_of
 from bitscape.exporters.onnx.qdq import onnx_model
@@ -67,8 +67,10 @@ class OpenvinoInfo:
     """The .xml file; the .bin file stands beside it."""
     file_bytes: int
     """Size of both."""
-    weight_bytes: int
+    container_bytes: int
     """Weights in their containers, weight scales, and biases."""
+    scale_bytes: int
+    """Of it weight scales and biases."""
     containers: dict[str, int]
     """Layer -> bits of the container of its weights."""
     added: int
@@ -102,7 +104,8 @@ def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], data: 
     content = _contents(model)
     write_together({path.with_suffix(suffix): part for suffix, part in content.items()})
     file_bytes, stored = sum(map(len, content.values())), layer_containers(network, CONTAINERS)
-    return OpenvinoInfo(path, file_bytes, container_bytes(network, CONTAINERS), stored, len(network.added), source)
+    stored_bytes, scales = container_bytes(network, CONTAINERS), scale_bytes(network)
+    return OpenvinoInfo(path, file_bytes, stored_bytes, scales, stored, len(network.added), source)
 
 
 def openvino_model(network: IntegerNetwork, data: Samples | Inputs) -> "tuple[Any, onnx.ModelProto]":
