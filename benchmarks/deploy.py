@@ -214,7 +214,7 @@ def _exactness(name: str, file: Made, session: Session, runtime: Runtime) -> dic
     shared = {"same_class": 100 * found.same_class, "identical": 100 * found.identical, "exact_images": found.images}
     shared["added_quantizers"] = len(file.integers.added)
     if isinstance(runtime, OpenVino):
-        report = check_openvino_parity(file.path, file.source, tests[:PARITY], runtime)
+        report = check_openvino_parity(file.path, file.source, tests[:PARITY].numpy(), runtime)
     else:
         report = check_parity(file.path, tests[:PARITY].numpy(), runtime)
     largest = max(layer.largest for layer in report.layers)

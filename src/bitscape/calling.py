@@ -1,5 +1,6 @@
 """How a network is called: with one tensor, with several, or by keyword; and what is done to all of its inputs alike."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -23,13 +24,20 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return `tree` with `function` of every tensor in it; tuples, lists and mappings are walked, all else stays."""
+    """Return `tree` with `function` of every tensor in it.
+
+    Tuples, lists, mappings and dataclasses are walked, as by `tensors_in`; all else stays.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        values = [map_tensors(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
+        return dataclasses.replace(tree, **map_tensors(function, fields))
     return tree
 
 
@@ -52,14 +60,14 @@ def rows_of(tree: Any, rows: slice | Tensor, samples: int) -> Any:
     return map_tensors(lambda t: t[rows] if t.ndim and len(t) == samples else t, tree)
 
 
+def first_rows(inputs: Inputs, count: int) -> Inputs:
+    """Return the first `count` samples of `inputs`."""
+    return rows_of(inputs, slice(0, count), sample_count(inputs))
+
+
 def moved(tree: Any, device: torch.device) -> Any:
     """Return `tree` with every tensor on `device`."""
     return map_tensors(lambda t: t.to(device, non_blocking=True), tree)
-
-
-def described(inputs: Inputs) -> str:
-    """Return shape and type of every tensor, for a message."""
-    return " and ".join(f"{tuple(tensor.shape)}, {tensor.dtype}" for tensor in tensors_in(inputs)) or type(inputs).__name__
 
 
 def shapes_of(inputs: Inputs) -> list[list[int]]:

@@ -97,25 +97,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_forward(images: Any) -> Iterator[None]:
-    """Within the block, a network that fails on `images` raises a BitscapeError with their shape and the network's words.
+def explained_forward(inputs: Any) -> Iterator[None]:
+    """Within the block, a network that fails on `inputs` raises a BitscapeError with their shapes and its words.
 
-    images: a tensor, or what `calling.described` says of inputs.
+    The inputs are a tensor, or tensors in tuples, lists and mappings.
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, BitscapeError) or is_out_of_memory(error):
             raise
-        advice = (
-            "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
-            if "more than 1 value per channel" in str(error)
-            else "check channels, size and normalization against what it was trained with"
-        )
-        shown = images if isinstance(images, str) else f"{tuple(images.shape)}, {images.dtype}"
+        if "more than 1 value per channel" in str(error):
+            advice = "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
+        elif isinstance(error, TypeError):
+            advice = "a tuple holds the arguments of its forward, a mapping its keywords, and labels are neither"
+        else:
+            advice = "check channels, size and normalization against what it was trained with"
         raise BitscapeError(
-            f"images: the network fails on a batch of shape {shown}: {first_line(error)}; {advice}"
+            f"{'images' if hasattr(inputs, 'shape') else 'inputs'}: the network fails on a batch of "
+            f"{_shapes(inputs)}: {first_line(error)}; {advice}"
         ) from error
+
+
+def _shapes(inputs: Any) -> str:
+    """Shape and type of a tensor, and of the tensors in tuples, lists and mappings by name or place."""
+    if hasattr(inputs, "shape"):
+        return f"shape {tuple(inputs.shape)}, {inputs.dtype}"
+    entries = inputs.items() if hasattr(inputs, "items") else enumerate(inputs) if isinstance(inputs, tuple | list) else ()
+    return f"{type(inputs).__name__} ({'; '.join(f'{key}: {_shapes(value)}' for key, value in entries)})"
 
 
 @contextmanager

@@ -1,8 +1,16 @@
+import dataclasses
+import math
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.agreement import Comparison
+from bitscape.exporters.agreement import Agreement, Comparison, compare_outputs, computed_otherwise, require_equal, require_same
+from bitscape.exporters.integer.execution import run_integers
+from bitscape.exporters.integer.form import IntegerNetwork, integer_network
+from tests.exporters.networks import images, quantized
 
 
 def compared(*batches):
@@ -68,3 +76,60 @@ def test_values_that_are_not_finite_and_values_near_zero(expected, actual, diffe
 def test_other_outputs_are_an_error(actual):
     with pytest.raises(BitscapeError, match=r"\(2, 2\)\} were expected"):
         Comparison().add(2, {"x": np.zeros((2, 2))}, actual)
+
+
+def test_of_several_outputs_like_scores_none_is_taken_for_logits_unless_it_is_said():
+    pair = {"boxes": floats([1, 2]), "scores": floats([2, 1])}
+    for classes, expected in ((None, [None, None]), (True, [1.0, 1.0]), (False, [None, None])):
+        comparison = Comparison(classes)
+        comparison.add(1, pair, pair)
+        assert [agreement.same_class for agreement in comparison.result().values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("same_class", "difference", "refused"),
+    [
+        *[(1.0, 0.24, False), (1.0, 0.26, True), (0.8, 0.03, False), (0.75, 0.03, True), (0.75, 0.01, False)],
+        *[(None, 0.24, False), (None, 0.26, True), (None, math.inf, True)],
+    ],
+)
+def test_classes_that_hang_by_a_thread_may_change(same_class, difference, refused):
+    agreement = Agreement(images=16, same_class=same_class, identical=0.0, difference=difference)
+    assert computed_otherwise(agreement) == refused
+    if refused:
+        with pytest.raises(BitscapeError, match=r"some 1.0 computes output boxes otherwise than the file says"):
+            require_same({"scores": dataclasses.replace(agreement, same_class=None, difference=0.0), "boxes": agreement}, "some 1.0")
+
+
+class Answering:
+    """A session whose outputs are those of exact integers, but for the classes of so many images."""
+
+    def __init__(self, network: IntegerNetwork, wrong: int) -> None:
+        self.network, self.wrong = network, wrong
+        self.inputs, self.outputs = network.interface.names, network.interface.outputs
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        (images,) = inputs.values()
+        (scores,) = run_integers(self.network, torch.from_numpy(images)).values()
+        values, (_, second) = (part.unbind(1) for part in scores[: self.wrong].topk(2))
+        scores[torch.arange(self.wrong), second] = values[0] + 0.1
+        return [scores.numpy()]
+
+
+@pytest.mark.slow
+def test_a_file_is_compared_with_exact_integers_and_with_the_network_before_the_export():
+    torch.manual_seed(0)
+    network = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)), bits=[(4, 8)])
+    integers = integer_network(network, images())
+    exact, simulated = compare_outputs(integers, network, Answering(integers, 0), images(16, seed=5))
+    assert (exact["output0"].difference, exact["output0"].same_class, exact["output0"].images) == (0.0, 1.0, 16)
+    assert 0 < simulated["output0"].difference < 0.05
+    exact, _ = compare_outputs(integers, network, Answering(integers, 4), images(16, seed=5))
+    assert exact["output0"].same_class == 0.75
+
+
+def test_networks_are_compared_bit_for_bit():
+    network, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    require_equal(network, network, torch.ones(3, 2), "net.safetensors")
+    with pytest.raises(BitscapeError, match=r"^net.safetensors: read back, its outputs differ"):
+        require_equal(network, other, torch.ones(3, 2), "net.safetensors")

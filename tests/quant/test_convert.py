@@ -9,7 +9,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, record_inputs, without_single_images
+from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, record_inputs, without_single_samples
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -367,7 +367,7 @@ def test_an_error_in_place_leaves_no_layer_quantized():
 
 def test_batches_with_labels_are_no_images():
     model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
-    with pytest.raises(BitscapeError, match="a tuple where a tensor is needed"):
+    with pytest.raises(BitscapeError, match=r"takes 2 positional arguments but 3 were given; a tuple .* labels are neither"):
         calibrate(model, iter([(torch.randn(2, 3), torch.tensor([0, 1]))]))
 
 
@@ -377,7 +377,7 @@ def test_batches_with_labels_are_no_images():
 )
 def test_a_batch_of_one_image_joins_its_neighbor(sizes, joined):
     x = torch.arange(sum(sizes))
-    batches = list(without_single_images(x.split(sizes)))
+    batches = list(without_single_samples(x.split(sizes)))
     assert [len(batch) for batch in batches] == joined
     assert torch.equal(torch.cat([x[:0], *batches]), x)
 

@@ -170,7 +170,7 @@ def test_mistakes_are_named(call, said):
 
 def test_a_file_needs_a_known_suffix_and_samples(tmp_path):
     network = bs.quantize(classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES)
-    with pytest.raises(bs.BitscapeError, match=r"unknown suffix; use .safetensors \(packed\), .onnx or .xml"):
+    with pytest.raises(bs.BitscapeError, match=r"unknown suffix; use .safetensors \(packed\), .onnx, .xml"):
         bs.export(network, tmp_path / "network.pt", IMAGES)
     with pytest.raises(bs.BitscapeError, match=r"data is missing: samples set ranges in .onnx files"):
         bs.export(network, tmp_path / "network.onnx")

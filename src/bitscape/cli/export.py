@@ -6,19 +6,11 @@ from typing import Any
 
 import click
 
-from bitscape.cli.export_report import (
-    report_agreement,
-    report_containers,
-    report_file,
-    report_packed,
-    report_parity,
-)
+from bitscape.cli.export_report import report_file, report_packed
 from bitscape.cli.export_source import ExportSource, packed_option, source_options
 from bitscape.cli.options import seed_option
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.packed import check_same_outputs, load_packed_network, save_packed_network
 from bitscape.cli.paths import OutputFile
-from bitscape.folders import replaced_if_good
 
 
 def _out(suffix: str, *also: str, note: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -49,11 +41,7 @@ def packed(out: Path, **options: Any) -> None:
         --normalize imagenet --out resnet18-packed.safetensors
     """
     source = ExportSource.of(options)
-    info = save_packed_network(source.network, out, source.policy, folded=source.folded)
-    if source.images is not None:
-        shape = tuple(source.images.shape[1:])
-        check_same_outputs(source.network, load_packed_network(out, source.float_network, shape)[0], source.images, out)
-    report_packed(source, info)
+    report_packed(source, source.write_packed(out))
 
 
 @export.command()
@@ -75,18 +63,8 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
         --policy policy.json --calibration train/ --input-size 224 \\
         --normalize imagenet --repair --out resnet18.onnx
     """
-    from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, write_onnx
-    from bitscape.exporters.parity import ALLOWED, PARITY_IMAGES, check_parity
-    from bitscape.runtimes.sessions import OnnxRuntime
-
-    source, runtime = ExportSource.of(options), OnnxRuntime()
-    network, images = source.integer_network()
-    with replaced_if_good(out) as draft:
-        info = write_onnx(network, draft, images, containers=CONTAINERS if int2 else PORTABLE)
-        report_file(source, network, info.container_bytes, info.file_bytes, out)
-        report_parity(check_parity(draft, source.compared_images[:PARITY_IMAGES].numpy(), runtime), ALLOWED["onnxruntime"])
-        report_agreement(source, network, runtime.open(draft), runtime.version)
-    report_containers(info.containers, source.policy, "onnx-container")
+    source = ExportSource.of(options)
+    report_file(source, source.write(out, "onnx", int2=int2), "onnx-container")
 
 
 @export.command()
@@ -107,19 +85,8 @@ def openvino(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.xml
     """
-    from bitscape.exporters.openvino.ir import write_openvino
-    from bitscape.exporters.openvino.parity import check_openvino_parity
-    from bitscape.exporters.parity import ALLOWED, PARITY_IMAGES
-    from bitscape.runtimes.sessions import OpenVino
-
-    source, runtime = ExportSource.of(options), OpenVino()
-    network, images = source.integer_network()
-    with replaced_if_good(out, out.with_suffix(".bin")) as draft:
-        info = write_openvino(network, draft, images)
-        report_file(source, network, info.weight_bytes, info.file_bytes, out)
-        report_parity(check_openvino_parity(draft, info.source, source.compared_images[:PARITY_IMAGES], runtime), ALLOWED["openvino"])
-        report_agreement(source, network, runtime.open(draft), runtime.version)
-    report_containers(info.containers, source.policy, "openvino")
+    source = ExportSource.of(options)
+    report_file(source, source.write(out, "openvino"), "openvino")
 
 
 @export.command()
@@ -138,10 +105,7 @@ def qonnx(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.onnx
     """
-    from bitscape.exporters.onnx.qonnx import save_qonnx
-
-    source = ExportSource.of(options)
-    info = save_qonnx(source.network.cpu(), out, source.required_images())
+    info = ExportSource.of(options).write(out, "qonnx").info
     rows = [[f"{w} x {a}", f"{macs:,}", f"{w * a * macs:,}"] for (w, a), macs in sorted(info.macs.items())]
     print_table(["weight x activation bits", "MACs", "BitOps"], [*rows, ["all", f"{sum(info.macs.values()):,}", f"{info.bitops:,}"]])
     click.echo(f"{out}: {amount(info.file_bytes, 'B')}, its weights in float32 on their grids; {info.weight_bits:,} bits of weights")

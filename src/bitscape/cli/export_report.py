@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,50 +9,57 @@ import click
 from bitscape.cli.export_source import ExportSource
 from bitscape.cli.network import network_shapes
 from bitscape.cli.output import amount, print_table, size_ratio
+from bitscape.cli.packed import report_same
 from bitscape.cost.targets import TARGETS
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
     from bitscape.exporters.agreement import Agreement
-    from bitscape.exporters.integer.form import IntegerNetwork
+    from bitscape.exporters.onnx.qdq import OnnxInfo
+    from bitscape.exporters.openvino.ir import OpenvinoInfo
     from bitscape.exporters.packed.file import PackedInfo
     from bitscape.exporters.parity import ParityReport
-    from bitscape.runtimes.sessions import Session
+    from bitscape.verbs.export import ExportReport
 
 
-
-def report_packed(source: ExportSource, info: "PackedInfo") -> None:
-    """Print the bytes of a packed file."""
+def report_packed(source: ExportSource, report: "ExportReport") -> None:
+    """Print the bytes of a packed file, and whether it was read back."""
+    info: PackedInfo = report.info
+    if report.compared:
+        report_same(report.compared)
     parts = {
         "weights and scales, in the file": info.weight_bytes,
         "  of it scales": 4 * sum(shape[0] for shape in network_shapes(source.float_network).values()),
         "biases, norms, activation scales": info.other_bytes,
         "header": info.file_bytes - info.weight_bytes - info.other_bytes,
     }
-    _print_bytes(source, parts, info.file_bytes, info.path)
+    _print_bytes(source, parts, report)
 
 
-def report_file(source: ExportSource, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
-    """Print the bytes of a runtime's file, and what was added to the network."""
-    from bitscape.exporters.integer.containers import scale_bytes
-
+def report_file(source: ExportSource, report: "ExportReport", target: str) -> None:
+    """Print all of a runtime's file: its bytes, how the runtime computes it, and how weights are stored on the target."""
+    info: OnnxInfo | OpenvinoInfo = report.info
     parts = {
-        "weights, scales and biases, in the file": container_bytes,
-        "  of it scales and biases": scale_bytes(network),
-        "graph": file_bytes - container_bytes,
+        "weights, scales and biases, in the file": info.container_bytes,
+        "  of it scales and biases": info.scale_bytes,
+        "graph": report.file_bytes - info.container_bytes,
     }
-    _print_bytes(source, parts, file_bytes, path)
-    click.echo(f"{len(network.added)} tensors between layers got 8 bits, which the policy does not count")
+    _print_bytes(source, parts, report)
+    click.echo(f"{info.added} tensors between layers got 8 bits, which the policy does not count")
+    if report.parity is not None:
+        report_parity(report.parity)
+    report_agreement(source, report)
+    report_containers(info.containers, source.policy, target)
 
 
-def _print_bytes(source: ExportSource, parts: Mapping[str, int], file_bytes: int, path: Path) -> None:
+def _print_bytes(source: ExportSource, parts: Mapping[str, int], report: "ExportReport") -> None:
     """Print what a file is made of, beside what the policy's bits say and beside float32."""
     shapes = network_shapes(source.float_network)
     weights = sum(source.policy.layers[name].weight * math.prod(shape) for name, shape in shapes.items()) // 8
     values = sum(tensor.nbytes for tensor in source.float_network.state_dict().values())
-    rows = {"weights, as the policy's bits": weights, **parts, "file": file_bytes, "float32 tensors": values}
+    rows = {"weights, as the policy's bits": weights, **parts, "file": report.file_bytes, "float32 tensors": values}
     print_table(["bytes", ""], [[name, f"{count:,}"] for name, count in rows.items()])
-    click.echo(f"{path}: {amount(file_bytes, 'B')}, {size_ratio(values / file_bytes)} than float32")
+    click.echo(f"{report.path}: {amount(report.file_bytes, 'B')}, {size_ratio(values / report.file_bytes)} than float32")
 
 
 def report_containers(containers: dict[str, int], policy: Policy, target: str) -> None:
@@ -66,27 +72,18 @@ def report_containers(containers: dict[str, int], policy: Policy, target: str) -
     click.echo(TARGETS[target].note(policy))
 
 
-def report_parity(report: "ParityReport", allowed: float) -> None:
-    """Print how many codes differ. Raises BitscapeError if more than the share `allowed` of a layer does."""
+def report_parity(report: "ParityReport") -> None:
+    """Print how many codes differ."""
     differing = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
     click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing}")
     if report.float_outputs:
         click.echo(f"computed in float, for outputs stay float and it has no integer kernel for these: {', '.join(report.float_outputs)}")
-    report.require(allowed)
 
 
-def report_agreement(source: ExportSource, network: "IntegerNetwork", session: "Session", runtime: str) -> None:
-    """Print how far the runtime's outputs agree with exact integers, and with the network as it was simulated, and on which images.
-
-    Raises:
-        BitscapeError: an output is further from exact integers than roundings of additions explain.
-    """
-    from bitscape.exporters.agreement import compare_outputs, require_same
-
-    exact, simulated = compare_outputs(network, source.network, session, source.compared_images)
-    _print_agreement({"exact integers": exact, "before the export": simulated})
-    click.echo(f"{runtime}, compared on {source.compared_on}")
-    require_same(exact, runtime)
+def report_agreement(source: ExportSource, report: "ExportReport") -> None:
+    """Print how far the outputs agree with exact integers, and with the network before the export, and on which images."""
+    _print_agreement({"exact integers": report.exact, "before the export": report.simulated})
+    click.echo(f"{report.runtime}, compared on {source.compared_on}")
 
 
 def _print_agreement(results: "Mapping[str, Mapping[str, Agreement]]") -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.cli.evaluate import calibration_options
-from bitscape.cli.network import ImageSettings, calibrated, calibration_and_held_out, load_network, load_trained
+from bitscape.cli.network import ImageSettings, calibrated, calibration_and_held_out, folded, load_network, load_trained
 from bitscape.cli.options import all_of, image_options, network_options
-from bitscape.cli.packed import load_packed_network
+from bitscape.cli.packed import load_packed_network, with_note
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -18,7 +18,7 @@ from bitscape.report.words import counted
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.exporters.integer.form import IntegerNetwork
+    from bitscape.verbs.export import ExportReport, Form
 
 source_options = all_of(
     network_options,
@@ -68,12 +68,30 @@ class ExportSource:
         quantized, policy, folded = _quantized(network, images, given, checkpoint, packed, options["repair"])
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out, folded=folded)
 
-    def integer_network(self) -> "tuple[IntegerNetwork, Tensor]":
-        """Bring the network into integer form, on the CPU; the images, too."""
-        from bitscape.exporters.integer.form import integer_network
+    def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
+        """Write and check a file for a runtime, as `bitscape.export` does."""
+        from bitscape.verbs.export import export
 
-        images = self.required_images()
-        return integer_network(self.network.cpu(), images), images
+        images, compared = self.required_images(), self.compared_images
+        count = max(len(images), len(compared))
+        return export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
+
+    def write_packed(self, out: Path) -> "ExportReport":
+        """Write a packed file as `bitscape.export` does; where there are images, it is read back and compared."""
+        from bitscape.verbs.export import export
+
+        images, float_network = self.images, self.float_network
+        if images is not None and self.folded:
+            float_network = folded(float_network, tuple(images.shape[1:]), images.device)
+        return export(
+            self.network,
+            out,
+            images,
+            form="packed",
+            policy=with_note(self.policy, folded=self.folded),
+            float_model=float_network,
+            count=1 if images is None else len(images),
+        )
 
     def required_images(self) -> "Tensor":
         """The images of --calibration, on the CPU."""

@@ -6,23 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.exporters.packed.file import PackedInfo
-
 _FOLDED = {"norms": "folded"}
 
 
-def save_packed_network(network: "nn.Module", path: Path, policy: Policy, *, folded: bool) -> "PackedInfo":
-    """Write a packed file; whether norms were folded goes into its policy's provenance."""
-    from bitscape.exporters.packed.file import save_packed
-
-    noted = replace(policy, provenance={**policy.provenance, **_FOLDED}) if folded else policy
-    return save_packed(network, path, policy=noted)
+def with_note(policy: Policy, *, folded: bool) -> Policy:
+    """Note in a policy's provenance that norms were folded before the network was quantized, if they were."""
+    return replace(policy, provenance={**policy.provenance, **_FOLDED}) if folded else policy
 
 
 def load_packed_network(path: Path, network: "nn.Module", shape: tuple[int, ...]) -> tuple["nn.Module", Policy]:
@@ -39,15 +33,15 @@ def load_packed_network(path: Path, network: "nn.Module", shape: tuple[int, ...]
 
 def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor", path: Path) -> None:
     """Raise BitscapeError unless both networks give the same bits on images."""
-    import torch
+    from bitscape.exporters.agreement import require_equal
 
-    from bitscape.models.modes import evaluating
+    require_equal(saved, loaded, images, path)
+    report_same(len(images))
 
-    with evaluating(saved), evaluating(loaded):
-        same = torch.equal(saved(images), loaded(images))
-    if not same:
-        raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
-    click.echo(f"read back: outputs on {len(images)} images are the same, bit for bit")
+
+def report_same(images: int) -> None:
+    """Print that a packed file gives the same bits."""
+    click.echo(f"read back: outputs on {images} images are the same, bit for bit")
 
 
 def packed_policy(path: Path) -> Policy:

@@ -1,13 +1,14 @@
 """Samples: the few hundred inputs, perhaps with targets, that a search, a calibration or a repair looks at."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitscape.calling import Inputs, moved, rows_of, sample_count, shapes_of
+from bitscape.calling import Inputs, map_tensors, moved, rows_of, sample_count, shapes_of
 from bitscape.errors import BitscapeError
 from bitscape.nested import tensors_in
 
@@ -121,22 +122,18 @@ def _form(part: Minibatch) -> tuple[Any, ...]:
 def _structure(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return Tensor
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return tuple((key, _structure(value)) for key, value in tree.items())
     if isinstance(tree, tuple | list):
         return (type(tree), *(_structure(value) for value in tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return (type(tree), _structure(vars(tree)))
     return (type(tree), repr(tree))
 
 
 def _concatenated(group: list[Minibatch]) -> Minibatch:
     def joined(trees: list[Any]) -> Any:
-        first = trees[0]
-        if isinstance(first, Tensor):
-            return torch.cat(trees)
-        if isinstance(first, dict):
-            return {key: joined([tree[key] for tree in trees]) for key in first}
-        if isinstance(first, tuple | list):
-            return type(first)(joined(list(column)) for column in zip(*trees, strict=True))
-        return first
+        columns = zip(*map(tensors_in, trees), strict=True)
+        return map_tensors(lambda _: torch.cat(next(columns)), trees[0])
 
     return Minibatch(joined([part.inputs for part in group]), joined([part.targets for part in group]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import call, described, moved
+from bitscape.calling import call, moved
 from bitscape.data.epochs import Epochs, batches_in, first_of
 from bitscape.data.samples import Minibatch
 from bitscape.engine.feed import followed, own_part
@@ -187,7 +187,7 @@ class _Tally:
         )
 
     def _outputs(self, inputs: Any, samples: int, highest_label: int) -> Any:
-        with autocast_on(self.where, self.autocast), explained_forward(described(inputs)):
+        with autocast_on(self.where, self.autocast), explained_forward(inputs):
             output = call(self.model, inputs)
         return self.task.read(output, samples, highest_label)
 

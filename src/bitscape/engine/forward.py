@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, described, sample_count
+from bitscape.calling import Inputs, sample_count
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.memory_format import set_memory_format
 from bitscape.quant.convert import bypassed
@@ -36,7 +36,7 @@ def loop_forward(
     @functools.wraps(model.forward)
     def forward(*args: Any, **keywords: Any) -> Any:
         inputs = [*args, *keywords.values()]
-        with autocast_on(device, autocast), explained_forward(described(inputs)):
+        with autocast_on(device, autocast), explained_forward(inputs):
             output = inner(*args, **keywords)
         return read(output, sample_count(inputs))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, described
+from bitscape.calling import Inputs
 from bitscape.data.epochs import Epochs, Loaded, batches_in
 from bitscape.engine import origin, workers
 from bitscape.engine.describe import versions
@@ -202,7 +202,7 @@ class Loop:
         state.optimizer.zero_grad(set_to_none=True)
         own = fed.whole // workers.world_size()  # as the worker with the fewest samples: steps may talk in each part
         parts = min(self.accumulate, max(1, own // least_part(state.model)))
-        with autocast_on(state.device, self.autocast), explained_forward(described(inputs)):  # a teacher may fail on them
+        with autocast_on(state.device, self.autocast), explained_forward(inputs):  # a teacher may fail on them
             batch = Batch.of(inputs, fed.part.targets, self.loss, parts, position.step / position.steps, state.task)
         share = samples / fed.whole
         with workers.averaged_buffers(state.model, share):

@@ -10,10 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, call
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.form import IntegerNetwork
+from bitscape.exporters.integer.interface import as_samples
+from bitscape.models.modes import evaluating
 from bitscape.models.named_outputs import named_outputs
+from bitscape.nested import tensors_in
 from bitscape.runtimes.sessions import Session
 
 Array = NDArray[Any]
@@ -46,7 +51,9 @@ def is_scores(values: Array, images: int) -> bool:
 class Comparison:
     """Compares outputs batch after batch, and keeps sums alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: bool | None = None) -> None:
+        self._classes = classes
+        """Whether outputs (images, k) are logits of classes; None = where there is one such output."""
         self._sums: dict[str, _Sums] = {}
 
     def add(self, images: int, expected: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
@@ -58,8 +65,11 @@ class Comparison:
         shapes = [{name: values.shape for name, values in outputs.items()} for outputs in (expected, actual)]
         if shapes[0] != shapes[1]:
             raise BitscapeError(f"outputs are {shapes[1]}, and {shapes[0]} were expected")
+        scores = [name for name, values in expected.items() if is_scores(values, images)]
+        if self._classes is False or (self._classes is None and len(scores) > 1):
+            scores = []
         for name, values in expected.items():
-            self._sums.setdefault(name, _Sums()).add(images, values, actual[name])
+            self._sums.setdefault(name, _Sums()).add(images, values, actual[name], classes=name in scores)
 
     def result(self) -> dict[str, Agreement]:
         """Name of each output -> how far it agrees on all images so far."""
@@ -78,7 +88,7 @@ class _Sums:
     has_classes: bool = False
     has_floats: bool = False
 
-    def add(self, images: int, expected: Array, actual: Array) -> None:
+    def add(self, images: int, expected: Array, actual: Array, *, classes: bool) -> None:
         has_images, both_nan = expected.shape[:1] == (images,), (expected != expected) & (actual != actual)
         equal = (expected == actual) | both_nan
         self.images += images
@@ -86,7 +96,7 @@ class _Sums:
         self.differing += int(equal.size - equal.sum())
         self.identical += int(equal.reshape(images, -1).all(1).sum()) if has_images else images * bool(equal.all())
         self.has_floats = np.issubdtype(expected.dtype, np.floating)
-        self.has_classes = is_scores(expected, images)
+        self.has_classes = classes
         if self.has_classes:
             self.same_class += int((expected.argmax(1) == actual.argmax(1)).sum())
         if self.has_floats:
@@ -116,20 +126,36 @@ def _differences(expected: Array, actual: Array, equal: Array) -> Array:
 
 
 def compare_outputs(
-    integers: IntegerNetwork, simulated: nn.Module, session: Session, images: Tensor
+    integers: IntegerNetwork, simulated: nn.Module, session: Session, data: Samples | Inputs, *, classes: bool | None = None
 ) -> tuple[dict[str, Agreement], dict[str, Agreement]]:
-    """Run a file on `images` (n, c, h, w) and compare every output, by name, with two networks.
+    """Run a file on samples and compare every output, by name, with two networks.
+
+    Args:
+        integers: what the file was made of.
+        simulated: the network before the export.
+        session: the file in its runtime.
+        data: samples, or what the network is called with.
+        classes: whether outputs (n, k) are logits of classes; None = where there is one such output.
 
     Returns:
         How far the file agrees with exact integers, and with the network as it was simulated.
     """
-    exact, before = Comparison(), Comparison()
-    for batch in images.split(BATCH):
-        outputs = dict(zip(session.outputs, session.run(batch.numpy()), strict=True))
-        exact.add(len(batch), _arrays(run_integers(integers, batch)), outputs)
+    exact, before = Comparison(classes), Comparison(classes)
+    for batch in as_samples(data).batches(BATCH):
+        outputs = dict(zip(session.outputs, session.run(integers.interface.feed(batch.inputs)), strict=True))
+        exact.add(len(batch), _arrays(run_integers(integers, batch.inputs)), outputs)
         with torch.no_grad():
-            before.add(len(batch), _arrays(named_outputs(simulated(batch))), outputs)
+            before.add(len(batch), _arrays(named_outputs(call(simulated, batch.inputs))), outputs)
     return exact.result(), before.result()
+
+
+def require_equal(saved: nn.Module, loaded: nn.Module, data: Samples | Inputs, path: object) -> None:
+    """Raise BitscapeError unless two networks give the same bits; `path` is the file that one was read from."""
+    with evaluating(saved), evaluating(loaded):
+        for batch in as_samples(data).batches(BATCH):
+            pairs = [list(tensors_in(call(network, batch.inputs))) for network in (saved, loaded)]
+            if len(pairs[0]) != len(pairs[1]) or not all(map(torch.equal, *pairs)):
+                raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
 
 
 def require_same(exact: Mapping[str, Agreement], runtime: str) -> None:

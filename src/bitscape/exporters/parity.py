@@ -12,7 +12,7 @@ and y is the rounding of what they add up to.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, needs_extra
 from bitscape.exporters.onnx.qdq import LAYER_OPERATORS
-from bitscape.runtimes.sessions import OnnxRuntime, Runtime
+from bitscape.runtimes.sessions import Feed, OnnxRuntime, Runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -176,12 +176,12 @@ def require_integer(runtime: str, float_layers: Sequence[str]) -> None:
         )
 
 
-def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime | None = None) -> ParityReport:
+def check_parity(path: str | os.PathLike[str], inputs: Array | Iterable[Feed], runtime: Runtime | None = None) -> ParityReport:
     """Run an exported ONNX file on images and compare every layer with the reference.
 
     Args:
         path: what `save_onnx` wrote.
-        images: normalized float32 (n, c, h, w), a few.
+        inputs: batches of a few samples by input name, `Interface.feeds`; or images (n, ...) for a file of one input.
         runtime: ONNX Runtime with one thread by default.
 
     Raises:
@@ -198,36 +198,40 @@ def check_parity(path: str | os.PathLike[str], images: Array, runtime: Runtime |
     session = runtime.open(content)
     in_file = {node.name for node in model.graph.node} - {layer.name for layer in layers}  # float in the file, too
     in_float = [name for name in runtime.open(path).float_layers() if name not in in_file]
-    return compare_layers(runtime.version, layers, images, lambda batch: dict(zip(names, session.run(batch), strict=True)), in_float)
+    return compare_layers(runtime.version, layers, inputs, lambda batch: dict(zip(names, session.run(batch), strict=True)), in_float)
 
 
 def compare_layers(
-    runtime: str, layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]], in_float: Sequence[str]
+    runtime: str,
+    layers: Sequence[FileLayer],
+    inputs: Array | Iterable[Feed],
+    run: Callable[[Feed], Mapping[str, Array]],
+    in_float: Sequence[str],
 ) -> ParityReport:
     """Compare every layer with the reference.
 
     Args:
         runtime: its name and version.
         layers: of the file.
-        images: normalized float32 (n, c, h, w).
-        run: returns, for some images, the inputs and outputs that the layers name.
+        inputs: batches by input name, or images (n, ...) of the only one.
+        run: returns, for a batch, the inputs and outputs that the layers name.
         in_float: layers of integer weights that the runtime computes in float.
     """
     allowed = {layer.name for layer in layers if layer.may_be_float}
     return ParityReport(
         runtime=runtime,
-        layers=_compared(layers, images, run, allowed.intersection(in_float)),
+        layers=_compared(layers, inputs, run, allowed.intersection(in_float)),
         float_layers=tuple(name for name in in_float if name not in allowed),
         float_outputs=tuple(name for name in in_float if name in allowed),
     )
 
 
 def _compared(
-    layers: Sequence[FileLayer], images: Array, run: Callable[[Array], Mapping[str, Array]], in_float: Set[str]
+    layers: Sequence[FileLayer], inputs: Array | Iterable[Feed], run: Callable[[Feed], Mapping[str, Array]], in_float: Set[str]
 ) -> tuple[LayerParity, ...]:
     counts = {layer.name: [0, 0, 0] for layer in layers}
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        tensors = run(images[start : start + IMAGES_AT_ONCE])
+    for batch in _batches(inputs) if isinstance(inputs, np.ndarray) else inputs:
+        tensors = run(batch)
         for layer in layers:
             difference = layer.difference(tensors[layer.input], tensors[layer.output], in_float=layer.name in in_float)
             count = counts[layer.name]
@@ -235,6 +239,10 @@ def _compared(
             count[1] += int(np.count_nonzero(difference))
             count[2] = max(count[2], int(difference.max()))
     return tuple(LayerParity(name=name, codes=n, differing=d, largest=m) for name, (n, d, m) in counts.items())
+
+
+def _batches(images: Array) -> Iterator[Array]:
+    return (images[start : start + IMAGES_AT_ONCE] for start in range(0, len(images), IMAGES_AT_ONCE))
 
 
 def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> tuple[bytes, list[str]]:

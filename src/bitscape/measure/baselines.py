@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitscape.engine.forward import device_of
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, first_line
 from bitscape.exporters.integer.graph import export_program, quiet
+from bitscape.exporters.integer.interface import Interface, checked_samples, example_of
 from bitscape.exporters.onnx.qdq import OPSETS
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
@@ -28,24 +30,24 @@ BATCH = 16
 """Calibration images that ONNX Runtime runs at once."""
 
 
-def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> Path:
+def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], data: Samples | Inputs) -> Path:
     """Write a float network as an ONNX file with a free batch size, its norms folded where that leaves the output as it is.
 
     Args:
         network: on the CPU or a GPU; it stays as it is.
         path: the file, usually `.onnx`.
-        images: normalized float32 (n, c, h, w), on any device, two at least; two are traced.
+        data: samples, or what the network is called with, normalized, on any device, two at least; two are traced.
 
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing, or torch.export cannot follow the network's forward.
     """
-    if len(images) < 2:
-        raise BitscapeError(f"images: {len(images)} image; give two at least, so that the batch size stays free")
-    traced = images[:2].to(device_of(network))
-    folded = _folded(in_eval_mode(copied(network)), traced)
+    samples = checked_samples(data, network)
+    example = example_of(samples, network)
+    folded = _folded(in_eval_mode(copied(network)), example)
     with quiet(), torch.no_grad():
-        program = export_program(folded, traced)
-        model = onnx_graph(program.module(), traced, {}, opset=OPSETS[8][0], free_batch=True)
+        interface = Interface.of(folded, samples)
+        program = export_program(folded, interface, example)
+        model = onnx_graph(program.module(), interface, example, {}, opset=OPSETS[8][0], free_batch=True)
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -61,9 +63,9 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], images: Te
     return Path(path)
 
 
-def _folded(network: nn.Module, images: Tensor) -> nn.Module:
+def _folded(network: nn.Module, example: Inputs) -> nn.Module:
     try:
-        return fold_norms(network, images)
+        return fold_norms(network, example)
     except BitscapeError as error:
         _log.warning("the float network keeps its norms: %s", error)
         return network

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, fx, nn
 
+from bitscape.calling import sample_count
 from bitscape.errors import BitscapeError
+from bitscape.nested import tensors_by_path
+
+_BESIDE_IMAGES = (torch.float32, torch.int64, torch.int32, torch.bool)
+"""Types of the tensors that a network of several inputs is called with."""
 
 
 def check_module(model: object, argument: str = "model") -> None:
@@ -46,6 +51,29 @@ def check_images(images: object, argument: str = "images", *, model: nn.Module |
         raise BitscapeError(f"{argument}: {images.dtype}; give a float32 tensor: {advice}")
     if not images.ndim or not images.numel():
         raise BitscapeError(f"{argument}: shape {tuple(images.shape)}; give at least one image as (n, ...), most often (n, c, h, w)")
+
+
+def check_inputs(inputs: object, argument: str = "images", *, model: nn.Module | None = None) -> None:
+    """Raise BitscapeError unless `inputs` are what a float32 network can be called with.
+
+    An only tensor is as `check_images` says. Of several, one at least is float32 with a batch dimension, or the
+    `model` has an nn.Embedding; the others may be indices (int64, int32) and masks (bool), with or without one.
+    """
+    tensors = {path: tensor for path, tensor in tensors_by_path(inputs)}
+    if len(tensors) < 2:
+        check_images(next(iter(tensors.values()), inputs), argument, model=model)
+        return
+    for path, tensor in tensors.items():
+        if tensor.dtype not in _BESIDE_IMAGES:
+            name = argument + "".join(f"[{key!r}]" for key in path)
+            raise BitscapeError(
+                f"{name}: {tensor.dtype}; give float32 values, int64 or int32 indices, or bool masks: call .float(), or normalize images"
+            )
+    if not any(tensor.dtype == torch.float32 for tensor in tensors.values()) and not (model is not None and takes_indices(model)):
+        kinds = ", ".join(str(tensor.dtype) for tensor in tensors.values())
+        raise BitscapeError(f"{argument}: {kinds}; give at least one float32 tensor")
+    if not sample_count(inputs):
+        raise BitscapeError(f"{argument}: a batch of no sample; give at least one")
 
 
 def takes_indices(model: nn.Module) -> bool:

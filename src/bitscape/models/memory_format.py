@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from bitscape.calling import Inputs, map_tensors
 from bitscape.errors import BitscapeError, first_line
 from bitscape.models.modes import unchanged
 from bitscape.models.trial import Trial, differ, is_empty, trial
+from bitscape.nested import tensors_in
 
 _log = logging.getLogger("bitscape.models")
 
 
 def set_memory_format(
-    model: nn.Module, images: Tensor, channels_last: bool | None, *, training: bool = False
+    model: nn.Module, inputs: Inputs, channels_last: bool | None, *, training: bool = False
 ) -> bool:
     """Lay out the weights of 2-d convolutions in place; return whether the network runs in channels_last.
 
     Args:
         model: any network; its values, modes and the random states stay as they are.
-        images: normalized, (n, c, h, w) or of another shape; two of them are tried. Where the network fails on
-            them in any format, that is left to the caller's passes to say.
+        inputs: what it is called with, normalized; two samples are tried. Where the network fails on them in any
+            format, that is left to the caller's passes to say.
         channels_last: None = where the network gives the same outputs as in the contiguous format.
             Convolutions then run up to 1.4 times as fast on CPUs.
         training: whether the network must run in training mode too.
@@ -33,9 +35,9 @@ def set_memory_format(
     """
     weights = [m.weight for m in model.modules() if isinstance(m, _ConvNd) and m.weight.ndim == 4]
     _lay_out(weights, torch.contiguous_format)
-    if channels_last is False or not weights or images.ndim != 4 or is_empty(model):
+    if channels_last is False or not weights or is_empty(model) or not any(map(_is_image, tensors_in(inputs))):
         return False
-    with trial(model, images) as run, unchanged(model):
+    with trial(model, inputs) as run, unchanged(model):
         reason = _obstacle(run, weights, training)
     if reason is None:
         return True
@@ -49,6 +51,14 @@ def set_memory_format(
     return False
 
 
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.ndim == 4
+
+
+def _in_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if _is_image(tensor) else tensor
+
+
 def _lay_out(weights: Sequence[Tensor], memory_format: torch.memory_format) -> None:
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=memory_format)
@@ -60,7 +70,7 @@ def _obstacle(run: Trial, weights: Sequence[Tensor], training: bool) -> str | No
     _lay_out(weights, torch.channels_last)
     if fails is not None:
         return None  # in any format: the caller's own passes say it better
-    laid_out = replace(run, images=run.images.contiguous(memory_format=torch.channels_last))
+    laid_out = replace(run, inputs=map_tensors(_in_channels_last, run.inputs))
     outputs, fails = _outcome(laid_out)
     if fails is None and differ(expected, outputs):
         return "it gives other outputs"

@@ -9,7 +9,7 @@ Values other than tensors (None, numbers) are left out; those behind them keep t
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,4 +58,9 @@ def returning_by_name(network: nn.Module) -> Iterator[None]:
 def _name(path: tuple[object, ...]) -> str:
     """The outputs of a tuple have no names of their own: the first part says what the number counts."""
     first, *rest = path or (0,)
-    return ".".join([f"output{first}" if isinstance(first, int) else str(first), *map(str, rest)])
+    return joined_name([f"output{first}" if isinstance(first, int) else first, *rest])
+
+
+def joined_name(path: Sequence[object]) -> str:
+    """The keys and numbers that lead to a tensor, as one name."""
+    return ".".join(map(str, path))

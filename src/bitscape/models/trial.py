@@ -1,4 +1,4 @@
-"""What a few passes over two images tell of a network before work begins.
+"""What a few passes over two samples tell of a network before work begins.
 
 Whether it gives the same outputs twice, and whether each weight is used by its own layer alone.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, call, first_rows, moved
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
@@ -20,21 +21,21 @@ from bitscape.nested import tensors_in
 
 TOLERANCE = 1e-3
 """Largest difference of two outputs that counts as rounding, relative to the largest output: float32 after a hundred layers."""
-_IMAGES = 2
+_SAMPLES = 2
 _REPEATS = 16
 """Passes in which random numbers may show: a block that is left out for one image in ten shows in 97 %."""
 _OTHER_WEIGHT = 0.731
 """Stands in for every element of a weight outside of its layer."""
 
 
-def check_repeatable(model: nn.Module, images: Tensor) -> None:
+def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     """Raise BitscapeError where two runs of the network in eval mode differ, most often by random numbers.
 
-    Two of the images (n, c, h, w) are used. The random states of Python, numpy and torch stay as they are.
+    Two of the samples are used. The random states of Python, numpy and torch stay as they are.
     """
     if is_empty(model):
         return
-    with trial(model, images) as run:
+    with trial(model, inputs) as run:
         before = run.random_state()
         outputs = run()
         draws = run.random_state() != before
@@ -47,16 +48,16 @@ def check_repeatable(model: nn.Module, images: Tensor) -> None:
     )
 
 
-def check_weight_uses(model: nn.Module, images: Tensor) -> None:
+def check_weight_uses(model: nn.Module, inputs: Inputs) -> None:
     """Raise BitscapeError where a layer's weight is used outside of the layer too, naming the layer.
 
     There it would be the float weight in a quantized network, and the rounded one in a file. Found by two
-    passes on two of the images (n, c, h, w); in the second, layers have their weight only while they run.
+    passes on two of the samples; in the second, layers have their weight only while they run.
     """
     if is_empty(model):
         return
     layers = quantizable_layers(model)
-    with trial(model, images) as run:
+    with trial(model, inputs) as run:
         expected = run.again()
 
         def used_outside(those: Iterable[nn.Module]) -> bool:
@@ -80,16 +81,16 @@ def check_weight_uses(model: nn.Module, images: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """Passes of one network over two images; random numbers begin at a fixed seed."""
+    """Passes of one network over two samples; random numbers begin at a fixed seed."""
 
     model: nn.Module
-    images: Tensor
+    inputs: Inputs
     device: torch.device
 
     def __call__(self) -> list[Tensor]:
         """Every tensor that the network returns."""
-        with explained_forward(self.images):
-            return [tensor.clone() for tensor in tensors_in(self.model(self.images))]
+        with explained_forward(self.inputs):
+            return [tensor.clone() for tensor in tensors_in(call(self.model, self.inputs))]
 
     def again(self) -> list[Tensor]:
         """The same, with the random numbers of the first pass."""
@@ -112,11 +113,11 @@ class Trial:
 
 
 @contextmanager
-def trial(model: nn.Module, images: Tensor) -> Iterator[Trial]:
+def trial(model: nn.Module, inputs: Inputs) -> Iterator[Trial]:
     """Within the block the network is in eval mode without a graph; random states are put back at the end."""
     tensors = chain(model.parameters(), model.buffers())
-    device = next((tensor.device for tensor in tensors), images.device)
-    run = Trial(model, images[:_IMAGES].to(device), device)
+    device = next((tensor.device for tensor in tensors), next(tensors_in(inputs)).device)
+    run = Trial(model, moved(first_rows(inputs, _SAMPLES), device), device)
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bitscape.calling import Inputs, call, first_rows, moved
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.dtypes import check_float32, check_inputs
 from bitscape.models.layers import QUANTIZABLE
 from bitscape.models.modes import evaluating
 from bitscape.models.trial import TOLERANCE
@@ -57,9 +59,9 @@ class Chain:
     last: Call
 
 
-def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
-    """Run `model` once in eval mode on the first image of `example` (n, ...), of `checked_example`; return its calls in order."""
-    recorder, image = _Recorder(), example[:1]
+def record_calls(model: nn.Module, example: Inputs) -> list[Call]:
+    """Run `model` once in eval mode on the first sample of `example`, of `checked_example`; return its calls in order."""
+    recorder, sample = _Recorder(), first_rows(example, 1)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or next(module.children(), None) is None:
@@ -67,7 +69,7 @@ def record_calls(model: nn.Module, example: Tensor) -> list[Call]:
             handles.append(module.register_forward_hook(recorder.leave_as(name)))
     try:
         with evaluating(model), recorder:
-            output = model(image)
+            output = call(model, sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -157,14 +159,14 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
                 yield module, parameter
 
 
-def outputs_of(model: nn.Module, example: Tensor) -> list[Tensor]:
+def outputs_of(model: nn.Module, example: Inputs) -> list[Tensor]:
     """Every tensor that the network returns for `example`, of `checked_example`, in eval mode.
 
     Raises BitscapeError for values that are NaN, with which nothing can be compared; a mask may well be infinite.
     """
     torch.clear_autocast_cache()  # within an autocast block it would hold weights as they were before a change in place
     with evaluating(model), explained_forward(example):
-        outputs = [tensor.detach().clone() for tensor in tensors_in(model(example))]
+        outputs = [tensor.detach().clone() for tensor in tensors_in(call(model, example))]
     if any(bool(tensor.isnan().any()) for tensor in outputs):
         raise BitscapeError("example: the network's outputs on it hold NaN; check the images, their normalization and the checkpoint")
     return outputs
@@ -200,8 +202,12 @@ def _difference(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
 
 
-def checked_example(example: Tensor, model: nn.Module) -> Tensor:
-    """`example` on the model's device. Raises BitscapeError for a model or images that are not float32, or no image."""
+def checked_example(example: Samples | Inputs, model: nn.Module) -> Inputs:
+    """The inputs of `example` on the model's device; of samples the first ones, of one shape.
+
+    Raises BitscapeError for a model or inputs that are not float32, or no sample.
+    """
     check_float32(model)
-    check_images(example, "example", model=model)
-    return example.to(next((p.device for p in model.parameters()), example.device))
+    inputs = example.parts[0].inputs if isinstance(example, Samples) else example
+    check_inputs(inputs, "example", model=model)
+    return moved(inputs, next((p.device for p in model.parameters()), next(tensors_in(inputs)).device))

@@ -5,15 +5,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.calling import Inputs, call, map_tensors, moved, sample_count
-from bitscape.data.samples import Samples
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.dtypes import check_float32, check_inputs
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import prepare
@@ -25,6 +26,8 @@ from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
 from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.quant")
+Data: TypeAlias = Samples | Tensor | Iterable[Inputs]
+"""Samples, a tensor (n, ...), or batches of inputs."""
 _DEFAULT_QUANTIZER = Lsq()
 _DEFAULT_OBSERVER = Mse()
 
@@ -97,12 +100,12 @@ def bypassed(model: nn.Module, *quantizers: str) -> Iterator[None]:
             setattr(layer, name, module)
 
 
-def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Observer = _DEFAULT_OBSERVER) -> nn.Module:
-    """Set the activation scales of a quantized `model` from `images`, in place; no labels are needed.
+def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERVER) -> nn.Module:
+    """Set the activation scales of a quantized `model` from `data`, in place; no labels are needed.
 
     Args:
         model: what `quantize` returned.
-        images: normalized float32 (n, c, h, w), or batches of them; a few hundred images are enough.
+        data: samples, a tensor (n, ...), or batches of inputs, gone through once; a few hundred samples are enough.
         observer: how a range is chosen from the values seen.
 
     Raises:
@@ -112,7 +115,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Obs
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
-    batches = batches_of(images, model)
+    batches = batches_of(data, model)
     first = list(islice(batches, 1))
     for batch in first:
         with bypassed(model):
@@ -127,7 +130,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], observer: Obs
     return model
 
 
-def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
+def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data) -> dict[str, Tensor]:
     """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes."""
     samples: defaultdict[str, ValueSample] = defaultdict(ValueSample)
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +144,7 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     handles = [layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with bypassed(model), evaluating(model):
-            if not run_batches(model, batches_of(images, model)):
+            if not run_batches(model, batches_of(data, model)):
                 raise BitscapeError("images: no batch; give at least one image, better a few hundred")
     finally:
         for handle in handles:
@@ -149,20 +152,20 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Ten
     return {name: sample.values() for name, sample in samples.items()}
 
 
-def batches_of(data: Samples | Tensor | Iterable[Inputs], model: nn.Module, batch_size: int = 32) -> Iterator[Inputs]:
-    """Yield the inputs of `data`, samples, a tensor or batches of inputs, in batches on the model's device.
+def batches_of(data: Data, model: nn.Module, batch_size: int = 32) -> Iterator[Inputs]:
+    """Yield the inputs of `data`, samples, a tensor, a mapping of keywords or batches of inputs, on the model's device.
 
-    Raises BitscapeError for a model, or an only input, that is not float32.
+    Batches pass one by one, so that memory does not grow with their number. Raises BitscapeError for a model or inputs
+    that are not float32; indices and masks may stand beside.
     """
     check_float32(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(data, Tensor) or not isinstance(data, Iterable | Samples):
-        check_images(data, model=model)
+    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable | Samples):
+        check_inputs(data, model=model)
         data = Samples.of(data)
     batches = (batch.inputs for batch in data.batches(batch_size)) if isinstance(data, Samples) else data
     for inputs in batches:
-        if isinstance(inputs, Tensor):
-            check_images(inputs, model=model)
+        check_inputs(inputs, model=model)
         yield map_tensors(_trackable, moved(inputs, device))
 
 
@@ -171,19 +174,22 @@ def _trackable(batch: Tensor) -> Tensor:
     return batch.clone() if batch.is_inference() else batch
 
 
-def without_single_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """`batches`, in which a batch of one image joins the next one, or the one before where it is the last."""
-    before: list[Tensor] = []  # the last two, the later one perhaps a single image
-    for batch in batches:
-        if before and len(before[-1]) == 1:
-            before[-1] = torch.cat([before[-1], batch])
+def without_single_samples(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """`batches`, in which a batch of one sample joins the next one of its form, or the one before where it is the last."""
+    before: list[Inputs] = []  # the last two, the later one perhaps a single sample
+    for inputs in batches:
+        if before and sample_count(before[-1]) == 1:
+            before[-1:] = _joined(before[-1], inputs)
         else:
-            before.append(batch)
-        if len(before) > 2:
+            before.append(inputs)
+        while len(before) > 2:
             yield before.pop(0)
-    if len(before) > 1 and len(before[-1]) == 1:
-        before = [torch.cat(before)]
-    yield from before
+    yield from _joined(*before) if len(before) > 1 and sample_count(before[-1]) == 1 else before
+
+
+def _joined(*batches: Inputs) -> list[Inputs]:
+    """The batches as one; as they are where samples differ in form."""
+    return [part.inputs for part in Samples(map(Minibatch, batches)).parts]
 
 
 @contextmanager
@@ -194,15 +200,15 @@ def _naming(layer: str, what: str) -> Iterator[None]:
         raise BitscapeError(f"layer {layer}, {what}: {error}") from error
 
 
-def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn.Module:
-    """Replace the running statistics of every batch norm by the plain average over the batches of `images`, in place.
+def recalibrate_norms(model: nn.Module, data: Data) -> nn.Module:
+    """Replace the running statistics of every batch norm by the plain average over the batches of `data`, in place.
 
     For a network whose bits changed and that is not trained: quantized layers shift means and variances. About 50 batches are
-    enough. A batch of one image joins its neighbor, because a map of one pixel has no variance in it. After an exception the
+    enough. A batch of one sample joins its neighbor, because a map of one pixel has no variance in it. After an exception the
     former statistics are back.
 
     Raises:
-        BitscapeError: `images` holds no batch, or values of which a norm's statistics are not finite.
+        BitscapeError: `data` holds no batch, or values of which a norm's statistics are not finite.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -214,7 +220,7 @@ def recalibrate_norms(model: nn.Module, images: Tensor | Iterable[Tensor]) -> nn
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over all batches
                 norm.train()
-            if not run_batches(model, without_single_images(batches_of(images, model, batch_size=128))):
+            if not run_batches(model, without_single_samples(batches_of(data, model, batch_size=128))):
                 raise BitscapeError("images: no batch; give at least one, better about 50 batches of 128 images")
             _check_statistics(model)
             _put_back_unused(norms, before)

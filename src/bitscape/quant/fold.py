@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.copies import copied
 from bitscape.models.layers import QUANTIZABLE
@@ -37,7 +39,7 @@ _log = logging.getLogger("bitscape.quant")
 
 
 @without_autocast()
-def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> nn.Module:
+def fold_norms(model: nn.Module, example: Samples | Inputs, *, inplace: bool = False) -> nn.Module:
     """Fold every batch norm into the Conv1d, Conv2d or Linear before it, by its running statistics, and put nn.Identity in its place.
 
     A layer without a bias gets one. Left as they are, and counted in the log: norms behind nothing foldable, layers or
@@ -49,7 +51,8 @@ def fold_norms(model: nn.Module, example: Tensor, *, inplace: bool = False) -> n
 
     Args:
         model: network; it is copied unless `inplace`.
-        example: float32 (n, c, h, w), normalized for the model; one image finds the pairs, all of them check the result.
+        example: inputs of the model, normalized; one sample finds the pairs, all of them check the result. Of `Samples` those of the
+            first shape.
         inplace: change `model` itself.
 
     Raises:

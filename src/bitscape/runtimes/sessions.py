@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from bitscape.folders import scratch_folder
 from bitscape.runtimes.packages import runtime_module
 
 Array = NDArray[Any]
+Feed: TypeAlias = Array | Mapping[str, Array]
+"""Arrays by the names of a file's inputs; or the one array of a file that takes one."""
 _FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
 
@@ -25,11 +27,13 @@ _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
 class Session(Protocol):
     """A file that a runtime has loaded."""
 
+    inputs: tuple[str, ...]
+    """Names of the inputs."""
     outputs: tuple[str, ...]
     """Names of the outputs."""
 
-    def run(self, images: Array) -> list[Array]:
-        """The outputs for float32 images (n, c, h, w), in the order of their names."""
+    def run(self, inputs: Feed) -> list[Array]:
+        """The outputs, in the order of their names, for inputs by name, or for the one input of a file that has no other."""
         ...
 
     def float_layers(self) -> list[str]:
@@ -83,10 +87,11 @@ class OnnxSession:
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         self._model, self._options = model, options
         self._session = self._opened()
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
-    def run(self, images: Array) -> list[Array]:
-        return list(self._session.run(None, {self._session.get_inputs()[0].name: images}))
+    def run(self, inputs: Feed) -> list[Array]:
+        return list(self._session.run(None, by_name(inputs, self.inputs)))
 
     def _opened(self) -> Any:
         source = self._model if isinstance(self._model, bytes) else os.fspath(self._model)
@@ -134,12 +139,12 @@ class OpenVinoSession:
         except Exception as error:
             raise refused("OpenVINO", model, error) from error
         self._request = self._compiled.create_infer_request()
-        self.outputs = tuple(
-            output.get_any_name() if output.get_names() else f"output{index}" for index, output in enumerate(self._compiled.outputs)
-        )
+        self.inputs = _names(self._compiled.inputs, "input")
+        self.outputs = _names(self._compiled.outputs, "output")
 
-    def run(self, images: Array) -> list[Array]:
-        results = self._request.infer([images])
+    def run(self, inputs: Feed) -> list[Array]:
+        arrays = by_name(inputs, self.inputs)
+        results = self._request.infer([arrays[name] for name in self.inputs])
         return [np.array(results[output]) for output in self._compiled.outputs]
 
     def float_layers(self) -> list[str]:
@@ -152,6 +157,21 @@ class OpenVinoSession:
                 name = next((part for part in parts if "/" in part), node.get_friendly_name())
                 found.append(name.partition("/")[0])  # behind it stands what OpenVINO made of the layer
         return found
+
+
+def _names(ports: Sequence[Any], kind: str) -> tuple[str, ...]:
+    return tuple(port.get_any_name() if port.get_names() else f"{kind}{index}" for index, port in enumerate(ports))
+
+
+def by_name(inputs: Feed, names: Sequence[str]) -> dict[str, Array]:
+    """The arrays of a file's inputs. Raises BitscapeError for other names than the file has."""
+    if not isinstance(inputs, Mapping):
+        if len(names) != 1:
+            raise BitscapeError(f"inputs: one array, and the file takes {', '.join(names) or 'none'}; give arrays by these names")
+        return {names[0]: inputs}
+    if inputs.keys() != set(names):
+        raise BitscapeError(f"inputs: {', '.join(inputs)}; the file takes {', '.join(names)}: give arrays by these names")
+    return dict(inputs)
 
 
 def refused(runtime: str, model: str | os.PathLike[str] | bytes, error: Exception) -> BitscapeError:

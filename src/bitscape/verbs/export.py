@@ -2,30 +2,37 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bitscape.data.samples import Samples
+from bitscape.engine.task import TaskName
 from bitscape.errors import BitscapeError
-from bitscape.exporters.agreement import Agreement, compare_outputs, require_same
+from bitscape.exporters.agreement import Agreement, compare_outputs, require_equal, require_same
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
-from bitscape.exporters.onnx.qdq import CONTAINERS, write_onnx
-from bitscape.exporters.openvino.ir import write_openvino
+from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, OnnxInfo, write_onnx
+from bitscape.exporters.onnx.qonnx import save_qonnx
+from bitscape.exporters.openvino.ir import OpenvinoInfo, write_openvino
 from bitscape.exporters.openvino.parity import check_openvino_parity
-from bitscape.exporters.packed.file import save_packed
-from bitscape.exporters.parity import ALLOWED, PARITY_IMAGES, ParityReport, check_parity
+from bitscape.exporters.packed.file import load_packed, save_packed
+from bitscape.exporters.parity import ALLOWED, IMAGES_AT_ONCE, PARITY_IMAGES, ParityReport, check_parity
 from bitscape.folders import replaced_if_good
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
+from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_layers
-from bitscape.runtimes.sessions import OnnxRuntime, OpenVino
+from bitscape.runtimes.sessions import OnnxRuntime, OpenVino, Session
 from bitscape.verbs.proxy import proxy_of
 
 HELD_OUT = 4
 """One in so many samples sets no range: on those whole networks are compared."""
+Form = Literal["packed", "onnx", "openvino", "qonnx"]
+SUFFIXES: dict[str, Form] = {".safetensors": "packed", ".qonnx.onnx": "qonnx", ".onnx": "onnx", ".xml": "openvino"}
+"""End of a file's name -> its form; the first that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +43,18 @@ class ExportReport:
     """The file; an OpenVINO file has its weights in a .bin beside it."""
     file_bytes: int
     """Of all of it."""
+    info: Any = field(repr=False)
+    """What the file holds: a PackedInfo, OnnxInfo, OpenvinoInfo or QonnxInfo."""
     runtime: str | None = None
-    """Name and version of the runtime that ran the file; None for a packed file."""
+    """Name and version of the runtime that ran the file; None for packed and QONNX files."""
     parity: ParityReport | None = None
     """Every layer's codes against exact integers."""
     exact: Mapping[str, Agreement] = field(default_factory=dict)
-    """Name of each output -> how far it agrees with exact integers, on samples that set no range."""
+    """Name of each output -> how far it agrees with exact integers: relative error, and classes where it is logits."""
     simulated: Mapping[str, Agreement] = field(default_factory=dict)
     """Name of each output -> how far it agrees with the network before the export, on the same samples."""
+    compared: int = 0
+    """Samples on which outputs were compared; of a packed file, on which it gives the same bits when it is read back."""
 
 
 def export(
@@ -51,6 +62,12 @@ def export(
     path: str | os.PathLike[str],
     data: Any = None,
     *,
+    form: Form | None = None,
+    held_out: Any = None,
+    task: TaskName | Literal["auto"] = "auto",
+    int2: bool = True,
+    policy: Policy | None = None,
+    float_model: nn.Module | None = None,
     count: int = 256,
     inputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
@@ -58,72 +75,134 @@ def export(
     """Write a quantized network as a file, and check the file. A file that fails is not kept.
 
     A .safetensors file holds packed weights. An .onnx file is for ONNX Runtime, an .xml file for OpenVINO: every layer is
-    compared with exact integers, and every output with the network before the export.
+    compared with exact integers, and every output with the network before the export. A .qonnx.onnx file is for FINN and
+    hls4ml. Inputs keep the names of the forward's arguments, outputs those under which the network returns them.
 
     Args:
         network: what `quantize` returned, perhaps trained since; it is not changed.
-        path: where the file goes: .safetensors, .onnx or .xml.
-        data: samples that set the ranges of tensors between the layers, and on which the file is compared; see `search`.
-            A packed file needs none.
-        count: most samples that are used; every fourth one sets no range.
-        inputs: from a batch to the one tensor that the network is called with; see `BatchReader`.
+        path: where the file goes: .safetensors, .onnx, .xml or .qonnx.onnx.
+        data: samples of one shape, which set the ranges of tensors between the layers, and on which the file is compared;
+            see `search`. A packed file needs none.
+        form: "packed", "onnx", "openvino" or "qonnx"; None = by the end of the path.
+        held_out: samples that set no range, on which outputs are compared; None = every fourth of `data`.
+        task: what the outputs are: "classes" compares classes of every output (n, k), "follow" and "binary" of none,
+            "auto" where one output alone is (n, k).
+        int2: whether an .onnx file may store weights in 2 bits, which ONNX Runtime alone reads.
+        policy: what the network was quantized by, for a packed file to keep with its cost and provenance.
+        float_model: the network that was quantized, norms folded if they were; with it and `data`, a packed file is read
+            back and compared.
+        count: most samples that are used, of `data` and of `held_out`.
+        inputs: from a batch to what the network is called with; see `BatchReader`.
         seed: of the samples drawn.
 
     Raises:
-        BitscapeError: a network that is not quantized, an unknown suffix, no data where a runtime needs them, operators
-            that cannot be written, or a file that its runtime computes otherwise than integers say.
+        BitscapeError: a network that is not quantized, an unknown suffix, no data where a runtime needs them, samples of
+            several shapes, operators that cannot be written, or a file that its runtime computes otherwise than integers say.
     """
     path = Path(path)
     if not quantized_layers(network):
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
-    if path.suffix == ".safetensors":
-        return ExportReport(path=path, file_bytes=save_packed(network, path).file_bytes)
-    if path.suffix not in _WRITERS:
-        raise BitscapeError(f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx or .xml (OpenVINO)")
-    if data is None:
+    form = _form(path) if form is None else form
+    if data is None and form != "packed":
         raise BitscapeError(f"data is missing: samples set ranges in {path.suffix} files, and check them; pass some of the training data")
-    images, _ = proxy_of(network, data, count=count, inputs=inputs, seed=seed)
-    ranges, compared = _parted(images.cpu())
+    if not path.parent.is_dir():
+        raise BitscapeError(f"path {str(path)!r}: there is no folder {path.parent}; create it")
+    read = [None if part is None else proxy_of(network, part, count=count, inputs=inputs, seed=seed) for part in (data, held_out)]
+    if form == "packed":
+        return _packed(network, path, policy, float_model, read[0])
+    samples, compared = (None if part is None else part.to(torch.device("cpu")) for part in read)
+    assert samples is not None
     on_cpu = in_eval_mode(copied(network).cpu())
-    return _WRITERS[path.suffix](on_cpu, integer_network(on_cpu, ranges), path, ranges, compared)
+    if form == "qonnx":
+        return _qonnx(on_cpu, path, samples)
+    ranges, compared = _parted(samples) if compared is None else (samples, compared)
+    integers, classes = integer_network(on_cpu, ranges), None if task == "auto" else task == "classes"
+    write = _onnx if form == "onnx" else _openvino
+    return write(_Comparison(on_cpu, integers, compared, classes), path, ranges, CONTAINERS if int2 else PORTABLE)
 
 
-def _parted(images: Tensor) -> tuple[Tensor, Tensor]:
+def _form(path: Path) -> Form:
+    for suffix, form in SUFFIXES.items():
+        if path.name.endswith(suffix):
+            return form
+    raise BitscapeError(
+        f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx, .xml (OpenVINO) or .qonnx.onnx (QONNX)"
+    )
+
+
+def _parted(samples: Samples) -> tuple[Samples, Samples]:
     """Part the samples that set ranges from those that files are compared on; the same ones where there are too few."""
-    held_out = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
-    return (images[~held_out], images[held_out]) if bool(held_out.any()) else (images, images)
+    if len(samples) < HELD_OUT:
+        return samples, samples
+    ranges, compared, before = [], [], 0
+    for part in samples.parts:
+        held = torch.arange(before, before + len(part)) % HELD_OUT == HELD_OUT - 1
+        ranges.append(part.rows(~held))
+        compared.append(part.rows(held))
+        before += len(part)
+    return Samples(ranges), Samples(compared)
 
 
-def _onnx(network: nn.Module, integers: IntegerNetwork, path: Path, ranges: Tensor, compared: Tensor) -> ExportReport:
+@dataclass(frozen=True)
+class _Comparison:
+    """What a file is compared with, and on which samples."""
+
+    network: nn.Module
+    integers: IntegerNetwork
+    samples: Samples
+    classes: bool | None
+
+    @property
+    def feeds(self) -> Any:
+        """The few samples on which every layer is compared, as a file takes them."""
+        return self.integers.interface.feeds(self.samples.first(PARITY_IMAGES), IMAGES_AT_ONCE)
+
+    def report(self, path: Path, info: OnnxInfo | OpenvinoInfo, session: Session, runtime: str, parity: ParityReport) -> ExportReport:
+        """Compare outputs. Raises BitscapeError where they are further from exact integers than roundings explain."""
+        exact, simulated = compare_outputs(self.integers, self.network, session, self.samples, classes=self.classes)
+        require_same(exact, runtime)
+        return ExportReport(
+            path=path,
+            file_bytes=info.file_bytes,
+            info=replace(info, path=path),
+            runtime=runtime,
+            parity=parity,
+            exact=exact,
+            simulated=simulated,
+            compared=len(self.samples),
+        )
+
+
+def _onnx(comparison: _Comparison, path: Path, ranges: Samples, containers: tuple[int, ...]) -> ExportReport:
     runtime = OnnxRuntime()
     with replaced_if_good(path) as draft:
-        file_bytes = write_onnx(integers, draft, ranges, containers=CONTAINERS).file_bytes
-        parity = check_parity(draft, compared[:PARITY_IMAGES].numpy(), runtime)
+        info = write_onnx(comparison.integers, draft, ranges, containers=containers)
+        parity = check_parity(draft, comparison.feeds, runtime)
         parity.require(ALLOWED["onnxruntime"])
-        exact, simulated = compare_outputs(integers, network, runtime.open(draft), compared)
-        require_same(exact, runtime.version)
-    return ExportReport(
-        path=path, file_bytes=file_bytes, runtime=runtime.version, parity=parity, exact=exact, simulated=simulated
-    )
+        return comparison.report(path, info, runtime.open(draft), runtime.version, parity)
 
 
-def _openvino(network: nn.Module, integers: IntegerNetwork, path: Path, ranges: Tensor, compared: Tensor) -> ExportReport:
+def _openvino(comparison: _Comparison, path: Path, ranges: Samples, _: tuple[int, ...]) -> ExportReport:
     runtime = OpenVino()
     with replaced_if_good(path, path.with_suffix(".bin")) as draft:
-        info = write_openvino(integers, draft, ranges)
-        parity = check_openvino_parity(draft, info.source, compared[:PARITY_IMAGES], runtime)
+        info = write_openvino(comparison.integers, draft, ranges)
+        parity = check_openvino_parity(draft, info.source, comparison.feeds, runtime)
         parity.require(ALLOWED["openvino"])
-        exact, simulated = compare_outputs(integers, network, runtime.open(draft), compared)
-        require_same(exact, runtime.version)
-    return ExportReport(
-        path=path, file_bytes=info.file_bytes, runtime=runtime.version, parity=parity, exact=exact, simulated=simulated
-    )
+        return comparison.report(path, info, runtime.open(draft), runtime.version, parity)
 
 
-class _Writer(Protocol):
-    def __call__(
-        self, network: nn.Module, integers: IntegerNetwork, path: Path, ranges: Tensor, compared: Tensor
-    ) -> ExportReport: ...
+def _qonnx(network: nn.Module, path: Path, samples: Samples) -> ExportReport:
+    info = save_qonnx(network, path, samples)
+    return ExportReport(path=path, file_bytes=info.file_bytes, info=info)
 
 
-_WRITERS: dict[str, _Writer] = {".onnx": _onnx, ".xml": _openvino}
+def _packed(
+    network: nn.Module, path: Path, policy: Policy | None, float_model: nn.Module | None, samples: Samples | None
+) -> ExportReport:
+    compared = 0
+    with replaced_if_good(path) as draft:
+        info = save_packed(network, draft, policy=policy)
+        if float_model is not None and samples is not None:
+            require_equal(network, load_packed(draft, float_model), samples, path)
+            compared = len(samples)
+    return ExportReport(path=path, file_bytes=info.file_bytes, info=replace(info, path=path), compared=compared)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitscape.data.reading import BatchReader, read_samples
+from bitscape.data.samples import Samples
 from bitscape.engine.forward import device_of
 from bitscape.errors import BitscapeError
 
@@ -18,13 +19,20 @@ def proxy_of(
     inputs: Callable[[Any], Any] | None,
     targets: Callable[[Any], Any] | None = None,
     seed: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Return up to `count` inputs of `data` as one tensor, and their targets, on the model's device.
+) -> Samples:
+    """Return up to `count` samples of `data`, on the model's device.
 
-    Raises BitscapeError for data that cannot be read, inputs that are no single tensor, and inputs of several sizes.
+    Raises BitscapeError for data that cannot be read.
     """
-    samples = read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed)
-    part, *others = samples.to(device_of(model)).parts
+    return read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
+
+
+def one_tensor(samples: Samples) -> tuple[Tensor, Tensor | None]:
+    """Return the samples of a network of one input as one tensor, and their targets.
+
+    Raises BitscapeError for inputs that are no single tensor, and for inputs of several sizes.
+    """
+    part, *others = samples.parts
     if isinstance(part.inputs, dict) and len(part.inputs) == 1:  # a network's only argument, by its name
         (only,) = part.inputs.values()
     else:

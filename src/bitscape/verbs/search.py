@@ -13,7 +13,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.problem import DEFAULT_CANDIDATES, Pick, SearchProblem, SearchResult
-from bitscape.verbs.proxy import proxy_of
+from bitscape.verbs.proxy import one_tensor, proxy_of
 
 
 def search(
@@ -62,7 +62,7 @@ def search(
         InfeasibleBudget: no policy meets the budget; the message says what would.
         BitscapeError: any other argument that cannot be used.
     """
-    images, labels = proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed)
+    images, labels = one_tensor(proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed))
     problem = SearchProblem(
         model=model,
         images=images,

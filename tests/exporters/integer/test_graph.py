@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.graph import ActivationGrid, activation_grid, export_program, grid_of, is_quantizer, layer_of, quiet, trace
+from bitscape.exporters.integer.interface import Interface
 from bitscape.policy import LayerBits
 from bitscape.quant.convert import quantize
 from bitscape.quant.functional import fake_quantize
@@ -185,7 +187,7 @@ def test_a_float_network_that_cannot_be_followed_is_refused_without_advice_on_qu
         torch.no_grad(),
         pytest.raises(BitscapeError, match=r"cannot follow its forward \(\w+: .*\); .* x\.shape\[0\] for len\(x\)$"),
     ):
-        export_program(network, images(2))
+        export_program(network, Interface.of(network, Samples.of(images(2))), images(2))
 
 
 @pytest.mark.parametrize(("weight", "layer"), [("weight", ""), ("conv.weight", "conv"), ("a.weight.weight", "a.weight")])

@@ -3,7 +3,10 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
+from bitscape.exporters.integer.graph import export_program
+from bitscape.exporters.integer.interface import Interface
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pool_globally
 
 pytestmark = pytest.mark.slow
@@ -42,8 +45,11 @@ def test_other_means_stay(case):
 
 def test_the_batch_is_free_or_that_of_the_images():
     images = torch.zeros(2, 3, 4, 4)
-    module = torch.export.export(Mean(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module(check_guards=False)
-    sizes = [onnx_graph(module, images, {}, opset=18, free_batch=free).graph.inputs[0].shape[0] for free in (True, False)]
+    interface = Interface.of(Mean(), Samples.of(images))
+    module = export_program(Mean(), interface, images).module(check_guards=False)
+    sizes = [
+        onnx_graph(module, interface, images, {}, opset=18, free_batch=free).graph.inputs[0].shape[0] for free in (True, False)
+    ]
     assert not isinstance(sizes[0], int)
     assert sizes[1] == 2
 

@@ -130,7 +130,7 @@ def test_bytes_of_weights(written: Written) -> None:
     info, _ = written("plain")
     assert info.containers == {"0": 8, "3": 3, "7": 2, "9": 6}  # of 8, 3, 1 and 5 bits; one bit is -1 and 1, and two bits wide
     codes = 8 * 3 * 9 + 8 * 8 * 9 * 3 // 8 + 4 * 8 * 4 * 2 // 8 + 5 * 4 * 6 // 8
-    assert info.weight_bytes == codes + 2 * 4 * (8 + 8 + 4 + 5)  # scales and biases
+    assert info.container_bytes == codes + 2 * 4 * (8 + 8 + 4 + 5)  # scales and biases
     assert info.file_bytes == sum(info.path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin"))
 
 

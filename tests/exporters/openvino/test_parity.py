@@ -30,7 +30,7 @@ def file_of(tmp_path):
 @pytest.mark.parametrize(("name", "bits"), CASES)
 def test_every_layer_is_compared_and_nearly_every_code_is_that_of_integers(name, bits, file_of):
     network, info = integers(name, bits)[1], file_of(name, bits)
-    report = check_openvino_parity(info.path, info.source, other_images())
+    report = check_openvino_parity(info.path, info.source, other_images().numpy())
     report.require(ALLOWED["openvino"])
     assert report.runtime.startswith("openvino ")
     assert {layer.name for layer in report.layers} == {key.removesuffix(".weight") for key in network.weights}
@@ -44,7 +44,7 @@ def test_layers_in_float_are_named(file_of):
     products = {node.get_friendly_name().partition("/")[0]: node for node in model.get_ops() if node.get_type_name() == "Convolution"}
     products["twice:2"].input(1).replace_source_output(products["twice"].input_value(1))
     replace_file(info.path, model)
-    report = check_openvino_parity(info.path, info.source, other_images())
+    report = check_openvino_parity(info.path, info.source, other_images().numpy())
     assert "twice" in report.float_layers
     with pytest.raises(BitscapeError, match=r"computes [12] layers? in float \(twice"):
         report.require(ALLOWED["openvino"])
@@ -108,7 +108,7 @@ def feeds(layer: str, kind: str):
 def test_a_file_that_computes_one_layer_otherwise_is_found_out(layer, kind, change, file_of):
     info = file_of("mobile")
     edited(info.path, feeds(layer, kind), change)
-    report = check_openvino_parity(info.path, info.source, other_images())
+    report = check_openvino_parity(info.path, info.source, other_images().numpy())
     assert wrong(report) == [layer]  # others are judged by the codes they got
     with pytest.raises(BitscapeError, match=rf"computes 1 of 8 layers otherwise .* worst {layer}: \d+ of \d+ codes differ"):
         report.require(ALLOWED["openvino"])
@@ -128,7 +128,7 @@ def test_a_token_joined_to_patches_by_the_batch_size_is_computed_as_integers_say
 
     network = integer_network(quantized(made(build)), images())
     info = write_openvino(network, tmp_path / "net.xml", images())
-    check_openvino_parity(info.path, info.source, other_images()).require(ALLOWED["openvino"])
+    check_openvino_parity(info.path, info.source, other_images().numpy()).require(ALLOWED["openvino"])
 
 
 @pytest.mark.parametrize("kind", ["gated", "scaled", "norm"])
@@ -157,4 +157,4 @@ def test_a_mean_of_what_constants_scale_is_computed_as_integers_say(kind, tmp_pa
 
 def test_a_file_of_another_network_is_refused(file_of):
     with pytest.raises(BitscapeError, match=r"layer stem: the OpenVINO file has no such layer"):
-        check_openvino_parity(file_of("mobile").path, file_of("fire").source, images())
+        check_openvino_parity(file_of("mobile").path, file_of("fire").source, images().numpy())

@@ -8,6 +8,7 @@ multiplication brings them to the next tensor's codes, as in ONNX Runtime's kern
 import torch
 from torch import Tensor, fx
 
+from bitscape.calling import Inputs
 from bitscape.exporters.integer.form import IntegerNetwork
 from bitscape.exporters.integer.graph import LINEAR, grid_of, is_quantizer
 from bitscape.exporters.integer.weights import IntegerWeight, input_scale
@@ -16,10 +17,10 @@ from bitscape.quant.convert import batches_of
 
 
 @torch.no_grad()
-def run_integers(network: IntegerNetwork, images: Tensor) -> dict[str, Tensor]:
-    """The network's outputs by name for one batch of normalized float32 images (n, c, h, w), its layers computed in integers."""
-    (batch,) = batches_of([images], network.module)
-    return named_outputs(_Executor(network).run(batch))
+def run_integers(network: IntegerNetwork, inputs: Inputs) -> dict[str, Tensor]:
+    """The network's outputs by name for one batch of what it is called with, its layers computed in integers."""
+    (batch,) = batches_of([inputs], network.module)
+    return named_outputs(_Executor(network).run(*network.interface.tensors(batch)))
 
 
 class _Executor(fx.Interpreter):

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.exporters.integer.calls import separate_calls
 from bitscape.exporters.integer.graph import ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
+from bitscape.exporters.integer.interface import Interface, as_samples
 from bitscape.exporters.integer.norms import fold_norms
 from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.exporters.integer.rectifiers import absorb_rectifiers, loosen_limits
@@ -34,7 +37,7 @@ class IntegerNetwork:
     """A network whose layers compute with integers."""
 
     module: fx.GraphModule
-    """The simulation: float32 images (n, c, h, w) in; out a tensor where the network returns one, otherwise a dict by name (`outputs`)."""
+    """The simulation: the tensors of `interface` in, one argument each; out a tensor where the network returns one, else a dict by name."""
     weights: Mapping[str, IntegerWeight]
     """Name of the weight -> its integers; further calls of a layer have weights of their own (`separate_calls`)."""
     biases: Mapping[str, Tensor]
@@ -43,20 +46,23 @@ class IntegerNetwork:
     """Name of the same weight -> its layer in the network."""
     added: Mapping[str, ActivationGrid]
     """Name of a tensor in the graph -> the 8-bit grid that it got in addition to the layers' own."""
+    interface: Interface
+    """What the network takes and returns."""
 
 
-def integer_network(network: nn.Module, images: Tensor, observer: Observer | None = None) -> IntegerNetwork:
+def integer_network(network: nn.Module, data: Samples | Inputs, observer: Observer | None = None) -> IntegerNetwork:
     """Trace a quantized network and bring it into integer form.
 
     Args:
         network: calibrated or trained, of static bits; it stays as it is.
-        images: normalized float32 (n, c, h, w), two at least, better a few hundred; they calibrate the added quantizers.
+        data: samples, or what the network is called with, normalized; two at least, better a few hundred, of one
+            shape. They calibrate the added quantizers.
         observer: how these ranges are chosen; mean squared error by default.
 
     Raises:
         BitscapeError: as `trace`; no layer that can be computed in integers; or weights and activations that no 8-bit integer can hold.
     """
-    traced, layers = separate_calls(_of_integers(trace(network, images)))
+    traced, layers = separate_calls(_of_integers(trace(network, data)))
     module, graph = traced.module, traced.module.graph
     weights = {key: integer_weight(key, codes) for key, codes in traced.codes.items()}
     biases = fold_norms(traced, weights)
@@ -67,7 +73,7 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     added = place_quantizers(graph, traced.is_layer)
     integer_biases = {key: integer_bias(graph, weights, key, bias) for key, bias in biases.items()}
     write_back(traced, weights, integer_biases)
-    _calibrate(module, added, images, observer or Mse())  # with the folded norms' scales and biases in the module
+    _calibrate(traced, added, as_samples(data), observer or Mse())  # with the folded norms' scales and biases in the module
     repeat_quantizers(graph, traced.is_layer)
     absorb_rectifiers(graph)
     loosen_limits(graph)
@@ -75,7 +81,8 @@ def integer_network(network: nn.Module, images: Tensor, observer: Observer | Non
     module.recompile()
     found = {str(node.args[0]): grid_of(node) for node in added}
     _log.info("integer graph: %d layers, %d quantizers of 8 bits added", len(weights), len(found))
-    return IntegerNetwork(module, weights, {key: integers for key, (integers, _) in integer_biases.items()}, layers, found)
+    biases_only = {key: integers for key, (integers, _) in integer_biases.items()}
+    return IntegerNetwork(module, weights, biases_only, layers, found, traced.interface)
 
 
 def _of_integers(traced: Traced) -> Traced:
@@ -170,11 +177,11 @@ def uint8_grid(grid: ActivationGrid) -> ActivationGrid:
     return ActivationGrid(scale=grid.scale, zero_point=float(zero_point + shift), qmin=grid.qmin + shift, qmax=grid.qmax + shift)
 
 
-def _calibrate(module: fx.GraphModule, added: list[fx.Node], images: Tensor, observer: Observer) -> None:
-    recorder = _Recorder(module, added)
+def _calibrate(traced: Traced, added: list[fx.Node], samples: Samples, observer: Observer) -> None:
+    recorder = _Recorder(traced.module, added)
     with torch.no_grad():
-        for batch in batches_of(images, module):
-            recorder.run(batch)
+        for inputs in batches_of(samples, traced.module):
+            recorder.run(*traced.interface.tensors(inputs))
     for node, sample in recorder.samples.items():
         values = sample.values()
         with prefixed("images, behind the network's operators"):

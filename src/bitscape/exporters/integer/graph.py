@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from bitscape.errors import BitscapeError, explained_forward, first_line, prefixed
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
+from bitscape.errors import BitscapeError, first_line, prefixed
 from bitscape.exporters.codes import weight_codes
+from bitscape.exporters.integer.interface import Interface, checked_samples, example_of
 from bitscape.models.copies import copied
-from bitscape.models.dtypes import check_images
 from bitscape.models.modes import in_eval_mode
-from bitscape.models.named_outputs import returning_by_name
 from bitscape.policy import LayerBits
-from bitscape.quant.convert import batches_of
 from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.layers import QuantizedLayer, quantized_layers, static_bits
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
@@ -101,6 +101,8 @@ class Traced:
     """Name of a quantized weight, such as "conv1.weight" -> its integers."""
     bits: dict[str, LayerBits]
     """The same names -> bits of weight and input."""
+    interface: Interface
+    """What the network takes and returns; the module takes its tensors, one argument each."""
 
     def weight_name(self, node: fx.Node) -> str | None:
         """Name of the quantized weight of a convolution or linear node; None for any other node."""
@@ -117,12 +119,13 @@ def layer_of(weight: str) -> str:
     return weight.removesuffix("weight").removesuffix(".")
 
 
-def trace(network: nn.Module, example: Tensor) -> Traced:
+def trace(network: nn.Module, example: Samples | Inputs) -> Traced:
     """Trace a calibrated network of static bits; the batch size stays free.
 
     Args:
         network: what `quantize` and `calibrate` returned, a trained one or `load_packed`'s; it stays as it is.
-        example: normalized float32 images (n, c, h, w), two at least.
+        example: samples, or what the network is called with, normalized; two samples at least, of one shape. An input
+            whose first size is not the number of samples keeps its shape.
 
     Raises:
         BitscapeError: no quantized layer, scales that are not set, or a forward that torch.export cannot follow.
@@ -131,9 +134,7 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
-    check_images(example, "example", model=model)
-    if len(example) < 2:
-        raise BitscapeError(f"example: {len(example)} images; give two at least, so that the batch size stays free")
+    samples = checked_samples(example, model)
     codes, bits = {}, {}
     for name, layer in layers.items():
         if not getattr(layer.input_quantizer, "initialized", True):
@@ -145,29 +146,31 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
         bits[key] = static_bits(layer)
         _make_traceable(layer, codes[key], grid)
     with quiet(), torch.no_grad():
-        (images,) = batches_of(example[:2], model)
-        with explained_forward(images):
-            model(images)
-        program = export_program(model, images, otherwise=", or use `bitscape export packed`, which needs no tracing")
+        interface = Interface.of(model, samples)
+        advice = ", or use `bitscape export packed`, which needs no tracing"
+        program = export_program(model, interface, example_of(samples, model), otherwise=advice)
         # Functional form: without in-place operators, one value has one name.
         module = program.run_decompositions({}).module()
     _tidy(module)
     _use_first_names(model, module)
     _warn_of_lost(codes, module)
-    return Traced(module, codes, bits)
+    return Traced(module, codes, bits, interface)
 
 
-def export_program(network: nn.Module, images: Tensor, *, otherwise: str = "") -> torch.export.ExportedProgram:
-    """What torch.export makes of `network` on `images` (n, c, h, w), two at least; the batch size stays free.
+def export_program(
+    network: nn.Module, interface: Interface, example: Inputs, *, otherwise: str = ""
+) -> torch.export.ExportedProgram:
+    """What torch.export makes of `network`, called with two samples at least; the batch size stays free.
 
-    It returns a tensor if the network does, and otherwise a dict by name (`outputs`).
+    It takes the tensors of `interface`, and returns a tensor if the network does, otherwise a dict by name.
 
     Raises:
         BitscapeError: a forward that it cannot follow; the advice ends in `otherwise`.
     """
     try:
-        with returning_by_name(network):
-            return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with interface.called_flat(network, example):
+            tensors = tuple(interface.tensors(example))
+            return torch.export.export(network, tensors, dynamic_shapes=interface.free_batch())
     except Exception as error:
         raise BitscapeError(
             f"network: torch.export cannot follow its forward ({type(error).__name__}: {first_line(error)}); write it without branches on "

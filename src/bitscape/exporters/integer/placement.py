@@ -12,8 +12,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
     it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
 
-Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
-tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+Linear layers keep float results unless all that is made of them passes one quantizer: runtimes can return those, and the residual streams
+of transformers tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -91,8 +91,8 @@ def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> li
     for node in list(graph.nodes):
         if placer.is_site(node):
             placer.settle(node)
-        elif node.op == "placeholder":
-            placer.hoist(node)
+        elif node.op == "placeholder" or (node.target is LINEAR and is_layer(node)):
+            placer.hoist(behind_rectifiers(node))
     return placer.added
 
 
@@ -155,9 +155,7 @@ class _Placer:
                 self.graph.erase_node(user)
 
     def settle(self, site: fx.Node) -> None:
-        tail = site
-        while len(tail.users) == 1 and (user := next(iter(tail.users))).target in RECTIFIERS:
-            tail = user
+        tail = behind_rectifiers(site)
         takers = self._rounding_users(tail)
         if takers and not self.hoist(tail) and (self.is_convolution(site) or any(map(self._wants_codes, takers))):
             self._read_from(self._shared_quantizer(tail), tail)
@@ -222,6 +220,13 @@ class _Placer:
         takers = [user for user in node.users if self._wants_codes(user) or self.is_layer(user)]
         if any(not is_own_padding(node, user) for user in takers):
             self._read_from(insert_quantizer(self.graph, node, grid_of(source)), node)
+
+
+def behind_rectifiers(node: fx.Node) -> fx.Node:
+    """The last of the rectifiers that alone take the node's values, or the node itself."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in RECTIFIERS:
+        node = user
+    return node
 
 
 def float_reads(graph: fx.Graph) -> set[tuple[fx.Node, fx.Node]]:

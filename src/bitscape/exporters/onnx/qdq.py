@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
+from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import FAKE_QUANTIZE, layer_of
+from bitscape.exporters.integer.interface import as_samples, example_of
 from bitscape.exporters.integer.weights import bias_name, input_scale
 from bitscape.exporters.onnx.marks import DOMAIN, MARK, MARKED, mark_node, with_marks
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
-from bitscape.quant.convert import batches_of
 
 if TYPE_CHECKING:
     import onnx
@@ -56,46 +58,53 @@ class OnnxInfo:
     """Its size."""
     container_bytes: int
     """Weights in their containers, weight scales, and biases."""
+    scale_bytes: int
+    """Of it weight scales and biases."""
     containers: dict[str, int]
     """Layer -> bits of the container of its weights."""
     added: int
     """Quantizers of 8 bits that the network's own do not include."""
 
 
-def save_onnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> OnnxInfo:
+def save_onnx(
+    network: nn.Module, path: str | os.PathLike[str], data: Samples | Inputs, *, containers: Sequence[int] = CONTAINERS
+) -> OnnxInfo:
     """Write a quantized network as an ONNX file with a free batch size; a crash leaves the old file or the new one.
 
     Args:
         network: calibrated or trained, of static bits.
         path: the file, usually `.onnx`.
-        images: normalized float32 (n, c, h, w), a few hundred; they calibrate the 8-bit quantizers that are added (`placement`).
+        data: samples, or what the network is called with, normalized, a few hundred of one shape; they calibrate the
+            8-bit quantizers that are added (`placement`).
         containers: widths that weights may be stored in; PORTABLE for other runtimes than ONNX Runtime.
 
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing; or as `integer_network`.
     """
-    return write_onnx(integer_network(network, images), path, images, containers=containers)
+    return write_onnx(integer_network(network, data), path, data, containers=containers)
 
 
 def write_onnx(
-    network: IntegerNetwork, path: str | os.PathLike[str], images: Tensor, *, containers: Sequence[int] = CONTAINERS
+    network: IntegerNetwork, path: str | os.PathLike[str], data: Samples | Inputs, *, containers: Sequence[int] = CONTAINERS
 ) -> OnnxInfo:
-    """As `save_onnx`, for a network in integer form; two of `images` are traced."""
-    model = onnx_model(network, images, containers=containers)
+    """As `save_onnx`, for a network in integer form; two of `data` are traced."""
+    model = onnx_model(network, data, containers=containers)
     content = checked_bytes(_compact(model))
     write_atomic(path, content)
     stored = layer_containers(network, containers)
-    return OnnxInfo(Path(path), len(content), container_bytes(network, containers), stored, len(network.added))
+    return OnnxInfo(
+        Path(path), len(content), container_bytes(network, containers), scale_bytes(network), stored, len(network.added)
+    )
 
 
-def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
+def onnx_model(network: IntegerNetwork, data: Samples | Inputs, *, containers: Sequence[int] = CONTAINERS) -> "ir.Model":
     """The network as an onnx_ir model. Raises BitscapeError when the packages of the extra "onnx" are missing."""
     if not containers or not set(containers) <= set(CONTAINERS):
         allowed = ", ".join(map(str, CONTAINERS))
         raise BitscapeError(f"containers = {containers!r}: ONNX stores integers of {allowed} bits; give some of them")
     operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _quantize_dequantize, MARKED: mark_node}
-    (traced,) = batches_of(images[:2], network.module)
-    model = onnx_graph(with_marks(network), traced, operators, opset=OPSETS[4][0], free_batch=True)
+    example = example_of(as_samples(data), network.module)
+    model = onnx_graph(with_marks(network), network.interface, example, operators, opset=OPSETS[4][0], free_batch=True)
     import onnx_ir as ir
 
     writer = _Writer(model.graph, network, containers)

@@ -27,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs
 from bitscape.cost.layers import measure
-from bitscape.engine.forward import device_of
+from bitscape.data.samples import Samples
 from bitscape.exporters.integer.graph import FAKE_QUANTIZE, Traced, grid_of, layer_of, trace
+from bitscape.exporters.integer.interface import as_samples, example_of
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
 from bitscape.quant.grid import MID_RISE
@@ -65,25 +67,25 @@ class QonnxInfo:
         return sum(macs * weight * activation for (weight, activation), macs in self.macs.items())
 
 
-def save_qonnx(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> QonnxInfo:
+def save_qonnx(network: nn.Module, path: str | os.PathLike[str], data: Samples | Inputs) -> QonnxInfo:
     """Write a quantized network as a QONNX file for one image at a time; a crash leaves the old file or the new one.
 
     Args:
         network: calibrated or trained, of static bits; any of bitscape's quantizers.
         path: the file, usually `.onnx`.
-        images: normalized float32 (n, c, h, w), two at least; only their shape counts.
+        data: samples, or what the network is called with, two at least, of one shape; only shapes count.
 
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing; or as `trace`.
     """
-    images = images[:2].to(device_of(network))
-    traced = trace(network, images)
+    traced = trace(network, data)
+    sample = example_of(as_samples(data), network, count=1)
     forms = {key: weight_form(codes, traced.bits[key].weight) for key, codes in traced.codes.items()}
     warn_of_zero_points(traced)
-    content = checked_bytes(_model(traced, forms, images))
+    content = checked_bytes(_model(traced, forms, sample))
     write_atomic(path, content)
     bits = {layer_of(key): (form.bits, traced.bits[key].activation) for key, form in forms.items()}
-    layers = [layer for layer in measure(network, tuple(images.shape[1:])).layers if layer.name in bits]
+    layers = [layer for layer in measure(network, sample).layers if layer.name in bits]
     macs: Counter[tuple[int, int]] = Counter()
     for layer in layers:
         macs[bits[layer.name]] += layer.macs
@@ -132,10 +134,10 @@ def _(weight: Tensor, scale: Tensor, bits: int, narrow: bool) -> Tensor:
 QUANTIZED_WEIGHT = torch.ops.bitscape.quantized_weight.default
 
 
-def _model(traced: Traced, forms: Mapping[str, WeightForm], images: Tensor) -> Any:
+def _model(traced: Traced, forms: Mapping[str, WeightForm], sample: Inputs) -> Any:
     _insert_weight_quantizers(traced, forms)
     operators: dict[Any, Callable[..., Any]] = {FAKE_QUANTIZE: _activation_node, QUANTIZED_WEIGHT: _weight_node}
-    model = onnx_graph(traced.module, images[:1], operators, opset=OPSET, free_batch=False)
+    model = onnx_graph(traced.module, traced.interface, sample, operators, opset=OPSET, free_batch=False)
     return _finished(model)
 
 

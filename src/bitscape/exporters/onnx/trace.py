@@ -1,14 +1,15 @@
 """From a traced graph to an ONNX model, and from the model to a file's content: what the ONNX exporters share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from bitscape.calling import Inputs
 from bitscape.errors import BitscapeError, first_line, needs_extra
 from bitscape.exporters.integer.graph import quiet
-from bitscape.models.named_outputs import named_outputs
+from bitscape.exporters.integer.interface import Interface
 
 LAST = 2**63 - 1
 """End of a slice that reaches to the last value."""
@@ -19,16 +20,23 @@ if TYPE_CHECKING:
 
 
 def onnx_graph(
-    module: fx.GraphModule, images: Tensor, operators: Mapping[Any, Callable[..., Any]], *, opset: int, free_batch: bool
+    module: fx.GraphModule,
+    interface: Interface,
+    example: Inputs,
+    operators: Mapping[Any, Callable[..., Any]],
+    *,
+    opset: int,
+    free_batch: bool,
 ) -> "ir.Model":
-    """The ONNX model of a traced graph; its input is called as the network's forward calls it, its outputs as `named_outputs` does.
+    """The ONNX model of a traced graph; its inputs and outputs are called as `interface` says.
 
     Args:
         module: the module of a `Traced`.
-        images: (n, c, h, w) as the network takes them; only their shape counts.
+        interface: the network's.
+        example: what the network is called with; only shapes count.
         operators: bitscape's own torch operators -> what each becomes; called by torch.onnx with onnxscript's values.
         opset: version of the ONNX operators, 18 at least.
-        free_batch: leave the batch size open; otherwise it is that of `images`.
+        free_batch: leave the batch size open; otherwise it is that of `example`.
 
     Raises:
         BitscapeError: the packages of the extra "onnx" are missing, or torch.onnx does not know an operator of the graph.
@@ -39,10 +47,10 @@ def onnx_graph(
         with quiet():
             program = torch.onnx.export(
                 module,
-                (images,),
+                tuple(interface.tensors(example)),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim("batch")},) if free_batch else None,
+                dynamic_shapes=interface.free_batch() if free_batch else None,
                 custom_translation_table=dict(operators),
                 verbose=False,
                 optimize=True,
@@ -57,30 +65,26 @@ def onnx_graph(
         ) from error
     assert program is not None
     model: ir.Model = program.model
-    with torch.no_grad():
-        names = list(named_outputs(module(images)))
-    (placeholder,) = module.graph.find_nodes(op="placeholder")
-    _name_ends(model.graph, str(placeholder.target), names)
+    _name_ends(model.graph, interface)
     return model
 
 
-def _name_ends(graph: "ir.Graph", images: str, outputs: Sequence[str]) -> None:
-    """Name the input and the outputs; values within the graph make way, and so does an input of an output's name."""
+def _name_ends(graph: "ir.Graph", interface: Interface) -> None:
+    """Name the inputs and the outputs; values within the graph make way."""
     import onnx_ir as ir
 
     for index, value in enumerate(graph.outputs):
-        if value.producer() is None or value in graph.outputs[:index]:  # the images, a constant, or another output once more
+        if value.producer() is None or value in graph.outputs[:index]:  # an input, a constant, or another output once more
             node = ir.node("Identity", [value])
             graph.append(node)
             node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
             graph.outputs[index] = node.outputs[0]
     ends = [*graph.inputs, *graph.outputs]
-    taken = {images, *outputs}
+    taken = {*interface.names, *interface.outputs}
     for value in [*graph.initializers.values(), *(output for node in graph for output in node.outputs)]:
         if value.name in taken or value in ends:
             value.name = f"{value.name}.value"
-    graph.inputs[0].name = f"{images}.input" if images in outputs else images
-    for value, name in zip(graph.outputs, outputs, strict=True):
+    for value, name in zip(ends, (*interface.names, *interface.outputs), strict=True):
         value.name = name
 
 

@@ -27,10 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
+from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import layer_of
 from bitscape.exporters.onnx.qdq import onnx_model
@@ -65,8 +67,10 @@ class OpenvinoInfo:
     """The .xml file; the .bin file stands beside it."""
     file_bytes: int
     """Size of both."""
-    weight_bytes: int
+    container_bytes: int
     """Weights in their containers, weight scales, and biases."""
+    scale_bytes: int
+    """Of it weight scales and biases."""
     containers: dict[str, int]
     """Layer -> bits of the container of its weights."""
     added: int
@@ -75,7 +79,7 @@ class OpenvinoInfo:
     """The ONNX graph that the file was made of: the same layers, with int8 weights."""
 
 
-def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
+def save_openvino(network: nn.Module, path: str | os.PathLike[str], data: Samples | Inputs) -> OpenvinoInfo:
     """Write a quantized network as an OpenVINO IR with a free batch size.
 
     A crash leaves the two files old or new, or no .xml file: never one beside the weights of another.
@@ -83,32 +87,34 @@ def save_openvino(network: nn.Module, path: str | os.PathLike[str], images: Tens
     Args:
         network: calibrated or trained, of static bits.
         path: the .xml file; the weights go into a .bin file beside it.
-        images: normalized float32 (n, c, h, w), a few hundred; they calibrate the 8-bit quantizers that are added (`placement`).
+        data: samples, or what the network is called with, normalized, a few hundred of one shape; they calibrate the
+            8-bit quantizers that are added (`placement`).
 
     Raises:
         BitscapeError: a path that does not end in .xml, missing packages of the extras "onnx" and "openvino"; or as `integer_network`.
     """
     _checked(path)
-    return write_openvino(integer_network(network, images), path, images)
+    return write_openvino(integer_network(network, data), path, data)
 
 
-def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], images: Tensor) -> OpenvinoInfo:
-    """As `save_openvino`, for a network in integer form; two of `images` are traced."""
+def write_openvino(network: IntegerNetwork, path: str | os.PathLike[str], data: Samples | Inputs) -> OpenvinoInfo:
+    """As `save_openvino`, for a network in integer form; two of `data` are traced."""
     path = _checked(path)
-    model, source = openvino_model(network, images)
+    model, source = openvino_model(network, data)
     content = _contents(model)
     write_together({path.with_suffix(suffix): part for suffix, part in content.items()})
     file_bytes, stored = sum(map(len, content.values())), layer_containers(network, CONTAINERS)
-    return OpenvinoInfo(path, file_bytes, container_bytes(network, CONTAINERS), stored, len(network.added), source)
+    stored_bytes, scales = container_bytes(network, CONTAINERS), scale_bytes(network)
+    return OpenvinoInfo(path, file_bytes, stored_bytes, scales, stored, len(network.added), source)
 
 
-def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.ModelProto]":
+def openvino_model(network: IntegerNetwork, data: Samples | Inputs) -> "tuple[Any, onnx.ModelProto]":
     """The network as an openvino.Model, and the ONNX graph that this was made of.
 
     Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing.
     """
     openvino = runtime_module("openvino")
-    graph = onnx_model(network, images, containers=(8,))
+    graph = onnx_model(network, data, containers=(8,))
     import onnx_ir as ir
 
     source = ir.to_proto(graph)

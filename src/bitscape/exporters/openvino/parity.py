@@ -7,18 +7,17 @@ compared as well (`agreement`).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.exporters.openvino.ir import PRODUCTS, only_user
 from bitscape.exporters.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.folders import scratch_folder
 from bitscape.runtimes.packages import runtime_module
-from bitscape.runtimes.sessions import OpenVino
+from bitscape.runtimes.sessions import Feed, OpenVino
 
 if TYPE_CHECKING:
     import onnx
@@ -30,14 +29,17 @@ BETWEEN = 1e-3
 
 
 def check_openvino_parity(
-    path: str | os.PathLike[str], source: "onnx.ModelProto", images: Tensor, runtime: OpenVino | None = None
+    path: str | os.PathLike[str],
+    source: "onnx.ModelProto",
+    inputs: Array | Iterable[Feed],
+    runtime: OpenVino | None = None,
 ) -> ParityReport:
     """Run an exported OpenVINO file on images and compare every layer with the reference.
 
     Args:
         path: the .xml file that `write_openvino` wrote.
         source: the graph that it was made of, of the `OpenvinoInfo`.
-        images: normalized float32 (n, c, h, w).
+        inputs: batches of a few samples by input name, `Interface.feeds`; or images (n, ...) for a file of one input.
         runtime: with one thread by default.
 
     Raises:
@@ -57,13 +59,13 @@ def check_openvino_parity(
         openvino.save_model(model, file, compress_to_fp16=False)
         session = runtime.open(file)
 
-    def run(batch: Array) -> Mapping[str, Array]:
+    def run(batch: Feed) -> Mapping[str, Array]:
         values = session.run(batch)
         return {name: read(values[position[_key(port)]]) for name, (port, read) in tapped.items()}
 
     names = {layer.name for layer in layers}
     in_float = [name for name in runtime.open(path).float_layers() if name in names]  # others are in float in the network, too
-    return compare_layers(runtime.version, layers, images.cpu().numpy(), run, in_float)
+    return compare_layers(runtime.version, layers, inputs, run, in_float)
 
 
 def _taps(model: Any, layers: list[FileLayer]) -> dict[str, tuple[Any, Any]]:

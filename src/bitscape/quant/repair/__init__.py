@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, sample_count
 from bitscape.errors import BitscapeError, nearest
+from bitscape.quant.convert import Data
 from bitscape.quant.repair.adaptive import adaptive_rounding
 from bitscape.quant.repair.bias import correct_biases
 from bitscape.quant.repair.equalize import ChannelClip, Equalized, equalize
@@ -26,6 +28,8 @@ __all__ = [
     "repair",
 ]
 
+HELD = 1024
+"""Samples of an iterator that are held for a second pass."""
 _ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, RoundingError]]] = {
     "compensate": compensate_rounding,
     "adaptive": adaptive_rounding,
@@ -35,7 +39,7 @@ _ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Roun
 def repair(
     model: nn.Module,
     float_model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    data: Data,
     *,
     moments: Mapping[str, Tensor] | None = None,
     rounding: str | None = "compensate",
@@ -46,9 +50,10 @@ def repair(
     Args:
         model: what `quantize` and `calibrate` returned, by LSQ or LSQ+.
         float_model: the network that was quantized, norms folded.
-        images: normalized float32 (n, c, h, w), or batches of them; no labels. 128 are enough for most networks. Batches are
-            gone through twice: those of an iterator are held in memory, those of a list or a loader are not.
-        moments: `input_moments(float_model, images)`, if they are at hand from an earlier policy.
+        data: samples, a tensor (n, ...), or batches of inputs; normalized, no labels. 128 samples are enough for most
+            networks. They are gone through twice; of an iterator, which can be gone through once, the first 1,024
+            samples are held in memory, and biases are corrected on those.
+        moments: `input_moments(float_model, data)`, if they are at hand from an earlier policy.
         rounding: "compensate" (seconds), "adaptive" (minutes), or None.
         bias: correct biases.
 
@@ -57,9 +62,24 @@ def repair(
     """
     if rounding is not None and rounding not in _ROUNDINGS:
         raise BitscapeError(f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None{nearest(rounding, _ROUNDINGS)}")
-    batches = list(images) if isinstance(images, Iterator) else images  # twice through them
+    second = data
     if rounding is not None:
-        _ROUNDINGS[rounding](model, input_moments(float_model, batches) if moments is None else moments)
+        if moments is None:
+            if bias and isinstance(data, Iterator):
+                second = list[Inputs]()
+                data = _holding(data, second)
+            moments = input_moments(float_model, data)
+        _ROUNDINGS[rounding](model, moments)
     if bias:
-        correct_biases(model, float_model, batches)
+        correct_biases(model, float_model, second)
     return model
+
+
+def _holding(batches: Iterable[Inputs], held: list[Inputs]) -> Iterator[Inputs]:
+    """Yield the batches; the first ones stay in `held`, HELD samples at most but for one batch."""
+    count = 0
+    for inputs in batches:
+        if count < HELD:
+            held.append(inputs)
+            count += sample_count(inputs)
+        yield inputs

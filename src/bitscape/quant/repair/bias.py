@@ -19,20 +19,20 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitscape.errors import BitscapeError, nearest
+from bitscape.calling import call
+from bitscape.errors import BitscapeError, explained_forward, nearest
 from bitscape.models.dtypes import check_float32
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
-from bitscape.quant.convert import batches_of
+from bitscape.quant.convert import Data, batches_of
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
@@ -42,7 +42,7 @@ GAIN_LIMIT = 2.0
 """Gains stay within 1/2 .. 2: channels that hardly vary give no ratio to trust."""
 
 
-def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | Iterable[Tensor], *, gain: bool = True) -> dict[str, float]:
+def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain: bool = True) -> dict[str, float]:
     """Give each channel of each layer's output the float network's mean, by its bias, and standard deviation, by its scale.
 
     In place. A layer without a bias stays as it is: where a norm follows, `recalibrate_norms` does the same, and
@@ -51,7 +51,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     Args:
         model: quantized and calibrated.
         float_model: the network that was quantized (its nn.MultiheadAttention split, if it has any).
-        images: normalized float32 (n, c, h, w), or batches of them.
+        data: samples, a tensor (n, ...), or batches of inputs; normalized.
         gain: restore standard deviations too, where a layer has one LSQ weight scale per output channel; False corrects
             biases alone, as in the paper.
 
@@ -76,9 +76,10 @@ def correct_biases(model: nn.Module, float_model: nn.Module, images: Tensor | It
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
     try:
         with evaluating(model), evaluating(float_model):
-            for batch in batches_of(images, model):
-                float_model(batch)
-                model(batch)
+            for inputs in batches_of(data, model):
+                with explained_forward(inputs):
+                    call(float_model, inputs)
+                    call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.copies import copied
 from bitscape.models.layers import groups_of
@@ -79,12 +81,14 @@ class Equalized:
 
 
 @without_autocast()
-def equalize(model: nn.Module, example: Tensor, *, clip_channels: bool = True, sweeps: int = 20, inplace: bool = False) -> Equalized:
+def equalize(
+    model: nn.Module, example: Samples | Inputs, *, clip_channels: bool = True, sweeps: int = 20, inplace: bool = False
+) -> Equalized:
     """Equalize the weight ranges of every pair of layers joined by ReLU, padding, pooling or nothing; depthwise layers too.
 
     Args:
         model: float network with norms folded (`fold_norms`); it is copied unless `inplace`.
-        example: float32 (n, c, h, w), normalized for the model; the outputs on it must not change.
+        example: inputs of the model, normalized; the outputs on them must not change. Of `Samples` those of the first shape.
         clip_channels: replace ReLU6 by `ChannelClip`; False skips pairs with ReLU6 between them.
         sweeps: passes over all pairs; a layer between two others is in two pairs, which pull at each other.
         inplace: change `model` itself.

@@ -1,7 +1,7 @@
 """Second moments of every layer's input: collected once from the float network, used for every policy."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
-from bitscape.quant.convert import batches_of, run_batches
+from bitscape.quant.convert import Data, batches_of, run_batches
 from bitscape.quant.functional import without_autocast
 
 _log = logging.getLogger("bitscape.quant.repair")
@@ -22,7 +22,7 @@ UNFOLDED_ELEMENTS = 1 << 24
 """Values unfolded at once: 64 MB of float32."""
 
 
-def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positions: int = 128, seed: int = 0) -> dict[str, Tensor]:
+def input_moments(model: nn.Module, data: Data, *, positions: int = 128, seed: int = 0) -> dict[str, Tensor]:
     """Mean of x x^T over the inputs x that a layer's weight rows are multiplied with.
 
     Every call of conv1d, conv2d and linear with a layer's own weight counts, so padding of the layer's own (SAME) and
@@ -31,7 +31,7 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
 
     Args:
         model: float network; nn.MultiheadAttention is split in a copy, as `quantize` does.
-        images: normalized float32 (n, c, h, w), or batches of them.
+        data: samples, a tensor (n, ...), or batches of inputs; normalized.
         positions: output positions (or tokens) of each image that count, drawn at random; a few thousand in all are enough for most layers.
         seed: of that draw.
 
@@ -45,7 +45,7 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
     names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
-        if not run_batches(model, batches_of(images, model)):
+        if not run_batches(model, batches_of(data, model)):
             raise BitscapeError("images: no batch; give at least one image, better a few hundred")
     for name in names.values():
         if name not in collector.sums:
