@@ -10,7 +10,7 @@ from bitscape.report.blocks import Block, Missing, Section, Table, Text
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import Shown, caps_of, group_of
-from bitscape.report.words import NONE, amount, cost_name, cost_text, counted, listed, percent, points
+from bitscape.words import NONE, amount, cost_name, cost_text, counted, listed, percent, points
 
 GIVE_POLICY = "Needs a policy file of `bitscape search`, or a folder of `bitscape train --policy`"
 
