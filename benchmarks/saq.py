@@ -24,7 +24,7 @@ from bitscape.searches.fisher import Fisher
 from bitscape.searches.uniform import Uniform
 from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
 from bitscape.steps.plain import Plain
-from bitscape.steps.sam import Sam
+from bitscape.steps.sam import Sam, SharpSettings
 from bitscape.steps.saq import Saq
 from recipes.networks import WEIGHTS
 
@@ -33,7 +33,7 @@ KEYS = ("network", "method", "variant", "settings.budget", "settings.quantizer",
 RHO = 0.003
 """Chosen by the sweep."""
 SWEEP, SWEEP_SEED = (0.0003, 0.001, 0.003, 0.01, 0.03), 100
-STEPS: dict[tuple[str, str], Sam] = {
+STEPS: dict[tuple[str, str], SharpSettings] = {
     ("sam", "case 2"): Sam(),
     ("saq", "case 1"): Saq(case=1),
     ("saq", "case 3"): Saq(),

@@ -243,3 +243,22 @@ def test_uniform_policy_keeps_the_pinned_layers():
 def test_a_cost_that_no_float_holds_is_refused(value):
     with pytest.raises(PolicyError, match="cost 'bitops' is"):
         Policy({"a": LayerBits(4, 4)}, cost={"bitops": value})
+
+
+def test_a_policy_prints_its_ends_and_its_costs() -> None:
+    layers = {f"layer{at}": LayerBits(2, 8) for at in range(50)}
+    shown = Policy(layers, cost={"bitops": 2e9, "mean_weight_bits": 2.0}, provenance={"method": "fisher"})
+    lines = repr(shown).splitlines()
+    assert lines[:2] == ["Policy: 50 layers, fisher", "layer    weight bits  activation bits"] and len(lines) == 11
+    assert [line.split()[0] for line in lines[2:10]] == ["layer0", "layer1", "layer2", "layer3", "...", "layer47", "layer48", "layer49"]
+    assert lines[-1] == "bitops 2 G, mean_weight_bits 2"
+    assert repr(Policy({})) == "Policy: 0 layers"
+    assert "&lt;script&gt;" in Policy({"<script>": LayerBits(2, 2)})._repr_html_()
+
+
+def test_a_policy_is_drawn_layer_after_layer() -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    assert Policy({"a": LayerBits(2, 8), "b": LayerBits(4, 6)}).plot(axes) is axes
+    weights, activations = axes.get_lines()
+    assert (list(weights.get_ydata()), list(activations.get_ydata())) == ([2, 4], [8, 6])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"] and axes.get_ylabel() == "bits"

@@ -34,7 +34,10 @@ from typing import Any, ClassVar
 
 from bitscape.errors import BitscapeError, nearest
 from bitscape.files import json_text, parse_json, read_limited, write_atomic
+from bitscape.plots import new_axes, steps
+from bitscape.tables import Shown, Table, shortened
 from bitscape.version import __version__
+from bitscape.words import cost_text, counted
 
 FORMAT = 1
 MAX_BITS = 8
@@ -98,8 +101,8 @@ LayerBits.FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
 _PAIR = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, repr=False)
+class Policy(Shown):
     """Bits for every quantizable layer of one network.
 
     The mappings are copied; `provenance` is reduced to what JSON holds (tuples become lists).
@@ -153,6 +156,35 @@ class Policy:
                 "the layer names agree, the weight shapes do not; search again for this network, or set the policy's "
                 "fingerprint to null to use it all the same"
             )
+
+    def table(self) -> Table:
+        """Return the bits of the first and last layers, and the costs."""
+        rows = [(name, str(bits.weight), str(bits.activation)) for name, bits in self.layers.items()]
+        method = self.provenance.get("method")
+        return Table(
+            title=f"Policy: {counted(len(rows), 'layer')}{'' if method is None else f', {method}'}",
+            columns=("layer", "weight bits", "activation bits"),
+            rows=shortened(rows),
+            note=", ".join(f"{kind} {cost_text(kind, value)}" for kind, value in self.cost.items()),
+        )
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the bits of weights and activations, layer after layer.
+
+        Args:
+            axes: of matplotlib, to draw on; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            BitscapeError: matplotlib is not installed.
+        """
+        axes = new_axes(axes)
+        bits = self.layers.values()
+        steps(axes, list(self.layers), {"weights": [b.weight for b in bits], "activations": [b.activation for b in bits]})
+        axes.set(ylabel="bits", ylim=(0, MAX_BITS + 0.5), title=self.table().title)
+        return axes
 
     def difference(self, other: "Policy") -> list[tuple[str, LayerBits | None, LayerBits | None]]:
         """List (layer, bits here, bits in `other`) where the two differ; None where a policy lacks the layer."""

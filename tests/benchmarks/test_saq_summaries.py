@@ -2,7 +2,7 @@ from typing import Any
 
 from benchmarks.saq import BUDGETS, LONGER, PLAIN, QUANTIZERS, STEPS, SWEEP, SWEEP_SEED, step_of, swept, wanted
 from benchmarks.saq_summaries import saq
-from bitscape.steps import Plain, Sam
+from bitscape.steps import Plain, SharpSettings
 from tests.benchmarks.test_transfer_summaries import line_of
 
 
@@ -52,6 +52,6 @@ def test_the_sweep_varies_the_radius_alone() -> None:
     radii: dict[str, list[float]] = {}
     for each in swept(10_000, 2):
         step = step_of(each)
-        if each["variant"] == "case 3" and isinstance(step, Sam):
+        if each["variant"] == "case 3" and isinstance(step, SharpSettings):
             radii.setdefault(each["settings"].get("quantizer", "lsq"), []).append(step.rho)
     assert radii == {key: list(SWEEP) for key in ("lsq", *QUANTIZERS)}

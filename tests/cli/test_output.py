@@ -3,9 +3,9 @@ import logging
 import click
 import pytest
 
+from bitscape import words
 from bitscape.cli.output import amount, cost_text, logging_to_stderr, print_table, printable_output, short_names, size_ratio
 from bitscape.cost.policy_cost import CAPS
-from bitscape.report import words
 
 
 @pytest.mark.parametrize(

@@ -237,3 +237,11 @@ def test_a_single_last_image_joins_the_batch_before_unless_it_is_dropped():
     assert sorted(label for _, labels in batches.epoch(0) for label in labels.tolist()) == list(range(1, 10))
     assert [len(labels) for _, labels in Batches(**fields, drop_last=True).epoch(0)] == [4, 4]
     assert [len(labels) for _, labels in Batches(**fields, fewest=1).epoch(0)] == [4, 4, 1]
+
+
+def test_batches_print_their_data_set_and_settings():
+    batches = Batches(dataset=load_dataset("digits", limit=10), normalization=DIGITS, batch_size=4)
+    lines = [line.split() for line in repr(batches).splitlines()]
+    assert " ".join(lines[0]) == "Batches: 3 an epoch of Dataset digits train: 10 images of 1x8x8, 10 classes"
+    assert lines[1:4] == [["setting", "value"], ["normalization", "Normalization(mean=(0.0,),", "std=(1.0,))"], ["batch_size", "4"]]
+    assert len(lines) <= 12

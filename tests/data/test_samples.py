@@ -57,3 +57,19 @@ def test_a_tensor_of_every_sample_stays_whole():
 def test_no_sample_is_an_error():
     with pytest.raises(BitscapeError, match="data: it holds no sample"):
         Samples([])
+
+
+def test_samples_print_the_tensors_of_each_part():
+    labelled = Minibatch({"a": numbered(3, 2), "b": (numbered(3, 4, 5),)}, torch.arange(3))
+    lines = [line.split() for line in repr(Samples([labelled, Minibatch(numbered(2, 7), torch.arange(2))])).splitlines()]
+    assert lines == [
+        ["Samples:", "5", "samples"],
+        ["samples", "tensor", "shape", "of", "one", "type"],
+        ["3", "inputs.a", "2", "float32"],
+        ["3", "inputs.b.0", "4x5", "float32"],
+        ["3", "targets", "int64"],
+        ["2", "inputs", "7", "float32"],
+        ["2", "targets", "int64"],
+    ]
+    assert repr(Samples.of(numbered(1, 2))).splitlines()[0] == "Samples: 1 sample, no targets"
+    assert len(repr(Samples([Minibatch(numbered(2, size)) for size in range(1, 30)])).splitlines()) == 10

@@ -640,3 +640,14 @@ def test_rows_of_a_parquet_file_come_in_any_order_from_groups_of_any_size():
     assert groups.cells([6, 7]) == [6, 7] and groups.cells([8, 38]) == [8, 38] and opened == [0, 1, 2, 1]
     with pytest.raises(IndexError, match="group 3 ends before row 41"):
         encoded._RowGroups(lambda group: iter(()), ends).cells([41])
+
+
+def test_a_dataset_prints_how_many_images_its_classes_have():
+    named = Dataset("<mine>", images(4), torch.tensor([0, 2, 2, 2]), ("cat", "dog", "ship"))
+    lines = [line.split() for line in repr(named).splitlines()]
+    assert " ".join(lines[0]) == "Dataset <mine>: 4 images of 3x3x3, 3 classes"
+    assert lines[1:] == [["class", "images"], ["cat", "1"], ["dog", "0"], ["ship", "3"]]
+    assert named._repr_html_().startswith("<table><caption>Dataset &lt;mine&gt;: 4 images")
+    many = Dataset("many", images(2), torch.tensor([0, 999]), tuple(map(str, range(1000))))
+    assert len(repr(many).splitlines()) == 10
+    assert repr(Dataset("bare", images(1))) == "Dataset bare: 1 image of 3x3x3, no labels"

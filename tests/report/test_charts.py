@@ -5,7 +5,7 @@ import pytest
 
 from bitscape.report.charts import MOST_POINTS, curve_panel, front_chart, interval_chart, time_chart
 from bitscape.report.compare import comparisons, groups
-from bitscape.report.front import Front, Point
+from bitscape.report.front import ComparedFront, Point
 from bitscape.report.svg import NAMESPACE
 from tests.report.test_compare import MIXED, UNIFORM, made
 
@@ -24,10 +24,11 @@ def place(element: Element, *names: str) -> list[float]:
     return [float(element.get(name, "")) for name in names]
 
 
-def front(**changed: object) -> Front:
+def front(**changed: object) -> ComparedFront:
     about = {"kind": "bitops", "method": "fisher", "caps": {"bitops": 150.0}, "best": (Point("", 100, 10.0), Point("", 1000, 0.1))}
     random = tuple(Point("", 148, score) for score in (2.0, 4.0, 8.0))
-    return Front(**{**about, "uniform": (Point("4/4", 316.2278, 5.0),), "random": random, "chosen": Point("", 316.2278, 1.0), **changed})
+    beside = {"uniform": (Point("4/4", 316.2278, 5.0),), "random": random, "chosen": Point("", 316.2278, 1.0)}
+    return ComparedFront(**{**about, **beside, **changed})
 
 
 def test_cost_and_score_have_log_scales_on_which_the_middle_is_the_geometric_mean() -> None:

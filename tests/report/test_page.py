@@ -13,8 +13,8 @@ from bitscape.report.documents import save_evaluation, save_grid
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.report.reproduce_section import _as_given, search_command
-from bitscape.report.words import NO_BREAK, cost_text
 from bitscape.searches.scores import ScoreTable
+from bitscape.words import NO_BREAK, cost_text
 from tests.report.made import CAPS, LAYERS, bench, evaluation, latency, network, policy, run, scores, searched
 from tests.report.reading import Page
 from tests.report.test_documents import grid

@@ -114,3 +114,16 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, change: object, messa
     with pytest.raises(BitscapeError, match=message) as raised:
         ScoreTable.load(path)
     assert "scores.json" in str(raised.value)
+
+
+def test_a_table_prints_its_ends() -> None:
+    few = table([[0.5, np.inf], [1e-9, 2]])
+    first, head, *rows = repr(few).splitlines()
+    assert first == f"ScoreTable: {few.method}, 2 layers, 2 pairs of bits"
+    assert head.split() == ["layer", *map(str, few.candidates)]
+    assert [row.split() for row in rows] == [["a", "0.5", "inf"], ["b", "1e-09", "2"]]
+    pairs = tuple(LayerBits(w, a) for w in range(1, 9) for a in range(1, 9))
+    many = table(np.zeros((100, 64)), tuple(f"layer{at}" for at in range(100)), pairs)
+    lines = repr(many).splitlines()
+    assert len(lines) == 10 and lines[1].split() == ["layer", "1/1", "1/2", "1/3", "...", "8/6", "8/7", "8/8"]
+    assert lines[6].split() == ["..."] * 8

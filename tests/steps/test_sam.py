@@ -20,7 +20,7 @@ from bitscape.errors import BitscapeError
 from bitscape.quant.convert import bypassed
 from bitscape.quant.layers import quantized_layers
 from bitscape.sharpness import Ball
-from bitscape.steps import Plain, Sam, Saq
+from bitscape.steps import Plain, Sam, Saq, SharpSettings
 from bitscape.steps.sam import across, add_share
 from tests.engine.tiny import same_state, tiny_batches
 from tests.sharpness.small import batch, gradients, quantized, same, small_net, whole
@@ -53,7 +53,9 @@ class Spy:
         return self
 
 
-def one_step(settings: Sam, model: nn.Module, loss: BatchLoss = cross_entropy) -> tuple[StepRecord, dict[str, Tensor], dict[str, Tensor]]:
+def one_step(
+    settings: SharpSettings, model: nn.Module, loss: BatchLoss = cross_entropy
+) -> tuple[StepRecord, dict[str, Tensor], dict[str, Tensor]]:
     """Record of the first step, and the tensors of its two passes."""
     spy = Spy(model, loss)
     record = settings.build()(model, whole(*batch(), spy))
@@ -70,7 +72,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_radius_0_is_the_plain_step_bit_for_bit(settings: Sam, interval: int) -> None:
+def test_radius_0_is_the_plain_step_bit_for_bit(settings: SharpSettings, interval: int) -> None:
     model, twin = small_net(dropout=0.5), small_net(dropout=0.5)
     step, (images, labels) = replace(settings, rho=0.0, interval=interval).build(), batch()
     for seed in range(3):
@@ -86,7 +88,7 @@ def test_radius_0_is_the_plain_step_bit_for_bit(settings: Sam, interval: int) ->
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_statistics_are_taken_once_and_both_passes_drop_the_same(settings: Sam) -> None:
+def test_statistics_are_taken_once_and_both_passes_drop_the_same(settings: SharpSettings) -> None:
     model, twin = small_net(dropout=0.5), small_net(dropout=0.5)
     seen: list[tuple[Tensor, Tensor]] = []
     model[3].register_forward_hook(lambda _m, inputs, out: seen.append((inputs[0] != 0, out != 0)))
@@ -105,7 +107,7 @@ def test_statistics_are_taken_once_and_both_passes_drop_the_same(settings: Sam) 
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_the_radius_is_a_share_of_the_members_length_or_a_length(settings: Sam) -> None:
+def test_the_radius_is_a_share_of_the_members_length_or_a_length(settings: SharpSettings) -> None:
     for relative in (True, False):
         record, first, second = one_step(replace(settings, rho=0.01, relative=relative), small_net())
         names = [name for name in first if "weight_quantizer" not in name and not name.endswith((".Q", "0.weight", "4.weight", "6.weight"))]
@@ -119,7 +121,7 @@ def test_the_radius_is_a_share_of_the_members_length_or_a_length(settings: Sam) 
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_asam_measures_weights_and_gains_by_their_size(settings: Sam) -> None:
+def test_asam_measures_weights_and_gains_by_their_size(settings: SharpSettings) -> None:
     _, first, second = one_step(replace(settings, rho=0.1, relative=False, adaptive=True), small_net())
     weights = ("0.weight", "4.weight", "6.weight")
     moved = weights if settings.ball.weights == "latent" else ("0.Q", "4.Q", "6.Q")
@@ -132,7 +134,7 @@ def test_asam_measures_weights_and_gains_by_their_size(settings: Sam) -> None:
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_switches_choose_what_moves(settings: Sam) -> None:
+def test_switches_choose_what_moves(settings: SharpSettings) -> None:
     _, first, second = one_step(replace(settings, rho=0.05, norms=False, biases=False, clips=False), small_net())
     weights = {f"{name}.weight" for name in "046"} if settings.ball.weights == "latent" else set()
     assert {name for name in first if not torch.equal(first[name], second[name])} == {"0.Q", "4.Q", "6.Q"} | weights
@@ -142,7 +144,7 @@ def test_switches_choose_what_moves(settings: Sam) -> None:
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_the_sum_is_that_of_both_gradients(settings: Sam) -> None:
+def test_the_sum_is_that_of_both_gradients(settings: SharpSettings) -> None:
     found, plain, perturbed = small_net(), small_net(), small_net()
     replace(settings, rho=0.05, descent="sum").build()(found, whole(*batch()))
     Plain()(plain, whole(*batch()))
@@ -153,7 +155,7 @@ def test_the_sum_is_that_of_both_gradients(settings: Sam) -> None:
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_every_so_many_th_step_is_perturbed_and_the_others_are_plain(settings: Sam) -> None:
+def test_every_so_many_th_step_is_perturbed_and_the_others_are_plain(settings: SharpSettings) -> None:
     model, twin = small_net(), small_net()
     spy, step = Spy(model), replace(settings, rho=0.05, interval=3).build()
     counts = []
@@ -178,7 +180,7 @@ def test_the_part_across_by_hand() -> None:
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_what_is_kept_is_the_perturbed_gradient_less_its_part_along_the_plain_one_as_a_share_of_that(settings: Sam) -> None:
+def test_what_is_kept_is_the_perturbed_gradient_less_its_part_along_the_plain_one_as_a_share_of_that(settings: SharpSettings) -> None:
     model, twin = small_net(), small_net()
     reusing = replace(settings, rho=0.05, interval=2, reuse="orthogonal")
     step = reusing.build()
@@ -197,7 +199,7 @@ def test_what_is_kept_is_the_perturbed_gradient_less_its_part_along_the_plain_on
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_what_is_added_is_the_straight_through_image_in_the_stated_proportion(settings: Sam) -> None:
+def test_what_is_added_is_the_straight_through_image_in_the_stated_proportion(settings: SharpSettings) -> None:
     model, twin = small_net(), small_net()
     reusing = replace(settings, rho=0.05, interval=2, reuse="orthogonal", reuse_share=0.4)
     step = reusing.build()
@@ -238,7 +240,7 @@ def test_what_is_frozen_or_has_no_gradient_gets_nothing() -> None:
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
-def test_parts_of_a_batch_are_perturbed_by_the_gradient_of_all(settings: Sam) -> None:
+def test_parts_of_a_batch_are_perturbed_by_the_gradient_of_all(settings: SharpSettings) -> None:
     cut, together = small_net(norm=False), small_net(norm=False)
     loose = replace(settings, rho=0.02)
     spy = Spy(cut)
@@ -295,7 +297,7 @@ def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("settings", [Sam(**REUSING), *(Saq(case=case, **REUSING) for case in (1, 2, 3))], ids=IDS)
-def test_a_resumed_run_equals_the_uninterrupted_one(settings: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(settings: SharpSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = deep_net()
     whole_run = train(expected, tiny_batches(), step=settings, **USUAL).records  # 10 steps: 0, 3, 6 and 9 are perturbed
     for killed_after in (4, 7):
@@ -361,7 +363,7 @@ class OfRoot:
 
 @pytest.mark.parametrize("settings", STEPS, ids=IDS)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_first_pass_that_is_not_finite_stops_the_run_and_moves_nothing(settings: Sam, where: str) -> None:
+def test_a_first_pass_that_is_not_finite_stops_the_run_and_moves_nothing(settings: SharpSettings, where: str) -> None:
     model, batches = small_net(norm=False), tiny_batches()
     if where == "loss":
         batches.dataset.images[:] = torch.inf
@@ -389,6 +391,6 @@ def test_a_first_pass_that_is_not_finite_stops_the_run_and_moves_nothing(setting
         (lambda: Sam(reuse="across"), r"reuse = 'across': allowed are 'none', 'orthogonal'"),
     ],
 )
-def test_wrong_settings_are_explained(wrong: Callable[[], Sam], message: str) -> None:
+def test_wrong_settings_are_explained(wrong: Callable[[], SharpSettings], message: str) -> None:
     with pytest.raises(BitscapeError, match=message):
         wrong()

@@ -16,7 +16,7 @@ from bitscape.models.attention import split_attention
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor, Quantizer
 from bitscape.sharpness import Ball
-from bitscape.steps import Plain, Sam, Saq
+from bitscape.steps import Plain, Sam, Saq, SharpSettings
 from tests.engine.tiny import same_state, tiny_batches
 from tests.sharpness.small import batch, gradients, half_squared_error, quantized, regression, same, small_net, whole
 from tests.steps.test_sam import one_step, used_by
@@ -41,7 +41,7 @@ def gradients_in(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("settings", "weights"), [(Sam, "latent"), *((partial(Saq, case=case), word) for case, word in WORDS)])
-def test_the_ball_is_that_of_the_settings(settings: Callable[..., Sam], weights: str) -> None:
+def test_the_ball_is_that_of_the_settings(settings: Callable[..., SharpSettings], weights: str) -> None:
     assert settings().ball == Ball(weights=weights, norms=True, biases=True, clips=True, adaptive=False)
     given = {"norms": False, "biases": False, "clips": False, "adaptive": True}
     assert settings(**given, relative=False).ball == Ball(weights=weights, **given)

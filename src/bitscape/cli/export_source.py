@@ -13,7 +13,7 @@ from bitscape.cli.packed import load_packed_network, with_note
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
-from bitscape.report.words import counted
+from bitscape.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import click
 
+from bitscape import words
 from bitscape.errors import one_line, printable, printable_lines
-from bitscape.report import words
 
 PIPED_WIDTH = 240  # wide enough that no name is cut in a file or a pipe
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bitscape.dynamic import Dqmq
     from bitscape.engine import Tracker
     from bitscape.searches.methods import SearchMethod
-    from bitscape.steps import Plain, Sam
+    from bitscape.steps import Plain, SharpSettings
 
 UNPINNED = "none"
 MOST_DIGITS = 18
@@ -96,13 +96,13 @@ def make_method(name: str, settings: Sequence[str]) -> "SearchMethod":
     return made
 
 
-def make_step(name: str, settings: Sequence[str]) -> "Plain | Sam | Dqmq":
+def make_step(name: str, settings: Sequence[str]) -> "Plain | SharpSettings | Dqmq":
     """Build a training step from its name and "field=value" texts, checked against its own dataclass."""
-    made: Plain | Sam | Dqmq = _made("--step", name, training_steps(), settings)
+    made: Plain | SharpSettings | Dqmq = _made("--step", name, training_steps(), settings)
     return made
 
 
-def training_steps() -> "dict[str, type[Plain] | type[Sam] | type[Dqmq]]":
+def training_steps() -> "dict[str, type[Plain] | type[SharpSettings] | type[Dqmq]]":
     """Name -> settings of every training step, at static bits and at those that images decide."""
     from bitscape.dynamic import Dqmq
     from bitscape.steps import STEPS

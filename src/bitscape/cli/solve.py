@@ -128,7 +128,7 @@ def _solve(
 def _print_front(table: "ScoreTable", network: "NetworkProfile", pinned: dict[str, LayerBits], along: str, points: int) -> None:
     from bitscape.searches.allocation import pareto_front
 
-    policies = pareto_front(table, network, pinned, along, points)
+    policies = pareto_front(table, network, pinned, along, points).policies
     columns = [f"{along}=", "weight_bytes", "mean weight bits", "mean activation bits", f"score ({table.method})"]
     print_table(columns, [_front_row(policy, along) for policy in policies], left=0)
     click.echo(f"\none of them: bitscape solve ... --budget {along}={policies[-1].cost[along]!r}")

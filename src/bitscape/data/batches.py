@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from bitscape.data.cuts import Cuts
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError, nearest
+from bitscape.tables import Shown, Table
 
 Augmentation = Literal["none", "flip", "crop-flip"]
 CROP_PAD = 4
@@ -59,8 +60,8 @@ UNIT = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # 0..1
 DIGITS = Normalization((0.0,), (1.0,))  # 0..1, one channel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batches:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Batches(Shown):
     """Batches of a dataset, epoch after epoch.
 
     Batch i of epoch e is a function of (seed, e, i) alone, so training resumes in the middle of an epoch for free.
@@ -97,6 +98,13 @@ class Batches:
                 f"batch_size={self.batch_size} with drop_last leaves no batch of the {len(self.dataset)} images; "
                 "lower batch_size or keep the last batch"
             )
+
+    def table(self) -> Table:
+        """Return the data set and the settings."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dataset"}
+        rows = [(name, str(value)) for name, value in shown.items()]
+        title = f"Batches: {len(self)} an epoch of {self.dataset.table().title}"
+        return Table(title=title, columns=("setting", "value"), rows=rows, left=2)
 
     def __len__(self) -> int:
         """Batches of one epoch."""

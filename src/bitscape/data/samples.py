@@ -10,7 +10,9 @@ from torch import Tensor
 
 from bitscape.calling import Inputs, map_tensors, moved, rows_of, sample_count, shapes_of
 from bitscape.errors import BitscapeError
-from bitscape.nested import tensors_in
+from bitscape.nested import tensors_by_path, tensors_in
+from bitscape.tables import Shown, Table, shortened
+from bitscape.words import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class Minibatch:
         return Minibatch(moved(self.inputs, device), moved(self.targets, device))
 
 
-class Samples:
+class Samples(Shown):
     """Inputs held in memory, cut into batches of any size; samples of different shapes never share a batch."""
 
     def __init__(self, parts: Iterable[Minibatch]) -> None:
@@ -83,6 +85,12 @@ class Samples:
         """Return the same samples on `device`."""
         return Samples(part.to(device) for part in self.parts)
 
+    def table(self) -> Table:
+        """Return the tensors of the first and last parts: samples of one shape."""
+        rows = [_described(part, path, tensor) for part in self.parts for path, tensor in tensors_by_path(part)]
+        title = f"Samples: {counted(len(self), 'sample')}{'' if self.labelled else ', no targets'}"
+        return Table(title=title, columns=("samples", "tensor", "shape of one", "type"), rows=shortened(rows), left=4)
+
     @property
     def labelled(self) -> bool:
         """Whether every sample has a target."""
@@ -97,6 +105,11 @@ class Samples:
     def shapes(self) -> list[list[int]]:
         """Shape of every input tensor of the first sample, without the batch dimension."""
         return [shape[1:] for shape in shapes_of(self.example)]
+
+
+def _described(part: Minibatch, path: Iterable[object], tensor: Tensor) -> tuple[str, ...]:
+    shape = "x".join(map(str, tensor.shape[1:]))
+    return str(len(part)), ".".join(map(str, path)), shape, str(tensor.dtype).removeprefix("torch.")
 
 
 def _joined(parts: list[Minibatch]) -> list[Minibatch]:

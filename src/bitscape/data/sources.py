@@ -26,6 +26,8 @@ from bitscape.data.mapped import MEMORY_BYTES, decode_mapped
 from bitscape.data.shards import SUFFIX, expand, read_shards
 from bitscape.data.splits import Split, choose
 from bitscape.errors import BitscapeError, nearest, prefixed
+from bitscape.tables import Shown, Table, shortened
+from bitscape.words import counted
 
 DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
 HUB = "hf"
@@ -36,8 +38,8 @@ MOST_UNPACKED = 100
 """Times its size in the file, for what unpacks to more than 256 MB: photos take up to 10, nothing but zeros takes 1,000."""
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset(Shown):
     """Images of one size, perhaps with labels. Raises BitscapeError for shapes, types and labels that do not fit."""
 
     name: str
@@ -71,6 +73,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def table(self) -> Table:
+        """Return how many images there are of the first and last classes."""
+        title = f"Dataset {self.name}: {counted(len(self), 'image')} of {'x'.join(map(str, self.images.shape[1:]))}"
+        if self.labels is None:
+            return Table(title=f"{title}, no labels")
+        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        rows = [(name, str(count)) for name, count in zip(self.class_names, counts, strict=True)]
+        title += f", {len(rows)} {'class' if len(rows) == 1 else 'classes'}"
+        return Table(title=title, columns=("class", "images"), rows=shortened(rows))
 
     def subset(self, index: Tensor | slice, name: str | None = None) -> "Dataset":
         """The images that `index` picks: a slice, integers in 0..n-1 (repeats allowed), or n booleans."""

@@ -85,7 +85,17 @@ def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
 
 @cache
 def _derived(first: Any, kind: Any) -> type[QuantizedLayer]:
-    return type(f"Quant{kind.__name__}", (first, kind), {})
+    return type(f"Quant{kind.__name__}", (first, kind), {"__reduce__": _reduced})
+
+
+def _reduced(layer: nn.Module) -> tuple[Any, ...]:
+    """What pickle stores: the class is made at run time, so no module has it under its name."""
+    return _empty_layer, (type(layer).__bases__[1],), layer.__dict__
+
+
+def _empty_layer(kind: type[nn.Module]) -> nn.Module:
+    derived = quantized_class(kind)
+    return cast(nn.Module, derived.__new__(derived))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup
 
 from bitscape.report.compare import Comparison
-from bitscape.report.front import Front, Point
+from bitscape.report.front import ComparedFront, Point
 from bitscape.report.svg import Scale, dot, line, padded, path, picture, rect, text
-from bitscape.report.words import cost_name, cost_text
+from bitscape.words import cost_name, cost_text
 
 SERIES = 8
 """Classes s0 to s7: colors, and dashes for those who do not see them."""
@@ -17,7 +17,7 @@ MOST_POINTS = 150
 """Of a curve; more would not be seen."""
 
 
-def front_chart(front: Front) -> Markup:
+def front_chart(front: ComparedFront) -> Markup:
     """Score over cost: the front as a line, uniform policies as squares, random ones as a range, the chosen one as a ring."""
     width, height, left, bottom = 640, 400, 74, 350
     points = [*front.best, *front.uniform, *front.random, *([front.chosen] if front.chosen else [])]
@@ -122,7 +122,7 @@ def _tick(value: float) -> str:
     return f"{value:g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def _range(front: Front, x: Scale, y: Scale) -> list[str]:
+def _range(front: ComparedFront, x: Scale, y: Scale) -> list[str]:
     """The random policies: a bar from the best to the worst score, a stroke at the median."""
     scores = [point.score for point in front.random]
     px = x(sorted(point.cost for point in front.random)[len(scores) // 2])

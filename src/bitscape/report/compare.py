@@ -9,7 +9,7 @@ from typing import Any
 from bitscape.report.differences import Difference, mean_difference
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.policies import caps_of, group_of
-from bitscape.report.words import counted, listed
+from bitscape.words import counted, listed
 
 UNIFORM = "uniform"
 

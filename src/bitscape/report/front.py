@@ -36,7 +36,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Front:
+class ComparedFront:
     """Policies along one kind of cost; lower scores are better."""
 
     kind: str
@@ -59,7 +59,9 @@ class Front:
         return statistics.median(point.score for point in self.random)
 
 
-def front_of(scores: ScoreTable, network: NetworkProfile, chosen: Policy | None = None, caps: Mapping[str, float] | None = None) -> Front:
+def front_of(
+    scores: ScoreTable, network: NetworkProfile, chosen: Policy | None = None, caps: Mapping[str, float] | None = None
+) -> ComparedFront:
     """Compute the front of a score table along the first cap, BitOps without one.
 
     Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Raises BitscapeError if scores, caps and
@@ -71,11 +73,11 @@ def front_of(scores: ScoreTable, network: NetworkProfile, chosen: Policy | None 
     bits = {} if chosen is None else chosen.layers
     pinned = {name: bits.get(name, EIGHT) for name in network.by_name if name not in free}
     best = pareto_front(scores, network, pinned, kind, POINTS)
-    return Front(
+    return ComparedFront(
         kind=kind,
         method=scores.method,
         caps=caps,
-        best=tuple(Point("front", policy.cost[kind], policy.provenance["score"]) for policy in best),
+        best=tuple(Point("front", point.cost, point.score) for point in best.points),
         uniform=tuple(_uniform(scores, network, pinned, caps or {kind: 1.0})),
         random=tuple(_random(scores, network, pinned, caps)) if caps else (),
         chosen=None if chosen is None else _point("chosen", scores, network, chosen, kind),

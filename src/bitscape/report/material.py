@@ -12,7 +12,7 @@ from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.report.compare import Comparison, Group, comparisons, groups
 from bitscape.report.inputs import Inputs
 from bitscape.report.policies import Shown, caps_of, chosen, distinct
-from bitscape.report.words import cost_text
+from bitscape.words import cost_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

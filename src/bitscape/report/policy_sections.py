@@ -6,13 +6,13 @@ from bitscape.cost.policy_cost import layer_cost
 from bitscape.policy import LayerBits
 from bitscape.report.blocks import Block, Figure, Missing, Section, Table, Text
 from bitscape.report.charts import front_chart
-from bitscape.report.front import Front, Point, front_of
+from bitscape.report.front import ComparedFront, Point, front_of
 from bitscape.report.layer_charts import bits_panels, score_map, share_panels
 from bitscape.report.material import Material, without_latency
 from bitscape.report.policies import CONTROLS, Shown
 from bitscape.report.result_section import GIVE_POLICY
-from bitscape.report.words import amount, cost_name, cost_text, listed, percent
 from bitscape.searches.scores import ScoreTable
+from bitscape.words import amount, cost_name, cost_text, listed, percent
 
 GIVE_MODEL = "Needs --model NAME, which counts what layers cost; with --input-shape CxHxW where no policy tells the shape"
 MOST_DRAWN = 4
@@ -134,16 +134,16 @@ def _own_scores(material: Material) -> ScoreTable | None:
     return next((table for table in tables if table.method == method), next(iter(tables), None))
 
 
-def _front_caption(front: Front) -> str:
+def _front_caption(front: ComparedFront) -> str:
     return f"Total score over {cost_name(front.kind)}; lower is better. Scores are predictions of {front.method}, not accuracy."
 
 
-def _front_legend(front: Front) -> list[tuple[str, str]]:
+def _front_legend(front: ComparedFront) -> list[tuple[str, str]]:
     legend = [("s0 curve", "best policy at each cost"), ("s1 mark", "uniform, weight/activation bits")]
     return [*legend, *([("s2 mark", f"{len(front.random)} random policies within the budget: median and range")] if front.random else [])]
 
 
-def _front_words(front: Front) -> str:
+def _front_words(front: ComparedFront) -> str:
     if front.chosen is None:
         return "No policy is marked: none was given, or the scores do not cover its bits."
     said = f"The chosen policy scores {front.chosen.score:.4g}"
@@ -160,7 +160,7 @@ def _front_words(front: Front) -> str:
     return said + "."
 
 
-def _point_row(front: Front, name: str, point: Point) -> list[str]:
+def _point_row(front: ComparedFront, name: str, point: Point) -> list[str]:
     return [name, cost_text(front.kind, point.cost), f"{point.score:.4g}"]
 
 

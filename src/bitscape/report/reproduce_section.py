@@ -11,8 +11,8 @@ from bitscape.report.blocks import Block, Commands, Section, Table, Text
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import Shown
-from bitscape.report.words import NONE, listed
 from bitscape.version import __version__
+from bitscape.words import NONE, listed
 
 MIXED = " of mixed quality"
 """What `mixed_quality` appends to the name of a data set."""

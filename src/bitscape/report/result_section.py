@@ -11,7 +11,7 @@ from bitscape.report.documents import EvaluationDocument
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import Shown, caps_of, group_of
-from bitscape.report.words import NONE, amount, cost_name, cost_text, counted, listed, percent, points
+from bitscape.words import NONE, amount, cost_name, cost_text, counted, listed, percent, points
 
 FLOAT = "float"
 """What an evaluation calls the network without bits."""

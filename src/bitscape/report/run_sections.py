@@ -12,7 +12,7 @@ from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import group_of
 from bitscape.report.svg import picture
-from bitscape.report.words import NONE, amount, counted, points
+from bitscape.words import NONE, amount, counted, points
 
 Points = list[tuple[float, float]]
 CURVES = (

@@ -19,6 +19,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.progress import track
 from bitscape.searches import knapsack
+from bitscape.searches.front import Front
 from bitscape.searches.knapsack import TIME_LIMIT_S, CapRow, Solution, smallest, solve
 from bitscape.searches.problem import FreeLayers, free_layers
 from bitscape.searches.programme import Allowed, Choice
@@ -215,7 +216,7 @@ def pareto_front(
     points: int = 20,
     *,
     tied: Sequence[Sequence[str]] = (),
-) -> list[Policy]:
+) -> Front:
     """Return policies from the cheapest possible to the best-scored, each the best for its cost, by ascending `cost`.
 
     Caps are spaced evenly in the logarithm; fewer than `points` policies come back when several have the same optimum.
@@ -234,8 +235,9 @@ def pareto_front(
     caps = np.geomspace(max(least, 1), max(most, 1), points).astype(np.int64).tolist()
     limits = sorted({least, *caps[1:-1], most})
     solved = (solve(values, [replace(row, limit=limit)]) for limit in track(limits, label="front: budget"))
-    front = _undominated([solution for solution in solved if solution is not None], row)
-    return [stated.policy(s.choice, _provenance(scores, values, s, _at_cost(row, s.choice, network))) for s in front]
+    best_at = _undominated([solution for solution in solved if solution is not None], row)
+    told = ((s.choice, _provenance(scores, values, s, _at_cost(row, s.choice, network))) for s in best_at)
+    return Front(kind=cost, method=scores.method, policies=tuple(stated.policy(*each) for each in told))
 
 
 def _check_network(scores: ScoreTable, network: NetworkProfile) -> None:

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal, get_args
@@ -29,8 +29,11 @@ from bitscape.models.trial import check_repeatable, check_weight_uses
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
+from bitscape.searches.front import Front
 from bitscape.searches.scores import ScoreTable, check_candidates
+from bitscape.tables import Shown, Table
 from bitscape.version import __version__
+from bitscape.words import cost_text
 
 __all__ = ["DEFAULT_CANDIDATES", "FreeLayers", "ScoreTable", "SearchProblem", "SearchResult", "free_layers"]
 
@@ -223,8 +226,8 @@ class SearchProblem:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class SearchResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class SearchResult(Shown):
     """What a search found."""
 
     policy: Policy
@@ -235,11 +238,39 @@ class SearchResult:
     """What happened on the way, one record per step."""
     seconds: float
     """Wall-clock time of the search."""
+    solve_front: Callable[[], Front] | None = None
+    """Solves the front of the scores; None if the method has none."""
+
+    @cached_property
+    def front(self) -> Front:
+        """The best policy at each cost, along the budget's first cap; solved when it is first asked for, in seconds.
+
+        Raises:
+            BitscapeError: the method has no scores.
+        """
+        if self.solve_front is None:
+            raise BitscapeError(
+                f"front: method {self.policy.provenance.get('method')} has no scores, or all layers are pinned; use a method "
+                "that scores, such as fisher"
+            )
+        return self.solve_front().with_chosen(self.policy)
+
+    def table(self) -> Table:
+        """Return the table of the policy, with its costs beside the budget."""
+        budget, table = self.policy.provenance.get("budget", {}), self.policy.table()
+        costs = self.policy.cost.items()
+        used = [f"{kind} {cost_text(kind, value)}{_of_cap(kind, budget)}" for kind, value in costs]
+        title = f"SearchResult: {table.title.removeprefix('Policy: ')}, {self.seconds:.1f} s"
+        return replace(table, title=title, note=", ".join(used))
 
     @property
     def gap(self) -> float | None:
         """Share of the score that the budget costs which a better policy could save at most; None for methods without scores."""
         return self.policy.provenance.get("gap")
+
+
+def _of_cap(kind: str, budget: Mapping[str, float]) -> str:
+    return f" (at most {cost_text(kind, budget[kind])})" if kind in budget else ""
 
 
 def _name_of(method: Any) -> str:

@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from bitscape.errors import BitscapeError, first_repeated, nearest
 from bitscape.files import parse_json, read_limited, write_atomic
 from bitscape.policy import MAX_BITS, LayerBits
+from bitscape.tables import Shown, Table, shortened, shortened_row
+from bitscape.words import counted
 
 FORMAT = 1
 _ENTRIES = ("format", "method", "repairs", "fingerprint", "candidates", "scores")
@@ -37,8 +39,8 @@ _WIDTHS = tuple(str(bits) for bits in range(1, MAX_BITS + 1))
 Entry = TypeVar("Entry", int, str, list[Any], dict[str, Any])
 
 
-@dataclass(frozen=True, eq=False)
-class ScoreTable:
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreTable(Shown):
     """Scores of L layers and R candidate pairs; any budget is one `allocate` away.
 
     `values` is copied and made read-only. Raises BitscapeError, naming the layer, for NaN, minus infinity, a wrong
@@ -87,6 +89,13 @@ class ScoreTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the score file; a crash leaves the old file or the new one."""
         write_atomic(path, _text(self))
+
+    def table(self) -> Table:
+        """Return the scores of the first and last layers, at the first and last pairs of bits."""
+        rows = [[name, *(f"{value:.3g}" for value in row)] for name, row in zip(self.layers, self.values, strict=True)]
+        head, *cells = (shortened_row(row) for row in (["layer", *map(str, self.candidates)], *shortened(rows)))
+        counts = f"{counted(len(self.layers), 'layer')}, {counted(len(self.candidates), 'pair')} of bits"
+        return Table(title=f"ScoreTable: {self.method}, {counts}", columns=head, rows=cells)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ScoreTable":

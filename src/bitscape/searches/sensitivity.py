@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
-from bitscape.searches.allocation import only_choice
+from bitscape.searches.allocation import only_choice, pareto_front
 from bitscape.searches.pick import chosen
 from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
 
@@ -243,4 +244,7 @@ def finish(problem: SearchProblem, method: Any, scored: Callable[[], tuple[Score
     scores, trace = scored()
     policy, probed = chosen(problem, scores)
     provenance = {**policy.provenance, **provenance, "repairs": scores.repairs}
-    return SearchResult(replace(policy, provenance=provenance), scores, (*trace, *probed), time.perf_counter() - started)
+    kind = next(iter(problem.parsed_budget.caps))
+    front = partial(pareto_front, scores, problem.network, problem.pinned, kind, tied=problem.tied)
+    policy, seconds = replace(policy, provenance=provenance), time.perf_counter() - started
+    return SearchResult(policy, scores, (*trace, *probed), seconds, front)

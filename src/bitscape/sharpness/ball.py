@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.sharpness.members import Member, OfBoth, OfParameter, OfQuantizedWeight
-from bitscape.sharpness.passes import faithful
+from bitscape.sharpness.passes import faithful, in_float32
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 ETA = 0.01
@@ -38,7 +38,7 @@ MovedWeights = Literal["quantized", "latent", "independent"]
 
 
 class Ascent:
-    """The gradient of the loss in every member of the ball; filled when the watched block ends.
+    """The gradient of the loss in every member of the ball; filled when the watched block ends, or by `gather`.
 
     Attributes:
         gradients: member's name -> dL/d(member), in its shape. Names are those of the parameters; "<layer>.weight" is the gradient in
@@ -49,12 +49,28 @@ class Ascent:
     gradients: dict[str, Tensor]
     norm: Tensor
 
-    def __init__(self, model: nn.Module, members: Mapping[str, Member]) -> None:
+    def __init__(self, model: nn.Module, members: Mapping[str, Member], *, adaptive: bool) -> None:
         self._model = model
         self._members = members
+        self._adaptive = adaptive
+        layers = quantizable_layers(model).values()
+        with in_float32(layers) as stack:
+            for member in members.values():
+                stack.enter_context(member.watched())
+            self._hooks = stack.pop_all()
 
-    def close(self, *, adaptive: bool) -> None:
-        """Gather what the members saw."""
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Name -> what is watched."""
+        return self._members
+
+    def close(self) -> None:
+        """Watch no further backward pass."""
+        self._hooks.close()
+
+    def gather(self) -> None:
+        """Take together what the members saw. Raises BitscapeError if none of them received a gradient."""
+        self.close()
         self.gradients = {name: m.gradient for name, m in self._members.items() if m.gradient is not None}
         if not self.gradients:
             raise BitscapeError(
@@ -62,7 +78,7 @@ class Ascent:
                 "block, and take a ball with members that require a gradient"
             )
         scaled = self._directions = self.gradients
-        if adaptive:
+        if self._adaptive:
             scaled = {name: self._by_size(name, g) for name, g in self.gradients.items()}
             self._directions = {name: self._by_size(name, g) for name, g in scaled.items()}
         self.norm = torch.nn.utils.get_total_norm(list(scaled.values()))
@@ -117,12 +133,17 @@ class Ball:
         Raises:
             BitscapeError: no member received a gradient.
         """
-        ascent = Ascent(model, members := self.members(model))
-        with faithful(quantizable_layers(model).values()), ExitStack() as stack:
-            for member in members.values():
-                stack.enter_context(member.watched())
-            yield ascent
-        ascent.close(adaptive=self.adaptive)
+        with torch.compiler.set_stance("force_eager"):
+            ascent = self.watch(model)
+            try:
+                yield ascent
+            finally:
+                ascent.close()
+        ascent.gather()
+
+    def watch(self, model: nn.Module) -> Ascent:
+        """Return an ascent that sees backward passes until `Ascent.gather` or `Ascent.close`; hooks need uncompiled passes."""
+        return Ascent(model, self.members(model), adaptive=self.adaptive)
 
     def members(self, model: nn.Module) -> dict[str, Member]:
         """Name -> member; each tensor once, under its first name."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bitscape.sharpness.passes import UncopiedHook
+
 
 @dataclass(kw_only=True)
 class Member(ABC):
@@ -20,6 +22,8 @@ class Member(ABC):
     """A weight or a norm's gain: ASAM measures it by its size."""
     gradient: Tensor | None = None
     """Sum over the backward passes watched."""
+    left_over: Tensor | None = None
+    """0-d, whether the parameter's `.grad` was not zero before the first of them; None if there was no `.grad`."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -43,8 +47,12 @@ class Member(ABC):
 
     def add(self, gradient: Tensor) -> None:
         """Take in the gradient of one backward pass."""
-        # A copy: autograd may keep and change the tensor that it hands over.
-        self.gradient = gradient.clone() if self.gradient is None else self.gradient.add_(gradient)
+        if self.gradient is not None:
+            self.gradient.add_(gradient)
+            return
+        # Copies: autograd may keep and change the tensor that it hands over, and adds to `.grad` in place.
+        self.gradient = gradient.clone()
+        self.left_over = None if self.parameter.grad is None else self.parameter.grad.any()
 
 
 @dataclass(kw_only=True)
@@ -88,7 +96,7 @@ class OfQuantizedWeight(Member):
         return self.seen
 
     def watched(self) -> RemovableHandle:
-        return self.quantizer.register_forward_hook(self._see)
+        return self.quantizer.register_forward_hook(UncopiedHook(self._see))
 
     def _see(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         self.seen = output.detach()

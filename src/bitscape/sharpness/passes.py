@@ -1,6 +1,6 @@
 """Two passes over one batch that differ in the weights alone: same masks, same arithmetic, buffers updated once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,12 @@ def random_state(model: nn.Module) -> RandomState:
     return {torch.device("cpu"): torch.get_rng_state()} | {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
 
 
+def set_random_state(state: RandomState) -> None:
+    """Go back to what `random_state` returned."""
+    for device, values in state.items():
+        torch.set_rng_state(values) if device.type == "cpu" else torch.cuda.set_rng_state(values, device)
+
+
 @contextmanager
 def repeating(model: nn.Module, state: RandomState) -> Iterator[None]:
     """Within the block a pass repeats the one that began at `state`: dropout draws the same masks, and nothing is counted twice.
@@ -29,8 +35,7 @@ def repeating(model: nn.Module, state: RandomState) -> Iterator[None]:
     try:
         for module, name, buffer in kept:
             setattr(module, name, copies[id(buffer)])
-        for device, values in state.items():
-            torch.set_rng_state(values) if device.type == "cpu" else torch.cuda.set_rng_state(values, device)
+        set_random_state(state)
         yield
     finally:
         for module, name, buffer in kept:
@@ -44,6 +49,12 @@ def faithful(layers: Iterable[nn.Module]) -> Iterator[None]:
     A compiled forward does not see hooks that came after it. A perturbation of a thousandth of the weights would not survive
     bfloat16, which rounds to 1 part in 256.
     """
+    with torch.compiler.set_stance("force_eager"), in_float32(layers):
+        yield
+
+
+def in_float32(layers: Iterable[nn.Module]) -> ExitStack:
+    """Let `layers` compute in float32 whatever autocast says, until the returned stack is closed."""
     open_regions: list[torch.autocast] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -56,12 +67,35 @@ def faithful(layers: Iterable[nn.Module]) -> Iterator[None]:
     def leave(*_: object) -> None:
         open_regions.pop().__exit__(None, None, None)
 
-    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+    with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(layer.register_forward_pre_hook(UncopiedHook(enter), with_kwargs=True))
             # In front of earlier ones: blocks may be nested, and regions end in reverse order.
-            stack.enter_context(layer.register_forward_hook(leave, always_call=True, prepend=True))
-        yield
+            stack.enter_context(layer.register_forward_hook(UncopiedHook(leave), always_call=True, prepend=True))
+        return stack.pop_all()
+
+
+class UncopiedHook:
+    """A hook of one module that does nothing on copies of the module, nor when the module is read from a file."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the hook."""
+        return self.hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell copy and pickle what stands for the hook."""
+        return _idle_hook, ()
+
+
+def _idle_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*_: object) -> None:
+    return None
 
 
 def _float32(value: Any) -> Any:

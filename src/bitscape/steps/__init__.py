@@ -2,10 +2,10 @@
 
 from bitscape.steps.loss import Loss
 from bitscape.steps.plain import Plain
-from bitscape.steps.sam import Sam
+from bitscape.steps.sam import Sam, SharpSettings
 from bitscape.steps.saq import Saq
 
-STEPS: dict[str, type[Plain] | type[Sam]] = {"plain": Plain, "sam": Sam, "saq": Saq}
+STEPS: dict[str, type[Plain] | type[SharpSettings]] = {"plain": Plain, "sam": Sam, "saq": Saq}
 """Word of the command line -> settings of the step."""
 
-__all__ = ["STEPS", "Loss", "Plain", "Sam", "Saq"]
+__all__ = ["STEPS", "Loss", "Plain", "Sam", "Saq", "SharpSettings"]

@@ -16,6 +16,7 @@ Measured  docs/flat-training: saq.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,11 +30,12 @@ from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError, check_choices
 from bitscape.sharpness import Ascent, Ball, random_state, repeating
 from bitscape.sharpness.ball import TINY, MovedWeights
+from bitscape.steps.attached import Attached
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sam:
-    """Settings of the sharpness-aware step on latent weights."""
+class SharpSettings(ABC):
+    """What every sharpness-aware step is set by; `weights` says which weights it moves."""
 
     rho: float = 0.003
     """Radius of the ball: a share of the length of all its members, or with `relative=False` a length."""
@@ -71,9 +73,9 @@ class Sam:
             raise BitscapeError("relative = True, adaptive = True: ASAM's lengths are relative by themselves; give relative=False")
 
     @property
+    @abstractmethod
     def weights(self) -> MovedWeights:
         """What the ball holds of a layer's weight."""
-        return "latent"
 
     @property
     def ball(self) -> Ball:
@@ -84,12 +86,37 @@ class Sam:
         """Return the step of one run."""
         return SharpStep(settings=self)
 
+    def attach(self, network: nn.Module) -> Attached:
+        """Make the passes of `network` sharpness-aware in a loop of your own, with `ascent` of what is returned.
+
+        Args:
+            network: a quantized network, or what wraps it (DistributedDataParallel); trained as it is, on any device.
+
+        Raises:
+            BitscapeError: no quantized layer, something attached already, or settings that are the loop's: interval, reuse.
+        """
+        return Attached(self, network)
+
+    def radius(self, ascent: Ascent) -> Tensor:
+        """Length of the move along `ascent`, 0-d."""
+        return self.rho * _length(ascent.values()) if self.relative else torch.as_tensor(self.rho)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam(SharpSettings):
+    """Settings of the sharpness-aware step on latent weights."""
+
+    @property
+    def weights(self) -> MovedWeights:
+        """The latent weight itself."""
+        return "latent"
+
 
 @dataclass(kw_only=True)
 class SharpStep:
     """Two passes over one batch: at the weights, and where the first pass says that the loss is highest."""
 
-    settings: Sam
+    settings: SharpSettings
     steps: int = 0
     """Steps done."""
     kept: Mapping[str, Tensor] = field(default_factory=dict)
@@ -108,7 +135,7 @@ class SharpStep:
             record = batch.backward(model)
         if settings.descent == "perturbed":
             model.zero_grad(set_to_none=True)
-        rho = settings.rho * _length(ascent.values()) if settings.relative else torch.as_tensor(settings.rho)
+        rho = settings.radius(ascent)
         again = settings.ball.watched(model) if settings.reuse == "orthogonal" else nullcontext()
         with repeating(model, state), ascent.applied(ascent.factor(rho)), again as second:
             gap = batch.backward(model).loss - record.loss

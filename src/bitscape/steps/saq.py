@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 from bitscape.errors import BitscapeError
 from bitscape.sharpness.ball import MovedWeights
-from bitscape.steps.sam import Sam
+from bitscape.steps.sam import SharpSettings
 
 WEIGHTS: dict[int, MovedWeights] = {1: "independent", 2: "latent", 3: "quantized"}
 """Case of the paper -> what the ball holds of a layer's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saq(Sam):
+class Saq(SharpSettings):
     """Settings of the sharpness-aware step on quantized weights."""
 
     case: int = 3

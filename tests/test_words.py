@@ -1,7 +1,7 @@
 import pytest
 
 from bitscape.cost.policy_cost import CAPS
-from bitscape.report.words import NAMES, NO_BREAK, amount, cost_text, counted, listed, percent
+from bitscape.words import NAMES, NO_BREAK, amount, cost_text, counted, listed, percent
 
 
 @pytest.mark.parametrize(
