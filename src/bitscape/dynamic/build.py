@@ -11,6 +11,7 @@ from bitscape.dynamic.heads import Head
 from bitscape.dynamic.layers import DynamicActivation, make_weights_dynamic
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import scale_axis
 from bitscape.policy import Policy
 from bitscape.quant.convert import bypassed, calibrate, quantize
 from bitscape.quant.layers import quantized_layers
@@ -89,7 +90,7 @@ def _check_images(cost: NetworkProfile) -> None:
 def _wrapped(network: nn.Module, cost: NetworkProfile, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
     for layer in quantized_layers(network).values() if bits.weights else ():
         if isinstance(layer.input_quantizer, DynamicActivation):
-            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight), bits.low, bits.high, Mse())
+            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight, channel_axis=scale_axis(layer)), bits.low, bits.high, Mse())
     return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
 
 

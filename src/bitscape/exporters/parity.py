@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, needs_extra
 from bitscape.exporters.onnx.qdq import LAYER_OPERATORS
+from bitscape.models.layers import WeightLayout
 from bitscape.runtimes.sessions import OnnxRuntime, Runtime
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 IMAGES_AT_ONCE = 8
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 ROUNDING = 2.0**-22
 """Of float32, relative; two operations at most."""
 ALLOWED = {"onnxruntime": 0.0, "openvino": 1e-3}
@@ -45,9 +48,9 @@ class FileLayer:
     name: str
     """Of the layer."""
     operator: str
-    """Conv, Gemm or MatMul."""
+    """Conv, ConvTranspose, Gemm or MatMul."""
     settings: dict[str, Any]
-    """Attributes of a Conv: strides, pads, dilations, group."""
+    """Attributes of a convolution: strides, pads, dilations, group."""
     input: str
     """Tensor of the input's codes."""
     input_scale: np.float32
@@ -74,20 +77,28 @@ class FileLayer:
 
     @property
     def may_be_float(self) -> bool:
-        """Whether a runtime may compute it in float: ONNX Runtime has no integer convolution whose results are floats."""
-        return self.operator == "Conv" and self.output_scale is None and self.becomes_output
+        """Whether a runtime may compute it in float.
+
+        ONNX Runtime has no integer transposed convolution, nor one whose results are floats; OpenVINO none that is transposed and grouped.
+        """
+        return self.operator == "ConvTranspose" or (self.operator == "Conv" and self.output_scale is None and self.becomes_output)
 
     def difference(self, codes: Array, output: Array, *, in_float: bool = False) -> Array:
         """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums.
 
-        In these units, what is computed `in_float` may be off by what float32 loses in a sum of so many products.
+        What is computed `in_float` may be off by what float32 loses in a sum of so many products, and take either code beside an edge that
+        lies as near.
         """
         products, bias, spacing = self._products(codes), self._by_channel(self.bias), self._by_channel(self.input_scale * self.weight_scale)
-        if self.output_scale is not None:
+        if self.output_scale is not None and not in_float:
             return np.abs(output.astype(np.int64) - self._output_codes(products, bias, spacing))
         allowed = ROUNDING * (np.abs(products) + np.abs(bias))
         if in_float:
             allowed = allowed + ROUNDING * max(1.0, math.sqrt(self.weight[0].size) / 4) * self._products(codes, absolute=True)
+        if self.output_scale is not None:
+            ends = [self._output_codes(products + off, bias, spacing) for off in (-allowed, allowed)]
+            low, high = np.minimum(*ends), np.maximum(*ends)  # scales may be negative
+            return np.asarray(np.maximum(low - output, output - high).clip(min=0).astype(np.int64))
         off = np.abs(output / spacing.astype(np.float64) - (products + bias)) - allowed
         return np.asarray(np.rint(off.clip(min=0)).astype(np.int64))
 
@@ -96,12 +107,22 @@ class FileLayer:
         x = torch.from_numpy(codes.astype(np.float64) - self.input_zero_point)
         weight = torch.from_numpy(self.weight.astype(np.float64))
         x, weight = (x.abs(), weight.abs()) if absolute else (x, weight)
-        if self.operator != "Conv":
+        if not self.is_convolution:
             return np.asarray(np.rint((x @ weight.T).numpy()).astype(np.int64))
-        convolve = F.conv1d if weight.ndim == 3 else F.conv2d
-        x = F.pad(x, _torch_padding(self.settings["pads"]))
-        strides, dilations, group = (self.settings[key] for key in ("strides", "dilations", "group"))
-        return np.asarray(np.rint(convolve(x, weight, stride=strides, dilation=dilations, groups=group).numpy()).astype(np.int64))
+        spatial, pads = weight.ndim - 2, _torch_padding(self.settings["pads"])
+        settings = {"stride": self.settings["strides"], "dilation": self.settings["dilations"], "groups": self.settings["group"]}
+        if self.operator == "Conv":
+            sums = _CONVOLUTIONS[spatial](F.pad(x, pads), weight, **settings)
+        else:
+            more = self.settings.get("output_padding", [0] * spatial)
+            weight = WeightLayout(transposed_groups=settings["groups"]).outputs_first(weight)
+            sums = F.pad(_TRANSPOSED[spatial](x, weight, output_padding=more, **settings), [-amount for amount in pads])
+        return np.asarray(np.rint(sums.numpy()).astype(np.int64))
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether channels are the second dimension of what it takes and makes."""
+        return self.operator in ("Conv", "ConvTranspose")
 
     def _output_codes(self, products: Array, bias: Array, spacing: Array) -> Array:
         assert self.output_scale is not None
@@ -112,7 +133,7 @@ class FileLayer:
         return np.asarray(np.clip(np.rint(scaled) + self.output_zero_point, self.low, self.high).astype(np.int64))
 
     def _by_channel(self, values: Array) -> Array:
-        return values.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.operator == "Conv" else values
+        return values.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.is_convolution else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +158,7 @@ class ParityReport:
     float_layers: tuple[str, ...]
     """Layers of integer weights that the runtime computes in float, and should not."""
     float_outputs: tuple[str, ...] = ()
-    """Convolutions that it computes in float because their results, outputs of the network, are floats."""
+    """Convolutions that it computes in float because it has no integer kernel for them: transposed ones, or of float results."""
 
     @property
     def codes(self) -> int:
@@ -296,7 +317,13 @@ class _Graph:
         if x is None:
             raise BitscapeError(f"layer {node.name}: no DequantizeLinear stands in front of it, so that its codes cannot be compared")
         settings = _attributes(node)
-        codes = codes.astype(np.int8)
+        codes, scale = codes.astype(np.int8), self._known(w.input[1])
+        if node.op_type == "MatMul":
+            codes = codes.T
+        elif node.op_type == "ConvTranspose":
+            layout = WeightLayout(scale_axis=_attributes(w).get("axis", 1), transposed_groups=settings.get("group", 1))
+            codes = layout.outputs_first(torch.tensor(codes)).numpy()
+            scale = layout.of_outputs(torch.tensor(scale), len(codes)).numpy()
         last, bias = self._biased(node)
         return FileLayer(
             name=node.name or node.output[0],
@@ -305,8 +332,8 @@ class _Graph:
             input=x.input[0],
             input_scale=np.float32(self._known(x.input[1])),
             input_zero_point=int(self._known(x.input[2])),
-            weight=codes.T if node.op_type == "MatMul" else codes,
-            weight_scale=self._known(w.input[1]),
+            weight=codes,
+            weight_scale=scale,
             bias=np.zeros(1, np.int64) if bias is None else bias.astype(np.int64),
             float_bias=last is not node,
             becomes_output=self._becomes_output(node),

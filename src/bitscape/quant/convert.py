@@ -14,7 +14,7 @@ from bitscape.calling import Inputs, call, map_tensors, moved, sample_count
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_images
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import layer_shapes, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import prepare
 from bitscape.models.trial import check_weight_uses
@@ -41,7 +41,7 @@ def quantize(
 
     Args:
         model: float network; it is copied unless `inplace`.
-        policy: bits of every Conv1d, Conv2d and Linear; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
+        policy: bits of every layer of `models.layers.QUANTIZABLE`; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
         quantizer: how weights and activations are laid on their grids.
         observer: where weight scales start.
 
@@ -71,15 +71,15 @@ def _weight_quantizers(
     layers: Mapping[str, nn.Module], policy: Policy, quantizer: Quantizer, observer: Observer
 ) -> dict[str, FakeQuantizer]:
     """One for each layer, its scales set; layers that share a weight at the same bits share the quantizer, so that they stay alike."""
-    made: dict[tuple[nn.Parameter, int], FakeQuantizer] = {}
+    made: dict[tuple[nn.Parameter, int, int], FakeQuantizer] = {}
     by_name = {}
     for name, layer in layers.items():
-        weight, bits = layer.get_parameter("weight"), policy.layers[name].weight
-        if (weight, bits) not in made:
-            made[weight, bits] = quantizer.for_weight(weight, bits)
+        weight, bits, axis = layer.get_parameter("weight"), policy.layers[name].weight, scale_axis(layer)
+        if (weight, bits, axis) not in made:
+            made[weight, bits, axis] = quantizer.for_weight(weight, bits, axis)
             with _naming(name, "weight"):
-                made[weight, bits].initialize(weight, observer)
-        by_name[name] = made[weight, bits].to(weight.device)
+                made[weight, bits, axis].initialize(weight, observer)
+        by_name[name] = made[weight, bits, axis].to(weight.device)
     return by_name
 
 

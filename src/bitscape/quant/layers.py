@@ -12,9 +12,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import QUANTIZABLE
+from bitscape.models.layers import QUANTIZABLE, output_channels, scale_axis
 from bitscape.policy import LayerBits
-from bitscape.quant.quantizers import FakeQuantizer
+from bitscape.quant.quantizers import FakeQuantizer, PerChannel
+from bitscape.quant.quantizers.base import scale_shape
+from bitscape.quant.quantizers.lsq import LsqWeight
 
 _QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
@@ -48,6 +50,13 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
 
 
+class QuantConv3d(QuantizedLayer, nn.Conv3d):
+    """nn.Conv3d on a quantized input with a quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
+
+
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on a quantized input with a quantized weight."""
 
@@ -62,9 +71,9 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     `self.weight` while it runs.
 
     Raises:
-        BitscapeError: not a Conv1d, Conv2d or Linear.
+        BitscapeError: no layer type that takes bits.
     """
-    for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
+    for base, quantized in _QUANTIZED.items():
         if issubclass(kind, base):
             first = quantized if _has_forward_of(base, kind) else _OwnForward
             return quantized if kind is base else _derived(first, cast(Any, kind))
@@ -78,6 +87,29 @@ class _OwnForward(QuantizedLayer):
             return super().forward(self.input_quantizer(input), *args, **kwargs)
 
 
+class QuantConvTranspose1d(_OwnForward, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+class QuantConvTranspose2d(_OwnForward, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+class QuantConvTranspose3d(_OwnForward, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+_QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Linear: QuantLinear,
+}
+
+
 def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
     same = (getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
     return all(same)
@@ -86,6 +118,15 @@ def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
 @cache
 def _derived(first: Any, kind: Any) -> type[QuantizedLayer]:
     return type(f"Quant{kind.__name__}", (first, kind), {})
+
+
+def has_channel_scales(layer: QuantizedLayer) -> bool:
+    """Whether the weight has one learned scale for each output channel."""
+    quantizer = layer.weight_quantizer
+    if not isinstance(quantizer, LsqWeight) or isinstance(quantizer.bits, Tensor):
+        return False
+    shape = scale_shape(layer.weight.shape, PerChannel(), scale_axis(layer))
+    return quantizer.scale.shape == shape and quantizer.scale.numel() == output_channels(layer)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

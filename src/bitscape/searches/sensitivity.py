@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
@@ -95,15 +95,15 @@ def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: 
         grids = {bits: grid(bits, signed=signed) for bits in activation_bits}
         noise[name] = LayerNoise(
             layer,
-            {bits: _weight_noise(layer.get_parameter("weight"), bits) for bits in weight_bits},
+            {bits: _weight_noise(layer, bits) for bits in weight_bits},
             {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()},
         )
     return noise
 
 
-def _weight_noise(weight: Tensor, bits: int) -> Tensor:
-    levels = grid(bits, signed=True)
-    shape = scale_shape(weight.shape, PerChannel())
+def _weight_noise(layer: nn.Module, bits: int) -> Tensor:
+    weight, levels = layer.get_parameter("weight"), grid(bits, signed=True)
+    shape = scale_shape(weight.shape, PerChannel(), scale_axis(layer))
     scale = Mse().scale(grouped(weight, shape), levels).reshape(shape)
     return dequantize(quantize(weight, scale, levels), scale, levels.zero_point) - weight
 

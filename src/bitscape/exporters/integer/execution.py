@@ -52,7 +52,7 @@ class _Executor(fx.Interpreter):
         exact = self._exact[key]
         assert callable(node.target)
         sums: Tensor = node.target((x / scale).round().to(exact), weight.q.to(exact), None, *rest[1:]).double()
-        spacing = _by_channel(weight.scale * scale, sums, node)
+        spacing = _by_channel(weight.output_scale * scale, sums, node)
         if key in self._network.biases:
             bias = _by_channel(self._network.biases[key].double(), sums, node)
             if node.target is LINEAR and sums.ndim > 2:  # MatMul and Add in ONNX: the one operator whose kernel adds the bias in float
@@ -72,7 +72,7 @@ def _exact_type(weight: IntegerWeight) -> torch.dtype:
 
     On a GPU never float32: its convolutions may go through transforms that round.
     """
-    largest = 255 * int(weight.q.abs().flatten(1).sum(1).max())
+    largest = 255 * int(weight.rows.abs().flatten(1).sum(1).max())
     return torch.float32 if largest < 2**24 and weight.q.device.type == "cpu" else torch.float64
 
 

@@ -28,7 +28,15 @@ from bitscape.quant.quantizers.pact import PactActivation
 
 _log = logging.getLogger("bitscape.exporters")
 aten = torch.ops.aten
-CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+}
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 LINEAR = aten.linear.default
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
@@ -104,7 +112,7 @@ class Traced:
 
     def weight_name(self, node: fx.Node) -> str | None:
         """Name of the quantized weight of a convolution or linear node; None for any other node."""
-        weight = node.args[1] if node.target in {*CONVOLUTIONS, LINEAR} else None
+        weight = node.args[1] if node.target in {*CONVOLUTIONS, *TRANSPOSED, LINEAR} else None
         return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes else None
 
     def is_layer(self, node: fx.Node) -> bool:

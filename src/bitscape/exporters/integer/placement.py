@@ -12,8 +12,8 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
     it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
 
-Linear layers keep float results unless a quantizer takes them: runtimes can return those, and the residual streams of transformers
-tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+Linear layers and transposed convolutions keep float results unless a quantizer takes them: runtimes can return those, and the residual
+streams of transformers tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.exporters.integer.graph import CONVOLUTIONS, LINEAR, ActivationGrid, grid_of, insert_quantizer, is_quantizer, set_grid
+from bitscape.exporters.integer.graph import CONVOLUTIONS, LINEAR, TRANSPOSED, ActivationGrid, grid_of, insert_quantizer, is_quantizer, set_grid
 
 aten = torch.ops.aten
 RECTIFIERS = {
@@ -32,13 +32,13 @@ RECTIFIERS = {
     aten.clamp_min.default,
     aten.clip.default,
 }
-POOLINGS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
-MIXING = CONVOLUTIONS | POOLINGS | {
+POOLINGS = {
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+}
+MIXING = CONVOLUTIONS | TRANSPOSED | POOLINGS | {
     LINEAR,
-    aten.conv3d.default,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
     aten.matmul.default,
     aten.mm.default,
     aten.bmm.default,
@@ -51,13 +51,16 @@ CONCATENATION = aten.cat.default
 MOVES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
+    aten.max_pool3d.default,
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
     aten.channel_shuffle.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
+    aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
     aten.permute.default,
     aten.transpose.int,
     aten.slice.Tensor,
@@ -280,7 +283,7 @@ def is_own_padding(node: fx.Node, convolution: fx.Node) -> bool:
     if not _pads_zeros(node) or convolution.target not in CONVOLUTIONS:
         return False
     amounts: list[int] = node.args[1]  # type: ignore[assignment]  # last dimension first
-    spatial = 2 if "conv2d" in str(convolution.target) else 1
+    spatial = next(n for n in (1, 2, 3) if f"conv{n}d" in str(convolution.target))
     return not any(amounts[2 * spatial :]) and min(amounts) >= 0
 
 

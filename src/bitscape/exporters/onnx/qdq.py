@@ -40,7 +40,7 @@ CONTAINERS = (2, 4, 8)
 """Widths in which ONNX stores integers."""
 PORTABLE = (4, 8)
 """Those that other runtimes than ONNX Runtime read."""
-LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """What layers become; these nodes carry the layer's name."""
 OPSETS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}
 """Smallest container in a file -> operator set and IR version that know it; newer ones are refused by ONNX Runtime 1.31."""
@@ -100,7 +100,7 @@ def onnx_model(network: IntegerNetwork, images: Tensor, *, containers: Sequence[
 
     writer = _Writer(model.graph, network, containers)
     for node in list(model.graph):
-        if node.op_type in (*LAYER_OPERATORS, "ConvTranspose"):
+        if node.op_type in LAYER_OPERATORS:
             writer.rewrite(node)
         elif node.op_type == MARK:
             writer.replace_bias(node)
@@ -154,7 +154,7 @@ class _Writer:
         key = mark.attributes["name"].as_string()
         node.name = layer_of(key)
         # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
-        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
+        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type in ("Gemm", "MatMul")))
         if node.op_type == "Conv":
             _absorb_padding(node)
 
@@ -170,13 +170,13 @@ class _Writer:
 
     def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
         weight = self.network.weights[key]
-        bits, channels = container(weight, self.containers), len(weight.scale)
+        bits, channels, axis = container(weight, self.containers), len(weight.scale), weight.layout.scale_axis
         codes = weight.q.cpu().numpy().astype(np.int8)
         name, codes = (f"{key}.transposed", np.ascontiguousarray(codes.T)) if transposed else (key, codes)
         stored = self._initializer(f"{name}.codes", codes, bits)
         scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
         zeros = self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8)) if zero_points else None
-        return self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
+        return self._dequantized(stored, scale, zeros, axis=int(transposed) or axis, cast=bits < 8)
 
     def replace_bias(self, mark: "ir.Node") -> None:
         """Put a bias's integers in the place of its mark; marks of weights stay, for layers to find."""
@@ -185,7 +185,7 @@ class _Writer:
         name = mark.attributes["name"].as_string()
         if (key := self.biases.get(name)) is None:
             return
-        spacing = self.network.weights[key].scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
+        spacing = self.network.weights[key].output_scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
         codes = self._initializer(f"{name}.codes", self.network.biases[key].cpu().numpy().astype(np.int32))
         found = self._dequantized(codes, self._initializer(f"{name}.scale", spacing), None, axis=0, cast=False)
         ir.convenience.replace_all_uses_with(mark.outputs[0], found)

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("bitscape.exporters")
 CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
-PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 """What layers become."""
+PRODUCT = "/WithoutBiases"
+"""Ends the name of a layer's product where a bias is added behind it, by a node of the layer's name."""
 ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat", "ReduceMean"}
 """Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly, and one
 behind a mean of what constants scale. Behind other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
@@ -286,6 +288,10 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     """
     layers, made = set(map(layer_of, network.weights)), 0
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
+    for node in nodes:  # OpenVINO names these products so, except for transposed convolutions
+        user = only_user(node) if node.get_type_name() in PRODUCTS else None
+        if user is not None and user.get_type_name() == "Add" and LAYER_NAME.split(user.get_friendly_name())[0] in layers:
+            node.set_friendly_name(user.get_friendly_name() + PRODUCT)
     kept = {node.get_friendly_name() for node in nodes if LAYER_NAME.split(node.get_friendly_name())[0] in layers}
     for node in nodes:
         name = node.get_friendly_name()

@@ -5,7 +5,7 @@ For every quantized layer, in the form of compressed-tensors' "pack-quantized":
     <layer>.weight_packed  int32, codes q + 2^(b-1) as one stream of b-bit numbers (bits.py). 2-D: a row for each output
                            channel where its bits fill whole words, else one row; always ceil(weights * b / 32) words
     <layer>.weight_scale   float32, (output channels, 1) or (1,)
-    <layer>.weight_shape   int64, the shape of the weight
+    <layer>.weight_shape   int64, the shape of the weight, output channels first
 
 and every other tensor of the state dict (biases, norms, activation scales, buffers) as it is; what has several names is
 stored under the first. The metadata has one entry, "bitscape" (header.py). Equal networks give equal bytes.
@@ -28,7 +28,7 @@ from bitscape.exporters.packed.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
 from bitscape.models.find import load_state
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import layer_shapes, quantizable_layers, weight_layout
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, Policy, fingerprint
@@ -181,11 +181,12 @@ def _key(layer: str, tensor: str) -> str:
 
 
 def _weight_tensors(name: str, codes: Codes, bits: int) -> dict[str, Tensor]:
-    unsigned = (codes.q.short() + 2 ** (bits - 1)).to(torch.uint8).cpu().numpy()
-    rows = len(codes.q) if codes.q[0].numel() * bits % 32 == 0 else 1
+    q = codes.layout.outputs_first(codes.q)
+    unsigned = (q.short() + 2 ** (bits - 1)).to(torch.uint8).cpu().numpy()
+    rows = len(q) if q[0].numel() * bits % 32 == 0 else 1
     words = torch.from_numpy(pack_bits(unsigned, bits)).reshape(rows, -1)
     scale = codes.scale.reshape(-1, 1) if codes.scale.ndim else codes.scale.reshape(1)
-    parts = (words, scale, torch.tensor(codes.q.shape, dtype=torch.int64))
+    parts = (words, scale, torch.tensor(q.shape, dtype=torch.int64))
     return {_key(name, part): tensor for part, tensor in zip(_WEIGHT_PARTS, parts, strict=True)}
 
 
@@ -223,16 +224,18 @@ def _stored_codes(name: str, tensors: dict[str, Tensor], header: Header, layer: 
         if key not in tensors:
             raise BitscapeError(f"tensor {key} is missing; write the file anew")
     words, scale, shape = (tensors.pop(key) for key in keys)
-    _expect(keys[2], shape.tolist(), list(weight.shape))
+    layout = weight_layout(layer)
+    stored_shape, scales = layout.outputs_first(weight).shape, weight.shape[layout.scale_axis]
+    _expect(keys[2], shape.tolist(), list(stored_shape))
     _expect(keys[0], (words.numel(), words.dtype), (words_of(weight.numel(), bits), torch.int32))
     per_channel = header.layers[name].scales == "channel"
-    _expect(keys[1], (*scale.shape, scale.dtype), (*((len(weight), 1) if per_channel else (1,)), torch.float32))
+    _expect(keys[1], (*scale.shape, scale.dtype), (*((scales, 1) if per_channel else (1,)), torch.float32))
     if not (torch.isfinite(scale) & (scale > 0)).all():
         raise BitscapeError(f"{keys[1]} holds values that are NaN, infinite or not positive; write the file anew")
     unsigned = torch.from_numpy(unpack_bits(words.numpy(), bits, weight.numel()))
-    q = (unsigned.short() - 2 ** (bits - 1)).to(torch.int8).reshape(weight.shape)
-    scale = scale.reshape(len(weight), *[1] * (weight.ndim - 1)) if per_channel else scale.reshape(())
-    return Codes(q.to(weight.device), scale.to(weight.device), header.layers[name].zero_point)
+    q = layout.outputs_first((unsigned.short() - 2 ** (bits - 1)).to(torch.int8).reshape(stored_shape)).contiguous()
+    scale = layout.along_scales(scale, weight.ndim) if per_channel else scale.reshape(())
+    return Codes(q.to(weight.device), scale.to(weight.device), header.layers[name].zero_point, layout)
 
 
 def _expect(key: str, found: object, expected: object) -> None:
