@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from bitscape.cost.budget import Budget
 from bitscape.cost.layers import NetworkProfile, idle_layer

@@ -90,7 +90,8 @@ def _check_images(cost: NetworkProfile) -> None:
 def _wrapped(network: nn.Module, cost: NetworkProfile, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
     for layer in quantized_layers(network).values() if bits.weights else ():
         if isinstance(layer.input_quantizer, DynamicActivation):
-            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight, channel_axis=scale_axis(layer)), bits.low, bits.high, Mse())
+            make = partial(quantizer.for_weight, layer.weight, channel_axis=scale_axis(layer))
+            make_weights_dynamic(layer, make, bits.low, bits.high, Mse())
     return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
 
 

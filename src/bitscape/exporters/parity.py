@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 IMAGES_AT_ONCE = 8
+UINT8 = np.dtype(np.uint8)
 _CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 ROUNDING = 2.0**-22
@@ -55,6 +56,8 @@ class FileLayer:
     """Tensor of the input's codes."""
     input_scale: np.float32
     input_zero_point: int
+    input_kind: np.dtype[Any]
+    """uint8 or uint16."""
     weight: Array
     """int8, output channels first."""
     weight_scale: Array
@@ -68,8 +71,10 @@ class FileLayer:
     output_scale: np.float32 | None
     """None where the output is float."""
     becomes_output: bool
-    """Whether an output of the network is made of its results before any quantizer."""
+    """Whether an output of the network, or codes of 16 bits, are made of its results before any quantizer of 8 bits."""
     output_zero_point: int = 0
+    output_kind: np.dtype[Any] = UINT8
+    """Of its codes: uint8 or uint16."""
     low: int = 0
     """Smallest code of the output."""
     high: int = 255
@@ -79,9 +84,12 @@ class FileLayer:
     def may_be_float(self) -> bool:
         """Whether a runtime may compute it in float.
 
-        ONNX Runtime has no integer transposed convolution, nor one whose results are floats; OpenVINO none that is transposed and grouped.
+        ONNX Runtime has no integer transposed convolution, nor one whose results are floats, nor any kernel of 16-bit activations; OpenVINO
+        no transposed convolution of groups.
         """
-        return self.operator == "ConvTranspose" or (self.operator == "Conv" and self.output_scale is None and self.becomes_output)
+        wide = self.input_kind.itemsize > 1 or self.output_kind.itemsize > 1
+        returned = self.operator == "Conv" and self.output_scale is None and self.becomes_output
+        return self.operator == "ConvTranspose" or wide or returned
 
     def difference(self, codes: Array, output: Array, *, in_float: bool = False) -> Array:
         """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums.
@@ -158,7 +166,7 @@ class ParityReport:
     float_layers: tuple[str, ...]
     """Layers of integer weights that the runtime computes in float, and should not."""
     float_outputs: tuple[str, ...] = ()
-    """Convolutions that it computes in float because it has no integer kernel for them: transposed ones, or of float results."""
+    """Layers that it computes in float because it has no integer kernel for them (`FileLayer.may_be_float`)."""
 
     @property
     def codes(self) -> int:
@@ -266,9 +274,10 @@ def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> tupl
     copied.CopyFrom(model)
     have = [output.name for output in copied.graph.output]
     for layer in layers:
-        for name, is_float in ((layer.input, False), (layer.output, layer.output_scale is None)):
+        result = np.dtype(np.float32) if layer.output_scale is None else layer.output_kind
+        for name, dtype in ((layer.input, layer.input_kind), (layer.output, result)):
             if name not in have:
-                kind = onnx.TensorProto.FLOAT if is_float else onnx.TensorProto.UINT8
+                kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
                 copied.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
                 have.append(name)
     return bytes(copied.SerializeToString()), have
@@ -332,6 +341,7 @@ class _Graph:
             input=x.input[0],
             input_scale=np.float32(self._known(x.input[1])),
             input_zero_point=int(self._known(x.input[2])),
+            input_kind=self._known(x.input[2]).dtype,
             weight=codes,
             weight_scale=scale,
             bias=np.zeros(1, np.int64) if bias is None else bias.astype(np.int64),
@@ -342,7 +352,7 @@ class _Graph:
 
     def _becomes_output(self, node: "onnx.NodeProto") -> bool:
         if node.op_type == "QuantizeLinear":
-            return False
+            return self._known(node.input[2]).itemsize > 1
         return any(name in self._outputs or any(map(self._becomes_output, self._users.get(name, []))) for name in node.output)
 
     def _known(self, name: str) -> Array:
@@ -366,11 +376,17 @@ class _Graph:
         if len(users) != 1 or users[0].op_type != "QuantizeLinear":
             return {"output": name, "output_scale": None}
         quantize = users[0]
-        found = {"output_scale": np.float32(self._known(quantize.input[1])), "output_zero_point": int(self._known(quantize.input[2]))}
+        zero_point = self._known(quantize.input[2])
+        found = {
+            "output_scale": np.float32(self._known(quantize.input[1])),
+            "output_zero_point": int(zero_point),
+            "output_kind": zero_point.dtype,
+            "high": int(np.iinfo(zero_point.dtype).max),
+        }
         users = self._users.get(quantize.output[0], [])
         if len(users) == 1 and users[0].op_type == "Clip":
             low, high = (int(self._known(limit)) for limit in users[0].input[1:3])
-            return {"output": users[0].output[0], "low": low, "high": high, **found}
+            return {**found, "output": users[0].output[0], "low": low, "high": high}
         return {"output": quantize.output[0], **found}
 
 

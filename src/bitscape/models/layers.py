@@ -90,6 +90,10 @@ class WeightLayout:
         return values.reshape(-1, scales).amax(0) if self.scale_axis else values.reshape(scales, -1).amax(1)
 
 
+PLAIN = WeightLayout()
+"""Of layers whose weight has its outputs first."""
+
+
 def weight_layout(layer: nn.Module) -> WeightLayout:
     """The layout of a layer's weight.
 
@@ -97,7 +101,7 @@ def weight_layout(layer: nn.Module) -> WeightLayout:
     input is a group (depthwise), which then has its own.
     """
     if not isinstance(layer, TRANSPOSED):
-        return WeightLayout()
+        return PLAIN
     depthwise = 1 < layer.groups == layer.in_channels
     return WeightLayout(scale_axis=0 if depthwise else 1, transposed_groups=layer.groups)
 

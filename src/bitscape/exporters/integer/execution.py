@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from bitscape.exporters.integer.form import IntegerNetwork
-from bitscape.exporters.integer.graph import LINEAR, grid_of, is_quantizer
-from bitscape.exporters.integer.weights import IntegerWeight, input_scale
+from bitscape.exporters.integer.graph import LINEAR, ActivationGrid, grid_of, is_quantizer
+from bitscape.exporters.integer.weights import IntegerWeight, input_grid
 from bitscape.models.named_outputs import named_outputs
 from bitscape.quant.convert import batches_of
 
@@ -27,8 +27,8 @@ class _Executor(fx.Interpreter):
         super().__init__(network.module)
         graph = network.module.graph
         self._network = network
-        self._scales = {key: input_scale(graph, key) for key in network.weights}
-        self._exact = {key: _exact_type(weight) for key, weight in network.weights.items()}
+        self._scales = {key: input_grid(graph, key).scale for key in network.weights}
+        self._exact = {key: _exact_type(weight, input_grid(graph, key)) for key, weight in network.weights.items()}
         self._sums: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         """Layer -> its exact sums, float64, and their spacing; until its last user has run."""
 
@@ -67,12 +67,12 @@ class _Executor(fx.Interpreter):
         return grid.dequantize(codes.clamp_(grid.qmin, grid.qmax))
 
 
-def _exact_type(weight: IntegerWeight) -> torch.dtype:
-    """The faster float type in which no sum of products of this weight with codes from -255 to 255 is rounded.
+def _exact_type(weight: IntegerWeight, grid: ActivationGrid) -> torch.dtype:
+    """The faster float type in which no sum of products of this weight with codes of its input's type, of either sign, is rounded.
 
     On a GPU never float32: its convolutions may go through transforms that round.
     """
-    largest = 255 * int(weight.rows.abs().flatten(1).sum(1).max())
+    largest = grid.top * int(weight.rows.abs().flatten(1).sum(1).max())
     return torch.float32 if largest < 2**24 and weight.q.device.type == "cpu" else torch.float64
 
 

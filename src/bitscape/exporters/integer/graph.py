@@ -38,6 +38,8 @@ CONVOLUTIONS = {
 }
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 LINEAR = aten.linear.default
+BYTE, WORD = 2**8 - 1, 2**16 - 1
+"""Largest codes of the types that integer graphs hold activations in."""
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 
@@ -50,6 +52,16 @@ class ActivationGrid:
     zero_point: float
     qmin: int
     qmax: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its codes, from 0 in integer form, take more than a byte: activations of 16 bits."""
+        return max(self.qmax, self.zero_point) > BYTE or self.qmax - self.qmin > BYTE
+
+    @property
+    def top(self) -> int:
+        """Largest code of the type that holds the codes of the integer form."""
+        return WORD if self.is_wide else BYTE
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x` as float32, rounded as ONNX's QuantizeLinear does: half to even, before a whole zero point is added."""

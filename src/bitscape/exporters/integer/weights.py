@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.graph import Traced, grid_of
+from bitscape.exporters.integer.graph import ActivationGrid, Traced, grid_of
 from bitscape.exporters.integer.placement import quantized_source
-from bitscape.models.layers import WeightLayout
+from bitscape.models.layers import PLAIN, WeightLayout
 from bitscape.quant.quantizers.base import Codes
 
 LARGEST_BIAS = 2**30
@@ -26,7 +26,7 @@ class IntegerWeight:
     """int16 in the weight's shape; within -128..127."""
     scale: Tensor
     """float32 (scales,), not zero; negative where a norm with a negative gamma was folded."""
-    layout: WeightLayout = WeightLayout()
+    layout: WeightLayout = PLAIN
     """Where the outputs lie in `q`."""
 
     @property
@@ -80,11 +80,16 @@ def integer_bias(graph: fx.Graph, weights: dict[str, IntegerWeight], key: str, b
 
 def input_scale(graph: fx.Graph, weight: str) -> float:
     """Scale of the activations that meet the weight of this name."""
+    return input_grid(graph, weight).scale
+
+
+def input_grid(graph: fx.Graph, weight: str) -> ActivationGrid:
+    """Grid of the activations that meet the weight of this name."""
     for node in graph.nodes:
         if len(node.args) > 1 and isinstance(node.args[1], fx.Node) and node.args[1].target == weight:
             source = quantized_source(node.args[0])
             assert source is not None, f"the input of {weight} is not quantized"
-            return grid_of(source).scale
+            return grid_of(source)
     raise AssertionError(f"nothing takes {weight}")
 
 

@@ -5,7 +5,8 @@ The form that ONNX Runtime fuses into integer kernels, and OpenVINO too:
     weights      INT2, INT4 or INT8 codes -> Cast to INT8 -> DequantizeLinear, one scale per output channel. The cast is folded when the
                  file is loaded; without it, runtimes compute a layer of INT4 weights in float, or refuse INT2.
     biases       INT32, of input scale times weight scale -> DequantizeLinear
-    activations  QuantizeLinear to UINT8, below 8 bits a Clip of the codes -> DequantizeLinear
+    activations  QuantizeLinear to UINT8, below 8 bits a Clip of the codes -> DequantizeLinear; of 16 bits UINT16, which ONNX Runtime
+                 computes in float
 
 No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
 """
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
-from bitscape.exporters.integer.graph import FAKE_QUANTIZE, layer_of
+from bitscape.exporters.integer.graph import FAKE_QUANTIZE, ActivationGrid, layer_of
 from bitscape.exporters.integer.weights import bias_name, input_scale
 from bitscape.exporters.onnx.marks import DOMAIN, MARK, MARKED, mark_node, with_marks
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
@@ -120,18 +121,24 @@ def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qma
     import onnxscript
 
     op: Any = onnxscript.opset21  # its types know no ONNX tensors
-    spacing, zero = op.Constant(value_float=scale), op.Constant(value=_uint8(int(zero_point)))
+    grid = ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)
+    kind = np.uint16 if grid.is_wide else np.uint8
+    cuts = (qmin, qmax) != (0, grid.top)
+    if cuts and grid.is_wide:  # ONNX Runtime clips no uint16
+        low, high = (np.array(scale, np.float32) * np.float32(code - zero_point) for code in (qmin, qmax))
+        x = op.Clip(x, op.Constant(value=_tensor(low)), op.Constant(value=_tensor(high)))
+    spacing, zero = op.Constant(value_float=scale), op.Constant(value=_tensor(np.array(int(zero_point), kind)))
     codes = op.QuantizeLinear(x, spacing, zero)
-    if (qmin, qmax) != (0, 255):
+    if cuts and not grid.is_wide:
         # On the integers: a Clip of floats in front keeps runtimes from fusing.
-        codes = op.Clip(codes, op.Constant(value=_uint8(qmin)), op.Constant(value=_uint8(qmax)))
+        codes = op.Clip(codes, *(op.Constant(value=_tensor(np.array(code, kind))) for code in (qmin, qmax)))
     return op.DequantizeLinear(codes, spacing, zero)
 
 
-def _uint8(value: int) -> Any:
+def _tensor(value: Any) -> Any:
     import onnx
 
-    return onnx.numpy_helper.from_array(np.array(value, np.uint8))
+    return onnx.numpy_helper.from_array(np.asarray(value))
 
 
 class _Writer:

@@ -33,6 +33,7 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.containers import container, container_bytes, layer_containers
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import layer_of
+from bitscape.exporters.integer.weights import input_grid
 from bitscape.exporters.onnx.qdq import onnx_model
 from bitscape.exporters.onnx.trace import checked_bytes
 from bitscape.exporters.openvino.xml import compact
@@ -110,6 +111,7 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
     Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing.
     """
     openvino = runtime_module("openvino")
+    _refuse_wide(network)
     graph = onnx_model(network, images, containers=(8,))
     import onnx_ir as ir
 
@@ -128,6 +130,16 @@ def openvino_model(network: IntegerNetwork, images: Tensor) -> "tuple[Any, onnx.
     _rename(model, network)
     _name_outputs(model, [output.name for output in source.graph.output])
     return model, source
+
+
+def _refuse_wide(network: IntegerNetwork) -> None:
+    graph = network.module.graph
+    wide = dict.fromkeys(network.layers[key] for key in network.weights if input_grid(graph, key).is_wide)
+    if wide:
+        raise BitscapeError(
+            f"network: layers {', '.join(wide)} take 16-bit activations, and OpenVINO computes in 8; give them 8 bits, or export "
+            "to ONNX or as a packed file"
+        )
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
