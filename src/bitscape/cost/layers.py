@@ -16,7 +16,7 @@ from torch import nn
 from bitscape.calling import Inputs, shapes_of
 from bitscape.cost.dry_pass import ModuleRun, dry_pass, is_shape
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import KINDS, QUANTIZABLE, TRANSPOSED, quantizable_layers, scale_axis
+from bitscape.models.layers import KINDS, QUANTIZABLE, TRANSPOSED, has_weight, quantizable_layers, scale_axis, weight_shape
 from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits
 
@@ -41,11 +41,11 @@ class LayerCost:
     weights: int
     """Elements of the weight; 0 when another layer already counts the same parameter (see `tied_to`)."""
     weight_shape: tuple[int, ...]
-    """Shape of the weight."""
+    """Shape of the weight; (0,) of a product of two activations, of which nothing is stored."""
     scales: int
     """Scales stored with the weight, one per output channel (`models.layers.scale_axis`); 0 when tied."""
     input_elements: int
-    """Elements of the input, in the largest call."""
+    """Elements of the input, of a product of two activations the first, in the largest call."""
     output_elements: int
     """Elements of the output, in the largest call."""
     calls: int = 1
@@ -177,17 +177,16 @@ def _layer_costs(modules: Mapping[str, nn.Module], runs: Mapping[str, ModuleRun]
 
 
 def _layer_cost(name: str, module: nn.Module, run: ModuleRun, owners: dict[int, str]) -> LayerCost:
-    weight = module.get_parameter("weight")
-    owner = owners.setdefault(id(weight), name)
+    weighted, shape = has_weight(module), weight_shape(module)
+    owner = owners.setdefault(id(module.get_parameter("weight")), name) if weighted else name
     tied = owner != name
-    weight_shape = tuple(weight.shape)
     return LayerCost(
         name=name,
         kind=_kind(module),
-        macs=run.weight_macs or _plain_macs(module, run),
-        weights=0 if tied else weight.numel(),
-        weight_shape=weight_shape,
-        scales=0 if tied else weight_shape[scale_axis(module)],
+        macs=(run.weight_macs or _plain_macs(module, run)) if weighted else run.macs,
+        weights=0 if tied else math.prod(shape),
+        weight_shape=shape,
+        scales=0 if tied else shape[scale_axis(module)],
         input_elements=run.input_elements,
         output_elements=run.output_elements,
         calls=run.calls,
@@ -206,7 +205,7 @@ def _plain_macs(module: nn.Module, run: ModuleRun) -> int:
 
 def idle_layer(name: str, module: nn.Module) -> LayerCost:
     """A layer that the forward pass never calls: it does nothing for an image, and its weight is stored."""
-    shape = tuple(module.get_parameter("weight").shape)
+    shape = weight_shape(module)
     return LayerCost(
         name=name,
         kind=_kind(module),
@@ -228,12 +227,13 @@ def _uncounted(
     model: nn.Module, layers: Mapping[str, LayerCost], uncalled: tuple[str, ...], runs: Mapping[str, ModuleRun]
 ) -> tuple[Uncounted, ...]:
     modules = dict(model.named_modules())
-    counted = {id(modules[name].get_parameter("weight")) for name in layers}
+    counted = {id(modules[name].get_parameter("weight")) for name in layers if has_weight(modules[name])}
     found = []
     for name, module in modules.items():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
         counted |= {id(p) for p in own.values()}
-        macs = runs[name].macs - runs[name].counted_macs if name in runs else 0
+        product = name in layers and not has_weight(module)
+        macs = runs[name].macs - runs[name].counted_macs if name in runs and not product else 0
         if (own or macs) and not _is_quantizer(name, layers):
             what = _what(module, tuple(own), name in layers, name in uncalled)
             params = sum(p.numel() for p in own.values())

@@ -12,6 +12,7 @@ from bitscape.dynamic.layers import DynamicActivation, make_weights_dynamic
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import scale_axis
+from bitscape.models.products import refuse_products
 from bitscape.policy import Policy
 from bitscape.quant.convert import bypassed, calibrate, quantize
 from bitscape.quant.layers import quantized_layers
@@ -62,6 +63,7 @@ def unset_network(
 def _with_dynamic_inputs(
     model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
 ) -> tuple[nn.Module, NetworkProfile]:
+    refuse_products(model, "a network of dynamic bits")
     network = quantize(model, policy, quantizer)
     with bypassed(network):
         cost = measure(network, input_shape)

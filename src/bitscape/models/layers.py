@@ -9,13 +9,14 @@ from torch.nn.utils import parametrize
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import reads_weights, split_attention
 from bitscape.models.meta import meta_copy
+from bitscape.models.products import MatMul
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Convolutions whose weight is (inputs, outputs of a group, *kernel); of all other layers it is (outputs, inputs of a group, *kernel)."""
-QUANTIZABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-"""Layer types that take bits; their subclasses count too."""
-KINDS = "convolution (Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d) or Linear"
+QUANTIZABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, MatMul)
+"""Layer types that take bits; their subclasses count too. A MatMul has no weight: its second operand takes those of the weight."""
+KINDS = "convolution (Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d), Linear or bitscape MatMul"
 """The same in words, for messages."""
 
 
@@ -31,17 +32,36 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and id(module) not in never_called:
-            _refuse_unshaped(name, module)
-            _refuse_computed(name, module)
+            if has_weight(module):
+                _refuse_unshaped(name, module)
+                _refuse_computed(name, module)
             found[name] = module
     return found
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return layer name -> shape of its weight, for every quantizable layer; attention is split as everywhere (`split_attention`)."""
+    """Return layer name -> shape of its weight, for every quantizable layer; attention is split as everywhere (`split_attention`).
+
+    A product of two activations has none, (0,).
+    """
     if reads_weights(model):
         model = split_attention(meta_copy(model))
-    return {name: tuple(layer.get_parameter("weight").shape) for name, layer in quantizable_layers(model).items()}
+    return {name: weight_shape(layer) for name, layer in quantizable_layers(model).items()}
+
+
+def has_weight(layer: nn.Module) -> bool:
+    """Whether a quantizable layer multiplies its input with a weight, not with another activation."""
+    return not isinstance(layer, MatMul)
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The `quantizable_layers` that have a weight."""
+    return {name: layer for name, layer in quantizable_layers(model).items() if has_weight(layer)}
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of a quantizable layer's weight; (0,) without one."""
+    return tuple(layer.get_parameter("weight").shape) if has_weight(layer) else (0,)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -74,7 +94,8 @@ class WeightLayout:
         """A tensor of the weight's shape as (outputs, inputs of a group, *kernel); applied again, in the weight's layout."""
         if not self.transposed_groups:
             return weight
-        return weight.unflatten(0, (self.transposed_groups, -1)).transpose(1, 2).flatten(0, 1)
+        turned: Tensor = weight.unflatten(0, (self.transposed_groups, -1)).transpose(1, 2).flatten(0, 1)
+        return turned
 
     def along_scales(self, values: Tensor, ndim: int) -> Tensor:
         """One value for each scale, to broadcast against a weight of `ndim` dimensions."""

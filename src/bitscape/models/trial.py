@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import weighted_layers
 from bitscape.models.modes import evaluating
 from bitscape.nested import tensors_in
 
@@ -55,7 +55,7 @@ def check_weight_uses(model: nn.Module, images: Tensor) -> None:
     """
     if is_empty(model):
         return
-    layers = quantizable_layers(model)
+    layers = weighted_layers(model)
     with trial(model, images) as run:
         expected = run.again()
 

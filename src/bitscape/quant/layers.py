@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import QUANTIZABLE, output_channels, scale_axis
+from bitscape.models.products import MatMul
 from bitscape.policy import LayerBits
 from bitscape.quant.quantizers import FakeQuantizer, PerChannel
 from bitscape.quant.quantizers.base import scale_shape
@@ -64,6 +66,13 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
+class QuantMatMul(QuantizedLayer, MatMul):  # type: ignore[misc]  # it has no weight
+    """The product of two quantized activations; the second's quantizer stands in the place of a weight's."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.input_quantizer(a), self.weight_quantizer(b))
+
+
 def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     """The quantized form of a layer class.
 
@@ -76,7 +85,7 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     for base, quantized in _QUANTIZED.items():
         if issubclass(kind, base):
             first = quantized if _has_forward_of(base, kind) else _OwnForward
-            return quantized if kind is base else _derived(first, cast(Any, kind))
+            return quantized if kind is base else _derived(cast(Any, first), cast(Any, kind))
     allowed = ", ".join(k.__name__ for k in QUANTIZABLE)
     raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {allowed} and their subclasses")
 
@@ -107,6 +116,7 @@ _QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
+    MatMul: QuantMatMul,
 }
 
 

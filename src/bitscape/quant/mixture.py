@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import scale_axis
+from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import quantize
 from bitscape.quant.functional import (
@@ -230,6 +231,7 @@ def mix(
         groups: free layers; the layers of one group share their logits.
         pinned: bits of all the other layers.
     """
+    refuse_products(model, "a search with mixtures of widths")
     widest = LayerBits(max(weight_bits), max(activation_bits))
     policy = Policy({**pinned, **{name: widest for group in groups for name in group}})
     network = quantize(model, policy)

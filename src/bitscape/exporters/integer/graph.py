@@ -16,6 +16,7 @@ from bitscape.errors import BitscapeError, explained_forward, first_line, prefix
 from bitscape.exporters.codes import weight_codes
 from bitscape.models.copies import copied
 from bitscape.models.dtypes import check_images
+from bitscape.models.layers import has_weight
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.named_outputs import returning_by_name
 from bitscape.policy import LayerBits
@@ -155,6 +156,11 @@ def trace(network: nn.Module, example: Tensor) -> Traced:
     if len(example) < 2:
         raise BitscapeError(f"example: {len(example)} images; give two at least, so that the batch size stays free")
     codes, bits = {}, {}
+    if multiplied := [name for name, layer in layers.items() if not has_weight(layer)]:
+        raise BitscapeError(
+            f"network: {', '.join(multiplied)} are products of two activations at few bits, which graphs are not written with yet; "
+            "use a packed file, or quantize by a policy without them"
+        )
     for name, layer in layers.items():
         if not getattr(layer.input_quantizer, "initialized", True):
             layer.input_quantizer = _NeverCalibrated(name)  # no obstacle where the layer never runs

@@ -7,7 +7,8 @@ For every quantized layer, in the form of compressed-tensors' "pack-quantized":
     <layer>.weight_scale   float32, (output channels, 1) or (1,)
     <layer>.weight_shape   int64, the shape of the weight, output channels first
 
-and every other tensor of the state dict (biases, norms, activation scales, buffers) as it is; what has several names is
+and every other tensor of the state dict (biases, norms, activation scales, buffers) as it is; of a product of two activations those of
+both operands are scales of activations; what has several names is
 stored under the first. The metadata has one entry, "bitscape" (header.py). Equal networks give equal bytes.
 """
 
@@ -28,9 +29,10 @@ from bitscape.exporters.packed.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
 from bitscape.models.find import load_state
-from bitscape.models.layers import layer_shapes, quantizable_layers, weight_layout
+from bitscape.models.layers import has_weight, layer_shapes, weight_layout, weighted_layers
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
+from bitscape.models.products import product_names, products, split_products
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
 from bitscape.quant.quantizers.base import Codes
@@ -75,6 +77,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     stored, codes = {}, {}
     for name, layer in layers.items():
         with prefixed(f"layer {name}"):
+            if not has_weight(layer):
+                stored[name] = _stored_product(layer)
+                continue
             codes[name] = weight_codes(layer)
             stored[name] = _stored_layer(layer, codes[name], _tied_to(layer, codes, layers))
     header = Header(policy=_checked_policy(model, policy), layers=stored)
@@ -115,8 +120,10 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     with prefixed(os.fspath(path)):
         tensors = safetensors.torch.load_file(path)
         model = prepare(float_model)
+        if not header.policy.layers.keys().isdisjoint(product_names(model)):
+            model = split_products(model)
         header.policy.check(layer_shapes(model))
-        layers = quantizable_layers(model)
+        layers = weighted_layers(model)
         owned = {name: layer for name, layer in layers.items() if header.layers[name].same_weight_as is None}
         codes = {name: _stored_codes(name, tensors, header, layer) for name, layer in owned.items()}
         weights = {name: _dequantized(layer, codes[name]) for name, layer in owned.items()}
@@ -124,6 +131,8 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             stored = header.layers[name]
             owner = stored.owner(name)
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
+        for name, product in products(model).items():
+            _quantize_product(product, header.policy.layers[name], header.layers[name])
         _load_others(model, tensors)
     return in_eval_mode(model)
 
@@ -153,6 +162,11 @@ def _stored_layer(layer: QuantizedLayer, codes: Codes, tied_to: str | None) -> S
     scales = "channel" if codes.scale.ndim else "tensor"
     description = describe_input(layer.input_quantizer)
     return StoredLayer(zero_point=codes.zero_point, scales=scales, input=description, same_weight_as=tied_to)
+
+
+def _stored_product(layer: QuantizedLayer) -> StoredLayer:
+    first, second = map(describe_input, (layer.input_quantizer, layer.weight_quantizer))
+    return StoredLayer(zero_point=0, scales="tensor", input=first, second=second)
 
 
 def _tied_to(layer: QuantizedLayer, codes: Mapping[str, Codes], layers: Mapping[str, QuantizedLayer]) -> str | None:
@@ -195,7 +209,7 @@ def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = quantized_layers(model)
     every = {name for name, _ in model.named_modules(remove_duplicate=False)}
     repeated = every - {name for name, _ in model.named_modules()}
-    skipped = repeated | {_key(name, "weight_quantizer") for name in layers}
+    skipped = repeated | {_key(name, "weight_quantizer") for name, layer in layers.items() if has_weight(layer)}
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
@@ -212,7 +226,7 @@ def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_ranges(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if "input_quantizer" in key.split(".") and not torch.isfinite(tensor).all():
+        if not {"input_quantizer", "weight_quantizer"}.isdisjoint(key.split(".")) and not torch.isfinite(tensor).all():
             raise BitscapeError(f"{key} is NaN or infinite; calibrate the network and save it again")
 
 
@@ -255,6 +269,12 @@ def _make_quantized(layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: 
     layer.weight = weight
     layer.weight_quantizer = StoredWeight(bits.weight, codes.scale, codes.zero_point)
     layer.input_quantizer = stored.input_quantizer(bits.activation).to(weight.device)
+
+
+def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) -> None:
+    product.__class__ = quantized_class(type(product))
+    product.weight_quantizer = stored.second_quantizer(bits.weight)
+    product.input_quantizer = stored.input_quantizer(bits.activation)
 
 
 def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

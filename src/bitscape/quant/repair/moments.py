@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import weighted_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.convert import batches_of, run_batches
@@ -42,7 +42,7 @@ def input_moments(model: nn.Module, images: Tensor | Iterable[Tensor], *, positi
         BitscapeError: no images, or inputs that are not finite (the layer is named).
     """
     model = as_prepared(model)
-    names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
+    names = {layer.get_parameter("weight"): name for name, layer in weighted_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
         if not run_batches(model, batches_of(images, model)):
@@ -159,7 +159,8 @@ def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`input` (n, c, *positions) with stride - 1 zeros between neighbours."""
     sizes = [(n - 1) * s + 1 for n, s in zip(input.shape[2:], stride, strict=True)]
     spread = input.new_zeros(*input.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, s) for s in stride))] = input
+    places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+    spread[places] = input
     return spread
 
 
