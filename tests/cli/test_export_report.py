@@ -81,4 +81,6 @@ def test_it_is_said_on_which_images_networks_are_compared(source, capsys):
 def test_convolutions_that_run_in_float_for_outputs_are_named(capsys):
     layer = LayerParity(name="boxes", codes=1000, differing=0, largest=0)
     report_parity(ParityReport(runtime="some 1.0", layers=(layer,), float_layers=(), float_outputs=("boxes",)))
-    assert "computed in float, for outputs stay float and it has no integer kernel for these: boxes\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "computed in float, for it has no integer kernel for these (transposed, of 16-bit" in output
+    assert "or of float outputs): boxes\n" in output

@@ -12,7 +12,7 @@ from torch import nn
 
 from bitscape.cost.budget import Budget, parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
-from bitscape.cost.layers import NetworkProfile, measure
+from bitscape.cost.layers import NetworkProfile, idle_layer, measure
 from bitscape.cost.policy_cost import CAPS, cost, layer_cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
@@ -196,7 +196,7 @@ def test_a_budget_in_milliseconds_needs_a_table() -> None:
 
 
 def test_a_layer_that_is_never_called_takes_no_time() -> None:
-    idle = replace(NETWORK, uncalled=("idle",), uncalled_shapes={"idle": (4, 4)})
+    idle = replace(NETWORK, never_called=(idle_layer("idle", nn.Linear(4, 4)),))
     joined = with_latency(idle, replace(TABLE, fingerprint=fingerprint(idle.shapes)))
     bits = {**policy(*[(8, 8)] * 3).layers, "idle": LayerBits(2, 2)}
     assert cost("latency_ms", joined, Policy(bits)) == 3.0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bitscape.cost.layers import LayerCost, NetworkProfile, measure
+from bitscape.cost.layers import LayerCost, NetworkProfile, idle_layer, measure
 from bitscape.cost.policy_cost import (
     CAPS,
     bitops,
@@ -162,9 +162,8 @@ def test_policy_must_fit_the_network():
 def test_never_called_layers_may_have_bits_and_cost_what_is_stored():
     with_uncalled = NetworkProfile(
         layers=measure(nn.Linear(4, 4), (4,)).layers,
-        uncalled=("idle",),
+        never_called=(idle_layer("idle", nn.Linear(4, 4)),),
         input_shape=(4,),
-        uncalled_shapes={"idle": (4, 4)},
     )
     name = with_uncalled.layers[0].name
     alone, both = Policy({name: LayerBits(4, 4)}), Policy({name: LayerBits(4, 4), "idle": LayerBits(8, 8)})

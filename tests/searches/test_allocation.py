@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from bitscape.cost.budget import Budget
-from bitscape.cost.layers import NetworkProfile
+from bitscape.cost.layers import NetworkProfile, idle_layer
 from bitscape.cost.policy_cost import CAPS, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint
@@ -177,7 +178,7 @@ def test_sixty_equal_layers_are_no_trouble() -> None:
 
 
 def test_a_policy_carries_cost_fingerprint_and_provenance() -> None:
-    measured = replace(random_network(4, 0), uncalled=("unused",), uncalled_shapes={"unused": (2, 2)})
+    measured = replace(random_network(4, 0), never_called=(idle_layer("unused", nn.Linear(2, 2)),))
     scores = noise_scores(measured, square(2, 4), 0)
     budget = Budget({"bitops": cost("bitops", measured, uniform(measured, 6, 6))})
     policy = allocate(scores, measured, budget)

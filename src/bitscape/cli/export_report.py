@@ -77,7 +77,9 @@ def report_parity(report: "ParityReport") -> None:
     differing = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
     click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing}")
     if report.float_outputs:
-        click.echo(f"computed in float, for outputs stay float and it has no integer kernel for these: {', '.join(report.float_outputs)}")
+        kinds = "transposed, of 16-bit activations, or of float outputs"
+        names = ", ".join(report.float_outputs)
+        click.echo(f"computed in float, for it has no integer kernel for these ({kinds}): {names}")
 
 
 def report_agreement(source: ExportSource, report: "ExportReport") -> None:

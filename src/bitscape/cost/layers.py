@@ -16,7 +16,7 @@ from torch import nn
 from bitscape.calling import Inputs, shapes_of
 from bitscape.cost.dry_pass import ModuleRun, dry_pass, is_shape
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import QUANTIZABLE, layer_shapes, quantizable_layers
+from bitscape.models.layers import KINDS, QUANTIZABLE, TRANSPOSED, has_weight, quantizable_layers, scale_axis, weight_shape
 from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits
 
@@ -35,17 +35,17 @@ class LayerCost:
     name: str
     """Name in the network."""
     kind: str
-    """"Conv1d", "Conv2d" or "Linear", for their subclasses too."""
+    """Name of a type of `models.layers.QUANTIZABLE`, for its subclasses too."""
     macs: int
     """Multiply-accumulates of its weight that ran, all calls together."""
     weights: int
     """Elements of the weight; 0 when another layer already counts the same parameter (see `tied_to`)."""
     weight_shape: tuple[int, ...]
-    """Shape of the weight."""
+    """Shape of the weight; (0,) of a product of two activations, of which nothing is stored."""
     scales: int
-    """Scales stored with the weight, one per output channel; 0 when tied."""
+    """Scales stored with the weight, one per output channel (`models.layers.scale_axis`); 0 when tied."""
     input_elements: int
-    """Elements of the input, in the largest call."""
+    """Elements of the input, of a product of two activations the first, in the largest call."""
     output_elements: int
     """Elements of the output, in the largest call."""
     calls: int = 1
@@ -76,14 +76,12 @@ class NetworkProfile:
 
     layers: tuple[LayerCost, ...]
     """In order of first call."""
-    uncalled: tuple[str, ...] = ()
-    """Layers that the forward pass never called as modules: bits given to them have no effect."""
+    never_called: tuple[LayerCost, ...] = ()
+    """Layers that the forward pass never called as modules: bits given to them have no effect, but their weights are stored."""
     uncounted: tuple[Uncounted, ...] = ()
     """Parameters and MACs outside `layers`, per module."""
     input_shape: tuple[int, ...]
     """Shape of one image, without batch; of the first input where the network takes several."""
-    uncalled_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Weight shapes of `uncalled`."""
 
     @cached_property
     def by_name(self) -> dict[str, LayerCost]:
@@ -93,12 +91,12 @@ class NetworkProfile:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shapes of all layers, never-called ones too: equal to `layer_shapes(model)`, as fingerprints need."""
-        return {layer.name: layer.weight_shape for layer in self.layers} | dict(self.uncalled_shapes)
+        return {layer.name: layer.weight_shape for layer in (*self.layers, *self.never_called)}
 
     @property
-    def never_called(self) -> tuple[LayerCost, ...]:
-        """The layers of `uncalled`: they do nothing for an image, but their weights are stored."""
-        return tuple(_idle_layer(name, shape) for name, shape in self.uncalled_shapes.items())
+    def uncalled(self) -> tuple[str, ...]:
+        """Names of `never_called`."""
+        return tuple(layer.name for layer in self.never_called)
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -127,21 +125,6 @@ class NetworkProfile:
         return self.covered_macs + sum(entry.macs for entry in self.uncounted)
 
 
-def _idle_layer(name: str, shape: tuple[int, ...]) -> LayerCost:
-    kind = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[len(shape)]
-    return LayerCost(
-        name=name,
-        kind=kind,
-        macs=0,
-        weights=math.prod(shape),
-        weight_shape=shape,
-        scales=shape[0],
-        input_elements=0,
-        output_elements=0,
-        calls=0,
-    )
-
-
 def measure(model: nn.Module, sample: Inputs) -> NetworkProfile:
     """Count what every layer of `model` does for one sample: the shape of an image, such as (3, 224, 224), or inputs.
 
@@ -163,17 +146,17 @@ def measure(model: nn.Module, sample: Inputs) -> NetworkProfile:
     layers = _layer_costs(modules, runs)
     if not layers:
         raise BitscapeError(
-            f"model {type(model).__name__} runs no Conv1d, Conv2d or Linear layer on input_shape={shape}, so there is "
+            f"model {type(model).__name__} runs no {KINDS} layer on input_shape={shape}, so there is "
             "nothing to give bits to"
         )
     called = {layer.name for layer in layers}
-    uncalled = tuple(name for name in modules if name not in called)
+    idle = tuple(idle_layer(name, module) for name, module in modules.items() if name not in called)
+    uncalled = tuple(layer.name for layer in idle)
     cost = NetworkProfile(
         layers=layers,
-        uncalled=uncalled,
+        never_called=idle,
         uncounted=_uncounted(model, {layer.name: layer for layer in layers}, uncalled, runs),
         input_shape=shape,
-        uncalled_shapes={name: size for name, size in layer_shapes(model).items() if name not in called},
     )
     _warn_of_gaps(cost)
     return cost
@@ -194,22 +177,45 @@ def _layer_costs(modules: Mapping[str, nn.Module], runs: Mapping[str, ModuleRun]
 
 
 def _layer_cost(name: str, module: nn.Module, run: ModuleRun, owners: dict[int, str]) -> LayerCost:
-    weight = module.get_parameter("weight")
-    owner = owners.setdefault(id(weight), name)
+    weighted, shape = has_weight(module), weight_shape(module)
+    owner = owners.setdefault(id(module.get_parameter("weight")), name) if weighted else name
     tied = owner != name
-    weight_shape = tuple(weight.shape)
     return LayerCost(
         name=name,
         kind=_kind(module),
-        # A forward without convolution or matrix product is counted as the plain layer's: a filter (or row) for each output element.
-        macs=run.weight_macs or run.total_output_elements * math.prod(weight_shape[1:]),
-        weights=0 if tied else weight.numel(),
-        weight_shape=weight_shape,
-        scales=0 if tied else weight_shape[0],
+        macs=(run.weight_macs or _plain_macs(module, run)) if weighted else run.macs,
+        weights=0 if tied else math.prod(shape),
+        weight_shape=shape,
+        scales=0 if tied else shape[scale_axis(module)],
         input_elements=run.input_elements,
         output_elements=run.output_elements,
         calls=run.calls,
         tied_to=owner if tied else None,
+    )
+
+
+def _plain_macs(module: nn.Module, run: ModuleRun) -> int:
+    """Those of the plain layer, for a forward without convolution or matrix product.
+
+    Each output element takes a filter or row of the weight; each input element of a transposed convolution a whole one.
+    """
+    elements = run.input_elements * run.calls if isinstance(module, TRANSPOSED) else run.total_output_elements
+    return elements * math.prod(module.get_parameter("weight").shape[1:])
+
+
+def idle_layer(name: str, module: nn.Module) -> LayerCost:
+    """A layer that the forward pass never calls: it does nothing for an image, and its weight is stored."""
+    shape = weight_shape(module)
+    return LayerCost(
+        name=name,
+        kind=_kind(module),
+        macs=0,
+        weights=math.prod(shape),
+        weight_shape=shape,
+        scales=shape[scale_axis(module)],
+        input_elements=0,
+        output_elements=0,
+        calls=0,
     )
 
 
@@ -221,12 +227,13 @@ def _uncounted(
     model: nn.Module, layers: Mapping[str, LayerCost], uncalled: tuple[str, ...], runs: Mapping[str, ModuleRun]
 ) -> tuple[Uncounted, ...]:
     modules = dict(model.named_modules())
-    counted = {id(modules[name].get_parameter("weight")) for name in layers}
+    counted = {id(modules[name].get_parameter("weight")) for name in layers if has_weight(modules[name])}
     found = []
     for name, module in modules.items():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
         counted |= {id(p) for p in own.values()}
-        macs = runs[name].macs - runs[name].counted_macs if name in runs else 0
+        product = name in layers and not has_weight(module)
+        macs = runs[name].macs - runs[name].counted_macs if name in runs and not product else 0
         if (own or macs) and not _is_quantizer(name, layers):
             what = _what(module, tuple(own), name in layers, name in uncalled)
             params = sum(p.numel() for p in own.values())

@@ -11,6 +11,8 @@ from bitscape.dynamic.heads import Head
 from bitscape.dynamic.layers import DynamicActivation, make_weights_dynamic
 from bitscape.dynamic.network import DynamicBits, DynamicNetwork, decide
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import scale_axis
+from bitscape.models.products import refuse_products
 from bitscape.policy import Policy
 from bitscape.quant.convert import bypassed, calibrate, quantize
 from bitscape.quant.layers import quantized_layers
@@ -61,6 +63,7 @@ def unset_network(
 def _with_dynamic_inputs(
     model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
 ) -> tuple[nn.Module, NetworkProfile]:
+    refuse_products(model, "a network of dynamic bits")
     network = quantize(model, policy, quantizer)
     with bypassed(network):
         cost = measure(network, input_shape)
@@ -89,7 +92,8 @@ def _check_images(cost: NetworkProfile) -> None:
 def _wrapped(network: nn.Module, cost: NetworkProfile, bits: DynamicBits, quantizer: Quantizer) -> DynamicNetwork:
     for layer in quantized_layers(network).values() if bits.weights else ():
         if isinstance(layer.input_quantizer, DynamicActivation):
-            make_weights_dynamic(layer, partial(quantizer.for_weight, layer.weight), bits.low, bits.high, Mse())
+            make = partial(quantizer.for_weight, layer.weight, channel_axis=scale_axis(layer))
+            make_weights_dynamic(layer, make, bits.low, bits.high, Mse())
     return DynamicNetwork(network, cost, bits).to(next(network.parameters()).device)
 
 

@@ -25,7 +25,7 @@ from bitscape.dynamic.quality import IMAGE_FEATURES, IMAGE_PASSES, LAYER_FEATURE
 from bitscape.dynamic.widths import Widths
 from bitscape.engine.spending import Spent
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import groups_of
+from bitscape.models.layers import input_channels
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
@@ -190,8 +190,8 @@ class DynamicNetwork(nn.Module):
         return float((of_image + of_layers + of_heads) * FEATURE_BITS**2)
 
     def _channels(self, layer: LayerCost) -> int:
-        """Of the layer's input; a grouped convolution's weight tells those of one group."""
-        return layer.weight_shape[1] * groups_of(self.model.get_submodule(layer.name))
+        """Of the layer's input."""
+        return input_channels(self.model.get_submodule(layer.name))
 
     def policy(self, decision: Decision) -> Policy:
         """The static policy of one row, (1, layers) each, rounded."""

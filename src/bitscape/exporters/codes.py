@@ -1,13 +1,16 @@
 """The integers of a quantized layer's weight, checked to be the very values that the layer computes with."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import weight_layout
 from bitscape.quant.functional import quantize
 from bitscape.quant.grid import MID_RISE, grid
 from bitscape.quant.layers import QuantizedLayer
-from bitscape.quant.quantizers.base import Codes, WeightFakeQuantizer
+from bitscape.quant.quantizers.base import Codes, PerChannel, WeightFakeQuantizer, scale_shape
 
 
 class StoredWeight(torch.nn.Module):
@@ -33,7 +36,7 @@ class StoredWeight(torch.nn.Module):
 
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> Codes:
-    """The codes of `layer`, one scale per output channel (C, 1, ...) or one for all (0-d).
+    """The codes of `layer`, one scale per output channel, (C, 1, ...) in most layers, or one for all (0-d).
 
     Raises:
         BitscapeError: bits that depend on the channel or image, weights that are not finite float32, or scales shared in
@@ -49,7 +52,8 @@ def weight_codes(layer: QuantizedLayer) -> Codes:
             f"its weight cannot be stored as codes ({expected.dtype}, {lost} values NaN or infinite); allowed are "
             "finite float32 weights: look into the training, or call model.float()"
         )
-    if codes.scale.ndim and codes.scale.numel() != len(layer.weight):
+    layout = weight_layout(layer)
+    if codes.scale.ndim and codes.scale.shape != scale_shape(layer.weight.shape, PerChannel(), layout.scale_axis):
         shape = tuple(codes.scale.shape)
         raise BitscapeError(f"weight scales of shape {shape}; a file holds one per output channel or per tensor")
-    return codes
+    return replace(codes, layout=layout)

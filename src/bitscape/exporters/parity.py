@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from bitscape.errors import BitscapeError, needs_extra
 from bitscape.exporters.onnx.qdq import LAYER_OPERATORS
+from bitscape.models.layers import WeightLayout
 from bitscape.runtimes.sessions import Feed, OnnxRuntime, Runtime
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 IMAGES_AT_ONCE = 8
+UINT8 = np.dtype(np.uint8)
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 ROUNDING = 2.0**-22
 """Of float32, relative; two operations at most."""
 ALLOWED = {"onnxruntime": 0.0, "openvino": 1e-3}
@@ -45,13 +49,15 @@ class FileLayer:
     name: str
     """Of the layer."""
     operator: str
-    """Conv, Gemm or MatMul."""
+    """Conv, ConvTranspose, Gemm or MatMul."""
     settings: dict[str, Any]
-    """Attributes of a Conv: strides, pads, dilations, group."""
+    """Attributes of a convolution: strides, pads, dilations, group."""
     input: str
     """Tensor of the input's codes."""
     input_scale: np.float32
     input_zero_point: int
+    input_kind: np.dtype[Any]
+    """uint8 or uint16."""
     weight: Array
     """int8, output channels first."""
     weight_scale: Array
@@ -65,8 +71,10 @@ class FileLayer:
     output_scale: np.float32 | None
     """None where the output is float."""
     becomes_output: bool
-    """Whether an output of the network is made of its results before any quantizer."""
+    """Whether an output of the network, or codes of 16 bits, are made of its results before any quantizer of 8 bits."""
     output_zero_point: int = 0
+    output_kind: np.dtype[Any] = UINT8
+    """Of its codes: uint8 or uint16."""
     low: int = 0
     """Smallest code of the output."""
     high: int = 255
@@ -74,20 +82,31 @@ class FileLayer:
 
     @property
     def may_be_float(self) -> bool:
-        """Whether a runtime may compute it in float: ONNX Runtime has no integer convolution whose results are floats."""
-        return self.operator == "Conv" and self.output_scale is None and self.becomes_output
+        """Whether a runtime may compute it in float.
+
+        ONNX Runtime has no integer transposed convolution, nor one whose results are floats, nor any kernel of 16-bit activations; OpenVINO
+        no transposed convolution of groups.
+        """
+        wide = self.input_kind.itemsize > 1 or self.output_kind.itemsize > 1
+        returned = self.operator == "Conv" and self.output_scale is None and self.becomes_output
+        return self.operator == "ConvTranspose" or wide or returned
 
     def difference(self, codes: Array, output: Array, *, in_float: bool = False) -> Array:
         """How far the output that a runtime made of its input's codes is off, int64: in codes, or in units of the sums.
 
-        In these units, what is computed `in_float` may be off by what float32 loses in a sum of so many products.
+        What is computed `in_float` may be off by what float32 loses in a sum of so many products, and take either code beside an edge that
+        lies as near.
         """
         products, bias, spacing = self._products(codes), self._by_channel(self.bias), self._by_channel(self.input_scale * self.weight_scale)
-        if self.output_scale is not None:
+        if self.output_scale is not None and not in_float:
             return np.abs(output.astype(np.int64) - self._output_codes(products, bias, spacing))
         allowed = ROUNDING * (np.abs(products) + np.abs(bias))
         if in_float:
             allowed = allowed + ROUNDING * max(1.0, math.sqrt(self.weight[0].size) / 4) * self._products(codes, absolute=True)
+        if self.output_scale is not None:
+            ends = [self._output_codes(products + off, bias, spacing) for off in (-allowed, allowed)]
+            low, high = np.minimum(*ends), np.maximum(*ends)  # scales may be negative
+            return np.asarray(np.maximum(low - output, output - high).clip(min=0).astype(np.int64))
         off = np.abs(output / spacing.astype(np.float64) - (products + bias)) - allowed
         return np.asarray(np.rint(off.clip(min=0)).astype(np.int64))
 
@@ -96,12 +115,22 @@ class FileLayer:
         x = torch.from_numpy(codes.astype(np.float64) - self.input_zero_point)
         weight = torch.from_numpy(self.weight.astype(np.float64))
         x, weight = (x.abs(), weight.abs()) if absolute else (x, weight)
-        if self.operator != "Conv":
+        if not self.is_convolution:
             return np.asarray(np.rint((x @ weight.T).numpy()).astype(np.int64))
-        convolve = F.conv1d if weight.ndim == 3 else F.conv2d
-        x = F.pad(x, _torch_padding(self.settings["pads"]))
-        strides, dilations, group = (self.settings[key] for key in ("strides", "dilations", "group"))
-        return np.asarray(np.rint(convolve(x, weight, stride=strides, dilation=dilations, groups=group).numpy()).astype(np.int64))
+        spatial, pads = weight.ndim - 2, _torch_padding(self.settings["pads"])
+        settings = {"stride": self.settings["strides"], "dilation": self.settings["dilations"], "groups": self.settings["group"]}
+        if self.operator == "Conv":
+            sums = _CONVOLUTIONS[spatial](F.pad(x, pads), weight, **settings)
+        else:
+            more = self.settings.get("output_padding", [0] * spatial)
+            weight = WeightLayout(transposed_groups=settings["groups"]).outputs_first(weight)
+            sums = F.pad(_TRANSPOSED[spatial](x, weight, output_padding=more, **settings), [-amount for amount in pads])
+        return np.asarray(np.rint(sums.numpy()).astype(np.int64))
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether channels are the second dimension of what it takes and makes."""
+        return self.operator in ("Conv", "ConvTranspose")
 
     def _output_codes(self, products: Array, bias: Array, spacing: Array) -> Array:
         assert self.output_scale is not None
@@ -112,7 +141,7 @@ class FileLayer:
         return np.asarray(np.clip(np.rint(scaled) + self.output_zero_point, self.low, self.high).astype(np.int64))
 
     def _by_channel(self, values: Array) -> Array:
-        return values.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.operator == "Conv" else values
+        return values.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.is_convolution else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +166,7 @@ class ParityReport:
     float_layers: tuple[str, ...]
     """Layers of integer weights that the runtime computes in float, and should not."""
     float_outputs: tuple[str, ...] = ()
-    """Convolutions that it computes in float because their results, outputs of the network, are floats."""
+    """Layers that it computes in float because it has no integer kernel for them (`FileLayer.may_be_float`)."""
 
     @property
     def codes(self) -> int:
@@ -253,9 +282,10 @@ def _with_outputs(model: "onnx.ModelProto", layers: Sequence[FileLayer]) -> tupl
     copied.CopyFrom(model)
     have = [output.name for output in copied.graph.output]
     for layer in layers:
-        for name, is_float in ((layer.input, False), (layer.output, layer.output_scale is None)):
+        result = np.dtype(np.float32) if layer.output_scale is None else layer.output_kind
+        for name, dtype in ((layer.input, layer.input_kind), (layer.output, result)):
             if name not in have:
-                kind = onnx.TensorProto.FLOAT if is_float else onnx.TensorProto.UINT8
+                kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
                 copied.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
                 have.append(name)
     return bytes(copied.SerializeToString()), have
@@ -304,7 +334,13 @@ class _Graph:
         if x is None:
             raise BitscapeError(f"layer {node.name}: no DequantizeLinear stands in front of it, so that its codes cannot be compared")
         settings = _attributes(node)
-        codes = codes.astype(np.int8)
+        codes, scale = codes.astype(np.int8), self._known(w.input[1])
+        if node.op_type == "MatMul":
+            codes = codes.T
+        elif node.op_type == "ConvTranspose":
+            layout = WeightLayout(scale_axis=_attributes(w).get("axis", 1), transposed_groups=settings.get("group", 1))
+            codes = layout.outputs_first(torch.tensor(codes)).numpy()
+            scale = layout.of_outputs(torch.tensor(scale), len(codes)).numpy()
         last, bias = self._biased(node)
         return FileLayer(
             name=node.name or node.output[0],
@@ -313,8 +349,9 @@ class _Graph:
             input=x.input[0],
             input_scale=np.float32(self._known(x.input[1])),
             input_zero_point=int(self._known(x.input[2])),
-            weight=codes.T if node.op_type == "MatMul" else codes,
-            weight_scale=self._known(w.input[1]),
+            input_kind=self._known(x.input[2]).dtype,
+            weight=codes,
+            weight_scale=scale,
             bias=np.zeros(1, np.int64) if bias is None else bias.astype(np.int64),
             float_bias=last is not node,
             becomes_output=self._becomes_output(node),
@@ -323,7 +360,7 @@ class _Graph:
 
     def _becomes_output(self, node: "onnx.NodeProto") -> bool:
         if node.op_type == "QuantizeLinear":
-            return False
+            return self._known(node.input[2]).itemsize > 1
         return any(name in self._outputs or any(map(self._becomes_output, self._users.get(name, []))) for name in node.output)
 
     def _known(self, name: str) -> Array:
@@ -347,11 +384,17 @@ class _Graph:
         if name in self._outputs or len(users) != 1 or users[0].op_type != "QuantizeLinear":
             return {"output": name, "output_scale": None}
         quantize = users[0]
-        found = {"output_scale": np.float32(self._known(quantize.input[1])), "output_zero_point": int(self._known(quantize.input[2]))}
+        zero_point = self._known(quantize.input[2])
+        found = {
+            "output_scale": np.float32(self._known(quantize.input[1])),
+            "output_zero_point": int(zero_point),
+            "output_kind": zero_point.dtype,
+            "high": int(np.iinfo(zero_point.dtype).max),
+        }
         users = self._users.get(quantize.output[0], [])
         if len(users) == 1 and users[0].op_type == "Clip":
             low, high = (int(self._known(limit)) for limit in users[0].input[1:3])
-            return {"output": users[0].output[0], "low": low, "high": high, **found}
+            return {**found, "output": users[0].output[0], "low": low, "high": high}
         return {"output": quantize.output[0], **found}
 
 

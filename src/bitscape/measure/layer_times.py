@@ -27,7 +27,7 @@ from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.folders import scratch_folder
 from bitscape.measure.baselines import save_float_onnx
 from bitscape.measure.layer_model import LayerForm, LayerModel, form_of, without_layers
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import KINDS, layer_shapes, weighted_layers
 from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
@@ -109,7 +109,7 @@ def layer_calls(network: nn.Module, batch: Tensor) -> dict[str, list[LayerForm]]
 
         return record
 
-    handles = [layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in quantizable_layers(network).items()]
+    handles = [layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in weighted_layers(network).items()]
     try:
         with evaluating(network), explained_forward(batch):
             network(batch)
@@ -117,7 +117,7 @@ def layer_calls(network: nn.Module, batch: Tensor) -> dict[str, list[LayerForm]]
         for handle in handles:
             handle.remove()
     if not calls:
-        raise BitscapeError("network: it runs no Conv1d, Conv2d or Linear layer, so there is nothing to measure")
+        raise BitscapeError(f"network: it runs no {KINDS} layer, so there is nothing to measure")
     return calls
 
 

@@ -84,7 +84,7 @@ class SplitAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            heads, weights = _attend(q, k, v, mask, dropout)
+            heads, weights = self._attend(q, k, v, mask, dropout)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -92,6 +92,12 @@ class SplitAttention(nn.Module):
         if query.dim() == 2:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+        """Return softmax(q k' / sqrt(d)) v and the softmax itself: Eq. 1. Its products may be modules (`models.products`)."""
+        scores = getattr(self, "scores", torch.matmul)(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
+        return getattr(self, "values", torch.matmul)(weights, v), weights
 
     def _heads(self, x: Tensor) -> Tensor:
         """Return any of the three input layouts as (n, heads, length, head_dim)."""
@@ -192,13 +198,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Return softmax(q k' / sqrt(d)) v and the softmax itself: Eq. 1."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
-    return weights @ v, weights
 
 
 class _LayersCalled(TorchFunctionMode):

@@ -1,5 +1,7 @@
 """Which layers of a network can be quantized, what they are called, and what weights they have."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -7,9 +9,15 @@ from torch.nn.utils import parametrize
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import reads_weights, split_attention
 from bitscape.models.meta import meta_copy
+from bitscape.models.products import MatMul
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
-"""Layer types that take bits; their subclasses count too."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Convolutions whose weight is (inputs, outputs of a group, *kernel); of all other layers it is (outputs, inputs of a group, *kernel)."""
+QUANTIZABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, MatMul)
+"""Layer types that take bits; their subclasses count too. A MatMul has no weight: its second operand takes those of the weight."""
+KINDS = "convolution (Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d), Linear or bitscape MatMul"
+"""The same in words, for messages."""
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,22 +32,109 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and id(module) not in never_called:
-            _refuse_unshaped(name, module)
-            _refuse_computed(name, module)
+            if has_weight(module):
+                _refuse_unshaped(name, module)
+                _refuse_computed(name, module)
             found[name] = module
     return found
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return layer name -> shape of its weight, for every quantizable layer; attention is split as everywhere (`split_attention`)."""
+    """Return layer name -> shape of its weight, for every quantizable layer; attention is split as everywhere (`split_attention`).
+
+    A product of two activations has none, (0,).
+    """
     if reads_weights(model):
         model = split_attention(meta_copy(model))
-    return {name: tuple(layer.get_parameter("weight").shape) for name, layer in quantizable_layers(model).items()}
+    return {name: weight_shape(layer) for name, layer in quantizable_layers(model).items()}
+
+
+def has_weight(layer: nn.Module) -> bool:
+    """Whether a quantizable layer multiplies its input with a weight, not with another activation."""
+    return not isinstance(layer, MatMul)
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The `quantizable_layers` that have a weight."""
+    return {name: layer for name, layer in quantizable_layers(model).items() if has_weight(layer)}
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of a quantizable layer's weight; (0,) without one."""
+    return tuple(layer.get_parameter("weight").shape) if has_weight(layer) else (0,)
 
 
 def groups_of(layer: nn.Module) -> int:
     """Groups of a convolution; 1 for a linear layer, whatever attributes it has."""
-    return layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+    return int(layer.groups) if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else 1
+
+
+def output_channels(layer: nn.Module) -> int:
+    """Output channels of a convolution, output features of a linear layer."""
+    weight = layer.get_parameter("weight")
+    return weight.shape[1] * groups_of(layer) if isinstance(layer, TRANSPOSED) else weight.shape[0]
+
+
+def input_channels(layer: nn.Module) -> int:
+    """Input channels of a convolution, input features of a linear layer."""
+    weight = layer.get_parameter("weight")
+    return weight.shape[0] if isinstance(layer, TRANSPOSED) else weight.shape[1] * groups_of(layer)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Where the outputs of a layer lie in its weight."""
+
+    scale_axis: int = 0
+    """Dimension along which scales lie, one for each index."""
+    transposed_groups: int = 0
+    """Groups of a transposed convolution; 0 for every other layer."""
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (outputs, inputs of a group, *kernel); applied again, in the weight's layout."""
+        if not self.transposed_groups:
+            return weight
+        turned: Tensor = weight.unflatten(0, (self.transposed_groups, -1)).transpose(1, 2).flatten(0, 1)
+        return turned
+
+    def along_scales(self, values: Tensor, ndim: int) -> Tensor:
+        """One value for each scale, to broadcast against a weight of `ndim` dimensions."""
+        return values.reshape(*[1] * self.scale_axis, -1, *[1] * (ndim - 1 - self.scale_axis))
+
+    def of_outputs(self, values: Tensor, outputs: int) -> Tensor:
+        """One value for each scale as one for each of the `outputs`, (outputs,): groups may share scales."""
+        repeats = outputs // len(values)
+        return values.repeat(repeats) if self.scale_axis else values.repeat_interleave(repeats)
+
+    def largest(self, values: Tensor, scales: int) -> Tensor:
+        """The largest of the values, one for each output, that share each of the `scales`, (scales,)."""
+        return values.reshape(-1, scales).amax(0) if self.scale_axis else values.reshape(scales, -1).amax(1)
+
+
+PLAIN = WeightLayout()
+"""Of layers whose weight has its outputs first."""
+
+
+def weight_layout(layer: nn.Module) -> WeightLayout:
+    """The layout of a layer's weight.
+
+    The weight of a transposed convolution has no dimension of all outputs: its groups share their scales, unless each
+    input is a group (depthwise), which then has its own.
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return PLAIN
+    depthwise = 1 < layer.groups == layer.in_channels
+    return WeightLayout(scale_axis=0 if depthwise else 1, transposed_groups=layer.groups)
+
+
+def scale_axis(layer: nn.Module) -> int:
+    """Dimension of the weight along which its scales lie: that of the output channels, as far as it has one (`weight_layout`)."""
+    return weight_layout(layer).scale_axis
+
+
+def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (outputs, inputs of a group, *kernel), whatever the layer; applied again, the weight's layout."""
+    return weight_layout(layer).outputs_first(weight)
 
 
 def _refuse_unshaped(name: str, module: nn.Module) -> None:

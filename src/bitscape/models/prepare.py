@@ -11,9 +11,10 @@ from bitscape.models.attention import reads_weights, split_attention
 from bitscape.models.copies import copied
 from bitscape.models.dtypes import check_module
 from bitscape.models.layers import quantizable_layers
+from bitscape.models.products import split_products
 
 
-def prepare(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def prepare(model: nn.Module, *, inplace: bool = False, attention_products: bool = False) -> nn.Module:
     """Return a copy of `model` in which attention is split into layers; modes stay as they are.
 
     A prepared network may be prepared again, and is then only copied.
@@ -21,12 +22,14 @@ def prepare(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Args:
         model: any network.
         inplace: change `model` itself.
+        attention_products: let the products of attention take bits too (`models.products`).
 
     Raises:
         BitscapeError: what `check_layers` refuses, or a network that cannot be copied.
     """
     check_layers(model)
-    return split_attention(model if inplace else copied(model))
+    prepared = split_attention(model if inplace else copied(model))
+    return split_products(prepared) if attention_products else prepared
 
 
 def as_prepared(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitscape.calling import Inputs, call, first_rows, moved
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import weighted_layers
 from bitscape.models.modes import evaluating
 from bitscape.nested import tensors_in
 
@@ -56,7 +56,7 @@ def check_weight_uses(model: nn.Module, inputs: Inputs) -> None:
     """
     if is_empty(model):
         return
-    layers = quantizable_layers(model)
+    layers = weighted_layers(model)
     with trial(model, inputs) as run:
         expected = run.again()
 

@@ -130,7 +130,7 @@ def called_once(calls: list[Call]) -> set[nn.Module]:
 
 
 def layer_chains(calls: list[Call], passes: Callable[[Call], bool]) -> list[Chain]:
-    """Chains of two Conv1d, Conv2d or Linear, each called once, with nothing but calls that `passes` accepts between them."""
+    """Chains of two convolutions or linear layers, each called once, with nothing but calls that `passes` accepts between them."""
     once = called_once(calls)
     chains = []
     for first in calls:

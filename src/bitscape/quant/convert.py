@@ -15,9 +15,10 @@ from bitscape.calling import Inputs, call, map_tensors, moved, sample_count
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_inputs
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import has_weight, layer_shapes, quantizable_layers, scale_axis, weighted_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import prepare
+from bitscape.models.products import product_names, split_products
 from bitscape.models.trial import check_weight_uses
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers, require_float
@@ -44,7 +45,8 @@ def quantize(
 
     Args:
         model: float network; it is copied unless `inplace`.
-        policy: bits of every Conv1d, Conv2d and Linear; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
+        policy: bits of every layer of `models.layers.QUANTIZABLE`; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
+            Where it names the products of attention ("attn.scores", "attn.values"), these are quantized too.
         quantizer: how weights and activations are laid on their grids.
         observer: where weight scales start.
 
@@ -59,30 +61,38 @@ def quantize(
         kind = type(policy).__name__
         raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
     model = prepare(model, inplace=inplace)
+    if not policy.layers.keys().isdisjoint(product_names(model)):
+        model = split_products(model)
     policy.check(layer_shapes(model))
     layers = quantizable_layers(model)
-    weight_quantizers = _weight_quantizers(layers, policy, quantizer, observer)
+    weight_quantizers = _weight_quantizers(weighted_layers(model), policy, quantizer, observer)
+    for name in layers.keys() - weight_quantizers.keys():  # products: the second operand is an activation, too
+        weight_quantizers[name] = quantizer.for_activation(policy.layers[name].weight).to(_device(layers[name], model))
     for name, layer in layers.items():
         # In place, and by class: see layers.py.
         layer.__class__ = quantized_class(type(layer))
         layer.weight_quantizer = weight_quantizers[name]
-        layer.input_quantizer = quantizer.for_activation(policy.layers[name].activation).to(layer.get_parameter("weight").device)
+        layer.input_quantizer = quantizer.for_activation(policy.layers[name].activation).to(_device(layer, model))
     return model
+
+
+def _device(layer: nn.Module, model: nn.Module) -> torch.device:
+    return next((p.device for p in chain(layer.parameters(), model.parameters())), torch.device("cpu"))
 
 
 def _weight_quantizers(
     layers: Mapping[str, nn.Module], policy: Policy, quantizer: Quantizer, observer: Observer
 ) -> dict[str, FakeQuantizer]:
     """One for each layer, its scales set; layers that share a weight at the same bits share the quantizer, so that they stay alike."""
-    made: dict[tuple[nn.Parameter, int], FakeQuantizer] = {}
+    made: dict[tuple[nn.Parameter, int, int], FakeQuantizer] = {}
     by_name = {}
     for name, layer in layers.items():
-        weight, bits = layer.get_parameter("weight"), policy.layers[name].weight
-        if (weight, bits) not in made:
-            made[weight, bits] = quantizer.for_weight(weight, bits)
+        weight, bits, axis = layer.get_parameter("weight"), policy.layers[name].weight, scale_axis(layer)
+        if (weight, bits, axis) not in made:
+            made[weight, bits, axis] = quantizer.for_weight(weight, bits, axis)
             with _naming(name, "weight"):
-                made[weight, bits].initialize(weight, observer)
-        by_name[name] = made[weight, bits].to(weight.device)
+                made[weight, bits, axis].initialize(weight, observer)
+        by_name[name] = made[weight, bits, axis].to(weight.device)
     return by_name
 
 
@@ -127,17 +137,37 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
             continue
         with _naming(name, "input"):
             layer.input_quantizer.initialize(inputs[name], observer)  # type: ignore[operator]  # a FakeQuantizer
+        if not has_weight(layer):
+            with _naming(name, "second input"):
+                layer.weight_quantizer.initialize(inputs[second_input(name)], observer)  # type: ignore[operator]  # as above
     return model
 
 
+def second_input(product: str) -> str:
+    """Under what name `record_inputs` returns the second operand of a product."""
+    return f"{product}:2"
+
+
+def operands_of(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What a layer was called with, by position or by name, in the order of its forward's arguments."""
+    names = ("input", "a", "b")
+    return (*inputs, *(named[name] for name in names if name in named))
+
+
 def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data) -> dict[str, Tensor]:
-    """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes."""
+    """Run the network in float and return, for each of `layers` that ran, a 1-d sample of its input values with both extremes.
+
+    Of products of two activations the second operand stands under `second_input`.
+    """
     samples: defaultdict[str, ValueSample] = defaultdict(ValueSample)
     generator = torch.Generator().manual_seed(0)
 
     def hook_for(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-            samples[name].add(inputs[0] if inputs else named["input"], generator)
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            operands = operands_of(inputs, named)
+            samples[name].add(operands[0], generator)
+            if not has_weight(module):
+                samples[second_input(name)].add(operands[1], generator)
 
         return record
 

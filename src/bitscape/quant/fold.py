@@ -13,7 +13,7 @@ from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.copies import copied
-from bitscape.models.layers import QUANTIZABLE
+from bitscape.models.layers import QUANTIZABLE, output_channels, outputs_first
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import check_layers
 from bitscape.models.replace import replace_module
@@ -32,7 +32,7 @@ from bitscape.quant.chains import (
 )
 from bitscape.quant.convert import bypassed
 from bitscape.quant.functional import MINIMUM_SCALE, widened, without_autocast
-from bitscape.quant.layers import QuantizedLayer
+from bitscape.quant.layers import QuantizedLayer, has_channel_scales
 from bitscape.quant.quantizers.lsq import LsqWeight
 
 _log = logging.getLogger("bitscape.quant")
@@ -40,7 +40,7 @@ _log = logging.getLogger("bitscape.quant")
 
 @without_autocast()
 def fold_norms(model: nn.Module, example: Samples | Inputs, *, inplace: bool = False) -> nn.Module:
-    """Fold every batch norm into the Conv1d, Conv2d or Linear before it, by its running statistics, and put nn.Identity in its place.
+    """Fold every batch norm into the convolution or linear layer before it, by its running statistics, and put nn.Identity in its place.
 
     A layer without a bias gets one. Left as they are, and counted in the log: norms behind nothing foldable, layers or
     norms that run more than once or share parameters, and layers whose output something else takes too.
@@ -120,7 +120,7 @@ def norm_pairs(model: nn.Module, calls: list[Call]) -> list[NormPair]:
 def _pair(call: Call, once: set[nn.Module]) -> Iterator[NormPair]:
     user = only_user(call)
     if isinstance(call.module, QUANTIZABLE) and user is not None and isinstance(user.module, _BatchNorm):
-        channels = call.module.get_parameter("weight").shape[0]
+        channels = output_channels(call.module)
         if user.module in once and user.module.running_mean is not None and user.module.num_features == channels:
             assert call.input is not None
             yield NormPair(call.name, call.module, user.module, widened(call.input))
@@ -147,15 +147,16 @@ def _folded_weight(pair: NormPair) -> Tensor:
     """The weight times gamma / sigma, float64; of a quantized layer the quantized weight, whose scales follow."""
     layer, factor = pair.layer, pair.factor()
     weight = layer.get_parameter("weight")
-    factor_rows = factor.reshape(-1, *[1] * (weight.ndim - 1))
     if not isinstance(layer, QuantizedLayer):
-        return weight.double() * factor_rows
+        rows = outputs_first(layer, weight.double()) * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        return outputs_first(layer, rows)
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, LsqWeight)
     codes = quantizer.codes(weight)
-    scale = codes.scale.double() * factor_rows.abs()
-    quantizer.scale.copy_(torch.where(factor_rows == 0, codes.scale, scale))
-    return (codes.q.double() - codes.zero_point) * quantizer.scale.double() * factor_rows.sign()
+    factor = factor.reshape(codes.scale.shape)
+    scale = codes.scale.double() * factor.abs()
+    quantizer.scale.copy_(torch.where(factor == 0, codes.scale, scale))
+    return (codes.q.double() - codes.zero_point) * quantizer.scale.double() * factor.sign()
 
 
 def _obstacle(pair: NormPair) -> str | None:
@@ -165,9 +166,9 @@ def _obstacle(pair: NormPair) -> str | None:
     quantizer, weight = pair.layer.weight_quantizer, pair.layer.get_parameter("weight")
     if not isinstance(quantizer, LsqWeight):
         return f"its {type(quantizer).__name__} computes its grid from the weight"
-    factor = pair.factor().reshape(-1, *[1] * (weight.ndim - 1))
-    if quantizer.scale.shape != factor.shape:
+    if not has_channel_scales(pair.layer):
         return "its weight scales are not one per output channel"
+    factor = pair.factor().reshape(quantizer.scale.shape)
     codes = quantizer.codes(weight)
     levels = (codes.q - codes.zero_point) * factor.sign()
     grid = quantizer.grid

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
+from bitscape.policy import ACTIVATION_BITS
 
 Number = float | Tensor
 MID_RISE = -0.5
@@ -39,15 +40,15 @@ class Grid:
 
 
 def grid(bits: int | Tensor, *, signed: bool, narrow: bool = False, mid_rise: bool = False) -> Grid:
-    """Return the grid of `bits` (1 to 8). A tensor of bits gives tensors of limits: bits per channel or per image.
+    """Return the grid of `bits` (1 to 8, or 16 for activations). A tensor of bits gives tensors of limits: bits per channel or per image.
 
     Raises:
-        BitscapeError: a bit-width outside 1..8 (not checked for tensors, which may live on an accelerator).
+        BitscapeError: any other bit-width (not checked for tensors, which may live on an accelerator).
     """
     if isinstance(bits, Tensor):
         return _tensor_grid(bits, signed=signed, narrow=narrow, mid_rise=mid_rise)
-    if not 1 <= bits <= 8:
-        raise BitscapeError(f"bits = {bits}: a bit-width is an integer from 1 to 8")
+    if bits not in ACTIVATION_BITS:
+        raise BitscapeError(f"bits = {bits}: a bit-width is an integer from 1 to 8, or 16 for activations")
     if not signed:
         return Grid(0, 2**bits - 1)
     sign_only = bits == 1

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import QUANTIZABLE
+from bitscape.models.layers import QUANTIZABLE, output_channels, scale_axis
+from bitscape.models.products import MatMul
 from bitscape.policy import LayerBits
-from bitscape.quant.quantizers import FakeQuantizer
+from bitscape.quant.quantizers import FakeQuantizer, PerChannel
+from bitscape.quant.quantizers.base import scale_shape
+from bitscape.quant.quantizers.lsq import LsqWeight
 
 _QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
@@ -48,11 +52,25 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
 
 
+class QuantConv3d(QuantizedLayer, nn.Conv3d):
+    """nn.Conv3d on a quantized input with a quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias))
+
+
 class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on a quantized input with a quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantMatMul(QuantizedLayer, MatMul):  # type: ignore[misc]  # it has no weight
+    """The product of two quantized activations; the second's quantizer stands in the place of a weight's."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.input_quantizer(a), self.weight_quantizer(b))
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
@@ -62,12 +80,12 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer]:
     `self.weight` while it runs.
 
     Raises:
-        BitscapeError: not a Conv1d, Conv2d or Linear.
+        BitscapeError: no layer type that takes bits.
     """
-    for base, quantized in ((nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
+    for base, quantized in _QUANTIZED.items():
         if issubclass(kind, base):
             first = quantized if _has_forward_of(base, kind) else _OwnForward
-            return quantized if kind is base else _derived(first, cast(Any, kind))
+            return quantized if kind is base else _derived(cast(Any, first), cast(Any, kind))
     allowed = ", ".join(k.__name__ for k in QUANTIZABLE)
     raise BitscapeError(f"layer of class {kind.__name__}: quantizable are {allowed} and their subclasses")
 
@@ -76,6 +94,30 @@ class _OwnForward(QuantizedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         with _hiding(self, weight=self.weight_quantizer(self.weight)):
             return super().forward(self.input_quantizer(input), *args, **kwargs)
+
+
+class QuantConvTranspose1d(_OwnForward, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+class QuantConvTranspose2d(_OwnForward, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+class QuantConvTranspose3d(_OwnForward, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d on a quantized input with a quantized weight; `output_size` as there."""
+
+
+_QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Linear: QuantLinear,
+    MatMul: QuantMatMul,
+}
 
 
 def _has_forward_of(base: type[nn.Module], kind: type[nn.Module]) -> bool:
@@ -96,6 +138,15 @@ def _reduced(layer: nn.Module) -> tuple[Any, ...]:
 def _empty_layer(kind: type[nn.Module]) -> nn.Module:
     derived = quantized_class(kind)
     return cast(nn.Module, derived.__new__(derived))
+
+
+def has_channel_scales(layer: QuantizedLayer) -> bool:
+    """Whether the weight has one learned scale for each output channel."""
+    quantizer = layer.weight_quantizer
+    if not isinstance(quantizer, LsqWeight) or isinstance(quantizer.bits, Tensor):
+        return False
+    shape = scale_shape(layer.weight.shape, PerChannel(), scale_axis(layer))
+    return quantizer.scale.shape == shape and quantizer.scale.numel() == output_channels(layer)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

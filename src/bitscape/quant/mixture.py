@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import scale_axis
+from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import quantize
 from bitscape.quant.functional import (
@@ -50,13 +52,14 @@ class Mixture(FakeQuantizer):
 
     bits: Tensor
 
-    def __init__(self, widths: Sequence[int], *, signed: bool, channels: int | None = None) -> None:
+    def __init__(self, widths: Sequence[int], *, signed: bool, channels: int | None = None, channel_axis: int = 0) -> None:
         if not widths:
             raise BitscapeError("widths: none given; a mixture needs at least one candidate, e.g. (2, 4, 8)")
         for bits in widths:
             grid(bits, signed=signed)  # checks the bit-width
         super().__init__(torch.tensor(widths), signed=signed)
         self.widths = tuple(widths)
+        self.channel_axis = channel_axis
         self.logits = nn.Parameter(torch.zeros(len(widths), dtype=torch.float32))
         self.price: Tensor
         self.register_buffer("price", torch.zeros(len(widths), dtype=torch.float32))
@@ -73,17 +76,17 @@ class Mixture(FakeQuantizer):
         return tuple(grid(bits, signed=self.signed) for bits in self.widths)
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
-        sharing = x.shape[0]  # images of a batch, or channels of a weight
+        sharing = x.shape[self.channel_axis]  # images of a batch, or channels of a weight
         grids, scale = self.grids, at_least(self.scale, MINIMUM_SCALE)
         if scale.ndim > 1:
-            scale = scale.reshape(*scale.shape, *[1] * (x.ndim - 1))
+            scale = scale.reshape(len(scale), *(n if axis == self.channel_axis else 1 for axis, n in enumerate(x.shape)))
         factors = tuple(lsq_gradient_factor(x.numel() // max(1, sharing), levels.qmax) for levels in grids)
         return mixed(x, scale, self.shares, grids, factors)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         if self.scale.ndim == 1:
             self.see_sign(values)
-        rows = values.reshape(1, -1) if self.scale.ndim == 1 else values.flatten(1)
+        rows = values.reshape(1, -1) if self.scale.ndim == 1 else values.movedim(self.channel_axis, 0).flatten(1)
         for scale, levels in zip(self.scale, self.grids, strict=True):
             scale.copy_(observer.scale(rows, levels).reshape(scale.shape))
 
@@ -96,7 +99,7 @@ def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], facto
 
     Args:
         x: values of any shape.
-        scale: positive, (R,) or (R, C, 1, ...); scale[i] broadcasts against x.
+        scale: positive, (R,) or (R, C, 1, ...), channels at any axis; scale[i] broadcasts against x.
         shares: (R,), summing to 1.
         grids: the R candidates' integer limits, as numbers.
         factors: what each scale's gradient is multiplied by.
@@ -228,6 +231,7 @@ def mix(
         groups: free layers; the layers of one group share their logits.
         pinned: bits of all the other layers.
     """
+    refuse_products(model, "a search with mixtures of widths")
     widest = LayerBits(max(weight_bits), max(activation_bits))
     policy = Policy({**pinned, **{name: widest for group in groups for name in group}})
     network = quantize(model, policy)
@@ -238,12 +242,14 @@ def mix(
 
 
 def _share_a_choice(layers: Sequence[QuantizedLayer], weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:
-    of_weight: dict[Tensor, Mixture] = {}
+    of_weight: dict[tuple[Tensor, int], Mixture] = {}
     for layer in layers:
-        if layer.weight not in of_weight:
-            of_weight[layer.weight] = Mixture(weight_bits, signed=True, channels=len(layer.weight)).to(layer.weight.device)
-            of_weight[layer.weight].initialize(layer.weight, Mse())
-        layer.weight_quantizer = of_weight[layer.weight]
+        key = layer.weight, scale_axis(layer)
+        if key not in of_weight:
+            mixture = Mixture(weight_bits, signed=True, channels=layer.weight.shape[key[1]], channel_axis=key[1])
+            of_weight[key] = mixture.to(layer.weight.device)
+            of_weight[key].initialize(layer.weight, Mse())
+        layer.weight_quantizer = of_weight[key]
         layer.input_quantizer = Mixture(activation_bits, signed=False).to(layer.weight.device)
     for layer in layers[1:]:
         for name in ("weight_quantizer", "input_quantizer"):

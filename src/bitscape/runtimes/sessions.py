@@ -20,7 +20,7 @@ from bitscape.runtimes.packages import runtime_module
 Array = NDArray[Any]
 Feed: TypeAlias = Array | Mapping[str, Array]
 """Arrays by the names of a file's inputs; or the one array of a file that takes one."""
-_FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+_FLOAT_KERNELS = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
 
 
@@ -152,7 +152,7 @@ class OpenVinoSession:
         for node in self._compiled.get_runtime_model().get_ops():
             information = node.get_rt_info()
             kind, precision = (information[key].astype(str) for key in ("layerType", "runtimePrecision"))
-            if kind in ("Convolution", "FullyConnected", "MatMul") and precision in _FLOAT_PRECISIONS:
+            if kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul") and precision in _FLOAT_PRECISIONS:
                 parts = information["originalLayersNames"].astype(str).split(",")  # the node's own name may be new
                 name = next((part for part in parts if "/" in part), node.get_friendly_name())
                 found.append(name.partition("/")[0])  # behind it stands what OpenVINO made of the layer

@@ -44,7 +44,7 @@ Variant = Literal["elementwise", "directional"]
 
 def pair_scores(call: GradedCall, noise: LayerNoise, variant: Variant, weight_share: float) -> Tensor:
     """Scores (R_w, R_a) of one layer on one batch, summed over its images; `weight_share` multiplies the squared weight noise."""
-    by_weight, by_input = noise.output_changes(call.input)
+    by_weight, by_input = noise.output_changes(call.input, call.second)
     count = len(by_weight)
     weighted = _weighted([*by_weight, *by_input], call.gradient)
     root = math.sqrt(weight_share)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bitscape.engine.task import tracked
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.models.products import refuse_products
 from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
 from bitscape.searches.sensitivity import (
     LayerNoise,
@@ -81,6 +82,7 @@ class Hawq:
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
+        refuse_products(problem.prepared, "method hawq")
         images = problem.images[: self.images]
         noise = layer_noise(problem.prepared, list(problem.free_layers), images, problem.candidates)
         generator = torch.Generator().manual_seed(problem.seed)

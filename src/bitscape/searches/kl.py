@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitscape.engine.task import Task
 from bitscape.models.modes import evaluating
+from bitscape.models.products import refuse_products
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of
 from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
@@ -69,6 +70,7 @@ class Kl:
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
+        refuse_products(problem.prepared, "method kl")
         model, images = problem.prepared, problem.images[: self.images]
         noise = layer_noise(model, list(problem.free_layers), images, problem.candidates)
         task = problem.meaning

@@ -25,7 +25,8 @@ def relative_errors(call: LayerCall, noise: LayerNoise) -> Tensor:
     """||dY|| / ||Y|| of every pair and image: (R_w, R_a, n)."""
     unit = power_of_two(call.output.abs().max())  # squares of small outputs are zero in float32
     output = call.output.flatten(1) / unit
-    by_weight, by_input = (torch.stack([change.flatten(1) / unit for change in changes]) for changes in noise.output_changes(call.input))
+    of_layer = noise.output_changes(call.input, call.second)
+    by_weight, by_input = (torch.stack([change.flatten(1) / unit for change in changes]) for changes in of_layer)
     cross = torch.einsum("wni,ani->wan", by_weight, by_input)
     squares = by_weight.square().sum(2)[:, None] + by_input.square().sum(2)[None] + 2 * cross
     return (squares.clamp(min=0) / output.square().sum(1).clamp(min=1e-20)).sqrt()

@@ -25,7 +25,7 @@ from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.step import Part, sum_of
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import CONVOLUTIONS, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.quant.convert import batches_of
 from bitscape.searches.differentiable import Differentiable
@@ -64,7 +64,7 @@ def feature_layers(model: nn.Module, head: str, which: Features) -> list[nn.Modu
 
 
 def _stride(layer: nn.Module) -> int:
-    return max(layer.stride) if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+    return max(layer.stride) if isinstance(layer, CONVOLUTIONS) else 1
 
 
 def margins(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, w
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import has_weight, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, record_inputs
+from bitscape.quant.convert import batches_of, operands_of, record_inputs, second_input
 from bitscape.quant.functional import dequantize, quantize, widened
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
@@ -35,6 +35,13 @@ from bitscape.searches.allocation import only_choice, pareto_front
 from bitscape.searches.pick import chosen
 from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
 
+Range = tuple[Tensor, Grid]
+"""Scale and grid of a tensor."""
+
+
+def _noise(x: Tensor, scale: Tensor, levels: Grid) -> Tensor:
+    return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
+
 
 @dataclass(frozen=True)
 class LayerNoise:
@@ -42,18 +49,25 @@ class LayerNoise:
 
     layer: nn.Module
     weights: Mapping[int, Tensor]
-    """weight bits -> Q(W) - W."""
-    ranges: Mapping[int, tuple[Tensor, Grid]]
+    """weight bits -> Q(W) - W; empty for a product of two activations."""
+    ranges: Mapping[int, "Range"]
     """activation bits -> scale and grid of the layer's input."""
+    second: Mapping[int, "Range"] = field(default_factory=dict)
+    """Of a product of two activations: weight bits -> scale and grid of the second."""
 
     def of_input(self, x: Tensor, bits: int) -> Tensor:
         """Q(X) - X, in float32."""
-        x, (scale, levels) = widened(x), self.ranges[bits]
-        return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
+        return _noise(widened(x), *self.ranges[bits])
 
     @torch.no_grad()
-    def output_changes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """dY_w for each weight width and dY_a for each activation width, in the order of the two mappings."""
+    def output_changes(self, x: Tensor, second: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """dY_w for each weight width and dY_a for each activation width, in the order of the two mappings.
+
+        Of a product of two activations `second` is the other one, and stands in the place of the weight.
+        """
+        if second is not None:
+            by_second = [torch.matmul(widened(x), _noise(widened(second), *levels)) for levels in self.second.values()]
+            return by_second, [torch.matmul(self.of_input(x, bits), widened(second)) for bits in self.ranges]
         weight = self.layer.get_parameter("weight")
         by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
         by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
@@ -91,20 +105,24 @@ def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: 
     inputs = record_inputs(model, layers, images[:64])
     noise = {}
     for name, layer in layers.items():
-        values = inputs[name].reshape(1, -1)
-        signed = bool(values.min() < 0)
-        grids = {bits: grid(bits, signed=signed) for bits in activation_bits}
-        noise[name] = LayerNoise(
-            layer,
-            {bits: _weight_noise(layer.get_parameter("weight"), bits) for bits in weight_bits},
-            {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()},
-        )
+        ranges = _ranges(inputs[name], activation_bits)
+        if has_weight(layer):
+            noise[name] = LayerNoise(layer, {bits: _weight_noise(layer, bits) for bits in weight_bits}, ranges)
+        else:
+            noise[name] = LayerNoise(layer, {}, ranges, _ranges(inputs[second_input(name)], weight_bits))
     return noise
 
 
-def _weight_noise(weight: Tensor, bits: int) -> Tensor:
-    levels = grid(bits, signed=True)
-    shape = scale_shape(weight.shape, PerChannel())
+def _ranges(values: Tensor, widths: Sequence[int]) -> dict[int, Range]:
+    values = values.reshape(1, -1)
+    signed = bool(values.min() < 0)
+    grids = {bits: grid(bits, signed=signed) for bits in widths}
+    return {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()}
+
+
+def _weight_noise(layer: nn.Module, bits: int) -> Tensor:
+    weight, levels = layer.get_parameter("weight"), grid(bits, signed=True)
+    shape = scale_shape(weight.shape, PerChannel(), scale_axis(layer))
     scale = Mse().scale(grouped(weight, shape), levels).reshape(shape)
     return dequantize(quantize(weight, scale, levels), scale, levels.zero_point) - weight
 
@@ -116,6 +134,8 @@ class LayerCall:
     name: str
     input: Tensor
     output: Tensor
+    second: Tensor | None = field(default=None, kw_only=True)
+    """Second operand of a product of two activations."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,7 @@ def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCa
     with evaluating(model), Recorder(model, names) as recorder:
         model(batch)
     for call in recorder.seen:
-        yield LayerCall(call.name, widened(call.input), widened(call.output))
+        yield LayerCall(call.name, widened(call.input), widened(call.output), second=call.second)
 
 
 def calls_with_gradients(
@@ -147,7 +167,8 @@ def calls_with_gradients(
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
         output = widened(call.output.detach())
-        yield GradedCall(call.name, widened(call.input.detach()), output, torch.zeros_like(output) if g is None else widened(g))
+        gradient = torch.zeros_like(output) if g is None else widened(g)
+        yield GradedCall(call.name, widened(call.input.detach()), output, gradient, second=call.second)
 
 
 def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
@@ -178,8 +199,10 @@ class Recorder:
         return self
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-            self.seen.append(LayerCall(name, inputs[0] if inputs else named["input"], output))
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+            operands = operands_of(inputs, named)
+            second = None if has_weight(layer) else operands[1].detach()
+            self.seen.append(LayerCall(name, operands[0], output, second=second))
             return output.clone()  # an in-place activation behind the layer would overwrite what was recorded
 
         return record

@@ -10,6 +10,7 @@ from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.engine.task import TaskName
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.problem import DEFAULT_CANDIDATES, Pick, SearchProblem, SearchResult
@@ -31,6 +32,7 @@ def search(
     latency: LatencyTable | None = None,
     for_training: bool = False,
     pick: Pick = "best",
+    attention_products: bool = False,
     inputs: Callable[[Any], Any] | None = None,
     targets: Callable[[Any], Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -53,6 +55,8 @@ def search(
         latency: measured times of this network, which make `latency_ms` a cap.
         for_training: whether the network will be trained at its bits afterwards.
         pick: "best", or the "least-sharp" of the policies with near-equal scores.
+        attention_products: give bits to the two products of attention too ("attn.scores", "attn.values"): `weight` is the
+            width of the second operand. Of the methods that measure, fisher and local take them.
         inputs: from a batch to the one tensor that the network is called with; see `BatchReader`.
         targets: from a batch to its labels, which searches that train make use of.
         folder: where a search that trains keeps its checkpoint; the same call goes on from there.
@@ -62,6 +66,8 @@ def search(
         InfeasibleBudget: no policy meets the budget; the message says what would.
         BitscapeError: any other argument that cannot be used.
     """
+    if attention_products:
+        model = prepare(model, attention_products=True)
     images, labels = one_tensor(proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed))
     problem = SearchProblem(
         model=model,

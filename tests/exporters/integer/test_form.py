@@ -8,7 +8,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.form import (
     integer_network,
-    uint8_grid,
+    unsigned_grid,
 )
 from bitscape.exporters.integer.graph import ActivationGrid, is_quantizer
 from bitscape.exporters.integer.placement import float_reads
@@ -45,11 +45,11 @@ class TestGrids:
         ],
     )
     def test_codes_become_bytes(self, given, expected):
-        assert uint8_grid(given) == expected
+        assert unsigned_grid(given) == expected
 
     def test_what_no_byte_can_hold_is_refused(self):
         with pytest.raises(BitscapeError, match=r"one signed bit have no zero.*give the layer 2 bits"):
-            uint8_grid(grid(zero_point=-0.5, qmin=-1, qmax=0))
+            unsigned_grid(grid(zero_point=-0.5, qmin=-1, qmax=0))
 
     @pytest.mark.parametrize(
         ("given", "needed"),
@@ -62,7 +62,7 @@ class TestGrids:
     )
     def test_levels_too_far_from_zero_for_a_byte_are_refused_instead_of_cut(self, given, needed):
         with pytest.raises(BitscapeError, match=rf"activation levels .*both take {needed} codes, .* have 256; give its input fewer bits"):
-            uint8_grid(given)
+            unsigned_grid(given)
 
     def test_the_layer_of_such_levels_is_named(self):
         body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), SameConv2d(4, 4, 2), nn.Flatten(), nn.Linear(256, 2))

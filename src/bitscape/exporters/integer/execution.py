@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from bitscape.calling import Inputs
 from bitscape.exporters.integer.form import IntegerNetwork
-from bitscape.exporters.integer.graph import LINEAR, grid_of, is_quantizer
-from bitscape.exporters.integer.weights import IntegerWeight, input_scale
+from bitscape.exporters.integer.graph import LINEAR, ActivationGrid, grid_of, is_quantizer
+from bitscape.exporters.integer.weights import IntegerWeight, input_grid
 from bitscape.models.named_outputs import named_outputs
 from bitscape.quant.convert import batches_of
 
@@ -28,8 +28,8 @@ class _Executor(fx.Interpreter):
         super().__init__(network.module)
         graph = network.module.graph
         self._network = network
-        self._scales = {key: input_scale(graph, key) for key in network.weights}
-        self._exact = {key: _exact_type(weight) for key, weight in network.weights.items()}
+        self._scales = {key: input_grid(graph, key).scale for key in network.weights}
+        self._exact = {key: _exact_type(weight, input_grid(graph, key)) for key, weight in network.weights.items()}
         self._sums: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         """Layer -> its exact sums, float64, and their spacing; until its last user has run."""
 
@@ -53,7 +53,7 @@ class _Executor(fx.Interpreter):
         exact = self._exact[key]
         assert callable(node.target)
         sums: Tensor = node.target((x / scale).round().to(exact), weight.q.to(exact), None, *rest[1:]).double()
-        spacing = _by_channel(weight.scale * scale, sums, node)
+        spacing = _by_channel(weight.output_scale * scale, sums, node)
         if key in self._network.biases:
             bias = _by_channel(self._network.biases[key].double(), sums, node)
             if node.target is LINEAR and sums.ndim > 2:  # MatMul and Add in ONNX: the one operator whose kernel adds the bias in float
@@ -68,12 +68,12 @@ class _Executor(fx.Interpreter):
         return grid.dequantize(codes.clamp_(grid.qmin, grid.qmax))
 
 
-def _exact_type(weight: IntegerWeight) -> torch.dtype:
-    """The faster float type in which no sum of products of this weight with codes from -255 to 255 is rounded.
+def _exact_type(weight: IntegerWeight, grid: ActivationGrid) -> torch.dtype:
+    """The faster float type in which no sum of products of this weight with codes of its input's type, of either sign, is rounded.
 
     On a GPU never float32: its convolutions may go through transforms that round.
     """
-    largest = 255 * int(weight.q.abs().flatten(1).sum(1).max())
+    largest = grid.top * int(weight.rows.abs().flatten(1).sum(1).max())
     return torch.float32 if largest < 2**24 and weight.q.device.type == "cpu" else torch.float64
 
 

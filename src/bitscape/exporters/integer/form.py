@@ -1,4 +1,4 @@
-"""The integer form of a traced network: integer weights and biases, uint8 activations, norms and rectifiers gone.
+"""The integer form of a traced network: integer weights and biases, uint8 or uint16 activations, norms and rectifiers gone.
 
 It still runs in torch, in float, and is then the simulation of what a runtime computes from it: the same quantizers at the same places.
 """
@@ -15,7 +15,7 @@ from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.exporters.integer.calls import separate_calls
-from bitscape.exporters.integer.graph import ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
+from bitscape.exporters.integer.graph import BYTE, WORD, ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.exporters.integer.interface import Interface, as_samples
 from bitscape.exporters.integer.norms import fold_norms
 from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
@@ -29,7 +29,8 @@ from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.exporters")
 SIGNED_ZERO = 128
-"""Signed activations are uint8 with this zero point: runtimes want one type for what goes in and comes out of a kernel."""
+"""Signed activations are uint8 with this zero point: runtimes want one type for what goes in and comes out of a kernel. Of 16 bits
+they are uint16 with half of its range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def integer_network(network: nn.Module, data: Samples | Inputs, observer: Observ
     for node in graph.nodes:
         if is_quantizer(node):
             with prefixed(_place(node)):
-                set_grid(node, uint8_grid(grid_of(node)))
+                set_grid(node, unsigned_grid(grid_of(node)))
     added = place_quantizers(graph, traced.is_layer)
     integer_biases = {key: integer_bias(graph, weights, key, bias) for key, bias in biases.items()}
     write_back(traced, weights, integer_biases)
@@ -155,25 +156,27 @@ def _place(quantizer: fx.Node) -> str:
     return f"layer {module.removesuffix('input_quantizer').removesuffix('.')}"
 
 
-def uint8_grid(grid: ActivationGrid) -> ActivationGrid:
-    """The same grid in codes from 0 to 255.
+def unsigned_grid(grid: ActivationGrid) -> ActivationGrid:
+    """The same grid in codes from 0 to 255, or to 65,535 for activations of 16 bits.
 
     A zero point between two codes (LSQ+) moves to the nearer one.
 
     Raises:
-        BitscapeError: the signs of one bit, between which no code stands for zero; or levels that lie so far from zero that no byte holds
-            both.
+        BitscapeError: the signs of one bit, between which no code stands for zero; or levels that lie so far from zero that the type
+            does not hold both.
     """
     if grid.zero_point == -0.5:
         raise BitscapeError("activations of one signed bit have no zero, and no integer runtime computes with them; give the layer 2 bits")
     zero_point = round(grid.zero_point)
     needed = max(grid.qmax, zero_point) - min(grid.qmin, zero_point) + 1
-    if needed > 256:
+    top = WORD if grid.qmax - grid.qmin > BYTE else BYTE
+    if needed > top + 1:
         raise BitscapeError(
             f"its {grid.qmax - grid.qmin + 1} activation levels lie so far from zero (zero point {grid.zero_point:.6g}) that both take "
-            f"{needed} codes, and integer runtimes have 256; give its input fewer bits, or quantize with Lsq, whose levels begin at zero"
+            f"{needed} codes, and integer runtimes have {top + 1}; give its input fewer bits, or quantize with Lsq, "
+            "whose levels begin at zero"
         )
-    shift = SIGNED_ZERO if grid.qmin < 0 else max(0, -zero_point)
+    shift = (top + 1) // 2 if grid.qmin < 0 else max(0, -zero_point)
     return ActivationGrid(scale=grid.scale, zero_point=float(zero_point + shift), qmin=grid.qmin + shift, qmax=grid.qmax + shift)
 
 

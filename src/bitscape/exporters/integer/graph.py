@@ -18,6 +18,7 @@ from bitscape.errors import BitscapeError, first_line, prefixed
 from bitscape.exporters.codes import weight_codes
 from bitscape.exporters.integer.interface import Interface, checked_samples, example_of
 from bitscape.models.copies import copied
+from bitscape.models.layers import has_weight
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
 from bitscape.quant.functional import MINIMUM_SCALE
@@ -28,8 +29,18 @@ from bitscape.quant.quantizers.pact import PactActivation
 
 _log = logging.getLogger("bitscape.exporters")
 aten = torch.ops.aten
-CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+}
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 LINEAR = aten.linear.default
+BYTE, WORD = 2**8 - 1, 2**16 - 1
+"""Largest codes of the types that integer graphs hold activations in."""
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 
@@ -42,6 +53,16 @@ class ActivationGrid:
     zero_point: float
     qmin: int
     qmax: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its codes, from 0 in integer form, take more than a byte: activations of 16 bits."""
+        return max(self.qmax, self.zero_point) > BYTE or self.qmax - self.qmin > BYTE
+
+    @property
+    def top(self) -> int:
+        """Largest code of the type that holds the codes of the integer form."""
+        return WORD if self.is_wide else BYTE
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x` as float32, rounded as ONNX's QuantizeLinear does: half to even, before a whole zero point is added."""
@@ -106,7 +127,7 @@ class Traced:
 
     def weight_name(self, node: fx.Node) -> str | None:
         """Name of the quantized weight of a convolution or linear node; None for any other node."""
-        weight = node.args[1] if node.target in {*CONVOLUTIONS, LINEAR} else None
+        weight = node.args[1] if node.target in {*CONVOLUTIONS, *TRANSPOSED, LINEAR} else None
         return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in self.codes else None
 
     def is_layer(self, node: fx.Node) -> bool:
@@ -136,6 +157,11 @@ def trace(network: nn.Module, example: Samples | Inputs) -> Traced:
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
     samples = checked_samples(example, model)
     codes, bits = {}, {}
+    if multiplied := [name for name, layer in layers.items() if not has_weight(layer)]:
+        raise BitscapeError(
+            f"network: {', '.join(multiplied)} are products of two activations at few bits, which graphs are not written with yet; "
+            "use a packed file, or quantize by a policy without them"
+        )
     for name, layer in layers.items():
         if not getattr(layer.input_quantizer, "initialized", True):
             layer.input_quantizer = _NeverCalibrated(name)  # no obstacle where the layer never runs

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -27,7 +28,7 @@ def fold_norms(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, T
     for node in list(traced.module.graph.nodes):
         if (norm := norm_arguments(node)) is None:
             continue
-        layer, obstacle = _layer_before(traced, node, norm)
+        layer, obstacle = _layer_before(traced, weights, node, norm)
         if layer is None:
             staying[obstacle].append(_name(node, norm))
             continue
@@ -47,7 +48,9 @@ def norm_arguments(node: fx.Node) -> dict[str, object] | None:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _layer_before(traced: Traced, node: fx.Node, norm: Mapping[str, object]) -> tuple[fx.Node | None, str]:
+def _layer_before(
+    traced: Traced, weights: Mapping[str, IntegerWeight], node: fx.Node, norm: Mapping[str, object]
+) -> tuple[fx.Node | None, str]:
     """The integer layer that a norm can be folded into; None and the reason if there is none."""
     source, users = node.all_input_nodes[0], 1
     axis: int | None = 1
@@ -60,6 +63,9 @@ def _layer_before(traced: Traced, node: fx.Node, norm: Mapping[str, object]) -> 
         return None, "it takes mean and deviation from each batch"
     if max(users, len(source.users)) > 1:
         return None, "something else takes its layer's output, too"
+    weight = weights[str(traced.weight_name(source))]
+    if len(weight.scale) != len(weight.rows):
+        return None, "groups share its layer's scales"
     if axis != (source.meta["val"].ndim - 1 if source.target is LINEAR else 1):
         return None, "its channels are not the layer's"
     return source, ""
@@ -101,9 +107,9 @@ def _folded(module: fx.GraphModule, norm: Mapping[str, object], weight: IntegerW
     # A negative gamma makes negative scales: turned codes would need one more bit, for -2^(b-1) has no opposite.
     scale = (weight.scale * factor).float()
     dead = scale.abs() < MINIMUM_SCALE  # such a channel is nothing but its bias
-    codes = weight.q.masked_fill(dead.reshape(-1, *[1] * (weight.q.ndim - 1)), 0)
+    codes = weight.q.masked_fill(weight.layout.along_scales(dead, weight.q.ndim), 0)
     shifted = ((0.0 if bias is None else bias) - mean) * factor + (0.0 if beta is None else beta)
-    return IntegerWeight(codes, torch.where(dead, weight.scale, scale)), shifted
+    return replace(weight, q=codes, scale=torch.where(dead, weight.scale, scale)), shifted
 
 
 def _remove(node: fx.Node) -> None:

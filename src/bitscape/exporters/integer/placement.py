@@ -10,10 +10,12 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
     several take it, one of 8 bits          all others read from that one; of several, also behind moves, the widest takes the place of
                                             all, as a second rounding to 8 bits changes as much and costs time
     several take it, or an addition does    a new 8-bit quantizer, calibrated on images; all others read from it
-    it becomes an output of the network     none: outputs stay float, whoever else takes the tensor (`float_reads`)
+    it becomes an output of the network,    none: outputs stay float, whoever else takes the tensor (`float_reads`), and 8 bits would
+    or one of 16 bits takes it              undo 16
 
-Linear layers keep float results unless all that is made of them passes one quantizer: runtimes can return those, and the residual streams
-of transformers tolerate no 8 bits. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+Linear layers and transposed convolutions keep float results unless all that is made of them passes one quantizer: runtimes can return
+those, and the residual streams of transformers tolerate no 8 bits. So does a convolution of 16-bit activations, which runtimes compute
+in float. Layers between float operators (softmax, layer norm, GELU) stay as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +23,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from bitscape.exporters.integer.graph import CONVOLUTIONS, LINEAR, ActivationGrid, grid_of, insert_quantizer, is_quantizer, set_grid
+from bitscape.exporters.integer.graph import (
+    CONVOLUTIONS,
+    LINEAR,
+    TRANSPOSED,
+    ActivationGrid,
+    grid_of,
+    insert_quantizer,
+    is_quantizer,
+    set_grid,
+)
 
 aten = torch.ops.aten
 RECTIFIERS = {
@@ -32,13 +43,13 @@ RECTIFIERS = {
     aten.clamp_min.default,
     aten.clip.default,
 }
-POOLINGS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
-MIXING = CONVOLUTIONS | POOLINGS | {
+POOLINGS = {
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+}
+MIXING = CONVOLUTIONS | TRANSPOSED | POOLINGS | {
     LINEAR,
-    aten.conv3d.default,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
     aten.matmul.default,
     aten.mm.default,
     aten.bmm.default,
@@ -51,13 +62,16 @@ CONCATENATION = aten.cat.default
 MOVES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
+    aten.max_pool3d.default,
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
     aten.channel_shuffle.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
+    aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
     aten.permute.default,
     aten.transpose.int,
     aten.slice.Tensor,
@@ -129,7 +143,11 @@ class _Placer:
         self._integer: dict[fx.Node, bool] = {}
 
     def is_convolution(self, node: fx.Node) -> bool:
-        return node.target in CONVOLUTIONS and self.is_layer(node)
+        """Whether runtimes compute a convolution in integers: not of 16-bit activations."""
+        if node.target not in CONVOLUTIONS or not self.is_layer(node):
+            return False
+        source = quantized_source(node.all_input_nodes[0])
+        return source is None or not grid_of(source).is_wide
 
     def is_integer(self, node: fx.Node) -> bool:
         """Whether a runtime computes the node's result from codes alone."""
@@ -137,7 +155,7 @@ class _Placer:
             inputs = _operands(node)
             follows = is_move(node) or node.target in RECTIFIERS | POOLINGS | {CONCATENATION} or _is_addition(node)
             derived = follows and bool(inputs) and all(self.is_integer(n) for n in inputs)
-            self._integer[node] = is_quantizer(node) or self.is_convolution(node) or derived
+            self._integer[node] = _is_narrow(node) or self.is_convolution(node) or derived
         return self._integer[node]
 
     def is_site(self, node: fx.Node) -> bool:
@@ -230,13 +248,15 @@ def behind_rectifiers(node: fx.Node) -> fx.Node:
 
 
 def float_reads(graph: fx.Graph) -> set[tuple[fx.Node, fx.Node]]:
-    """Pairs of a node and a user that takes its values as they are, since they become outputs of the network.
+    """Pairs of a node and a user that takes its values as they are, since they become outputs of the network, or codes of 16 bits.
 
-    Between them and the output stands no quantizer, and no operator of MIXING. An addition is such a user only if outputs alone are made of
-    its result, and nothing else takes the operand: other additions are residual edges, which are quantized.
+    Between them and the output, or the quantizer of 16 bits, stands no quantizer, and no operator of MIXING. An addition
+    is such a user only if outputs alone are made of its result, and nothing else takes the operand: other additions are
+    residual edges, which are quantized.
     """
     reads: set[tuple[fx.Node, fx.Node]] = set()
-    outputs_of: set[fx.Node] = set(graph.find_nodes(op="output"))  # nodes some of whose values become outputs
+    # Nodes some of whose values become outputs.
+    outputs_of = {node for node in graph.nodes if node.op == "output" or (is_quantizer(node) and grid_of(node).is_wide)}
     outputs_only = set(outputs_of)  # ... and nothing else
     for node in reversed(graph.nodes):
         for user in node.users:
@@ -248,6 +268,10 @@ def float_reads(graph: fx.Graph) -> set[tuple[fx.Node, fx.Node]]:
             if outputs_only.issuperset(node.users):
                 outputs_only.add(node)
     return reads
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    return is_quantizer(node) and not grid_of(node).is_wide
 
 
 def _takers(node: fx.Node) -> Iterator[fx.Node]:
@@ -285,7 +309,7 @@ def is_own_padding(node: fx.Node, convolution: fx.Node) -> bool:
     if not _pads_zeros(node) or convolution.target not in CONVOLUTIONS:
         return False
     amounts: list[int] = node.args[1]  # type: ignore[assignment]  # last dimension first
-    spatial = 2 if "conv2d" in str(convolution.target) else 1
+    spatial = next(n for n in (1, 2, 3) if f"conv{n}d" in str(convolution.target))
     return not any(amounts[2 * spatial :]) and min(amounts) >= 0
 
 

@@ -50,7 +50,7 @@ def loosen_limits(graph: fx.Graph) -> None:
     for node, grid in tight.items():
         sources = _grids_of(node.all_input_nodes[0], tight)
         if sources and all(_within(source, grid) for source in sources):
-            set_grid(node, replace(grid, qmin=0, qmax=255))
+            set_grid(node, replace(grid, qmin=0, qmax=grid.top))
 
 
 def _grids_of(node: fx.Node, grids: Mapping[fx.Node, ActivationGrid]) -> list[ActivationGrid | None]:

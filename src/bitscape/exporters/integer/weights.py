@@ -1,14 +1,15 @@
 """Weights and biases as integers, and put back into a traced network as the values that the integers stand for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.integer.graph import Traced, grid_of
+from bitscape.exporters.integer.graph import ActivationGrid, Traced, grid_of
 from bitscape.exporters.integer.placement import quantized_source
+from bitscape.models.layers import PLAIN, WeightLayout
 from bitscape.quant.quantizers.base import Codes
 
 LARGEST_BIAS = 2**30
@@ -19,12 +20,24 @@ LEAST_SPACING = 2.0**-125
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """A weight as integers: real = scale * q, one scale for each output channel."""
+    """A weight as integers: real = scale * q, one scale for each output channel as far as `layout` has one."""
 
     q: Tensor
     """int16 in the weight's shape; within -128..127."""
     scale: Tensor
-    """float32 (output channels,), not zero; negative where a norm with a negative gamma was folded."""
+    """float32 (scales,), not zero; negative where a norm with a negative gamma was folded."""
+    layout: WeightLayout = PLAIN
+    """Where the outputs lie in `q`."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The integers with output channels first."""
+        return self.layout.outputs_first(self.q)
+
+    @property
+    def output_scale(self) -> Tensor:
+        """Scale of each output channel, (output channels,)."""
+        return self.layout.of_outputs(self.scale, len(self.rows))
 
     @property
     def bits(self) -> int:
@@ -34,17 +47,17 @@ class IntegerWeight:
 
     def dequantize(self) -> Tensor:
         """Real values, float32."""
-        return self.q.float() * self.scale.reshape(-1, *[1] * (self.q.ndim - 1))
+        return self.q.float() * self.layout.along_scales(self.scale, self.q.ndim)
 
 
 def integer_weight(name: str, codes: Codes) -> IntegerWeight:
     """The weight `name` of these codes. Raises BitscapeError if they need more than 8 bits."""
-    q, scale = codes.q.short(), codes.scale.reshape(-1).expand(len(codes.q)).float()
+    q, scale = codes.q.short(), codes.scale.reshape(-1).expand(codes.q.shape[codes.layout.scale_axis]).float()
     if codes.zero_point:  # mid-rise: scale * (q + 1/2) is half the scale times an odd number
         q, scale = 2 * q + 1, scale / 2
     if q.abs().max() > 128:
         raise BitscapeError(f"{name}: levels without a zero at 8 bits need 9-bit integers; give the layer 7 bits, or quantize with Lsq")
-    return IntegerWeight(q, scale.clone())
+    return IntegerWeight(q, scale.clone(), codes.layout)
 
 
 def integer_bias(graph: fx.Graph, weights: dict[str, IntegerWeight], key: str, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,23 +67,29 @@ def integer_bias(graph: fx.Graph, weights: dict[str, IntegerWeight], key: str, b
     spacing that the bias needs. The same holds where the spacing would leave the range of float32, behind inputs that were all zero.
     """
     scale, weight = input_scale(graph, key), weights[key]
-    smallest = (bias.abs() / (scale * LARGEST_BIAS)).clamp(min=LEAST_SPACING / scale).float()
+    needed = weight.layout.largest(bias.abs(), len(weight.scale))
+    smallest = (needed / (scale * LARGEST_BIAS)).clamp(min=LEAST_SPACING / scale).float()
     narrow = weight.scale.abs() < smallest
     if bool(narrow.any()):
         wider = torch.where(narrow, smallest.copysign(weight.scale), weight.scale)
-        ratio = (weight.scale / wider).reshape(-1, *[1] * (weight.q.ndim - 1))
-        weights[key] = IntegerWeight((weight.q * ratio).round().short(), wider)
-    spacing = weights[key].scale * torch.tensor(scale, dtype=torch.float32, device=bias.device)
+        ratio = weight.layout.along_scales(weight.scale / wider, weight.q.ndim)
+        weights[key] = replace(weight, q=(weight.q * ratio).round().short(), scale=wider)
+    spacing = weights[key].output_scale * torch.tensor(scale, dtype=torch.float32, device=bias.device)
     return (bias / spacing).round().long(), spacing
 
 
 def input_scale(graph: fx.Graph, weight: str) -> float:
     """Scale of the activations that meet the weight of this name."""
+    return input_grid(graph, weight).scale
+
+
+def input_grid(graph: fx.Graph, weight: str) -> ActivationGrid:
+    """Grid of the activations that meet the weight of this name."""
     for node in graph.nodes:
         if len(node.args) > 1 and isinstance(node.args[1], fx.Node) and node.args[1].target == weight:
             source = quantized_source(node.args[0])
             assert source is not None, f"the input of {weight} is not quantized"
-            return grid_of(source).scale
+            return grid_of(source)
     raise AssertionError(f"nothing takes {weight}")
 
 

@@ -5,7 +5,8 @@ The form that ONNX Runtime fuses into integer kernels, and OpenVINO too:
     weights      INT2, INT4 or INT8 codes -> Cast to INT8 -> DequantizeLinear, one scale per output channel. The cast is folded when the
                  file is loaded; without it, runtimes compute a layer of INT4 weights in float, or refuse INT2.
     biases       INT32, of input scale times weight scale -> DequantizeLinear
-    activations  QuantizeLinear to UINT8, below 8 bits a Clip of the codes -> DequantizeLinear
+    activations  QuantizeLinear to UINT8, below 8 bits a Clip of the codes -> DequantizeLinear; of 16 bits UINT16, which ONNX Runtime
+                 computes in float
 
 No operator of ONNX computes in fewer than 8 bits: fewer bits make the file smaller, not the network faster.
 """
@@ -26,7 +27,7 @@ from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
-from bitscape.exporters.integer.graph import FAKE_QUANTIZE, layer_of
+from bitscape.exporters.integer.graph import FAKE_QUANTIZE, ActivationGrid, layer_of
 from bitscape.exporters.integer.interface import as_samples, example_of
 from bitscape.exporters.integer.weights import bias_name, input_scale
 from bitscape.exporters.onnx.marks import DOMAIN, MARK, MARKED, mark_node, with_marks
@@ -42,7 +43,7 @@ CONTAINERS = (2, 4, 8)
 """Widths in which ONNX stores integers."""
 PORTABLE = (4, 8)
 """Those that other runtimes than ONNX Runtime read."""
-LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """What layers become; these nodes carry the layer's name."""
 OPSETS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}
 """Smallest container in a file -> operator set and IR version that know it; newer ones are refused by ONNX Runtime 1.31."""
@@ -109,7 +110,7 @@ def onnx_model(network: IntegerNetwork, data: Samples | Inputs, *, containers: S
 
     writer = _Writer(model.graph, network, containers)
     for node in list(model.graph):
-        if node.op_type in (*LAYER_OPERATORS, "ConvTranspose"):
+        if node.op_type in LAYER_OPERATORS:
             writer.rewrite(node)
         elif node.op_type == MARK:
             writer.replace_bias(node)
@@ -129,18 +130,24 @@ def _quantize_dequantize(x: Any, scale: float, zero_point: float, qmin: int, qma
     import onnxscript
 
     op: Any = onnxscript.opset21  # its types know no ONNX tensors
-    spacing, zero = op.Constant(value_float=scale), op.Constant(value=_uint8(int(zero_point)))
+    grid = ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)
+    kind = np.uint16 if grid.is_wide else np.uint8
+    cuts = (qmin, qmax) != (0, grid.top)
+    if cuts and grid.is_wide:  # ONNX Runtime clips no uint16
+        low, high = (np.array(scale, np.float32) * np.float32(code - zero_point) for code in (qmin, qmax))
+        x = op.Clip(x, op.Constant(value=_tensor(low)), op.Constant(value=_tensor(high)))
+    spacing, zero = op.Constant(value_float=scale), op.Constant(value=_tensor(np.array(int(zero_point), kind)))
     codes = op.QuantizeLinear(x, spacing, zero)
-    if (qmin, qmax) != (0, 255):
+    if cuts and not grid.is_wide:
         # On the integers: a Clip of floats in front keeps runtimes from fusing.
-        codes = op.Clip(codes, op.Constant(value=_uint8(qmin)), op.Constant(value=_uint8(qmax)))
+        codes = op.Clip(codes, *(op.Constant(value=_tensor(np.array(code, kind))) for code in (qmin, qmax)))
     return op.DequantizeLinear(codes, spacing, zero)
 
 
-def _uint8(value: int) -> Any:
+def _tensor(value: Any) -> Any:
     import onnx
 
-    return onnx.numpy_helper.from_array(np.array(value, np.uint8))
+    return onnx.numpy_helper.from_array(np.asarray(value))
 
 
 class _Writer:
@@ -163,7 +170,7 @@ class _Writer:
         key = mark.attributes["name"].as_string()
         node.name = layer_of(key)
         # ONNX Runtime fuses a product, other than a convolution, only with a zero point.
-        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type != "Conv"))
+        node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type in ("Gemm", "MatMul")))
         if node.op_type == "Conv":
             _absorb_padding(node)
 
@@ -179,13 +186,13 @@ class _Writer:
 
     def _weight(self, key: str, transposed: bool, zero_points: bool) -> "ir.Value":
         weight = self.network.weights[key]
-        bits, channels = container(weight, self.containers), len(weight.scale)
+        bits, channels, axis = container(weight, self.containers), len(weight.scale), weight.layout.scale_axis
         codes = weight.q.cpu().numpy().astype(np.int8)
         name, codes = (f"{key}.transposed", np.ascontiguousarray(codes.T)) if transposed else (key, codes)
         stored = self._initializer(f"{name}.codes", codes, bits)
         scale = self._initializer(f"{key}.scale", weight.scale.cpu().numpy())
         zeros = self._initializer(f"zero_points.{channels}", np.zeros(channels, np.int8)) if zero_points else None
-        return self._dequantized(stored, scale, zeros, axis=int(transposed), cast=bits < 8)
+        return self._dequantized(stored, scale, zeros, axis=int(transposed) or axis, cast=bits < 8)
 
     def replace_bias(self, mark: "ir.Node") -> None:
         """Put a bias's integers in the place of its mark; marks of weights stay, for layers to find."""
@@ -194,7 +201,7 @@ class _Writer:
         name = mark.attributes["name"].as_string()
         if (key := self.biases.get(name)) is None:
             return
-        spacing = self.network.weights[key].scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
+        spacing = self.network.weights[key].output_scale.cpu().numpy() * np.float32(input_scale(self.network.module.graph, key))
         codes = self._initializer(f"{name}.codes", self.network.biases[key].cpu().numpy().astype(np.int32))
         found = self._dequantized(codes, self._initializer(f"{name}.scale", spacing), None, axis=0, cast=False)
         ir.convenience.replace_all_uses_with(mark.outputs[0], found)

@@ -35,6 +35,7 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.containers import container, container_bytes, layer_containers, scale_bytes
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import layer_of
+from bitscape.exporters.integer.weights import input_grid
 from bitscape.exporters.onnx.qdq import onnx_model
 from bitscape.exporters.onnx.trace import checked_bytes
 from bitscape.exporters.openvino.xml import compact
@@ -48,8 +49,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("bitscape.exporters")
 CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
-PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 """What layers become."""
+PRODUCT = "/WithoutBiases"
+"""Ends the name of a layer's product where a bias is added behind it, by a node of the layer's name."""
 ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat", "ReduceMean"}
 """Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly, and one
 behind a mean of what constants scale. Behind other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
@@ -114,6 +117,7 @@ def openvino_model(network: IntegerNetwork, data: Samples | Inputs) -> "tuple[An
     Raises BitscapeError when the packages of the extras "onnx" and "openvino" are missing.
     """
     openvino = runtime_module("openvino")
+    _refuse_wide(network)
     graph = onnx_model(network, data, containers=(8,))
     import onnx_ir as ir
 
@@ -132,6 +136,16 @@ def openvino_model(network: IntegerNetwork, data: Samples | Inputs) -> "tuple[An
     _rename(model, network)
     _name_outputs(model, [output.name for output in source.graph.output])
     return model, source
+
+
+def _refuse_wide(network: IntegerNetwork) -> None:
+    graph = network.module.graph
+    wide = dict.fromkeys(network.layers[key] for key in network.weights if input_grid(graph, key).is_wide)
+    if wide:
+        raise BitscapeError(
+            f"network: layers {', '.join(wide)} take 16-bit activations, and OpenVINO computes in 8; give them 8 bits, or export "
+            "to ONNX or as a packed file"
+        )
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -292,6 +306,10 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     """
     layers, made = set(map(layer_of, network.weights)), 0
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
+    for node in nodes:  # OpenVINO names these products so, except for transposed convolutions
+        user = only_user(node) if node.get_type_name() in PRODUCTS else None
+        if user is not None and user.get_type_name() == "Add" and LAYER_NAME.split(user.get_friendly_name())[0] in layers:
+            node.set_friendly_name(user.get_friendly_name() + PRODUCT)
     kept = {node.get_friendly_name() for node in nodes if LAYER_NAME.split(node.get_friendly_name())[0] in layers}
     for node in nodes:
         name = node.get_friendly_name()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.openvino.ir import PRODUCTS, only_user
+from bitscape.exporters.openvino.ir import PRODUCT, PRODUCTS, only_user
 from bitscape.exporters.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.folders import scratch_folder
 from bitscape.runtimes.packages import runtime_module
@@ -22,8 +22,6 @@ from bitscape.runtimes.sessions import Feed, OpenVino
 if TYPE_CHECKING:
     import onnx
 
-PRODUCT = "/WithoutBiases"
-"""Ends the name of a layer's product where a bias is added behind it, by a node of the layer's name."""
 BETWEEN = 1e-3
 """How far from a code, in codes, a quantized value may lie: it was scaled in float32."""
 

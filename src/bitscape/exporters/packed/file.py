@@ -5,9 +5,10 @@ For every quantized layer, in the form of compressed-tensors' "pack-quantized":
     <layer>.weight_packed  int32, codes q + 2^(b-1) as one stream of b-bit numbers (bits.py). 2-D: a row for each output
                            channel where its bits fill whole words, else one row; always ceil(weights * b / 32) words
     <layer>.weight_scale   float32, (output channels, 1) or (1,)
-    <layer>.weight_shape   int64, the shape of the weight
+    <layer>.weight_shape   int64, the shape of the weight, output channels first
 
-and every other tensor of the state dict (biases, norms, activation scales, buffers) as it is; what has several names is
+and every other tensor of the state dict (biases, norms, activation scales, buffers) as it is; of a product of two activations those of
+both operands are scales of activations; what has several names is
 stored under the first. The metadata has one entry, "bitscape" (header.py). Equal networks give equal bytes.
 """
 
@@ -28,9 +29,10 @@ from bitscape.exporters.packed.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
 from bitscape.models.find import load_state
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import has_weight, layer_shapes, weight_layout, weighted_layers
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
+from bitscape.models.products import product_names, products, split_products
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
 from bitscape.quant.quantizers.base import Codes
@@ -75,6 +77,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     stored, codes = {}, {}
     for name, layer in layers.items():
         with prefixed(f"layer {name}"):
+            if not has_weight(layer):
+                stored[name] = _stored_product(layer)
+                continue
             codes[name] = weight_codes(layer)
             stored[name] = _stored_layer(layer, codes[name], _tied_to(layer, codes, layers))
     header = Header(policy=_checked_policy(model, policy), layers=stored)
@@ -115,8 +120,10 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     with prefixed(os.fspath(path)):
         tensors = safetensors.torch.load_file(path)
         model = prepare(float_model)
+        if not header.policy.layers.keys().isdisjoint(product_names(model)):
+            model = split_products(model)
         header.policy.check(layer_shapes(model))
-        layers = quantizable_layers(model)
+        layers = weighted_layers(model)
         owned = {name: layer for name, layer in layers.items() if header.layers[name].same_weight_as is None}
         codes = {name: _stored_codes(name, tensors, header, layer) for name, layer in owned.items()}
         weights = {name: _dequantized(layer, codes[name]) for name, layer in owned.items()}
@@ -124,6 +131,8 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             stored = header.layers[name]
             owner = stored.owner(name)
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
+        for name, product in products(model).items():
+            _quantize_product(product, header.policy.layers[name], header.layers[name])
         _load_others(model, tensors)
     return in_eval_mode(model)
 
@@ -155,6 +164,11 @@ def _stored_layer(layer: QuantizedLayer, codes: Codes, tied_to: str | None) -> S
     return StoredLayer(zero_point=codes.zero_point, scales=scales, input=description, same_weight_as=tied_to)
 
 
+def _stored_product(layer: QuantizedLayer) -> StoredLayer:
+    first, second = map(describe_input, (layer.input_quantizer, layer.weight_quantizer))
+    return StoredLayer(zero_point=0, scales="tensor", input=first, second=second)
+
+
 def _tied_to(layer: QuantizedLayer, codes: Mapping[str, Codes], layers: Mapping[str, QuantizedLayer]) -> str | None:
     """The first of the earlier layers in `codes` with the same weight parameter and the same codes, if any."""
     *earlier, own = codes
@@ -181,11 +195,12 @@ def _key(layer: str, tensor: str) -> str:
 
 
 def _weight_tensors(name: str, codes: Codes, bits: int) -> dict[str, Tensor]:
-    unsigned = (codes.q.short() + 2 ** (bits - 1)).to(torch.uint8).cpu().numpy()
-    rows = len(codes.q) if codes.q[0].numel() * bits % 32 == 0 else 1
+    q = codes.layout.outputs_first(codes.q)
+    unsigned = (q.short() + 2 ** (bits - 1)).to(torch.uint8).cpu().numpy()
+    rows = len(q) if q[0].numel() * bits % 32 == 0 else 1
     words = torch.from_numpy(pack_bits(unsigned, bits)).reshape(rows, -1)
     scale = codes.scale.reshape(-1, 1) if codes.scale.ndim else codes.scale.reshape(1)
-    parts = (words, scale, torch.tensor(codes.q.shape, dtype=torch.int64))
+    parts = (words, scale, torch.tensor(q.shape, dtype=torch.int64))
     return {_key(name, part): tensor for part, tensor in zip(_WEIGHT_PARTS, parts, strict=True)}
 
 
@@ -194,7 +209,7 @@ def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = quantized_layers(model)
     every = {name for name, _ in model.named_modules(remove_duplicate=False)}
     repeated = every - {name for name, _ in model.named_modules()}
-    skipped = repeated | {_key(name, "weight_quantizer") for name in layers}
+    skipped = repeated | {_key(name, "weight_quantizer") for name, layer in layers.items() if has_weight(layer)}
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
@@ -211,7 +226,7 @@ def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_ranges(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if "input_quantizer" in key.split(".") and not torch.isfinite(tensor).all():
+        if not {"input_quantizer", "weight_quantizer"}.isdisjoint(key.split(".")) and not torch.isfinite(tensor).all():
             raise BitscapeError(f"{key} is NaN or infinite; calibrate the network and save it again")
 
 
@@ -223,16 +238,18 @@ def _stored_codes(name: str, tensors: dict[str, Tensor], header: Header, layer: 
         if key not in tensors:
             raise BitscapeError(f"tensor {key} is missing; write the file anew")
     words, scale, shape = (tensors.pop(key) for key in keys)
-    _expect(keys[2], shape.tolist(), list(weight.shape))
+    layout = weight_layout(layer)
+    stored_shape, scales = layout.outputs_first(weight).shape, weight.shape[layout.scale_axis]
+    _expect(keys[2], shape.tolist(), list(stored_shape))
     _expect(keys[0], (words.numel(), words.dtype), (words_of(weight.numel(), bits), torch.int32))
     per_channel = header.layers[name].scales == "channel"
-    _expect(keys[1], (*scale.shape, scale.dtype), (*((len(weight), 1) if per_channel else (1,)), torch.float32))
+    _expect(keys[1], (*scale.shape, scale.dtype), (*((scales, 1) if per_channel else (1,)), torch.float32))
     if not (torch.isfinite(scale) & (scale > 0)).all():
         raise BitscapeError(f"{keys[1]} holds values that are NaN, infinite or not positive; write the file anew")
     unsigned = torch.from_numpy(unpack_bits(words.numpy(), bits, weight.numel()))
-    q = (unsigned.short() - 2 ** (bits - 1)).to(torch.int8).reshape(weight.shape)
-    scale = scale.reshape(len(weight), *[1] * (weight.ndim - 1)) if per_channel else scale.reshape(())
-    return Codes(q.to(weight.device), scale.to(weight.device), header.layers[name].zero_point)
+    q = layout.outputs_first((unsigned.short() - 2 ** (bits - 1)).to(torch.int8).reshape(stored_shape)).contiguous()
+    scale = layout.along_scales(scale, weight.ndim) if per_channel else scale.reshape(())
+    return Codes(q.to(weight.device), scale.to(weight.device), header.layers[name].zero_point, layout)
 
 
 def _expect(key: str, found: object, expected: object) -> None:
@@ -252,6 +269,12 @@ def _make_quantized(layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: 
     layer.weight = weight
     layer.weight_quantizer = StoredWeight(bits.weight, codes.scale, codes.zero_point)
     layer.input_quantizer = stored.input_quantizer(bits.activation).to(weight.device)
+
+
+def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) -> None:
+    product.__class__ = quantized_class(type(product))
+    product.weight_quantizer = stored.second_quantizer(bits.weight)
+    product.input_quantizer = stored.input_quantizer(bits.activation)
 
 
 def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

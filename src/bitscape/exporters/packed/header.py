@@ -38,6 +38,8 @@ class StoredLayer:
     """"channel" or "tensor"."""
     input: Mapping[str, Any]
     """Kind of the input quantizer, and its settings."""
+    second: Mapping[str, Any] | None = None
+    """The same of the second operand, of a product of two activations; None of a layer with a weight."""
     same_weight_as: str | None = None
     """The layer whose codes this one shares (tied weights)."""
 
@@ -46,11 +48,9 @@ class StoredLayer:
             raise BitscapeError(f"zero_point is {self.zero_point!r}; allowed are 0 and -0.5")
         if self.scales not in ("channel", "tensor"):
             raise BitscapeError(f"scales is {self.scales!r}; allowed are 'channel' and 'tensor'")
-        if not isinstance(self.input, Mapping) or self.input.get("kind") not in tuple(_INPUT_QUANTIZERS):
-            raise BitscapeError(f"input is {self.input!r}; it must be an object whose 'kind' is {', '.join(_INPUT_QUANTIZERS)}")
-        for name, value in self.input.items():
-            if name != "kind" and (type(value) not in (int, float) or not 0 <= value < math.inf):
-                raise BitscapeError(f"input: {name} is {value!r}; allowed are numbers from 0")
+        _check_input("input", self.input)
+        if self.second is not None:
+            _check_input("second", self.second)
 
     def owner(self, name: str) -> str:
         """Name of the layer that holds the codes of the layer `name`."""
@@ -58,8 +58,25 @@ class StoredLayer:
 
     def input_quantizer(self, bits: int) -> FakeQuantizer:
         """Build the input quantizer; its state is not set."""
-        settings = dict(self.input)
-        return _INPUT_QUANTIZERS[settings.pop("kind")](bits, **settings)
+        return _built(self.input, bits)
+
+    def second_quantizer(self, bits: int) -> FakeQuantizer:
+        """Build the quantizer of a product's second operand; its state is not set."""
+        assert self.second is not None
+        return _built(self.second, bits)
+
+
+def _built(description: Mapping[str, Any], bits: int) -> FakeQuantizer:
+    settings = dict(description)
+    return _INPUT_QUANTIZERS[settings.pop("kind")](bits, **settings)
+
+
+def _check_input(what: str, description: object) -> None:
+    if not isinstance(description, Mapping) or description.get("kind") not in tuple(_INPUT_QUANTIZERS):
+        raise BitscapeError(f"{what} is {description!r}; it must be an object whose 'kind' is {', '.join(_INPUT_QUANTIZERS)}")
+    for name, value in description.items():
+        if name != "kind" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise BitscapeError(f"{what}: {name} is {value!r}; allowed are numbers from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +130,8 @@ def describe_input(quantizer: nn.Module) -> dict[str, Any]:
 def quantization_config(header: Header) -> dict[str, Any]:
     """Describe the weights as compressed-tensors does: one group of layers for each way of storing them."""
     groups: dict[tuple[int, str, float], list[str]] = {}
-    for name, layer in header.layers.items():
+    weighted = {name: layer for name, layer in header.layers.items() if layer.second is None}
+    for name, layer in weighted.items():
         groups.setdefault((header.policy.layers[name].weight, layer.scales, layer.zero_point), []).append(name)
     return {
         "quant_method": "compressed-tensors",

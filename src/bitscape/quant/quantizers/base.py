@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
+from bitscape.models.layers import PLAIN, WeightLayout
+from bitscape.policy import MAX_BITS
 from bitscape.quant.functional import dequantize, fake_quantize, quantize, require_finite, widened, without_autocast
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
@@ -24,19 +26,20 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each index of `axis`; output channels are axis 0 of a weight."""
+    """One scale for each index of `axis`; None: of the layer's output channels, as `models.layers.scale_axis` says."""
 
-    axis: int = 0
+    axis: int | None = None
 
 
 Sharing = PerTensor | PerChannel
 
 
-def scale_shape(shape: torch.Size, sharing: Sharing) -> tuple[int, ...]:
-    """Shape of the scales of a tensor of `shape`: () or broadcastable with one axis kept."""
+def scale_shape(shape: torch.Size, sharing: Sharing, channel_axis: int = 0) -> tuple[int, ...]:
+    """Shape of the scales of a tensor of `shape`: () or broadcastable with one axis kept, by default `channel_axis`."""
     if isinstance(sharing, PerTensor):
         return ()
-    return tuple(n if axis == sharing.axis else 1 for axis, n in enumerate(shape))
+    kept = channel_axis if sharing.axis is None else sharing.axis
+    return tuple(n if axis == kept else 1 for axis, n in enumerate(shape))
 
 
 def grouped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -49,12 +52,15 @@ def grouped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Codes:
     """A quantized weight as integers: real = scale * (q - zero_point).
 
-    `q` is int8 in the weight's shape; `scale` float32, 0-d or (C, 1, ...); `zero_point` 0 or -1/2 (mid-rise).
+    `q` is int8 in the weight's shape; `scale` float32, 0-d or with one axis of it, (C, 1, ...);
+    `zero_point` 0 or -1/2 (mid-rise).
     """
 
     q: Tensor
     scale: Tensor
     zero_point: float
+    layout: WeightLayout = PLAIN
+    """Where the layer's outputs lie in `q`."""
 
     def dequantize(self) -> Tensor:
         """The real values, bit for bit those of the fake-quantizer's forward pass."""
@@ -65,7 +71,7 @@ class FakeQuantizer(nn.Module, ABC):
     """Quantizes and dequantizes a tensor; built by a quantizer's `for_weight` or `for_activation`.
 
     Attributes:
-        bits: bit-width 1..8, or a tensor of them that broadcasts against the data.
+        bits: bit-width 1..8, of activations also 16, or a tensor of them that broadcasts against the data.
         signed: whether codes below zero exist. For activations decided by the values seen in `initialize`.
         initialized: whether scales were set; calling it earlier is an error.
     """
@@ -141,6 +147,11 @@ class WeightFakeQuantizer(FakeQuantizer):
     """
 
     gradient_factor: float = 1.0
+
+    def __init__(self, bits: int | Tensor, *, signed: bool, mid_rise: bool = False) -> None:
+        super().__init__(bits, signed=signed, mid_rise=mid_rise)
+        if not isinstance(bits, Tensor) and bits > MAX_BITS:
+            raise BitscapeError(f"bits = {bits}: weights take 1 to {MAX_BITS} bits; only activations take 16")
 
     @abstractmethod
     def transform(self, weight: Tensor) -> Tensor:

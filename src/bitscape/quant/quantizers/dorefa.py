@@ -78,8 +78,8 @@ class Dorefa:
     restore_scale: bool = True
     """Multiply the levels back to the weight's own range; False keeps -1..1 as in the paper (needs a norm after every layer)."""
 
-    def for_weight(self, weight: Tensor, bits: int) -> DorefaWeight:
-        """Fake-quantizer for a weight of any shape."""
+    def for_weight(self, weight: Tensor, bits: int, channel_axis: int = 0) -> DorefaWeight:
+        """Fake-quantizer for a weight of any shape; one scale for all channels."""
         return DorefaWeight(bits, self.restore_scale)
 
     def for_activation(self, bits: int | Tensor) -> ClippedActivation:

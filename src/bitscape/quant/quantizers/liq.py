@@ -67,8 +67,8 @@ class Liq:
     restore_scale: bool = True
     """Multiply by the weight's standard deviation again; False as in SAQ's code (needs a norm after every layer)."""
 
-    def for_weight(self, weight: Tensor, bits: int) -> LiqWeight:
-        """Fake-quantizer for a weight of any shape."""
+    def for_weight(self, weight: Tensor, bits: int, channel_axis: int = 0) -> LiqWeight:
+        """Fake-quantizer for a weight of any shape; one scale for all channels."""
         return LiqWeight(weight, bits, self.restore_scale)
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:

@@ -31,9 +31,9 @@ from bitscape.quant.quantizers.base import (
 class LsqWeight(WeightFakeQuantizer):
     """Weights on a signed grid with learned scales."""
 
-    def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing) -> None:
+    def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing, channel_axis: int = 0) -> None:
         super().__init__(bits, signed=True)
-        shape = scale_shape(weight.shape, sharing)
+        shape = scale_shape(weight.shape, sharing, channel_axis)
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
         self.gradient_factor = lsq_gradient_factor(weight.numel() // max(1, math.prod(shape)), self.grid.qmax)
 
@@ -77,9 +77,9 @@ class Lsq:
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""
 
-    def for_weight(self, weight: Tensor, bits: int | Tensor) -> LsqWeight:
-        """Fake-quantizer for a weight of any shape, output channels first."""
-        return LsqWeight(weight, bits, self.weight_scales)
+    def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
+        """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
+        return LsqWeight(weight, bits, self.weight_scales, channel_axis)
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:
         """Fake-quantizer for a layer's input."""

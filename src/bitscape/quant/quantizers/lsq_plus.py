@@ -70,9 +70,9 @@ class LsqPlus:
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""
 
-    def for_weight(self, weight: Tensor, bits: int | Tensor) -> LsqWeight:
-        """Fake-quantizer for a weight of any shape, output channels first."""
-        return LsqWeight(weight, bits, self.weight_scales)
+    def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
+        """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
+        return LsqWeight(weight, bits, self.weight_scales, channel_axis)
 
     def for_activation(self, bits: int | Tensor) -> LsqPlusActivation:
         """Fake-quantizer for a layer's input."""

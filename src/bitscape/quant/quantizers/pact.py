@@ -82,8 +82,8 @@ class Pact:
         if self.decay < 0:
             raise BitscapeError(f"decay = {self.decay}: the L2 pull on the clip is at least 0; 1e-4 is usual")
 
-    def for_weight(self, weight: Tensor, bits: int) -> DorefaWeight:
-        """Fake-quantizer for a weight of any shape."""
+    def for_weight(self, weight: Tensor, bits: int, channel_axis: int = 0) -> DorefaWeight:
+        """Fake-quantizer for a weight of any shape; one scale for all channels."""
         return DorefaWeight(bits, self.restore_scale)
 
     def for_activation(self, bits: int | Tensor) -> PactActivation:

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from bitscape.calling import call
 from bitscape.errors import BitscapeError, explained_forward, nearest
 from bitscape.models.dtypes import check_float32
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import output_channels, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.convert import Data, batches_of
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_layers
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
 
@@ -70,7 +70,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     if missing:
         hint = nearest(missing[0], partners)
         raise BitscapeError(f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized")
-    gains = {name: gain and layer.weight not in shared and _has_channel_scales(layer) for name, layer in layers.items()}
+    gains = {name: gain and layer.weight not in shared and has_channel_scales(layer) for name, layer in layers.items()}
     corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
@@ -90,13 +90,6 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     return shifts
 
 
-def _has_channel_scales(layer: QuantizedLayer) -> bool:
-    quantizer = layer.weight_quantizer
-    if not isinstance(quantizer, LsqWeight) or isinstance(quantizer.bits, Tensor):
-        return False
-    return quantizer.scale.numel() == quantizer.scale.shape[:1].numel() == layer.weight.shape[0]
-
-
 class _Correction:
     """One layer's outputs in the float and the quantized network, averaged over the calls so far."""
 
@@ -104,7 +97,7 @@ class _Correction:
         self.layer, self.gain = layer, gain
         self.images = 0
         self.waiting: list[Tensor] = []
-        self.expected = self.seen = torch.zeros(2, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
+        self.expected = self.seen = torch.zeros(2, output_channels(layer), dtype=torch.float64, device=layer.weight.device)
 
     def see_float(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.waiting.append(self._moments(output))

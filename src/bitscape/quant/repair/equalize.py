@@ -23,7 +23,7 @@ from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.copies import copied
-from bitscape.models.layers import groups_of
+from bitscape.models.layers import groups_of, output_channels, outputs_first
 from bitscape.models.prepare import check_layers
 from bitscape.models.replace import replace_module
 from bitscape.models.trial import check_repeatable
@@ -48,8 +48,9 @@ LIMIT = 30.0
 """A channel's factors stay within 1 / LIMIT .. LIMIT in all: the bias of a channel whose weights are all but zero, raised with
 them, would take the whole activation range (MobileNetV2 has weight rows of 1e-8)."""
 _HOMOGENEOUS = (
-    nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d,
-    nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
 _HOMOGENEOUS_FUNCTIONS = ("relu", "relu_", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout")
 
@@ -133,12 +134,12 @@ def channel_scales(first: Float[Tensor, " c"], last: Float[Tensor, " c"]) -> Flo
 def _is_rescalable(chain: Chain, shared: set[nn.Parameter]) -> bool:
     first, last = chain.first.module, chain.last.module
     assert first is not None and last is not None
-    weights = [m.get_parameter("weight") for m in (first, last)]
     if not shared.isdisjoint([*first.parameters(), *last.parameters()]):
         return False
     if isinstance(last, nn.Linear) and isinstance(first, nn.Linear) is False:
         return False  # between them channels become features
-    return weights[0].shape[0] == weights[1].shape[1] * groups_of(last)
+    inputs = outputs_first(last, last.get_parameter("weight")).shape[1] * groups_of(last)
+    return output_channels(first) == inputs
 
 
 def _balance(chains: list[Chain], sweeps: int) -> list[Tensor]:
@@ -159,22 +160,24 @@ def _balance(chains: list[Chain], sweeps: int) -> list[Tensor]:
 def _rescale(chain: Chain, total: Tensor) -> Tensor:
     """Divide the first layer's channels, multiply the last one's; `total` is the product of this chain's factors so far."""
     assert chain.first.module is not None and chain.last.module is not None
-    first, last = (m.get_parameter("weight") for m in (chain.first.module, chain.last.module))
-    bias = chain.first.module.bias
-    columns = _by_input(last, groups_of(chain.last.module))
-    scale = channel_scales(first.flatten(1).abs().amax(1), columns.abs().amax((1, 3)).flatten())
+    first, last = chain.first.module, chain.last.module
+    rows, bias = outputs_first(first, first.get_parameter("weight")), first.bias
+    columns = _by_input(last)
+    scale = channel_scales(rows.flatten(1).abs().amax(1), columns.abs().amax((1, 3)).flatten())
     total = total.to(scale)
     scale = (total * scale).clamp(1 / LIMIT, LIMIT) / total
-    first.div_(scale.reshape(-1, *[1] * (first.ndim - 1)))
+    first.get_parameter("weight").copy_(outputs_first(first, rows / scale.reshape(-1, *[1] * (rows.ndim - 1))))
     if isinstance(bias, Tensor):
         bias.div_(scale)
     columns *= scale.reshape(columns.shape[0], 1, -1, 1)
-    last.copy_(columns.reshape(last.shape))
+    weight = last.get_parameter("weight")
+    weight.copy_(outputs_first(last, columns.reshape(outputs_first(last, weight).shape)))
     return scale
 
 
-def _by_input(weight: Tensor, groups: int) -> Float[Tensor, "groups outputs inputs kernel"]:
-    return weight.detach().clone().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+def _by_input(layer: nn.Module) -> Float[Tensor, "groups outputs inputs kernel"]:
+    rows, groups = outputs_first(layer, layer.get_parameter("weight").detach()).clone(), groups_of(layer)
+    return rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
 
 
 def _move_clips(model: nn.Module, chain: Chain, scale: Tensor) -> None:

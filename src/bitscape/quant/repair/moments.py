@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import quantizable_layers
+from bitscape.models.layers import weighted_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.convert import Data, batches_of, run_batches
@@ -25,7 +25,7 @@ UNFOLDED_ELEMENTS = 1 << 24
 def input_moments(model: nn.Module, data: Data, *, positions: int = 128, seed: int = 0) -> dict[str, Tensor]:
     """Mean of x x^T over the inputs x that a layer's weight rows are multiplied with.
 
-    Every call of conv1d, conv2d and linear with a layer's own weight counts, so padding of the layer's own (SAME) and
+    Every convolution, transposed or not, and every product with a layer's own weight counts, so padding of the layer's own (SAME) and
     shared layers are right; a layer that computes another weight first (weight standardisation) is left out, as are
     layers that never run.
 
@@ -42,7 +42,7 @@ def input_moments(model: nn.Module, data: Data, *, positions: int = 128, seed: i
         BitscapeError: no images, or inputs that are not finite (the layer is named).
     """
     model = as_prepared(model)
-    names = {layer.get_parameter("weight"): name for name, layer in quantizable_layers(model).items()}
+    names = {layer.get_parameter("weight"): name for name, layer in weighted_layers(model).items()}
     collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
     with evaluating(model), collector:
         if not run_batches(model, batches_of(data, model)):
@@ -114,6 +114,29 @@ class _Collector(TorchFunctionMode):
         for piece in windows.split(max(1, UNFOLDED_ELEMENTS // per_image)):
             yield _columns(piece, chosen, groups)
 
+    def transposed_rows(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Iterator[Tensor]:
+        """Those of a transposed convolution: a plain one, its kernel turned about, over an input with zeros in between."""
+        if input.ndim == weight.ndim - 1:
+            input = input[None]
+        size = weight.shape[2:]
+        stride, padding, output_padding, dilation = (_each(value, size) for value in (stride, padding, output_padding, dilation))
+        reach = [d * (k - 1) - p for k, p, d in zip(size, padding, dilation, strict=True)]
+        behind = [r + more for r, more in zip(reach, output_padding, strict=True)]
+        spread = F.pad(_spread(input, stride), [amount for pair in zip(reversed(reach), reversed(behind), strict=True) for amount in pair])
+        plain = weight.new_empty(0, input.shape[1] // groups, *size)
+        for rows in self.conv_rows(spread, plain, dilation=dilation, groups=groups):
+            yield rows.unflatten(1, (-1, size.numel())).flip(2).flatten(1, 2)
+
     def _chosen(self, count: int, device: torch.device) -> Tensor:
         """Which of `count` output positions count."""
         if count <= self.positions:
@@ -124,8 +147,21 @@ class _Collector(TorchFunctionMode):
 _ROWS: dict[Any, Callable[..., Iterator[Tensor]]] = {
     torch.conv1d: _Collector.conv_rows,
     torch.conv2d: _Collector.conv_rows,
+    torch.conv3d: _Collector.conv_rows,
+    torch.conv_transpose1d: _Collector.transposed_rows,
+    torch.conv_transpose2d: _Collector.transposed_rows,
+    torch.conv_transpose3d: _Collector.transposed_rows,
     F.linear: _Collector.linear_rows,
 }
+
+
+def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`input` (n, c, *positions) with stride - 1 zeros between neighbours."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(input.shape[2:], stride, strict=True)]
+    spread = input.new_zeros(*input.shape[:2], *sizes)
+    places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+    spread[places] = input
+    return spread
 
 
 def _windows(input: Tensor, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

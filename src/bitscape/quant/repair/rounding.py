@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.layers import outputs_first
 from bitscape.quant.functional import dequantize, power_of_two, quantize, without_autocast
 from bitscape.quant.grid import Grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
@@ -113,7 +114,8 @@ class RoundingTask:
             return float(self.output_error(self.real(candidate) - self.weight).sum() / total)
 
         result = RoundingError(error(self.nearest()), error(codes))
-        self.layer.weight.copy_(self.real(codes).reshape(self.layer.weight.shape))
+        rows = self.real(codes).reshape(outputs_first(self.layer, self.layer.weight).shape)
+        self.layer.weight.copy_(outputs_first(self.layer, rows))
         return result
 
     def real(self, codes: Tensor) -> Tensor:
@@ -142,11 +144,12 @@ def _task(name: str, layer: QuantizedLayer, moments: Tensor) -> RoundingTask:
             f"layer {name}: its weight quantizer is {type(quantizer).__name__}, whose grid moves with the weights or holds several widths; "
             "rounding can be repaired for Lsq and LsqPlus with one width a layer"
         )
+    scale = outputs_first(layer, quantizer.grid_scale(weight).detach().expand_as(weight))
+    weight = outputs_first(layer, weight)
     shape = (moments.shape[0], -1, weight[0].numel())
     if weight[0].numel() != moments.shape[1] or weight.shape[0] % moments.shape[0]:
-        raise BitscapeError(f"moments: layer {name} has weights of {tuple(weight.shape)}, its moments {tuple(moments.shape)}")
-    scale = quantizer.grid_scale(weight).detach().expand_as(weight).reshape(shape)
-    weight, moments = weight.float().reshape(shape), moments.to(weight.device)
+        raise BitscapeError(f"moments: layer {name} has weights of {tuple(layer.weight.shape)}, its moments {tuple(moments.shape)}")
+    scale, weight, moments = scale.reshape(shape), weight.float().reshape(shape), moments.to(weight.device)
     # Squares of small weights and inputs are zero in float32.
     size = power_of_two(moments.diagonal(dim1=1, dim2=2).mean())
     return RoundingTask(layer, weight, scale, quantizer.grid, moments / size, power_of_two(weight.abs().max()))
