@@ -11,8 +11,8 @@ from bitscape.cli.parsing import (
 from bitscape.data.batches import CIFAR10, DIGITS, Normalization
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
+from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.fisher import Fisher
-from bitscape.searches.problem import DEFAULT_CANDIDATES
 from bitscape.searches.uniform import Uniform
 
 LONG = "9" * 5000

@@ -69,7 +69,7 @@ def test_any_form_of_the_same_data_gives_the_same_policy_and_network(data):
 
 def test_the_verb_searches_as_the_method_does():
     model = classifier()
-    problem = SearchProblem(model=model, images=IMAGES, budget="weight_bytes=w4", candidates=tuple(CANDIDATES))
+    problem = SearchProblem.of(model=model, samples=IMAGES, budget="weight_bytes=w4", candidates=tuple(CANDIDATES))
     by_method = bs.Fisher(images=16).search(problem).policy
     by_verb = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES, method=bs.Fisher(images=16)).policy
     assert by_verb.layers == by_method.layers and by_verb.provenance == by_method.provenance

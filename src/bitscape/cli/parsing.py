@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
     from bitscape.dynamic import Dqmq
     from bitscape.engine import Tracker
+    from bitscape.searches.freedom import Pins
     from bitscape.searches.methods import SearchMethod
     from bitscape.steps import Plain, Sam
 
@@ -39,10 +40,12 @@ def _widths(option: str, text: str) -> list[int]:
     return list(dict.fromkeys(widths))
 
 
-def parse_pins(texts: Iterable[str]) -> tuple[dict[str, LayerBits], bool]:
-    """Read "name=8/8" texts. Return the pins, and whether "none" was among the texts (ends not pinned by default)."""
+def parse_pins(texts: Iterable[str]) -> "Pins":
+    """Read "name=8/8" texts; with "none" among them, the ends are not pinned by default."""
+    from bitscape.searches.freedom import Pins
+
     texts = list(texts)
-    return dict(_pin(text) for text in texts if text != UNPINNED), UNPINNED in texts
+    return Pins(dict(_pin(text) for text in texts if text != UNPINNED), ends=UNPINNED not in texts)
 
 
 def _pin(text: str) -> tuple[str, LayerBits]:

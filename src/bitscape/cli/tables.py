@@ -1,6 +1,5 @@
 """Tables of policies: bits and costs per layer, totals beside 8 bit and beside the budget."""
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     from bitscape.cost.budget import Budget
     from bitscape.cost.layers import NetworkProfile
     from bitscape.cost.targets import Target
+    from bitscape.searches.choices import Choices
     from bitscape.searches.scores import ScoreTable
 
 
@@ -71,21 +71,19 @@ def print_within_budget(policy: Policy, network: "NetworkProfile", budget: "Budg
         click.echo(f"\nthe allocation ran out of time: {gap_note(gap)}")
 
 
-def print_loose_caps(
-    policy: Policy, network: "NetworkProfile", budget: "Budget", candidates: Sequence[LayerBits], pinned: Mapping[str, LayerBits]
-) -> None:
+def print_loose_caps(policy: Policy, choices: "Choices") -> None:
     """Name the caps that even the widest bits on offer keep, and how many layers have these bits; print nothing where every cap binds."""
     from bitscape.cost.policy_cost import policy_cost
 
-    widest = LayerBits(max(bits.weight for bits in candidates), max(bits.activation for bits in candidates))
-    free = [name for name in network.by_name if name not in pinned]
-    most = policy_cost(network, Policy({**policy.layers, **dict.fromkeys(free, widest)}))
-    loose = [kind for kind, limit in budget.caps.items() if most[kind] <= limit]
+    pairs, free = choices.candidates, choices.free_layers
+    widest = LayerBits(max(bits.weight for bits in pairs), max(bits.activation for bits in pairs))
+    most = policy_cost(choices.network, Policy({**policy.layers, **dict.fromkeys(free, widest)}))
+    loose = [kind for kind, limit in choices.budget.caps.items() if most[kind] <= limit]
     if not loose or not free:
         return
     at_widest = sum(policy.layers[name] == widest for name in free)
     click.echo(f"\nnot binding: {', '.join(loose)}; the widest bits, {widest} in every free layer, stay within", nl=False)
-    if len(loose) < len(budget.caps):
+    if len(loose) < len(choices.budget.caps):
         click.echo()
     else:
         why = "" if at_widest == len(free) else "; the others score no better with more bits"

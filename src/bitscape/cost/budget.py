@@ -81,8 +81,11 @@ def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_la
 def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:
     if isinstance(texts, Mapping):
         return list(texts.items())
-    parts = [part.strip() for text in ([texts] if isinstance(texts, str) else texts) for part in str(text).split(",")]
-    return [_entry(part) for part in parts if part]
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str | bytes) else [texts]
+    for text in listed:
+        if not isinstance(text, str):
+            raise BitscapeError(f'budget: {text!r} is no text; give caps such as "bitops=0.25x", or a mapping from kind to value')
+    return [_entry(part.strip()) for text in listed for part in text.split(",") if part.strip()]
 
 
 def _entry(text: str) -> tuple[str, str]:

@@ -62,7 +62,7 @@ def layer_latency_ns(layer: LayerCost, bits: LayerBits) -> int:
 
 NO_TABLE = (
     "no latency table was given; measure one on the target machine with `bitscape latency build` and give it as "
-    "--latency FILE, or SearchProblem(latency=LatencyTable.load(FILE))"
+    "--latency FILE, or search(..., latency=LatencyTable.load(FILE))"
 )
 
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from bitscape.calling import Inputs, map_tensors
 from bitscape.errors import BitscapeError, first_line
 from bitscape.models.modes import unchanged
 from bitscape.models.trial import Trial, differ, is_empty, trial
+from bitscape.nested import tensors_in
 
 _log = logging.getLogger("bitscape.models")
 
 
 def set_memory_format(
-    model: nn.Module, images: Tensor, channels_last: bool | None, *, training: bool = False
+    model: nn.Module, images: Inputs, channels_last: bool | None, *, training: bool = False
 ) -> bool:
     """Lay out the weights of 2-d convolutions in place; return whether the network runs in channels_last.
 
@@ -33,7 +35,7 @@ def set_memory_format(
     """
     weights = [m.weight for m in model.modules() if isinstance(m, _ConvNd) and m.weight.ndim == 4]
     _lay_out(weights, torch.contiguous_format)
-    if channels_last is False or not weights or images.ndim != 4 or is_empty(model):
+    if channels_last is False or not weights or not any(tensor.ndim == 4 for tensor in tensors_in(images)) or is_empty(model):
         return False
     with trial(model, images) as run, unchanged(model):
         reason = _obstacle(run, weights, training)
@@ -60,11 +62,15 @@ def _obstacle(run: Trial, weights: Sequence[Tensor], training: bool) -> str | No
     _lay_out(weights, torch.channels_last)
     if fails is not None:
         return None  # in any format: the caller's own passes say it better
-    laid_out = replace(run, images=run.images.contiguous(memory_format=torch.channels_last))
+    laid_out = replace(run, images=map_tensors(_channels_last, run.images))
     outputs, fails = _outcome(laid_out)
     if fails is None and differ(expected, outputs):
         return "it gives other outputs"
     return fails or (_obstacle_in_training(run, laid_out, weights) if training else None)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _obstacle_in_training(run: Trial, laid_out: Trial, weights: Sequence[Tensor]) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, call, moved, rows_of, sample_count
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
@@ -27,10 +28,10 @@ _OTHER_WEIGHT = 0.731
 """Stands in for every element of a weight outside of its layer."""
 
 
-def check_repeatable(model: nn.Module, images: Tensor) -> None:
+def check_repeatable(model: nn.Module, images: Inputs) -> None:
     """Raise BitscapeError where two runs of the network in eval mode differ, most often by random numbers.
 
-    Two of the images (n, c, h, w) are used. The random states of Python, numpy and torch stay as they are.
+    Two of the images (n, c, h, w), or of other inputs, are used. The random states of Python, numpy and torch stay as they are.
     """
     if is_empty(model):
         return
@@ -47,7 +48,7 @@ def check_repeatable(model: nn.Module, images: Tensor) -> None:
     )
 
 
-def check_weight_uses(model: nn.Module, images: Tensor) -> None:
+def check_weight_uses(model: nn.Module, images: Inputs) -> None:
     """Raise BitscapeError where a layer's weight is used outside of the layer too, naming the layer.
 
     There it would be the float weight in a quantized network, and the rounded one in a file. Found by two
@@ -83,13 +84,13 @@ class Trial:
     """Passes of one network over two images; random numbers begin at a fixed seed."""
 
     model: nn.Module
-    images: Tensor
+    images: Inputs
     device: torch.device
 
     def __call__(self) -> list[Tensor]:
         """Every tensor that the network returns."""
-        with explained_forward(self.images):
-            return [tensor.clone() for tensor in tensors_in(self.model(self.images))]
+        with explained_forward(next(tensors_in(self.images))):
+            return [tensor.clone() for tensor in tensors_in(call(self.model, self.images))]
 
     def again(self) -> list[Tensor]:
         """The same, with the random numbers of the first pass."""
@@ -112,11 +113,11 @@ class Trial:
 
 
 @contextmanager
-def trial(model: nn.Module, images: Tensor) -> Iterator[Trial]:
+def trial(model: nn.Module, images: Inputs) -> Iterator[Trial]:
     """Within the block the network is in eval mode without a graph; random states are put back at the end."""
-    tensors = chain(model.parameters(), model.buffers())
-    device = next((tensor.device for tensor in tensors), images.device)
-    run = Trial(model, images[:_IMAGES].to(device), device)
+    device = next(chain(model.parameters(), model.buffers(), tensors_in(images))).device
+    two = rows_of(images, slice(0, _IMAGES), sample_count(images))
+    run = Trial(model, moved(two, device), device)
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
