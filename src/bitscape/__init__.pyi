@@ -21,6 +21,7 @@ from .steps import Loss as Loss
 from .steps import Plain as Plain
 from .steps import Saq as Saq
 from .verbs.export import export as export
+from .verbs.gain import gain as gain
 from .verbs.quantize import quantize as quantize
 from .verbs.search import search as search
 from .version import __version__ as __version__

@@ -248,7 +248,7 @@ QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
 )
 def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine_first):
     given = planted(fine_first)
-    assert torch.equal(given.decisions, given.labels)
+    assert torch.equal(given.decisions(given.samples), given.labels)
     assert method.search(given).policy.layers == {"fine": LayerBits(8, 8), "coarse": LayerBits(8, 2)}
 
 

@@ -383,7 +383,7 @@ def test_a_profile_pins_the_layers_that_keep_8_bits() -> None:
     assert stated.choices.freedom.pinned == {"0": LayerBits(8, 8), "2": LayerBits(8, 8)}
     assert stated.free_layers == ("1", "4")
     assert replace(stated, seed=1).free_layers == ("1", "4")
-    assert problem(model=wide, budget="weight_bytes=1x", target=TARGETS["htp"]).free_layers == ("1",)
+    assert problem(model=wide, budget="weight_bytes=1x", target=TARGETS["htp"]).free_layers == ("1", "4")
     policy = Fisher(images=2).search(stated).policy
     assert policy.layers["0"] == policy.layers["2"] == LayerBits(8, 8) != policy.layers["4"]
 

@@ -15,6 +15,7 @@ from bitscape.cli.options import (
     channels_last_option,
     data_options,
     image_options,
+    keep_float_option,
     latency_option,
     network_options,
     pin_option,
@@ -23,8 +24,8 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
-from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget, repairs_text
-from bitscape.errors import BitscapeError, prefixed
+from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget, repairs_text
+from bitscape.errors import BitscapeError
 from bitscape.folders import CHECKPOINT, POLICY_FILE
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ _outputs = all_of(
 @latency_option
 @target_option
 @pin_option
+@keep_float_option
 @channels_last_option
 @seed_option
 @_outputs
@@ -107,6 +109,7 @@ def search(
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
+    keep_float: tuple[str, ...],
     channels_last: bool | None,
     seed: int,
     folder: Path | None,
@@ -153,6 +156,7 @@ def search(
             count=len(samples),
             candidates=offered,
             pinned=pinned,
+            keep_float=keep_float,
             target=target,
             latency=times,
             for_training=for_training,
@@ -174,8 +178,7 @@ def _check_method(method: "SearchMethod", scores: Path | None, pick: "Pick", fol
 
     if scores is not None and "pick" not in method.options:
         raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
-    with prefixed("--pick, --folder"):
-        check_options(method, pick, folder)
+    check_options(method, pick, folder)
 
 
 def _normalized(proxy: "Dataset", normalize: str | None, source: str) -> "Samples":
@@ -201,6 +204,7 @@ def _keep_and_print(result: "SearchResult", images: int, out: Path | None, score
     print_layers(policy, choices.network)
     click.echo()
     print_within_budget(policy, choices.network, choices.budget)
+    print_pins(choices)
     print_loose_caps(policy, choices)
     if choices.latency is not None:
         click.echo(f"latency_ms: {choices.latency.where}")
@@ -208,6 +212,7 @@ def _keep_and_print(result: "SearchResult", images: int, out: Path | None, score
     click.echo(f"\n{policy.provenance['method']}: {images} images, {result.seconds:.1f} s")
     if result.scores is not None:
         click.echo(repairs_text(result.scores))
+    click.echo(gain_text(result.gain))
     if scores is not None and result.scores is not None:
         click.echo(f"scores: {scores}; other budgets need no search: bitscape solve --scores {scores}")
     if out is not None:

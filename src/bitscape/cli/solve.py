@@ -8,16 +8,18 @@ import click
 
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import load_network, measure_network
-from bitscape.cli.options import budget_option, latency_option, model_option, pin_option, shape_option, target_option
+from bitscape.cli.options import budget_option, keep_float_option, latency_option, model_option, pin_option, shape_option, target_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
 from bitscape.cli.paths import FILE, OutputFile
-from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget
+from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
-from bitscape.policy import Policy
+from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
+    from bitscape.cost.layers import NetworkProfile
     from bitscape.searches.choices import Choices
+    from bitscape.searches.freedom import Pins
     from bitscape.searches.scores import ScoreTable
 
 MOST_POINTS = 1000
@@ -34,6 +36,7 @@ MOST_POINTS = 1000
 @latency_option
 @target_option
 @pin_option
+@keep_float_option
 @click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json.")
 def solve(
     scores: Path,
@@ -45,6 +48,7 @@ def solve(
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
+    keep_float: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Find the bits for another budget from saved scores.
@@ -76,13 +80,16 @@ def solve(
     candidates = [pair for pair in table.candidates if target is None or target.allows(pair)]
     if target is not None and not candidates:
         target.check("--scores", table.candidates)
+    network = measure_network(load_network(model, None, "cpu"), shape)
     choices = Choices.of(
-        measure_network(load_network(model, None, "cpu"), shape),
+        network,
         budgets or Budget(),
         candidates=candidates,
-        pinned=pinned,
+        pinned=_without_scores(pinned, table, network),
+        keep_float=keep_float,
         latency=times,
         target=target,
+        along=along if front is not None else None,
     )
     if front is not None:
         _print_front(table, choices, along, front)
@@ -91,8 +98,15 @@ def solve(
         _solve(table, choices, source, out)
 
 
+def _without_scores(pins: "Pins", table: "ScoreTable", network: "NetworkProfile") -> "Pins":
+    """Pin those ends at 8/8 that the search did not score, as it does under caps on activations."""
+    unscored = [name for name in network.ends if name not in table.layers] if pins.ends else []
+    return replace(pins, layers={**dict.fromkeys(unscored, LayerBits.EIGHT), **pins.layers})
+
+
 def _solve(table: "ScoreTable", choices: "Choices", source: dict[str, object], out: Path | None) -> None:
     from bitscape.searches.allocation import allocate
+    from bitscape.searches.gain import gain_of
 
     policy = allocate(table, choices)
     policy = replace(policy, provenance={**policy.provenance, **choices.provenance(), **source})
@@ -101,8 +115,10 @@ def _solve(table: "ScoreTable", choices: "Choices", source: dict[str, object], o
     print_layers(policy, choices.network)
     click.echo()
     print_within_budget(policy, choices.network, choices.budget)
+    print_pins(choices)
     print_loose_caps(policy, choices)
     print_storage(policy, choices.network, choices.target)
+    click.echo(f"\n{gain_text(gain_of(table, choices))}")
     click.echo("\nthe policy is not kept; --out FILE keeps it" if out is None else f"\npolicy: {out}")
 
 

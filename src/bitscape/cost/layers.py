@@ -84,6 +84,8 @@ class NetworkProfile:
     """Shape of one image, without batch; of the first input where the network takes several."""
     uncalled_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Weight shapes of `uncalled`."""
+    heads: tuple[str, ...] = ()
+    """Layers whose output reaches one of the network's without passing another layer, in call order."""
 
     @cached_property
     def by_name(self) -> dict[str, LayerCost]:
@@ -101,9 +103,9 @@ class NetworkProfile:
         return tuple(_idle_layer(name, shape) for name, shape in self.uncalled_shapes.items())
 
     @property
-    def ends(self) -> tuple[str, str]:
-        """Names of the first and the last layer called."""
-        return self.layers[0].name, self.layers[-1].name
+    def ends(self) -> tuple[str, ...]:
+        """Names of the first layer called and of the heads; of the last one called where no head is known."""
+        return tuple(dict.fromkeys([self.layers[0].name, *(self.heads or [self.layers[-1].name])]))
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -174,6 +176,7 @@ def measure(model: nn.Module, sample: Inputs) -> NetworkProfile:
         uncounted=_uncounted(model, {layer.name: layer for layer in layers}, uncalled, runs),
         input_shape=shape,
         uncalled_shapes={name: size for name, size in layer_shapes(model).items() if name not in called},
+        heads=tuple(layer.name for layer in layers if runs[layer.name].is_head),
     )
     _warn_of_gaps(cost)
     return cost

@@ -11,12 +11,13 @@ the float outputs: the Fisher information, or Gauss-Newton's approximation for `
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.calling import Inputs, call, map_tensors, rows_of, sample_count
 from bitscape.engine.forward import as_logits
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
@@ -47,11 +48,11 @@ class Classes:
         pair = outputs.log_softmax(1), reference.log_softmax(1)
         return functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """Cross entropy of each image (n,), for labels drawn from the softmax."""
         return functional.cross_entropy(outputs, drawn_labels(outputs, generator), reduction="none")
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """Loss of each image (n,) whose second derivative is the curvature."""
         return self.drawn_loss(outputs, generator)
 
@@ -76,14 +77,14 @@ class Binary:
         no = (1 - share) * (functional.logsigmoid(-reference) - functional.logsigmoid(-outputs))
         return _per_image(yes + no)
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """Cross entropy of each image (n,), for answers drawn by the outputs' own probabilities."""
         logits = self._logits(outputs)
         chances = torch.rand(logits.shape, dtype=torch.float32, generator=generator).to(logits.device)
         answers = (chances < logits.detach().sigmoid()).to(logits.dtype)
         return _per_image(functional.binary_cross_entropy_with_logits(logits, answers, reduction="none"))
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """The divergence from the outputs' own values (n,): flat here, and curved."""
         return self.divergence(outputs, outputs.detach())
 
@@ -114,12 +115,12 @@ class Follow:
         """Half the squared difference of each image, (n,)."""
         return _per_image((outputs - reference).square()) / 2
 
-    def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """Sum of each image's outputs (n,), with signs drawn at random."""
         signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
         return _per_image(outputs * signs)
 
-    def curved_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def curved_loss(self, outputs: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
         """The divergence from the outputs' own values (n,): flat here, and curved."""
         return self.divergence(outputs, outputs.detach())
 
@@ -127,7 +128,7 @@ class Follow:
 Task = Classes | Binary | Follow
 
 
-def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] = "auto") -> Task:
+def task_of(model: nn.Module, images: Inputs, name: TaskName | Literal["auto"] = "auto") -> Task:
     """Return the task of that name, or the one that the outputs suggest.
 
     "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and follows any others:
@@ -135,7 +136,7 @@ def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] =
 
     Args:
         model: float network, eval mode.
-        images: normalized (n, c, h, w); at most 64 are run.
+        images: what the network is called with; at most 64 samples are run.
         name: which task.
 
     Raises:
@@ -143,15 +144,16 @@ def task_of(model: nn.Module, images: Tensor, name: TaskName | Literal["auto"] =
     """
     if name == "classes":
         return Classes()
-    sample = images[:SAMPLE]
+    sample = rows_of(images, slice(0, SAMPLE), sample_count(images))
+    samples = sample_count(sample)
     with evaluating(model), torch.enable_grad():
-        output = model(tracked(sample))
-    only = output if isinstance(output, Tensor) and output.ndim and len(output) == len(sample) else None
+        output = call(model, tracked(sample))
+    only = output if isinstance(output, Tensor) and output.ndim and len(output) == samples else None
     ends_in_sigmoid = only is not None and only.grad_fn is not None and only.grad_fn.name() == "SigmoidBackward0"
     if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
         return Classes()
     if name == "binary" or (name == "auto" and ends_in_sigmoid and only is not None and only[0].numel() == 1):
-        _finite(_one_tensor(output, len(sample)))
+        _finite(_one_tensor(output, samples))
         return Binary(probabilities=ends_in_sigmoid)
     return Follow({key: _spread(tensor) for key, tensor in _floating(output).items()})
 
@@ -180,12 +182,12 @@ def _rows(name: str, tensor: Tensor, images: int) -> Tensor:
     return tensor.float().reshape(images, -1)
 
 
-def tracked(images: Tensor) -> Tensor:
-    """The images with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
-    return images.detach().requires_grad_(images.is_floating_point())
+def tracked(images: Inputs) -> Inputs:
+    """The inputs with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
+    return map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), images)
 
 
-def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+def drawn_labels(logits: Tensor, generator: torch.Generator, targets: Any = None) -> Tensor:
     """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
     return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 

@@ -42,6 +42,7 @@ def quantize(
     Args:
         model: float network; it is copied unless `inplace`.
         policy: bits of every Conv1d, Conv2d and Linear; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
+            Layers with `LayerBits.FLOAT` are left as they are.
         quantizer: how weights and activations are laid on their grids.
         observer: where weight scales start.
 
@@ -57,7 +58,7 @@ def quantize(
         raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
     model = prepare(model, inplace=inplace)
     policy.check(layer_shapes(model))
-    layers = quantizable_layers(model)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if not policy.layers[name].is_float}
     weight_quantizers = _weight_quantizers(layers, policy, quantizer, observer)
     for name, layer in layers.items():
         # In place, and by class: see layers.py.

@@ -1,21 +1,21 @@
 """Choices: the allocation problem as plain data: which bits each layer may get, and what all of them may cost."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, NoReturn
 
 import numpy as np
 
-from bitscape.cost.budget import Budget, parse_budget
+from bitscape.cost.budget import Budget, budget_kinds, parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NO_EFFECT, NetworkProfile
 from bitscape.cost.policy_cost import cap, layer_cost, layer_latency_ns, policy_cost
 from bitscape.cost.targets import Target
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.searches.freedom import FreeLayers, Pins, as_pins, free_layers
+from bitscape.searches.freedom import FreeLayers, Pins, free_layers
 from bitscape.searches.knapsack import CapRow, smallest, solve
 from bitscape.searches.programme import Allowed, Choice
 from bitscape.searches.scores import check_candidates
@@ -52,7 +52,9 @@ class Choices:
     network: NetworkProfile
     """Costs of the layers; with times where a latency table was given."""
     candidates: tuple[LayerBits, ...]
-    """Pairs of bits, in the order of the columns of `allowed`."""
+    """Pairs of bits that some layer may get, in the order of the columns of `allowed`."""
+    offered: tuple[LayerBits, ...]
+    """Those of them that a layer may get whose activations are free."""
     freedom: FreeLayers
     """Pinned layers and groups of free ones."""
     budget: Budget
@@ -69,10 +71,12 @@ class Choices:
         budget: Budget | BudgetText,
         *,
         candidates: Sequence[LayerBits] | None = None,
-        pinned: Mapping[str, LayerBits] | Pins | None = None,
+        pinned: Mapping[str, LayerBits | str] | Pins | None = None,
+        keep_float: Iterable[str] = (),
         tied: Sequence[Sequence[str]] = (),
         target: Target | None = None,
         latency: LatencyTable | None = None,
+        along: str | None = None,
     ) -> "Choices":
         """State what may be chosen.
 
@@ -81,10 +85,13 @@ class Choices:
             budget: one or several caps, e.g. "bitops=0.25x" or ["bitops=w4a4", "weight_bytes=1.2MB"]; all must hold.
             candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these
                 what the target has.
-            pinned: layers with fixed bits; None pins the first and the last at 8/8, {} pins none.
+            pinned: names or patterns of layers with fixed bits; None pins the first layer and the heads, as far as the
+                budget asks for it (see `free_layers`), {} pins none.
+            keep_float: names or patterns of layers that stay float.
             tied: groups of layers that must get the same bits.
             target: offer only bits that it stores and computes.
             latency: measured times, which make `latency_ms` a cost and a cap.
+            along: kind of cost that will be traded against the score without a cap, as for a front.
 
         Raises:
             BitscapeError: unknown names, contradicting pins, a budget that cannot be read, and pairs of bits that
@@ -92,22 +99,34 @@ class Choices:
         """
         network = _timed(network, latency)
         offered = _offered(candidates, target)
-        pins = as_pins(pinned, network)
-        if target is not None:
-            pins = {**target.pins(network), **pins}
-        freedom = free_layers(network, pins, tied)
+        kinds = budget.caps.keys() if isinstance(budget, Budget) else budget_kinds(budget, has_latency=network.has_latency)
+        freedom = free_layers(
+            network,
+            [*kinds, *([] if along is None else [along])],
+            pinned=pinned,
+            keep_float=keep_float,
+            tied=tied,
+            always=None if target is None else target.pins(network),
+        )
         absolute = budget if isinstance(budget, Budget) else parse_budget(budget, network, freedom.pinned)
+        fixed = product(sorted({bits.weight for bits in offered}), sorted(set(freedom.activations.values())))
         choices = cls(
-            network=network, candidates=offered, freedom=freedom, budget=absolute, target=target, latency=latency
+            network=network,
+            candidates=tuple(dict.fromkeys([*offered, *(LayerBits(*pair) for pair in fixed)])),
+            offered=offered,
+            freedom=freedom,
+            budget=absolute,
+            target=target,
+            latency=latency,
         )
         choices._check()
         return choices
 
     def _check(self) -> None:
         if self.latency is not None:
-            free = {name: self.candidates for name in self.free_layers}
+            offered = {name: self._pairs(name) for name in self.free_layers}
             for layer in self.network.layers:
-                for bits in free.get(layer.name) or [self.freedom.pinned[layer.name]]:
+                for bits in offered.get(layer.name) or [self.freedom.pinned[layer.name]]:
                     layer_latency_ns(layer, bits)  # names the pair that was not measured
         if self.target is not None:
             self.target.check_pinned(self.freedom.pinned, self.network)
@@ -115,7 +134,22 @@ class Choices:
     @cached_property
     def allowed(self) -> Allowed:
         """Which candidates each group of free layers may get, (groups, candidates)."""
-        return np.ones((len(self.freedom.groups), len(self.candidates)), dtype=bool)
+        pairs = [set(self._pairs(group[0])) for group in self.freedom.groups]
+        rows = [[bits in allowed for bits in self.candidates] for allowed in pairs]
+        return np.array(rows, dtype=bool).reshape(len(rows), len(self.candidates))
+
+    def _pairs(self, name: str) -> list[LayerBits]:
+        """What a free layer may get."""
+        if name not in self.freedom.activations:
+            return list(self.offered)
+        weights = dict.fromkeys(bits.weight for bits in self.offered)
+        return [LayerBits(weight, self.freedom.activations[name]) for weight in weights]
+
+    def in_all_pairs(self, candidates: Sequence[LayerBits]) -> "Choices":
+        """Return the choices among `candidates`, where each weight width that was offered may go with each activation width."""
+        widths = ({bits.weight for bits in self.offered}, {bits.activation for bits in self.offered})
+        offered = tuple(bits for bits in candidates if bits.weight in widths[0] and bits.activation in widths[1])
+        return replace(self, candidates=tuple(candidates), offered=offered)
 
     @cached_property
     def caps(self) -> tuple[CapRow, ...]:
@@ -151,8 +185,19 @@ class Choices:
         return all(row.holds(choice) for row in self.caps)
 
     def uniform(self, column: int) -> Choice:
-        """Return the choice of one candidate for every group."""
-        return (column,) * len(self.freedom.groups)
+        """Return the choice of one candidate for every group; of those that may not have it, its weight bits at most activations."""
+        pair = self.candidates[column]
+        by_activation = sorted(range(len(self.candidates)), key=lambda index: -self.candidates[index].activation)
+        alike = [column, *(index for index in by_activation if self.candidates[index].weight == pair.weight)]
+        return tuple(next(index for index in alike if row[index]) for row in self.allowed)
+
+    def widest(self) -> dict[str, LayerBits]:
+        """Return free layer -> the most bits that its weights and its activations may have."""
+        pairs = {name: self._pairs(name) for name in self.free_layers}
+        return {
+            name: LayerBits(max(bits.weight for bits in own), max(bits.activation for bits in own))
+            for name, own in pairs.items()
+        }
 
     def first_feasible(self) -> Choice:
         """Return some choice within all caps. Raises InfeasibleBudget."""
@@ -172,6 +217,7 @@ class Choices:
         """Say under which conditions bits were chosen."""
         return {
             "budget": dict(self.budget.caps),
+            "pinned": self.freedom.described(),
             **({} if self.latency is None else {"latency": self.latency.source()}),
             **({} if self.target is None else {"target": self.target.name}),
         }
@@ -200,6 +246,11 @@ class Choices:
             least |= {name: min(layer_cost(row.name, layers[name], bits) for bits in pairs) for name in group}
         return tuple(sorted(least, key=lambda name: -least[name])[:SHOWN_LAYERS])
 
+    def _with_reason(self, name: str) -> str:
+        """The name of a layer, and why the search has no say in its bits."""
+        bits = self.freedom.pinned.get(name)
+        return name if bits is None else f"{name} ({'float' if bits.is_float else 'pinned'})"
+
     def _refusal(
         self,
         alone: Mapping[str, int | None],
@@ -211,7 +262,7 @@ class Choices:
         for row in self.caps:
             total = totals[row.name]
             value = "no value" if total is None else repr(self.value(row.name, total))
-            names = ", ".join(f"{name} (pinned)" if name in self.freedom.pinned else name for name in layers[row.name])
+            names = ", ".join(self._with_reason(name) for name in layers[row.name])
             parts.append(f"{row.name}={self.budget.caps[row.name]!r} (feasible from {value}; most of it in {names})")
         given = "with the other caps kept: each can be met alone but not together" if jointly else "without the other caps"
         return (

@@ -103,7 +103,7 @@ class Hawq:
         # Fused attention has no second derivative.
         with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
             values = problem.meaning.outputs(call_with_gradients(model, batch.inputs), len(batch))
-            loss = problem.meaning.curved_loss(values, generator).mean()
+            loss = problem.meaning.curved_loss(values, generator, batch.targets).mean()
         outputs_of(recorder.seen)  # refuses networks without gradients
         weights = [layers[name].get_parameter("weight") for name in names]
         traces = hutchinson_traces(loss, [*weights, *(call.input for call in recorder.seen)], self.probes, generator)

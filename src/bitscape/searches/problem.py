@@ -21,6 +21,7 @@ from bitscape.engine.forward import as_logits
 from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.layers import quantizable_layers
 from bitscape.models.memory_format import set_memory_format
 from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
@@ -31,6 +32,7 @@ from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
 from bitscape.searches.choices import BudgetText, Choices
 from bitscape.searches.freedom import Pins
+from bitscape.searches.gain import Gain
 from bitscape.searches.scores import ScoreTable
 from bitscape.version import __version__
 
@@ -69,7 +71,8 @@ class SearchProblem:
         budget: Budget | BudgetText,
         *,
         candidates: Sequence[LayerBits] | None = None,
-        pinned: Mapping[str, LayerBits] | Pins | None = None,
+        pinned: Mapping[str, LayerBits | str] | Pins | None = None,
+        keep_float: Sequence[str | type[nn.Module]] = (),
         tied: Sequence[Sequence[str]] = (),
         target: Target | None = None,
         latency: LatencyTable | None = None,
@@ -83,6 +86,7 @@ class SearchProblem:
             model: float network; it is not changed.
             samples: preprocessed for the network, on its device. Costs are counted on the first one.
             budget, candidates, pinned, tied, target, latency: see `Choices.of`.
+            keep_float: names, patterns or types of layers that stay float; of a type, its layers and those inside of it.
             task, channels_last, seed: see the fields.
 
         Raises:
@@ -106,6 +110,7 @@ class SearchProblem:
             budget,
             candidates=candidates,
             pinned=pinned,
+            keep_float=_names(keep_float, model, prepared),
             tied=tied,
             target=target,
             latency=latency,
@@ -178,6 +183,8 @@ class SearchResult:
     """Wall-clock time of the search."""
     choices: Choices
     """What was chosen from: costs of the layers, candidates, pinned layers, budget."""
+    gain: Gain | None = None
+    """The most that mixed bits can win here; None where the method's scores do not tell it."""
 
     @property
     def gap(self) -> float | None:
@@ -202,6 +209,29 @@ def only_tensor(samples: Samples) -> Tensor:
 def name_of(method: Any) -> str:
     """Return the name by which users call a method."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
+
+
+def _names(keep_float: Sequence[str | type[nn.Module]], model: nn.Module, prepared: nn.Module) -> list[str]:
+    """Names and patterns as they are; of each type the layers that are of it, or inside of a module of it."""
+    if isinstance(keep_float, str | type):
+        raise BitscapeError(f"keep_float: {keep_float!r} is no list; write [{keep_float!r}]")
+    names: list[str] = []
+    for entry in keep_float:
+        if isinstance(entry, str):
+            names.append(entry)
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            names += _layers_of_type(entry, model, prepared)
+        else:
+            raise BitscapeError(f"keep_float: {entry!r}; allowed are names, patterns such as 'head*', and types such as nn.Linear")
+    return names
+
+
+def _layers_of_type(kind: type[nn.Module], model: nn.Module, prepared: nn.Module) -> list[str]:
+    holders = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    if not holders:
+        raise BitscapeError(f"keep_float: the network has no {kind.__name__}; look at the types that print(model) shows")
+    layers = quantizable_layers(prepared)
+    return [name for name in layers if any(not holder or name == holder or name.startswith(f"{holder}.") for holder in holders)]
 
 
 def _prepared(model: nn.Module, example: Inputs, channels_last: bool | None) -> nn.Module:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitscape import calling
-from bitscape.calling import Inputs, map_tensors, moved
+from bitscape.calling import Inputs, moved
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
@@ -34,6 +34,7 @@ from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
 from bitscape.searches.choices import Choices
+from bitscape.searches.gain import gain_of
 from bitscape.searches.pick import check_pick, chosen
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
@@ -76,7 +77,7 @@ def tracked_batches(samples: Samples, model: nn.Module, batch_size: int, *, labe
 
 def call_with_gradients(model: nn.Module, inputs: Inputs) -> Any:
     """Call the network such that gradients reach layers behind frozen ones."""
-    return calling.call(model, map_tensors(tracked, inputs))
+    return calling.call(model, tracked(inputs))
 
 
 def at_least_one(**counts: int) -> None:
@@ -149,13 +150,13 @@ def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerC
 def calls_with_gradients(
     model: nn.Module, names: list[str], batch: Minibatch, task: Task, generator: torch.Generator
 ) -> Iterator[GradedCall]:
-    """As `calls`, with gradients of the task's drawn loss, summed over images: no labels are needed.
+    """As `calls`, with gradients of the task's drawn loss, summed over images. Only a user's own loss looks at targets.
 
     In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
     """
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
         values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
-        loss = task.drawn_loss(values, generator).sum()
+        loss = task.drawn_loss(values, generator, batch.targets).sum()
         outputs = outputs_of(recorder.seen)
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
@@ -256,5 +257,7 @@ def finish(
         return SearchResult(policy, None, (), time.perf_counter() - started, choices)
     scores, trace = scored()
     policy, probed = chosen(problem, scores, pick)
-    policy = replace(policy, provenance={**policy.provenance, **provenance, "repairs": scores.repairs})
-    return SearchResult(policy, scores, (*trace, *probed), time.perf_counter() - started, choices)
+    gain = gain_of(scores, choices)
+    known = {} if gain is None else {"gain": gain.bits}
+    policy = replace(policy, provenance={**policy.provenance, **provenance, "repairs": scores.repairs, **known})
+    return SearchResult(policy, scores, (*trace, *probed), time.perf_counter() - started, choices, gain)

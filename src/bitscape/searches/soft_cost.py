@@ -9,7 +9,7 @@ A price is zero where its cap holds anyway, and otherwise the one at which the e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -102,7 +102,7 @@ def soft_cost(problem: SearchProblem, weight_bits: Sequence[int], activation_bit
     """Tabulate the problem's capped costs for every pair of widths. Raises InfeasibleBudget if no policy fits."""
     problem.choices.first_feasible()  # not every pair of widths need be a candidate
     pairs = tuple(LayerBits(w, a) for w, a in product(weight_bits, activation_bits))
-    stated = replace(problem.choices, candidates=pairs)
+    stated = problem.choices.in_all_pairs(pairs)
     shape = (len(stated.freedom.groups), len(weight_bits), len(activation_bits))
     allowed = reachable(stated.allowed, stated.caps)
     assert allowed is not None, "a choice fits"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from bitscape.cost.budget import Budget
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.data.reading import BatchReader, read_samples
@@ -30,7 +31,8 @@ def search(
     task: TaskName | Literal["auto"] | Task = "auto",
     count: int = 256,
     candidates: Sequence[LayerBits] | None = None,
-    pinned: Mapping[str, LayerBits] | Pins | None = None,
+    pinned: Mapping[str, LayerBits | str] | Pins | None = None,
+    keep_float: Sequence[str | type[nn.Module]] = (),
     tied: Sequence[Sequence[str]] = (),
     target: str | Target | None = None,
     latency: LatencyTable | None = None,
@@ -54,7 +56,9 @@ def search(
         count: most samples that are used. Of a dataset they are drawn by `seed`, of an iterable they are the first.
         candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what
             the target has.
-        pinned: layers with fixed bits; None pins the first and the last at 8/8, {} pins none.
+        pinned: layers with fixed bits, by name or pattern, e.g. {"head*": "8/8"}; {} pins none. None pins the first layer
+            and the heads at 8/8; if the budget caps weights alone, only the first layer, and the heads keep 8-bit activations.
+        keep_float: names, patterns or types of layers that stay float, e.g. ["head*", nn.LayerNorm].
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
         latency: measured times of this network, which make `latency_ms` a cap.
@@ -70,18 +74,20 @@ def search(
         InfeasibleBudget: no policy meets the budget; the message says what would.
         BitscapeError: any other argument that cannot be used.
     """
-    check_module(model)
     searcher = method_of(method)
     options = _options(searcher, pick, folder, for_training)
-    samples = read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed)
-    problem = SearchProblem.of(
+    problem = search_problem(
         model,
-        samples.to(device_of(model)),
+        data,
         budget,
+        count=count,
+        inputs=inputs,
+        targets=targets,
         candidates=candidates,
         pinned=pinned,
+        keep_float=keep_float,
         tied=tied,
-        target=_target(target),
+        target=target,
         latency=latency,
         task=task,
         channels_last=channels_last,
@@ -91,6 +97,24 @@ def search(
     result = searcher.search(problem, **options)
     provenance = {**result.policy.provenance, "for_training": for_training}
     return replace(result, policy=replace(result.policy, provenance=provenance))
+
+
+def search_problem(
+    model: nn.Module,
+    data: Any,
+    budget: Budget | BudgetText,
+    *,
+    count: int,
+    inputs: Callable[[Any], Any] | None,
+    targets: Callable[[Any], Any] | None,
+    seed: int,
+    target: str | Target | None = None,
+    **settings: Any,
+) -> SearchProblem:
+    """Read the samples and check everything that a search is given; `settings` are those of `SearchProblem.of`."""
+    check_module(model)
+    samples = read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
+    return SearchProblem.of(model, samples, budget, target=_target(target), seed=seed, **settings)
 
 
 def method_of(method: str | SearchMethod) -> SearchMethod:
