@@ -24,8 +24,9 @@ from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.cost.policy_cost import cost
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.searches.allocation import allocate
+from bitscape.searches.choices import DEFAULT_CANDIDATES, Choices
 from bitscape.searches.fisher import Fisher
-from bitscape.searches.problem import DEFAULT_CANDIDATES, SearchProblem
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.scores import ScoreTable
 from recipes.networks import load
 
@@ -81,7 +82,7 @@ def scored(network: str) -> tuple[SearchProblem, ScoreTable]:
     """A real network with Fisher's scores."""
     source, images = REAL[network]
     proxy = proxy_images(dataset(source), network, images, 0)
-    problem = SearchProblem(model=load(network, DATA), images=proxy, budget="bitops=w4a4")
+    problem = SearchProblem.of(model=load(network, DATA), samples=proxy, budget="bitops=w4a4")
     return problem, Fisher(images=images).score(problem)
 
 
@@ -89,7 +90,7 @@ def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkProfile, dict[str, L
     """Scores, costs and pinned layers of a run."""
     if run["network"] in REAL:
         problem, scores = scored(run["network"])
-        return scores, problem.network, dict(problem.pinned_layers)
+        return scores, problem.network, dict(problem.choices.freedom.pinned)
     settings = run["settings"]
     network = made_network(run["network"], settings["layers"], run["seed"])
     widths = (2, 3, 4, 6, 8)
@@ -104,9 +105,10 @@ def measure(run: dict[str, Any], time_limit_s: float) -> dict[str, Any]:
     bits, share = TIGHTNESS[run["seed"]]
     reference = uniform_policy(network.by_name, LayerBits(bits, bits), pinned)
     budget = Budget({kind: share * cost(kind, network, reference) for kind in KINDS[: run["settings"]["caps"]]})
+    choices = Choices.of(network, budget, candidates=scores.candidates, pinned=pinned)
     policies: list[Policy] = []
     before = os.getloadavg()[0]
-    clocks = clocked(lambda: policies.append(allocate(scores, network, budget, pinned, time_limit_s=time_limit_s)))
+    clocks = clocked(lambda: policies.append(allocate(scores, choices, time_limit_s=time_limit_s)))
     extra = {"wall_s": clocks["wall_s"], "gap": policies[0].provenance["gap"], "score": policies[0].provenance["score"]}
     return {**run, "search_s": clocks["process_s"], "clock": "process", "extra": {**extra, "load_average": before}}
 

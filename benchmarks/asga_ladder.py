@@ -49,7 +49,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     found = LADDER[run["variant"]].train_mixture(stated)
     scores = probability_scores(stated, run["method"], found.mixed)
-    policy = allocate(scores, stated.network, stated.parsed_budget)
+    policy = allocate(scores, stated.choices)
     search_s = time.monotonic() - start
     data = found.task.batches.dataset
     probed = probe_sharpness(found.mixed.model, data.images[:PROBED], data.labels[:PROBED], radius=RADIUS)
@@ -60,7 +60,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "weights": WEIGHTS[run["network"]].file,
         "target": CASES[run["network"]].target,
         "policy": bits_of(policy),
-        "budget": dict(stated.parsed_budget.caps),
+        "budget": dict(stated.choices.budget.caps),
         "cost": policy_cost(stated.network, policy),
         "step": "plain",
         "top1": accuracy.top1,

@@ -40,9 +40,10 @@ from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.report.records import missing, read_runs
 from bitscape.runtimes.packages import runtime_module
 from bitscape.runtimes.sessions import RUNTIMES, OpenVino, Runtime, Session, time_alternately
+from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.fisher import Fisher
-from bitscape.searches.problem import DEFAULT_CANDIDATES, SearchProblem
 from bitscape.searches.random_policy import Random
+from bitscape.verbs.search import search
 from recipes.networks import WEIGHTS, load, resnet18, resnet50
 
 NAME = "deploy"
@@ -90,8 +91,9 @@ def policy(name: str, runtime: str, variant: str) -> Policy:
     stored = TARGETS[PROFILE[runtime]]
     pairs = tuple(LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
     budget = "weight_bytes=w4" if variant == MIXED[1] else "bitops=w4a4"
-    problem = SearchProblem(model=network(name), images=normalized(name, data(name)[0].images), budget=budget, candidates=pairs)
-    return (Fisher() if name in WEIGHTS else Random()).search(problem).policy
+    images = normalized(name, data(name)[0].images)
+    method = Fisher() if name in WEIGHTS else Random()
+    return search(network(name), images, budget, method=method, count=len(images), candidates=pairs).policy
 
 
 @dataclass(frozen=True, kw_only=True)

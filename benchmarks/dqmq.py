@@ -24,6 +24,7 @@ from benchmarks.transfer_policies import CASES, WIDTHS, images_of
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, mixed_quality
+from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.dynamic import (
     Dqmq,
@@ -215,16 +216,14 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
     data, _, _ = training(run["seed"], run["settings"]["images"])
     policy = uniform(run["settings"]["budget"])
     if run["method"] != UNIFORM[0]:
-        problem = SearchProblem(
+        problem = SearchProblem.of(
             model=load(NETWORK, DATA),
-            images=normalized(data.subset(torch.arange(KEPT))),
-            labels=None if data.labels is None else data.labels[:KEPT],
+            samples=Samples.of(normalized(data.subset(torch.arange(KEPT))), None if data.labels is None else data.labels[:KEPT]),
             budget=f"bitops={run['settings']['budget']}",
             candidates=candidates(run),
-            for_training=True,
             seed=run["seed"],
         )
-        policy = Fisher(images=SCORED).search(problem).policy
+        policy = Fisher(images=SCORED).search(problem, for_training=True).policy
     network = calibrate(quantize(load(NETWORK, DATA), policy), normalized(data.subset(torch.arange(CALIBRATION))))
     seconds = trained(network, run, Plain(), Sgd(lr=0.01))
     hits, _, _ = right(network, tests()[0])

@@ -27,7 +27,6 @@ from benchmarks.hardening_mutations import (
 )
 from bitscape.cli.app import commands
 from bitscape.cli.packed import load_packed_network
-from bitscape.cost.budget import parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.data.batches import DIGITS, Batches
@@ -49,7 +48,7 @@ from bitscape.report.documents import save_grid
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.searches.allocation import allocate
-from bitscape.searches.problem import DEFAULT_CANDIDATES
+from bitscape.searches.choices import DEFAULT_CANDIDATES, Choices
 from bitscape.searches.scores import ScoreTable
 
 MODEL = "bitscape.models.digits:digits_net"
@@ -127,7 +126,7 @@ def _scores(folder: Path) -> Use:
         again = ScoreTable.load(folder / "again.json")
         same = [getattr(again, name) == getattr(found, name) for name in ("layers", "candidates", "method", "repairs", "fingerprint")]
         need(all(same) and again.values.tobytes() == found.values.tobytes(), "other scores once saved")
-        policy = allocate(found, cost(), parse_budget("bitops=w4a4", cost()))
+        policy = allocate(found, Choices.of(cost(), "bitops=w4a4", candidates=found.candidates))
         need(set(policy.layers) == set(cost().by_name), "not a policy of the network")
 
     return use

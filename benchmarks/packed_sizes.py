@@ -28,7 +28,7 @@ from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
 from bitscape.quant.fold import fold_norms
 from bitscape.report.records import missing, read_runs
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.choices import Choices
 from bitscape.searches.random_policy import Random
 from recipes.networks import WEIGHTS, load, resnet18, resnet50
 
@@ -75,13 +75,10 @@ def folded(network: str) -> nn.Module:
 def policy_of(run: dict[str, Any]) -> Policy:
     """Uniform weight bits with first and last layer at 8, or random ones at the bytes of uniform 4 bits."""
     network = run["network"]
+    layers = measure_layers(folded(network), tuple(images(network).shape[1:]))
     if run["method"] == "random":
         candidates = tuple(LayerBits(bits, ACTIVATION_BITS) for bits in range(2, 9))
-        problem = SearchProblem(
-            model=folded(network), images=images(network), budget="weight_bytes=w4", candidates=candidates, seed=run["seed"]
-        )
-        return Random().search(problem).policy
-    layers = measure_layers(folded(network), tuple(images(network).shape[1:]))
+        return Random().choose(Choices.of(layers, "weight_bytes=w4", candidates=candidates), run["seed"], {}).policy
     bits = LayerBits(int(run["variant"].removeprefix("w")), ACTIVATION_BITS)
     return uniform_policy(layers.by_name, bits, dict.fromkeys(layers.ends, LayerBits(8, 8)))
 

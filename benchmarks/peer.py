@@ -93,7 +93,7 @@ def ours(method: Uniform | Fisher, widths: tuple[int, ...], calibration: Tensor)
     """Search and quantize with this package."""
     folded = fold_norms(float_network(), calibration[:8])
     candidates = tuple(LayerBits(width, 8) for width in widths)
-    problem = SearchProblem(model=folded, images=calibration, budget=BUDGET, candidates=candidates, pinned={})
+    problem = SearchProblem.of(model=folded, samples=calibration, budget=BUDGET, candidates=candidates, pinned={})
     policy = method.search(problem).policy
     quantized = calibrate(quantize(folded, policy), calibration)
     return repair(quantized, folded, calibration), policy

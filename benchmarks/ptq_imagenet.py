@@ -28,9 +28,10 @@ from bitscape.report.records import missing, read_runs
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
-from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.problem import SearchResult
 from bitscape.searches.random_policy import Random
 from bitscape.searches.uniform import Uniform
+from bitscape.verbs.search import search as search_bits
 from recipes.networks import WEIGHTS, load
 
 NAME = "ptq-imagenet"
@@ -90,14 +91,15 @@ def top1(network: str, model: nn.Module) -> float:
 def search(run: dict[str, Any]) -> SearchResult:
     """Find the run's policy."""
     width = run["settings"]["activation_bits"]
-    problem = SearchProblem(
-        model=float_network(run["network"]),
-        images=images(run["network"], run["proxy"]),
-        budget="weight_bytes=w4",
+    return search_bits(
+        float_network(run["network"]),
+        images(run["network"], run["proxy"]),
+        "weight_bytes=w4",
+        method=METHODS[run["method"]],
+        count=IMAGES,
         candidates=tuple(LayerBits(bits, width) for bits in (2, 3, 4, 5, 6, 8)),
         seed=run["seed"],
     )
-    return METHODS[run["method"]].search(problem)
 
 
 def accuracies(run: dict[str, Any], policy: Policy) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.methods import SearchMethod
+from bitscape.searches.problem import SearchProblem, SearchResult
 from bitscape.searches.random_policy import Random
 from bitscape.searches.uniform import Uniform
 from bitscape.steps.plain import Plain
@@ -83,13 +84,19 @@ def tests() -> Batches:
 def problem(run: dict[str, Any]) -> SearchProblem:
     """The search of a run, on a proxy of 4 % of the training images drawn by the run's seed."""
     proxy = draw_proxy(training_images(), images=PROXY_IMAGES, seed=run["seed"])
-    return SearchProblem(
+    return SearchProblem.of(
         model=load(NETWORK, DATA),
-        images=proxy_images(proxy, NETWORK, SCORED, seed=run["seed"]),
+        samples=proxy_images(proxy, NETWORK, SCORED, seed=run["seed"]),
         budget=f"bitops={run['settings']['budget']}",
-        for_training=run["variant"] == "for training",
         seed=run["seed"],
     )
+
+
+def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> SearchResult:
+    """Search with a method; fisher has a variant for networks that are trained afterwards."""
+    if isinstance(method, Fisher):
+        return method.search(stated, for_training=run["variant"] == "for training")
+    return method.search(stated)
 
 
 def find(run: dict[str, Any], stated: SearchProblem) -> tuple[Policy, float]:
@@ -97,9 +104,9 @@ def find(run: dict[str, Any], stated: SearchProblem) -> tuple[Policy, float]:
     if run["variant"] in FIXED_PAIRS[run["settings"]["budget"]]:
         weight, activation = (int(digit) for digit in run["variant"][1::2])
         names = list(stated.network.by_name)
-        policy = uniform_policy(names, LayerBits(weight, activation), stated.pinned_layers)
+        policy = uniform_policy(names, LayerBits(weight, activation), stated.choices.freedom.pinned)
         return policy, 0.0
-    result = METHODS[run["method"], run["variant"]].search(stated)
+    result = searched(METHODS[run["method"], run["variant"]], stated, run)
     return result.policy, result.seconds
 
 
@@ -122,7 +129,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, calibrate, train, evaluate."""
     stated = problem(run)
     policy, seconds = find(run, stated)
-    network = calibrate(quantize(load(NETWORK, DATA), policy), stated.images[:256])
+    network = calibrate(quantize(load(NETWORK, DATA), policy), stated.samples.parts[0].inputs[:256])
     before = evaluate(network, tests()).top1
     train_s = trained(run, network, run["settings"]["images"])
     return {
@@ -132,7 +139,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "target": "cifar10",
         "proxy": f"cifar10:{PROXY_IMAGES}",
         "policy": bits_of(policy),
-        "budget": dict(stated.parsed_budget.caps),
+        "budget": dict(stated.choices.budget.caps),
         "cost": policy_cost(stated.network, policy),
         "step": "plain",
         "top1": evaluate(network, tests()).top1,

@@ -103,7 +103,7 @@ def policy_of(run: dict[str, Any]) -> tuple[Policy, dict[str, float]]:
     variant = "for training" if searched else ""
     about = {"network": run["network"], "proxy": own if searched else None, "variant": variant, "seed": run["seed"]}
     stated = problem({**about, "settings": {"budget": "w3a3" if searched else budget}})
-    found = (Fisher(images=PROBED) if searched else Uniform()).search(stated)
+    found = Fisher(images=PROBED).search(stated, for_training=True) if searched else Uniform().search(stated)
     return found.policy, policy_cost(stated.network, found.policy)
 
 

@@ -44,10 +44,11 @@ from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.allocation import allocate
 from bitscape.searches.asga import Asga
+from bitscape.searches.choices import DEFAULT_CANDIDATES, Choices
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.mixed_network import MixtureSgd, mixed_network
-from bitscape.searches.problem import DEFAULT_CANDIDATES, DEFAULT_PIN, SearchProblem
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
 from bitscape.searches.scores import ScoreTable
 from recipes.networks import WEIGHTS, load
@@ -110,7 +111,7 @@ def synthetic_images(network: str, images: int) -> Tensor:
 def quantized(network: str, images: Tensor) -> nn.Module:
     """LSQ with 4-bit weights and activations, first and last layer at 8."""
     model = load(network, DATA)
-    pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, DEFAULT_PIN)
+    pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, LayerBits.EIGHT)
     return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
 
 
@@ -134,7 +135,7 @@ def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None
 def search_step(network: str, images: Tensor, *, kind: str, compiled: bool) -> Step:
     """A function that does one step of a search in SEARCHES: price of bits, passes, SGD."""
     candidates = tuple(LayerBits(*pair) for pair in product(WIDTHS, WIDTHS))
-    problem = SearchProblem(model=load(network, DATA), images=images, budget="bitops=w4a4", candidates=candidates)
+    problem = SearchProblem.of(model=load(network, DATA), samples=images, budget="bitops=w4a4", candidates=candidates)
     learned = proxy_task(problem, "follow", batch_size=len(images), head_epochs=1, folder=None)
     mixed = mixed_network(problem, learned.model)
     work = SEARCHES[kind].step(mixed, learned)
@@ -232,7 +233,7 @@ def measure_search(run: dict[str, Any]) -> Clocks:
     model, images = load(run["network"], DATA), search_images(run["network"])
 
     def search() -> None:
-        problem = SearchProblem(model=model, images=images, budget="weight_bytes=w4", candidates=CANDIDATES[run["variant"]])
+        problem = SearchProblem.of(model=model, samples=images, budget="weight_bytes=w4", candidates=CANDIDATES[run["variant"]])
         Fisher(images=IMAGES).search(problem)
 
     return clocked(search)
@@ -273,7 +274,8 @@ def allocation_clocks(seed: int) -> Clocks:
     bits = 3 + seed % 3
     budget = parse_budget([f"bitops=w{bits}a{bits}", f"weight_bytes=w{bits}"], network, {})
     scores = random_scores(tuple(network.by_name), candidates, seed)
-    return clocked(lambda: allocate(scores, network, budget, {}))
+    choices = Choices.of(network, budget, candidates=candidates, pinned={})
+    return clocked(lambda: allocate(scores, choices))
 
 
 def measure_allocation() -> dict[str, Any]:

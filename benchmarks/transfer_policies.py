@@ -21,6 +21,7 @@ from benchmarks.common import DATA, bits_of, dataset, do_missing, recipe_parser,
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
+from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
 from bitscape.policy import LayerBits, Policy
@@ -31,7 +32,7 @@ from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.problem import SearchProblem, SearchResult
 from bitscape.searches.random_policy import Random
 from bitscape.searches.seam import Seam
 from bitscape.searches.uniform import Uniform
@@ -149,13 +150,11 @@ def proxy_of(network: str, proxy: str | None, seed: int) -> Dataset:
 def problem(run: dict[str, Any]) -> SearchProblem:
     """The search of a run."""
     drawn = proxy_of(run["network"], run["proxy"], run["seed"])
-    return SearchProblem(
+    return SearchProblem.of(
         model=load(run["network"], DATA),
-        images=WEIGHTS[run["network"]].normalization.apply(drawn.images),
-        labels=drawn.labels,
+        samples=Samples.of(WEIGHTS[run["network"]].normalization.apply(drawn.images), drawn.labels),
         budget=f"bitops={run['settings']['budget']}",
         candidates=CANDIDATES,
-        for_training=run["variant"] == "for training",
         seed=run["seed"],
     )
 
@@ -185,10 +184,17 @@ def trained(
     return network, {"before_training_top1": before.top1, "train_s": train_s, "step_process_s": step_s}
 
 
+def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> SearchResult:
+    """Search with a method; fisher has a variant for networks that are trained afterwards."""
+    if isinstance(method, Fisher):
+        return method.search(stated, for_training=run["variant"] == "for training")
+    return method.search(stated)
+
+
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, train, evaluate."""
     stated = problem(run)
-    result = METHODS[run["method"], run["variant"]].search(stated)
+    result = searched(METHODS[run["method"], run["variant"]], stated, run)
     network, extra = trained(run, result.policy)
     accuracy = evaluate(network, tests(run["network"]))
     return {
@@ -196,7 +202,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "weights": WEIGHTS[run["network"]].file,
         "target": CASES[run["network"]].target,
         "policy": bits_of(result.policy),
-        "budget": dict(stated.parsed_budget.caps),
+        "budget": dict(stated.choices.budget.caps),
         "cost": policy_cost(stated.network, result.policy),
         "step": "plain",
         "top1": accuracy.top1,

@@ -41,8 +41,9 @@ from bitscape.searches.fisher import Fisher
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
-from bitscape.searches.problem import ScoreTable, SearchProblem
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.random_policy import Random
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.topological import Topological
 from recipes.networks import WEIGHTS, load
 
@@ -194,12 +195,11 @@ def problem(run: dict[str, Any]) -> SearchProblem:
     """The search of a run."""
     network = run["network"]
     case = CASES[network]
-    return SearchProblem(
+    return SearchProblem.of(
         model=float_network(network),
-        images=(class_images if run["method"] == "topological" else images)(network, run["proxy"]),
+        samples=(class_images if run["method"] == "topological" else images)(network, run["proxy"]),
         budget=case.budget,
         candidates=tuple(LayerBits(*pair) for pair in product(case.widths, case.widths)),
-        for_training=run["variant"] == "for training",
         seed=run["seed"],
     )
 
@@ -216,11 +216,12 @@ def method_of(run: dict[str, Any]) -> Score | Random:
 def searched(run: dict[str, Any]) -> dict[str, Any]:
     """Fields of a run that its search gives."""
     stated, method = problem(run), method_of(run)
-    result = method.search(stated)
+    training = run["variant"] == "for training"
+    result = method.search(stated, for_training=training) if isinstance(method, Fisher) else method.search(stated)
     return {
         "settings": dataclasses.asdict(method),
         "policy": bits_of(result.policy),
-        "budget": dict(stated.parsed_budget.caps),
+        "budget": dict(stated.choices.budget.caps),
         "cost": dict(result.policy.cost),
         "search_s": result.seconds,
         "extra": _scores(result.scores) if result.scores else {},

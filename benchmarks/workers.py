@@ -33,6 +33,7 @@ from benchmarks.speed import quantized
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.network import pick_device
 from bitscape.data.batches import Batches
+from bitscape.data.samples import Samples
 from bitscape.data.sources import load_dataset
 from bitscape.engine import Batch, Sgd, Step, StepRecord, StepSettings, train
 from bitscape.engine.workers import rank
@@ -98,7 +99,7 @@ def searched(method: str, device: torch.device, moments: Moments) -> Mapping[str
 
     data = load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE)
     images = WEIGHTS[NETWORK].normalization.apply(data.images).to(device)
-    problem = SearchProblem(model=load(NETWORK, DATA).to(device), images=images, labels=data.labels, budget="bitops=w4a4")
+    problem = SearchProblem.of(model=load(NETWORK, DATA).to(device), samples=Samples.of(images, data.labels), budget="bitops=w4a4")
     clocked: Differentiable = type(kind.__name__, (kind,), {"step": step})(epochs=1, batch_size=BATCH_SIZE)
     result = clocked.search(problem)
     assert result.scores is not None

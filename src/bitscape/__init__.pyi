@@ -20,6 +20,7 @@ from .steps import Plain as Plain
 from .steps import Saq as Saq
 from .verbs.evaluate import evaluate as evaluate
 from .verbs.export import export as export
+from .verbs.gain import gain as gain
 from .verbs.quantize import quantize as quantize
 from .verbs.search import search as search
 from .verbs.train import train as train

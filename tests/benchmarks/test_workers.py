@@ -23,6 +23,7 @@ from benchmarks.workers import (
     trained,
     wanted,
 )
+from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
@@ -114,7 +115,7 @@ def test_one_and_several_are_started_by_turns(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("method", SEARCHES)
 def test_a_search_that_is_clocked_finds_what_it_finds_otherwise(small: Dataset, method: str):
     images = WEIGHTS[workers.NETWORK].normalization.apply(small.images)
-    problem = SearchProblem(model=network(), images=images, labels=small.labels, budget="bitops=w4a4")
+    problem = SearchProblem.of(model=network(), samples=Samples.of(images, small.labels), budget="bitops=w4a4")
     expected = SEARCHES[method](epochs=1, batch_size=6).search(problem)
     moments: workers.Moments = []
     found = searched(method, CPU, moments)

@@ -11,8 +11,9 @@ from bitscape.cli.parsing import (
 from bitscape.data.batches import CIFAR10, DIGITS, Normalization
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
+from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.fisher import Fisher
-from bitscape.searches.problem import DEFAULT_CANDIDATES
+from bitscape.searches.freedom import Pins
 from bitscape.searches.uniform import Uniform
 
 LONG = "9" * 5000
@@ -22,6 +23,7 @@ LONG = "9" * 5000
 def test_candidates_are_all_pairs():
     assert parse_candidates("2,3,4,5,6,8") == DEFAULT_CANDIDATES
     assert parse_candidates("w=2,4; a=8") == (LayerBits(2, 8), LayerBits(4, 8))
+    assert parse_candidates("w=4,8;a=8,16") == (LayerBits(4, 8), LayerBits(4, 16), LayerBits(8, 8), LayerBits(8, 16))
 
 
 @pytest.mark.parametrize("text", ["", "w=2,4", "2,4;a=8", "2,x", "2,9", "w=2;b=4", "2.5"])
@@ -31,8 +33,8 @@ def test_bad_candidates_say_how_to_write_them(text):
 
 
 def test_pins_add_to_or_drop_the_default():
-    assert parse_pins(["a.b=8/4"]) == ({"a.b": LayerBits(8, 4)}, False)
-    assert parse_pins(["none", "a=8/8"]) == ({"a": LayerBits(8, 8)}, True)
+    assert parse_pins(["a.b=8/4", "head*=float"]) == Pins({"a.b": LayerBits(8, 4), "head*": LayerBits.FLOAT})
+    assert parse_pins(["none", "a=8/8"]) == Pins({"a": LayerBits(8, 8)}, ends=False)
 
 
 @pytest.mark.parametrize("text", ["conv1", "conv1=8", "=8/8", "conv1=8/x", "conv1=9/8", f"conv1={LONG}/8"])

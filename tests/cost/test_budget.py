@@ -48,6 +48,17 @@ def test_fractions_are_of_the_eight_bit_cost(fraction, kind):
     assert parse_budget(f"{kind}={fraction}x", NETWORK, PINNED).caps[kind] == pytest.approx(fraction * eight_bits)
 
 
+@pytest.mark.parametrize("text", ["4bit", " 4Bit ", "4 bits", "weight_bytes=4bit", {"weight_bytes": "4bit"}, ["4bit"]])
+def test_bits_of_every_layer_count_pinned_layers_too(text):
+    packed, scales = (432 + 2304 + 640) * 4 // 8, 4 * (16 + 16 + 10)
+    assert parse_budget(text, NETWORK, PINNED).caps == {"weight_bytes": packed + scales}
+
+
+def test_bits_of_every_layer_stand_beside_other_caps():
+    caps = parse_budget("3bit, bitops=w4a4", NETWORK, PINNED).caps
+    assert caps == {"weight_bytes": cost("weight_bytes", NETWORK, uniform(3, 8, {})), "bitops": bitops(NETWORK, uniform(4, 4))}
+
+
 def test_fraction_does_not_depend_on_pinned_bits():
     low = dict.fromkeys(NETWORK.ends, LayerBits(2, 2))
     assert parse_budget("bitops=1x", NETWORK, low).caps["bitops"] == bitops(NETWORK, uniform(8, 8))
@@ -93,6 +104,11 @@ def test_pinned_layers_keep_their_bits():
         ("bitop=0.5x", r"'bitop' is unknown.*nearest: bitops; examples: .*bitops=0.25x"),
         ({"latency": 3}, r"'latency' is unknown; kinds: bitops, weight_bytes"),
         ("0.5x", r"'0.5x' is not of the form kind=value; examples"),
+        ("3.5bit", r"weight_bytes='3.5bit': bits must be a whole number from 1 to 8; write .* or 4bit, the bytes of"),
+        ("9bit", r"weight_bytes='9bit': bits must be a whole number from 1 to 8"),
+        ("0bit", r"weight_bytes='0bit': bits must be a whole number from 1 to 8"),
+        ("bitops=4bit", r"bitops='4bit': that form counts bytes, weight_bytes=4bit"),
+        ("4bit,weight_bytes=1MB", r"budget gives weight_bytes twice"),
         ("bitops", r"'bitops' is not of the form kind=value"),
         ("bitops=", r"bitops='' is not a positive amount; write bitops= .*0\.25x.*w4a4"),
         ("bitops=much", r"bitops='much'.*3\.9e8"),

@@ -313,3 +313,55 @@ def test_a_network_that_takes_indices_is_measured_on_them() -> None:
     cost = measure(model, (3,))
     assert {layer.name: layer.macs for layer in cost.layers} == {"1": 3 * 4 * 6, "3": 18 * 2}
     assert [(entry.name, entry.params) for entry in cost.uncounted if entry.name == "0"] == [("0", 20)]
+
+
+class Heads(nn.Module):
+    """A residual block, and heads that `join` puts together."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.boxes, self.classes = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+        self.join = join
+
+    def forward(self, x):
+        x = self.stem(x).relu_()
+        x = x + self.block(x)
+        return self.join(self, x)
+
+
+def _written(net, x):
+    out = x.new_zeros(len(x), 6, 8, 8)
+    out[:, :4], out[:, 4:] = net.boxes(x), net.classes(x).sigmoid_()
+    return out
+
+
+def _in_place(net, x):
+    y = net.boxes(x)
+    y += net.boxes(x.relu())
+    return y
+
+
+@pytest.mark.parametrize(
+    ("join", "ends"),
+    [
+        (lambda net, x: (net.boxes(x), {"classes": net.classes(x).argmax(1)}), ("stem", "boxes", "classes")),
+        (lambda net, x: torch.cat([net.boxes(x).flatten(2), net.classes(x).flatten(2).softmax(1)], 1).mT, ("stem", "boxes", "classes")),
+        (_written, ("stem", "boxes", "classes")),
+        (lambda net, x: torch.einsum("nchw,nkhw->nck", net.boxes(x), net.classes(x)), ("stem", "boxes", "classes")),
+        (lambda net, x: [net.boxes(x), x], ("stem", "block", "boxes")),
+        (_in_place, ("stem", "boxes")),
+        (lambda net, x: x, ("stem", "block")),  # of a sum of branches the later one counts
+        (lambda net, x: nn.functional.layer_norm(x + net.block(x), (8, 8)), ("stem", "block")),
+        (lambda net, x: torch.zeros(2), ("stem", "block")),  # the last layer called, where none reaches an output
+    ],
+)
+def test_every_layer_whose_output_reaches_an_output_is_an_end(join, ends, caplog):
+    assert measure(Heads(join), (3, 8, 8)).ends == ends
+
+
+def test_a_forward_that_reads_values_has_its_heads_too():
+    def read(net, x):
+        return net.boxes(x) if float(x.sum()) == float(x.sum()) else x
+
+    assert measure(Heads(read), (3, 8, 8)).ends == ("stem", "boxes")

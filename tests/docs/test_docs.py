@@ -125,9 +125,9 @@ def test_the_example_tracker_posts_a_line_for_each_epoch(examples: list[ModuleTy
 def test_the_example_method_searches_within_its_budget(relative: ModuleType):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        problem = SearchProblem(model=digits_net().eval(), images=torch.randn(8, 1, 8, 8), budget=["bitops=w4a4", "weight_bytes=w4"])
+        problem = SearchProblem.of(model=digits_net().eval(), samples=torch.randn(8, 1, 8, 8), budget=["bitops=w4a4", "weight_bytes=w4"])
     result = relative.Relative(images=4).search(problem)
-    assert problem.parsed_budget.exceeded(problem.network, result.policy) == {}
+    assert problem.choices.budget.exceeded(problem.network, result.policy) == {}
     assert result.policy.provenance["method"] == "relative"
     assert len({result.policy.layers[name] for name in problem.free_layers}) > 1
 

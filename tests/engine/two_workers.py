@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bitscape.data.batches import UNIT, Batches
+from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Batch, NonFiniteError, Sgd, StepRecord, evaluate, train
 from bitscape.engine.pace import Pace
@@ -121,7 +122,7 @@ def listed(state: Any) -> list[float]:
 def searched(method: Any) -> dict[str, Any]:
     images = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(0, 5, (48,), generator=torch.Generator().manual_seed(2))
-    result = method.search(SearchProblem(model=network().eval(), images=images, labels=labels, budget="bitops=w3a3"))
+    result = method.search(SearchProblem.of(model=network().eval(), samples=Samples.of(images, labels), budget="bitops=w3a3"))
     return {"policy": {name: str(bits) for name, bits in result.policy.layers.items()}, "scores": result.scores.values.tolist()}
 
 

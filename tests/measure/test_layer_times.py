@@ -206,8 +206,8 @@ def test_a_search_under_a_cap_of_the_table_never_exceeds_it(measured, tmp_path):
     assert math.fsum(row["8/8"] for row in table.layers.values()) == 8.0  # 1 + 2 + 2 * 2 + 1, scaled to the network's 3 ms
     times = {name: {pair: ms * 3.0 / 8.0 for pair, ms in row.items()} for name, row in table.layers.items()}
     for cap in (1.0, 1.4, 2.0, 2.9):
-        problem = SearchProblem(
-            model=network, images=IMAGES, budget=[f"latency_ms={cap}"], latency=table, candidates=tuple(PAIRS), pinned={}
+        problem = SearchProblem.of(
+            model=network, samples=IMAGES, budget=[f"latency_ms={cap}"], latency=table, candidates=tuple(PAIRS), pinned={}
         )
         policy = Fisher(images=4).search(problem).policy
         spent = math.fsum(times[name][str(policy.layers[name])] for name in times)

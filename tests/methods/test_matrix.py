@@ -16,11 +16,10 @@ from torch import Tensor, nn
 import bitscape.quant.quantizers
 import bitscape.searches
 from bitscape.errors import BitscapeError
-from bitscape.models.attention import split_attention
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
-from bitscape.searches.allocation import InfeasibleBudget
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.problem import SearchProblem
 from bitscape.steps.plain import Plain
@@ -116,13 +115,19 @@ WITHOUT_MAPS = {"attention", "signal"}
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*enable_nested_tensor")]
 
 
-def _problem(network: str, budget: str, seed: int = 0) -> SearchProblem:
+def _model(network: str) -> tuple[nn.Module, Tensor]:
     build, channels = NETWORKS[network]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = build().eval()
-        images = torch.randn(8, channels, 8, 8)
-    return SearchProblem(model=model, images=images, budget=BUDGETS[budget], candidates=CANDIDATES, seed=seed)
+        return build().eval(), torch.randn(8, channels, 8, 8)
+
+
+def _problem(
+    network: str, budget: str, seed: int = 0, model: nn.Module | None = None, images: Tensor | None = None
+) -> SearchProblem:
+    if model is None or images is None:
+        model, images = _model(network)
+    return SearchProblem.of(model, images, BUDGETS[budget], candidates=CANDIDATES, seed=seed)
 
 
 def _cases() -> list[tuple[str, str]]:
@@ -145,12 +150,12 @@ def test_a_method_that_sees_nothing_names_one_that_does(network: str) -> None:
 def test_a_policy_covers_the_network_within_every_cap(name: str, network: str, budget: str) -> None:
     problem = _problem(network, budget)
     policy = METHODS[name]().search(problem).policy
-    policy.check(layer_shapes(split_attention(copy.deepcopy(problem.model))))
+    policy.check(layer_shapes(problem.prepared))
     assert policy.fingerprint is not None
-    assert problem.parsed_budget.exceeded(problem.network, policy) == {}
-    assert problem.pinned_layers.items() <= policy.layers.items()
+    assert problem.choices.budget.exceeded(problem.network, policy) == {}
+    assert problem.choices.freedom.pinned.items() <= policy.layers.items()
     assert {policy.layers[layer] for layer in problem.free_layers} <= set(CANDIDATES)
-    for group in problem.freedom.groups:
+    for group in problem.choices.freedom.groups:
         assert len({policy.layers[layer] for layer in group}) == 1
 
 
@@ -166,28 +171,28 @@ class TestEveryMethodOnEveryProblem:
             np.testing.assert_array_equal(first.scores.values, second.scores.values)
 
     def test_leaves_the_model_and_the_random_state_alone(self, name: str, network: str) -> None:
-        problem = _problem(network, "bitops")
-        problem.model.train()
-        next(problem.model.parameters()).requires_grad_(False)
-        before, images = copy.deepcopy(problem.model), problem.images.clone()
+        model, images = _model(network)
+        model.train()
+        next(model.parameters()).requires_grad_(False)
+        before, same_images = copy.deepcopy(model), images.clone()
         random_state = torch.get_rng_state()
-        METHODS[name]().search(problem)
-        assert _described(problem.model) == _described(before)
-        assert torch.equal(problem.images, images)
+        METHODS[name]().search(_problem(network, "bitops", model=model, images=images))
+        assert _described(model) == _described(before)
+        assert torch.equal(images, same_images)
         assert torch.equal(torch.get_rng_state(), random_state)
         for key, value in before.state_dict().items():
-            assert torch.equal(problem.model.state_dict()[key], value), key
+            assert torch.equal(model.state_dict()[key], value), key
 
     def test_tells_where_the_policy_comes_from(self, name: str, network: str, tmp_path) -> None:
         problem = _problem(network, "joint", seed=2)
         method = METHODS[name]()
         result = method.search(problem)
         provenance = result.policy.provenance
-        assert provenance.keys() >= {"method", "settings", "seed", "budget", "images", "for_training", "version"}
+        assert provenance.keys() >= {"method", "settings", "seed", "budget", "images", "version"}
         assert provenance["settings"] == asdict(method)
         assert provenance["seed"] == 2
-        assert provenance["budget"] == dict(problem.parsed_budget.caps)
-        assert result.policy.cost.keys() >= problem.parsed_budget.caps.keys()
+        assert provenance["budget"] == dict(problem.choices.budget.caps)
+        assert result.policy.cost.keys() >= problem.choices.budget.caps.keys()
         result.policy.save(tmp_path / "policy.json")
         assert Policy.load(tmp_path / "policy.json") == result.policy
         assert result.seconds > 0
@@ -197,17 +202,17 @@ class TestEveryMethodOnEveryProblem:
 class TestEveryMethodWithoutFreeLayers:
     def test_gives_the_pinned_policy_at_once(self, name: str) -> None:
         model, pins = digits_net().eval(), dict.fromkeys(layer_shapes(digits_net()), LayerBits(3, 5))
-        problem = SearchProblem(model=model, images=torch.randn(8, 1, 8, 8), budget="bitops=0.9x", pinned=pins)
+        problem = SearchProblem.of(model=model, samples=torch.randn(8, 1, 8, 8), budget="bitops=0.9x", pinned=pins)
         problem.prepared.register_forward_pre_hook(_never)
         result = METHODS[name]().search(problem)
         assert result.policy.layers == pins
-        assert result.scores is None or result.scores.values.shape == (0, len(problem.candidates))
+        assert result.scores is None or result.scores.values.shape == (0, len(problem.choices.candidates))
 
     def test_refuses_a_budget_that_the_pins_exceed(self, name: str) -> None:
         pins = dict.fromkeys(layer_shapes(digits_net()), LayerBits(8, 8))
         images = torch.randn(8, 1, 8, 8)
         with pytest.raises(InfeasibleBudget, match="bitops"):
-            METHODS[name]().search(SearchProblem(model=digits_net().eval(), images=images, budget="bitops=0.5x", pinned=pins))
+            METHODS[name]().search(SearchProblem.of(model=digits_net().eval(), samples=images, budget="bitops=0.5x", pinned=pins))
 
 
 def _never(*_: object) -> None:

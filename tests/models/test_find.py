@@ -146,7 +146,7 @@ def test_a_folder_of_hugging_face_gives_logits_under_its_own_names(hugging_face)
 def test_a_folder_of_hugging_face_is_searched_and_quantized(hugging_face):
     model = find_model(f"hf:{hugging_face}").eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    policy = Fisher().search(SearchProblem(model=model, images=images, budget="bitops=w4a4")).policy
+    policy = Fisher().search(SearchProblem.of(model=model, samples=images, budget="bitops=w4a4")).policy
     quantized = calibrate(quantize(model, policy), images).eval()
     assert quantized(images).shape == (4, 4) and "resnet.embedder.embedder.convolution" in policy.layers
 

@@ -80,7 +80,7 @@ def with_weight_as_buffer(layer: nn.Module) -> nn.Module:
         layer_shapes,
         lambda model: measure(model, (3, 6, 6)),
         lambda model: quantize(model, uniform_policy(["0", "1", "3"], LayerBits(4, 4))),
-        lambda model: SearchProblem(model=model, images=IMAGES, budget="bitops=0.5x"),
+        lambda model: SearchProblem.of(model=model, samples=IMAGES, budget="bitops=0.5x"),
         lambda model: fold_norms(model, IMAGES),
         lambda model: fold_norms(model, IMAGES, inplace=True),
         lambda model: equalize(model, IMAGES),

@@ -1,14 +1,20 @@
 """Small networks, as costs only, and brute force over their policies."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from bitscape.cost.budget import Budget
 from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.searches import allocation
+from bitscape.searches.choices import Choices
 from bitscape.searches.scores import ScoreTable
+
+Pinned = Mapping[str, LayerBits] | None
+Tied = Sequence[Sequence[str]]
 
 
 def layer(name: str, macs: int = 1000, weights: int = 64, inputs: int = 100, outputs: int = 100) -> LayerCost:
@@ -60,3 +66,29 @@ def fits(measured: NetworkProfile, policy: Policy, budget: Budget) -> bool:
 
 def uniform(measured: NetworkProfile, weight: int, activation: int) -> Policy:
     return uniform_policy(measured.by_name, LayerBits(weight, activation))
+
+
+def allocate(
+    scores: ScoreTable, measured: NetworkProfile, budget: Budget, pinned: Pinned = None, tied: Tied = (), **options: Any
+) -> Policy:
+    return allocation.allocate(scores, choices(scores, measured, budget, pinned, tied), **options)
+
+
+def near_best(
+    scores: ScoreTable,
+    measured: NetworkProfile,
+    budget: Budget,
+    pinned: Pinned = None,
+    tied: Tied = (),
+    *counts: Any,
+    **options: Any,
+) -> list[Policy]:
+    return allocation.near_best(scores, choices(scores, measured, budget, pinned, tied), *counts, **options)
+
+
+def pareto_front(scores: ScoreTable, measured: NetworkProfile, pinned: Pinned = None, *along: Any, **options: Any) -> list[Policy]:
+    return allocation.pareto_front(scores, choices(scores, measured, Budget(), pinned), *along, **options)
+
+
+def choices(scores: ScoreTable, measured: NetworkProfile, budget: Budget, pinned: Pinned, tied: Tied = ()) -> Choices:
+    return Choices.of(measured, budget, candidates=scores.candidates, pinned=pinned, tied=tied)

@@ -14,10 +14,22 @@ from bitscape.cost.policy_cost import CAPS, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.searches import knapsack
-from bitscape.searches.allocation import InfeasibleBudget, allocate, near_best, pareto_front
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.knapsack import Solution
 from bitscape.searches.scores import ScoreTable
-from tests.searches.small import every_policy, fits, layer, network, noise_scores, random_network, square, uniform
+from tests.searches.small import (
+    allocate,
+    every_policy,
+    fits,
+    layer,
+    near_best,
+    network,
+    noise_scores,
+    pareto_front,
+    random_network,
+    square,
+    uniform,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.quant.layers import quantized_layers
 from bitscape.searches.asga import Asga, Radius
@@ -22,8 +23,8 @@ TINY = {"rho": 1e-9, "rho_min": 1e-9}
 def ready(dropout=0.0, **settings):
     """A step of Asga, and the network that it is for."""
     images, labels = batch(24)
-    given = SearchProblem(
-        model=float_net(dropout=dropout), images=images, labels=labels, budget="bitops=w4a4", candidates=square(2, 4, 8), pinned={}
+    given = SearchProblem.of(
+        model=float_net(dropout=dropout), samples=Samples.of(images, labels), budget="bitops=w4a4", candidates=square(2, 4, 8), pinned={}
     )
     task = proxy_task(given, "labels", batch_size=12, head_epochs=1, folder=None)
     network = mixed_network(given, task.model)

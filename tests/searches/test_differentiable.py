@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.engine import Batch, TrainResult
 from bitscape.engine.pace import Pace
 from bitscape.errors import BitscapeError
@@ -26,10 +27,11 @@ IMAGES = 24
 SHORT = {"epochs": 2, "batch_size": 6}
 
 
-def problem(folder=None, **settings):
-    images, labels = batch(IMAGES)
-    usual = {"budget": ("bitops=w4a4", "weight_bytes=w5"), "candidates": square(2, 4, 8), "pinned": {}, "labels": labels}
-    return SearchProblem(model=float_net(dropout=0.2), images=images, folder=folder, **{**usual, **settings})
+def problem(labelled=True, **settings):
+    inputs, labels = batch(IMAGES)
+    usual = {"budget": ("bitops=w4a4", "weight_bytes=w5"), "candidates": square(2, 4, 8), "pinned": {}}
+    samples = Samples.of(inputs, labels if labelled else None)
+    return SearchProblem.of(**{"model": float_net(dropout=0.2), "samples": samples, **usual, **settings})
 
 
 class Killed(KeyboardInterrupt):
@@ -75,36 +77,36 @@ class TestResume:
         with monkeypatch.context() as patched:
             kill_at(patched, 7)  # in the second epoch, of 4 steps, or of 2 that keep the budget twice
             with pytest.raises(Killed):
-                method.search(problem(tmp_path))
+                method.search(problem(), folder=tmp_path)
         torch.manual_seed(2)
-        resumed = method.search(problem(tmp_path))
+        resumed = method.search(problem(), folder=tmp_path)
         assert resumed.policy == whole.policy
         np.testing.assert_array_equal(resumed.scores.values, whole.scores.values)
         assert comparable(resumed.trace) == comparable(whole.trace)
 
     def test_the_policy_so_far_is_there_after_the_first_epoch(self, tmp_path, monkeypatch):
-        given = problem(tmp_path)
+        given = problem()
         kill_at(monkeypatch, 3)  # an epoch has 4 steps
         with pytest.raises(Killed):
             Differentiable(**SHORT).search(given)
         assert not (tmp_path / "policy.json").exists()
         kill_at(monkeypatch, 5)
         with pytest.raises(Killed):
-            Differentiable(**SHORT).search(problem(tmp_path))
+            Differentiable(**SHORT).search(problem(), folder=tmp_path)
         policy = Policy.load(tmp_path / "policy.json")
-        assert given.parsed_budget.exceeded(given.network, policy) == {}
-        assert set(policy.layers.values()) <= set(given.candidates)
+        assert given.choices.budget.exceeded(given.network, policy) == {}
+        assert set(policy.layers.values()) <= set(given.choices.candidates)
 
     def test_the_policy_in_the_folder_is_at_last_the_one_found(self, tmp_path):
         method = Differentiable(**SHORT, readout="keep-one")
-        found = method.search(problem(tmp_path)).policy
+        found = method.search(problem(), folder=tmp_path).policy
         assert Policy.load(tmp_path / "policy.json") == found
         assert "so_far" not in found.provenance and found.provenance["settings"]["readout"] == "keep-one"
-        assert method.search(problem(tmp_path)).policy == found and Policy.load(tmp_path / "policy.json") == found
+        assert method.search(problem(), folder=tmp_path).policy == found and Policy.load(tmp_path / "policy.json") == found
 
     def test_it_is_there_too_where_nothing_is_to_be_decided(self, tmp_path):
         pins = dict.fromkeys(("0", "4", "6"), LayerBits(4, 4))
-        found = Differentiable(**SHORT).search(problem(tmp_path / "new", pinned=pins)).policy
+        found = Differentiable(**SHORT).search(problem(pinned=pins), folder=tmp_path / "new").policy
         assert Policy.load(tmp_path / "new" / "policy.json") == found
 
 
@@ -123,16 +125,16 @@ class TestFolderOfAnotherSearch:
             (Differentiable(**SHORT), {"pinned": {"4": LayerBits(4, 2)}}, ".*pinned.4 was 'absent' and is '4/2';"),
             (Differentiable(**SHORT), {"tied": [("0", "4")]}, r"tied was \[\] and is \['0 4'\];"),
             (Differentiable(**SHORT), {"seed": 1}, "seed was 0 and is 1;"),
-            (Differentiable(**SHORT), {"labels": None}, "labels.shape was"),
+            (Differentiable(**SHORT), {"labelled": False}, "labels.shape was"),
             (Differentiable(**SHORT), {"model": other_weights()}, "model.sample_sha256 was"),
             (Differentiable(**SHORT, lr=0.02), {}, "settings.lr was 0.01 and is 0.02;"),
             (Seam(**SHORT), {}, "method was 'differentiable' and is 'seam'; settings.margin_weight was 'absent' and is 1.0;"),
         ],
     )
     def test_it_is_told_by_what_was_asked(self, method, settings, message, tmp_path):
-        Differentiable(epochs=1, batch_size=6).train_mixture(problem(tmp_path))
+        Differentiable(epochs=1, batch_size=6).train_mixture(problem(), folder=tmp_path)
         with pytest.raises(BitscapeError, match=rf"folder .* is of another search: {message}") as refused:
-            replace(method, epochs=1).search(replace(problem(tmp_path), **settings))
+            replace(method, epochs=1).search(problem(**settings), folder=tmp_path)
         assert str(refused.value).endswith("; give another folder, or delete this one")
 
     @pytest.mark.parametrize("pinned", [(), ("0", "4", "6")])
@@ -140,25 +142,25 @@ class TestFolderOfAnotherSearch:
     def test_results_of_anything_else_are_left_as_they_are(self, name, pinned, tmp_path):
         (tmp_path / name).write_text("of a training")
         with pytest.raises(BitscapeError, match=rf"folder .* holds {name}, and not of a search; give another folder"):
-            Differentiable(**SHORT).search(problem(tmp_path, pinned=dict.fromkeys(pinned, LayerBits(4, 4))))
+            Differentiable(**SHORT).search(problem(pinned=dict.fromkeys(pinned, LayerBits(4, 4))), folder=tmp_path)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "of a training"}
 
     def test_one_that_has_no_checkpoint_yet_is_free(self, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             kill_at(patched, 0)
             with pytest.raises(Killed):
-                Differentiable(**SHORT, task="follow").search(problem(tmp_path))
+                Differentiable(**SHORT, task="follow").search(problem(), folder=tmp_path)
         method = Differentiable(**SHORT, task="follow", lr=0.02)
-        assert method.search(problem(tmp_path)).policy == method.search(problem()).policy
+        assert method.search(problem(), folder=tmp_path).policy == method.search(problem()).policy
         with pytest.raises(BitscapeError, match=r"settings.lr was 0.02 and is 0.01"):
-            Differentiable(**SHORT, task="follow").search(problem(tmp_path))
+            Differentiable(**SHORT, task="follow").search(problem(), folder=tmp_path)
 
     def test_another_readout_needs_no_training(self, tmp_path, monkeypatch):
-        Differentiable(**SHORT).search(problem(tmp_path))
+        Differentiable(**SHORT).search(problem(), folder=tmp_path)
         method = Differentiable(**SHORT, readout="keep-one")
         whole = method.search(problem())
         kill_at(monkeypatch, 0)
-        assert method.search(problem(tmp_path)).policy == whole.policy
+        assert method.search(problem(), folder=tmp_path).policy == whole.policy
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 8), (12, 48), (13, 52)])
@@ -223,8 +225,8 @@ def planted(fine_first):
     sign = torch.randint(2, (128, 8), generator=generator) * 2.0 - 1
     pairs = (LayerBits(8, 2), LayerBits(8, 8))
     images = torch.cat([value, sign], 1).reshape(128, 1, 4, 4)
-    return SearchProblem(
-        model=Planted(fine_first), images=images, labels=labels, budget="mean_activation_bits=5", candidates=pairs, pinned={}
+    return SearchProblem.of(
+        model=Planted(fine_first), samples=Samples.of(images, labels), budget="mean_activation_bits=5", candidates=pairs, pinned={}
     )
 
 
@@ -246,7 +248,7 @@ QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
 )
 def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine_first):
     given = planted(fine_first)
-    assert torch.equal(given.decisions, given.labels)
+    assert torch.equal(given.decisions(given.samples), given.labels)
     assert method.search(given).policy.layers == {"fine": LayerBits(8, 8), "coarse": LayerBits(8, 2)}
 
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.policy import LayerBits
-from bitscape.searches.allocation import InfeasibleBudget, allocate
+from bitscape.searches.allocation import allocate
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.fisher import Fisher, _weighted, pair_scores
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import ScoreTable, SearchProblem
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import GradedCall, layer_noise
 
 pytestmark = pytest.mark.slow
@@ -23,7 +26,7 @@ PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 4, 8)))
 
 
 def problem(model: nn.Module, images: torch.Tensor, **settings: object) -> SearchProblem:
-    return SearchProblem(model=model, images=images, budget="bitops=0.3x", candidates=PAIRS, pinned={}, **settings)
+    return SearchProblem.of(model=model, samples=images, budget="bitops=0.3x", candidates=PAIRS, pinned={}, **settings)
 
 
 def linear_net(gain: float = 1.0) -> nn.Module:
@@ -49,7 +52,7 @@ def images(n: int = 64) -> torch.Tensor:
 
 def test_score_is_the_gradient_weighted_output_error_in_closed_form() -> None:
     layer = nn.Linear(16, 5, bias=False)
-    noise = layer_noise(nn.Sequential(layer), ["0"], images().flatten(1), PAIRS)["0"]
+    noise = layer_noise(nn.Sequential(layer), ["0"], Samples.of(images().flatten(1)), PAIRS)["0"]
     x, g = images(4).flatten(1), torch.randn(4, 5)
     scores = pair_scores(GradedCall("0", x, layer(x), g), noise, "elementwise", 1.0)
     by_weight, by_input = noise.output_changes(x)
@@ -69,7 +72,7 @@ def test_a_layer_that_matters_more_scores_higher_and_gets_more_bits() -> None:
 
 def test_for_training_counts_a_share_of_the_weight_noise() -> None:
     float_scores = Fisher().score(problem(linear_net(), images()))
-    trained = Fisher(weight_share_for_training=0.0).score(problem(linear_net(), images(), for_training=True))
+    trained = Fisher(weight_share_for_training=0.0).score(problem(linear_net(), images()), for_training=True)
     by_pair = dict(zip(PAIRS, trained.values[0], strict=True))
     np.testing.assert_allclose(by_pair[LayerBits(2, 4)], by_pair[LayerBits(8, 4)])  # weight bits cost nothing now
     assert dict(zip(PAIRS, float_scores.values[0], strict=True))[LayerBits(2, 4)] > by_pair[LayerBits(2, 4)]
@@ -87,7 +90,7 @@ def test_a_saved_table_is_solved_for_any_budget(tmp_path: Path) -> None:
     result = Fisher().search(stated)
     result.scores.save(tmp_path / "scores.json")
     table = ScoreTable.load(tmp_path / "scores.json")
-    assert dict(allocate(table, stated.network, stated.parsed_budget, {}).layers) == dict(result.policy.layers)
+    assert dict(allocate(table, stated.choices).layers) == dict(result.policy.layers)
 
 
 def test_real_network_and_images_give_the_sensitive_layers_more_bits(shared_data: Path) -> None:
@@ -95,11 +98,11 @@ def test_real_network_and_images_give_the_sensitive_layers_more_bits(shared_data
     from recipes.networks import WEIGHTS, load
 
     data = load_dataset(str(shared_data / "cifar10_test.parquet"), limit=64)
-    stated = SearchProblem(
-        model=load("resnet20", shared_data), images=WEIGHTS["resnet20"].normalization.apply(data.images), budget="bitops=w3a3"
+    stated = SearchProblem.of(
+        model=load("resnet20", shared_data), samples=WEIGHTS["resnet20"].normalization.apply(data.images), budget="bitops=w3a3"
     )
     result = Fisher(images=64).search(stated)
-    assert result.policy.cost["bitops"] <= stated.parsed_budget.caps["bitops"]
+    assert result.policy.cost["bitops"] <= stated.choices.budget.caps["bitops"]
     totals = dict(zip(result.scores.layers, result.scores.values.mean(1), strict=True))
     # A second convolution of the last block changes the logits least: it is followed by the average over the map.
     assert totals["layer3.2.conv2"] < totals["layer1.0.conv1"]
@@ -115,7 +118,7 @@ def test_pairs_of_a_one_channel_convolution_are_those_of_the_plain_sum() -> None
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3), nn.Flatten()).to(memory_format=torch.channels_last)
     x = torch.randn(2, 1, 8, 8)
-    noise = layer_noise(model, ["0"], x, PAIRS)["0"]
+    noise = layer_noise(model, ["0"], Samples.of(x), PAIRS)["0"]
     g = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     by_weight, by_input = noise.output_changes(x)
     expected = torch.tensor([[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight])
@@ -153,11 +156,11 @@ def test_odd_networks_are_scored_too(method: SearchMethod) -> None:
 @pytest.mark.parametrize("method", [Fisher(), Local(), Kl(), Hawq()])
 def test_nothing_to_decide_gives_the_pinned_policy(method: SearchMethod) -> None:
     pinned = {"loud": LayerBits(4, 4), "quiet": LayerBits(2, 2)}
-    stated = SearchProblem(model=linear_net(), images=images(), budget="bitops=0.5x", candidates=PAIRS, pinned=pinned)
+    stated = SearchProblem.of(model=linear_net(), samples=images(), budget="bitops=0.5x", candidates=PAIRS, pinned=pinned)
     assert dict(method.search(stated).policy.layers) == pinned
     assert method.score(stated).values.shape == (0, len(PAIRS))
     with pytest.raises(InfeasibleBudget):
-        method.search(SearchProblem(model=linear_net(), images=images(), budget="bitops=100", candidates=PAIRS, pinned=pinned))
+        method.search(SearchProblem.of(model=linear_net(), samples=images(), budget="bitops=100", candidates=PAIRS, pinned=pinned))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_one_output_is_scored_by_how_far_it_moves(method: Fisher | Kl | Hawq, la
     images = torch.randn(16, 3, 6, 6)
     pairs = (LayerBits(2, 8), LayerBits(8, 8))
     model = nn.Sequential(*body, *middle, *end)
-    stated = SearchProblem(model=model, images=images, budget="weight_bytes=w8", candidates=pairs, pinned={})
+    stated = SearchProblem.of(model=model, samples=images, budget="weight_bytes=w8", candidates=pairs, pinned={})
     values = method.score(stated).values
     assert (values[:, 0] > 10 * values[:, 1]).all() and (values[:, 1] >= 0).all()
 
@@ -188,8 +191,8 @@ def test_scores_of_a_linear_regression_are_half_the_squared_change_of_its_output
     """Fisher's score is the expected (sum of G dY)^2: for one linear layer G is a random sign over the spread."""
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.randn(64, 3, 2, 2)
-    stated = SearchProblem(model=model, images=images, budget="weight_bytes=w8", candidates=(LayerBits(2, 8),), pinned={}, task="follow")
-    noise = layer_noise(model, ["1"], images, stated.candidates)["1"]
+    stated = SearchProblem.of(model, images, "weight_bytes=w8", candidates=(LayerBits(2, 8),), pinned={}, task="follow")
+    noise = layer_noise(model, ["1"], Samples.of(images), stated.choices.candidates)["1"]
     by_weight, by_input = noise.output_changes(images.flatten(1))
     expected = (by_weight[0] + by_input[0]).square().sum(1).mean() / model(images).detach().var(unbiased=False)
     assert Fisher().score(stated).values[0, 0] == pytest.approx(float(expected), rel=1e-4)

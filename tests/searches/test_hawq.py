@@ -31,7 +31,7 @@ def test_scores_fall_with_bits_and_do_not_touch_the_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
     pairs = (LayerBits(2, 2), LayerBits(4, 4), LayerBits(8, 8))
-    stated = SearchProblem(model=model, images=torch.randn(16, 1, 4, 4), budget="mean_weight_bits=8", candidates=pairs, pinned={})
+    stated = SearchProblem.of(model=model, samples=torch.randn(16, 1, 4, 4), budget="mean_weight_bits=8", candidates=pairs, pinned={})
     table = Hawq().score(stated)
     assert np.isfinite(table.values).all()
     assert not any(p.grad is not None for p in stated.prepared.parameters())
@@ -53,7 +53,7 @@ def test_every_call_of_a_shared_layer_counts(monkeypatch: pytest.MonkeyPatch) ->
     images = torch.randn(16, 1, 4, 4)
 
     def spread(model: nn.Module) -> float:
-        stated = SearchProblem(model=model.eval(), images=images, budget="mean_weight_bits=8", candidates=pairs, pinned={})
+        stated = SearchProblem.of(model=model.eval(), samples=images, budget="mean_weight_bits=8", candidates=pairs, pinned={})
         scores = dict(zip(*[(t := Hawq().score(stated)).layers, t.values], strict=True))
         return float(scores["1"][0] - scores["1"][1])
 

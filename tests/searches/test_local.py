@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.policy import LayerBits
 from bitscape.searches.local import Local, relative_errors, upper_mean
 from bitscape.searches.problem import SearchProblem
@@ -14,7 +15,7 @@ PAIRS = (LayerBits(2, 2), LayerBits(4, 4), LayerBits(8, 8))
 def test_relative_error_in_closed_form() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(16, 5, bias=False), torch.randn(4, 16)
-    noise = layer_noise(nn.Sequential(layer), ["0"], x, PAIRS)["0"]
+    noise = layer_noise(nn.Sequential(layer), ["0"], Samples.of(x), PAIRS)["0"]
     with torch.no_grad():
         errors = relative_errors(LayerCall("0", x, layer(x)), noise)
         by_weight, by_input = noise.output_changes(x)
@@ -31,10 +32,10 @@ def test_output_is_taken_behind_the_norm() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
     x = torch.randn(8, 1, 4, 4)
-    stated = SearchProblem(model=model, images=x, budget="mean_weight_bits=8", candidates=PAIRS, pinned={})
+    stated = SearchProblem.of(model=model, samples=x, budget="mean_weight_bits=8", candidates=PAIRS, pinned={})
     before = Local().score(stated).values[0]
     with torch.no_grad():
         # Only a channel the norm switches off gets noisy: its error must not count.
         model[1].weight[0], model[0].weight[0] = 0.0, torch.linspace(-50, 50, 9).reshape(1, 3, 3)
-    after = Local().score(SearchProblem(model=model, images=x, budget="mean_weight_bits=8", candidates=PAIRS, pinned={})).values[0]
+    after = Local().score(SearchProblem.of(model=model, samples=x, budget="mean_weight_bits=8", candidates=PAIRS, pinned={})).values[0]
     assert after[0] < 2 * before[0]

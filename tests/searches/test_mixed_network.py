@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from bitscape.data.samples import Samples
 from bitscape.engine import Sgd
 from bitscape.engine.step import CrossEntropy
 from bitscape.policy import LayerBits
@@ -19,8 +20,8 @@ from tests.sharpness.small import batch, float_net, gradients, same, whole
 
 def problem(**settings):
     images, labels = batch(24)
-    usual = {"model": float_net(), "budget": "bitops=w3a3", "candidates": square(2, 4, 8), "pinned": {}, "labels": labels}
-    return SearchProblem(images=images, **{**usual, **settings})
+    usual = {"model": float_net(), "budget": "bitops=w3a3", "candidates": square(2, 4, 8), "pinned": {}}
+    return SearchProblem.of(samples=Samples.of(images, labels), **{**usual, **settings})
 
 
 def mixed(**settings):

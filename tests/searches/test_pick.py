@@ -1,7 +1,6 @@
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +14,12 @@ from bitscape.models.digits import digits_net
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.searches import pick as pick_file
-from bitscape.searches.allocation import InfeasibleBudget, allocate, near_best
+from bitscape.searches.allocation import allocate, near_best
+from bitscape.searches.choices import InfeasibleBudget
+from bitscape.searches.kl import Kl
 from bitscape.searches.pick import chosen, least_sharp
-from bitscape.searches.problem import ScoreTable, SearchProblem
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.scores import ScoreTable
 from bitscape.sharpness import probe_sharpness
 from tests.searches.small import noise_scores, square
 
@@ -28,15 +30,15 @@ def problem(budget: str = "bitops=w4a4") -> SearchProblem:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model, images = digits_net().eval(), torch.randn(24, 1, 8, 8)
-    return SearchProblem(model=model, images=images, budget=budget, candidates=square(2, 3, 4, 6, 8))
+    return SearchProblem.of(model=model, samples=images, budget=budget, candidates=square(2, 3, 4, 6, 8))
 
 
 def scores_of(given: SearchProblem) -> ScoreTable:
-    return noise_scores(given.network, given.candidates, 3)
+    return noise_scores(given.network, given.choices.candidates, 3)
 
 
 def stated(given: SearchProblem) -> tuple[Any, ...]:
-    return scores_of(given), given.network, given.parsed_budget, given.pinned, given.tied
+    return scores_of(given), given.choices
 
 
 class Probe:
@@ -80,6 +82,7 @@ def test_a_record_counts_the_layers_that_differ_from_the_first(monkeypatch: pyte
 
 def test_each_policy_is_probed_as_a_calibrated_network_with_the_float_networks_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     given, probe = problem(), Probe(1.0, 2.0, 3.0)
+    all_images = given.samples.parts[0].inputs
     policies = near_best(*stated(given), count=3, within=1.0)
     monkeypatch.setattr(pick_file, "probe_sharpness", probe)
     least_sharp(given, policies, images=10, radius=0.3)
@@ -88,25 +91,25 @@ def test_each_policy_is_probed_as_a_calibrated_network_with_the_float_networks_d
         layers = quantized_layers(model)
         assert {name: static_bits(layer) for name, layer in layers.items()} == dict(policy.layers)
         assert radius == 0.3
-        assert torch.equal(images, given.images[:10])
+        assert torch.equal(images, all_images[:10])
         with torch.no_grad():
-            assert torch.equal(labels, given.model(images).argmax(1))
+            assert torch.equal(labels, given.prepared(images).argmax(1))
             model(images)  # raises where an activation scale is not set
 
 
 def test_best_is_what_allocate_finds_and_probes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
     monkeypatch.setattr(pick_file, "probe_sharpness", Probe())
-    assert chosen(given, scores_of(given)) == (allocate(*stated(given)), ())
+    assert chosen(given, scores_of(given), "best") == (allocate(*stated(given)), ())
 
 
 def test_the_choice_is_a_near_best_policy_with_the_smallest_gap() -> None:
     given = problem()
     policies = near_best(*stated(given))
-    policy, trace = chosen(replace(given, pick="least-sharp"), scores_of(given))
+    policy, trace = chosen(given, scores_of(given), "least-sharp")
     assert len(trace) == len(policies) > 1
     assert policy in policies
-    assert given.parsed_budget.exceeded(given.network, policy) == {}
+    assert given.choices.budget.exceeded(given.network, policy) == {}
     gaps = [record["gap"] for record in trace]
     assert gaps[policies.index(policy)] == min(gaps)
     assert len(set(gaps)) > 1
@@ -120,9 +123,9 @@ def test_the_probed_gap_is_that_of_the_quantized_network() -> None:
     given = problem()
     policies = near_best(*stated(given), count=2)
     _, records = least_sharp(given, policies, images=16, radius=0.1)
-    images = given.images[:16]
+    images = given.samples.parts[0].inputs[:16]
     with torch.no_grad():
-        labels = given.model(images).argmax(1)
+        labels = given.prepared(images).argmax(1)
     for record, policy in zip(records, policies, strict=True):
         model = pick_file.calibrate(pick_file.quantize(given.prepared, policy), images)
         assert probe_sharpness(model, images, labels, radius=0.1).gap == record["gap"]
@@ -131,18 +134,18 @@ def test_the_probed_gap_is_that_of_the_quantized_network() -> None:
 def test_the_choice_repeats_and_leaves_network_and_random_state_alone() -> None:
     given = problem()
     before, random_state = copy.deepcopy(given.prepared.state_dict()), torch.get_rng_state()
-    first = chosen(replace(given, pick="least-sharp"), scores_of(given))
+    first = chosen(given, scores_of(given), "least-sharp")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[key]) for key, value in given.prepared.state_dict().items())
     assert not quantized_layers(given.prepared)
     assert all(parameter.grad is None for parameter in given.prepared.parameters())
     torch.manual_seed(99)
-    assert chosen(replace(problem(), pick="least-sharp"), scores_of(given)) == first
+    assert chosen(problem(), scores_of(given), "least-sharp") == first
 
 
 def test_an_unknown_pick_and_an_infeasible_budget_are_refused() -> None:
     given = problem("bitops=0.01x")
     with pytest.raises(BitscapeError, match="pick='flattest': allowed are 'best', 'least-sharp'"):
-        replace(given, pick="flattest")  # type: ignore[arg-type]
+        Kl().search(given, pick="flattest")  # type: ignore[arg-type]
     with pytest.raises(InfeasibleBudget, match="bitops"):
-        chosen(replace(given, pick="least-sharp"), scores_of(given))
+        chosen(given, scores_of(given), "least-sharp")

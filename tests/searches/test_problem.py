@@ -11,19 +11,22 @@ from torch import nn
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.cost.targets import TARGETS
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.quant.convert import quantize
+from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import DEFAULT_CANDIDATES, SearchProblem
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.random_policy import Random
 from bitscape.searches.uniform import Uniform
+from bitscape.verbs.search import search
 
 
 def net() -> nn.Sequential:
@@ -40,8 +43,8 @@ def net() -> nn.Sequential:
 
 
 def problem(**changes: Any) -> SearchProblem:
-    settings: dict[str, Any] = {"model": net(), "images": torch.zeros(2, 3, 8, 8), "budget": "bitops=0.5x"}
-    return SearchProblem(**{**settings, **changes})
+    settings: dict[str, Any] = {"model": net(), "samples": torch.zeros(2, 3, 8, 8), "budget": "bitops=0.5x"}
+    return SearchProblem.of(**{**settings, **changes})
 
 
 class Attention(nn.Module):
@@ -58,12 +61,12 @@ class Attention(nn.Module):
 
 def test_defaults_pin_the_ends_and_offer_all_pairs() -> None:
     stated = problem()
-    assert stated.pinned_layers == {"0": LayerBits(8, 8), "6": LayerBits(8, 8)}
+    assert stated.choices.freedom.pinned == {"0": LayerBits(8, 8), "6": LayerBits(8, 8)}
     assert stated.free_layers == ("3", "4")
-    assert len(stated.candidates) == len(DEFAULT_CANDIDATES) == 36
+    assert len(stated.choices.candidates) == len(DEFAULT_CANDIDATES) == 36
     assert problem(pinned={}).free_layers == ("0", "3", "4", "6")
     bitops_at_8 = sum(layer.macs for layer in stated.network.layers) * 64
-    assert stated.parsed_budget.caps == {"bitops": bitops_at_8 / 2}
+    assert stated.choices.budget.caps == {"bitops": bitops_at_8 / 2}
 
 
 def test_the_callers_model_is_left_alone_and_the_prepared_one_is_made_once() -> None:
@@ -80,25 +83,24 @@ def test_the_callers_model_is_left_alone_and_the_prepared_one_is_made_once() -> 
 
 def test_layers_tied_to_a_pinned_one_are_pinned() -> None:
     stated = problem(pinned={"3": LayerBits(2, 4)}, tied=[("3", "4")])
-    assert stated.pinned_layers == {"3": LayerBits(2, 4), "4": LayerBits(2, 4)}
+    assert stated.choices.freedom.pinned == {"3": LayerBits(2, 4), "4": LayerBits(2, 4)}
     assert stated.free_layers == ("0", "6")
-    assert [group for group in problem(pinned={}, tied=[("6", "0")]).freedom.groups] == [("0", "6"), ("3",), ("4",)]
+    assert [group for group in problem(pinned={}, tied=[("6", "0")]).choices.freedom.groups] == [("0", "6"), ("3",), ("4",)]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "resnet"}, "model: str is no"),
-        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8; give a float32"),
-        ({"images": [1.0]}, "images: a list where a tensor is needed"),
-        ({"images": torch.zeros(3, 8, 8)}, r"fails on a batch of shape \(2, 8, 8\)"),
-        ({"images": torch.zeros(0, 3, 8, 8)}, "at least one image"),
-        ({"images": torch.zeros(2, 1, 8, 8)}, r"shape \(2, 1, 8, 8\), torch.float32: .*channels"),
+        ({"samples": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8; give a float32"),
+        ({"samples": [1.0]}, "images: a list where a tensor is needed"),
+        ({"samples": torch.zeros(3, 8, 8)}, r"fails on a batch of shape \(2, 8, 8\)"),
+        ({"samples": torch.zeros(0, 3, 8, 8)}, "at least one image"),
+        ({"samples": torch.zeros(2, 1, 8, 8)}, r"shape \(2, 1, 8, 8\), torch.float32: .*channels"),
         (
-            {"labels": torch.zeros(3, dtype=torch.int64)},
-            r"labels: torch.int64 \(3,\); give one int64 label per image, shape \(2,\)",
+            {"samples": Samples.of(torch.zeros(2, 3, 8, 8), torch.zeros(3, dtype=torch.int64))},
+            r"targets: shape \(3,\) for 2 samples; give one for each sample",
         ),
-        ({"labels": [0, 1]}, "labels: list"),
         ({"candidates": ()}, "candidates: none given"),
         ({"candidates": [LayerBits(4, 4), LayerBits(4, 4)]}, "4/4 stands twice"),
         ({"pinned": {"33": LayerBits(8, 8)}}, "pinned: the network has no layer '33'; nearest: 3"),
@@ -125,7 +127,7 @@ def test_images_that_are_not_finite_are_named(value: float) -> None:
     images = torch.zeros(4, 3, 8, 8)
     images[2, 1, 7, 0] = value
     with pytest.raises(BitscapeError, match=rf"image 2 holds {value} at \(channel, row, column\) \(1, 7, 0\)"):
-        problem(images=images)
+        problem(samples=images)
 
 
 @pytest.mark.parametrize("method", [Fisher(images=4), Hawq(images=4), Kl(images=4), Local(images=4)])
@@ -140,7 +142,7 @@ def test_images_that_are_not_finite_are_named(value: float) -> None:
 )
 def test_inputs_of_any_shape_and_indices_are_searched(method: SearchMethod, model: nn.Module, images: torch.Tensor) -> None:
     images = images * torch.arange(1, 5).reshape(4, *[1] * (images.ndim - 1))
-    problem = SearchProblem(model=model.eval(), images=images, budget="bitops=w4a4", pinned={})
+    problem = SearchProblem.of(model=model.eval(), samples=images, budget="bitops=w4a4", pinned={})
     policy = method.search(problem).policy
     assert list(policy.layers) == list(layer_shapes(model))
     allowed = policy_cost(problem.network, uniform_policy(list(policy.layers), LayerBits(4, 4)))["bitops"]
@@ -150,9 +152,9 @@ def test_inputs_of_any_shape_and_indices_are_searched(method: SearchMethod, mode
 @pytest.mark.parametrize("method", [Fisher(images=2), Hawq(images=2)])
 def test_images_made_in_inference_mode_and_a_caller_without_gradients_change_nothing(method: SearchMethod) -> None:
     with torch.inference_mode():
-        made_there = problem().images.clone()
+        made_there = torch.zeros(2, 3, 8, 8)
     with torch.no_grad():
-        policy = method.search(problem(images=made_there, pinned={})).policy
+        policy = method.search(problem(samples=made_there, pinned={})).policy
     assert policy.layers == method.search(problem(pinned={})).policy.layers
 
 
@@ -235,8 +237,8 @@ def test_convolutions_are_channels_last_where_the_network_takes_it(model: Any, t
 @pytest.mark.parametrize("method", [Fisher(), Local(), Differentiable(epochs=1, batch_size=4)])
 def test_a_network_that_does_not_take_channels_last_is_searched(method: SearchMethod) -> None:
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    budget = 0.25 * problem(model=Flattened()).parsed_budget.caps["bitops"] / 0.5
-    result = method.search(problem(model=Flattened(), images=images, pinned={}, budget=f"bitops={budget}"))
+    budget = 0.25 * problem(model=Flattened()).choices.budget.caps["bitops"] / 0.5
+    result = method.search(problem(model=Flattened(), samples=images, pinned={}, budget=f"bitops={budget}"))
     assert list(result.policy.layers) == ["conv", "middle", "head"]
     assert result.policy.cost["bitops"] <= budget
 
@@ -260,9 +262,9 @@ def test_a_weight_that_a_function_uses_too_is_refused() -> None:
 
 
 def test_weights_may_be_frozen_and_stay_so() -> None:
-    stated = problem(model=net().requires_grad_(False))
-    assert all(p.requires_grad for p in stated.prepared.parameters())
-    assert not any(p.requires_grad for p in stated.model.parameters())
+    model = net().requires_grad_(False)
+    assert all(p.requires_grad for p in problem(model=model).prepared.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_layer_that_is_never_called_cannot_be_pinned() -> None:
@@ -297,7 +299,7 @@ def test_a_model_that_cannot_be_copied_is_told() -> None:
 )
 def test_what_would_have_no_effect_is_refused(method: SearchMethod, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BitscapeError, match=message):
-        method.search(problem(budget="bitops=1x", **changes))
+        search(net(), torch.zeros(2, 3, 8, 8), "bitops=1x", method=method, **changes)
 
 
 def test_provenance_says_how_it_was_found() -> None:
@@ -328,7 +330,7 @@ def latency(**changes: Any) -> LatencyTable:
 
 def test_a_cap_in_milliseconds_is_kept_and_the_policy_says_where_it_was_measured() -> None:
     stated = problem(budget="latency_ms=0.9x", candidates=WEIGHTS_ONLY, latency=latency())
-    assert stated.parsed_budget.caps == {"latency_ms": 7.2}
+    assert stated.choices.budget.caps == {"latency_ms": 7.2}
     policy = Fisher(images=2).search(stated).policy
     assert policy.layers["3"] == LayerBits(4, 8)
     assert policy.cost["latency_ms"] == 7.0
@@ -367,9 +369,9 @@ def test_bits_that_were_not_measured_or_are_not_the_targets_are_refused(changes:
 
 def test_a_profile_offers_what_its_target_stores_and_computes() -> None:
     stated = problem(budget="weight_bytes=0.9x", target=TARGETS["openvino"])
-    assert [str(bits) for bits in stated.candidates] == ["2/8", "3/8", "4/8", "6/8", "8/8"]
-    assert problem(target=TARGETS["fpga-bitops"]).candidates == DEFAULT_CANDIDATES
-    assert problem(budget="weight_bytes=1x", target=TARGETS["openvino"], candidates=WEIGHTS_ONLY).candidates == WEIGHTS_ONLY
+    assert [str(bits) for bits in stated.choices.candidates] == ["2/8", "3/8", "4/8", "6/8", "8/8"]
+    assert problem(target=TARGETS["fpga-bitops"]).choices.candidates == DEFAULT_CANDIDATES
+    assert problem(budget="weight_bytes=1x", target=TARGETS["openvino"], candidates=WEIGHTS_ONLY).choices.candidates == WEIGHTS_ONLY
     policy = Fisher(images=2).search(stated).policy
     assert all(TARGETS["openvino"].allows(bits) for bits in policy.layers.values())
     assert policy.provenance["target"] == "openvino"
@@ -378,10 +380,10 @@ def test_a_profile_offers_what_its_target_stores_and_computes() -> None:
 def test_a_profile_pins_the_layers_that_keep_8_bits() -> None:
     wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 40))
     stated = problem(model=wide, budget="weight_bytes=0.9x", target=TARGETS["htp"], pinned={})
-    assert stated.pinned == stated.pinned_layers == {"0": LayerBits(8, 8), "2": LayerBits(8, 8)}
+    assert stated.choices.freedom.pinned == {"0": LayerBits(8, 8), "2": LayerBits(8, 8)}
     assert stated.free_layers == ("1", "4")
     assert replace(stated, seed=1).free_layers == ("1", "4")
-    assert problem(model=wide, budget="weight_bytes=1x", target=TARGETS["htp"]).free_layers == ("1",)
+    assert problem(model=wide, budget="weight_bytes=1x", target=TARGETS["htp"]).free_layers == ("1", "4")
     policy = Fisher(images=2).search(stated).policy
     assert policy.layers["0"] == policy.layers["2"] == LayerBits(8, 8) != policy.layers["4"]
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
@@ -16,8 +17,8 @@ IMAGES = 48
 
 
 def problem(labels=None, model=None, seed=0, images=IMAGES):
-    return SearchProblem(
-        model=model or float_net(), images=batch(images)[0], budget="bitops=w4a4", candidates=square(2, 8), labels=labels, seed=seed
+    return SearchProblem.of(
+        model=model or float_net(), samples=Samples.of(batch(images)[0], labels), budget="bitops=w4a4", candidates=square(2, 8), seed=seed
     )
 
 
@@ -27,7 +28,7 @@ def task(given, name="auto", head_epochs=1, folder=None, batch_size=16):
 
 def correct(given, share, classes):
     """The network's own decisions, of which all but a share are moved to another of the classes."""
-    labels = given.decisions.clone()
+    labels = given.decisions(given.samples).clone()
     wrong = round((1 - share) * len(labels))
     labels[:wrong] = (labels[:wrong] + 1) % classes
     return labels
@@ -38,7 +39,7 @@ class TestAuto:
         given = problem()
         stated = task(given)
         assert stated.name == "follow" and isinstance(stated.loss, FollowFloat)
-        assert torch.equal(stated.batches.dataset.labels, given.decisions)
+        assert torch.equal(stated.batches.dataset.labels, given.decisions(given.samples))
 
     @pytest.mark.parametrize(("right", "name"), [(1.0, "labels"), (0.8, "labels"), (0.3, "new-head")])
     def test_labels_that_the_network_predicts_are_its_own(self, right, name):
@@ -49,12 +50,13 @@ class TestAuto:
         model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(64, 2, bias=False))
         half = batch(IMAGES // 2)[0]
         images = torch.cat([half, -half])  # without biases the opposite image has the opposite logits
-        settings = {"model": model, "images": images, "budget": "bitops=w4a4", "candidates": square(2, 8), "pinned": {}}
-        labels = SearchProblem(**settings).decisions.clone()
+        settings = {"model": model, "budget": "bitops=w4a4", "candidates": square(2, 8), "pinned": {}}
+        unlabelled = SearchProblem.of(samples=images, **settings)
+        labels = unlabelled.decisions(unlabelled.samples).clone()
         assert labels.bincount().tolist() == [IMAGES // 2] * 2
         for first in (0, IMAGES // 2):
             labels[first : first + wrong] = 1 - labels[first : first + wrong]
-        assert task(SearchProblem(**settings, labels=labels)).name == name
+        assert task(SearchProblem.of(samples=Samples.of(images, labels), **settings)).name == name
 
     def test_labels_of_other_classes_get_a_classifier_with_as_many_outputs(self):
         labels = torch.arange(IMAGES) % 7
@@ -97,9 +99,9 @@ class TestNewHead:
         given = problem(labels)
         stated = task(given, "new-head", head_epochs=120)
         untrained = task(given, "new-head", head_epochs=1)
-        losses = [cross_entropy(each.model.eval()(given.images), labels).item() for each in (stated, untrained)]
+        losses = [cross_entropy(each.model.eval()(given.samples.parts[0].inputs), labels).item() for each in (stated, untrained)]
         assert losses[0] < 0.5 * math.log(3) and losses[0] < losses[1]
-        assert (stated.model(given.images).argmax(1) == labels).float().mean() > 0.8
+        assert (stated.model(given.samples.parts[0].inputs).argmax(1) == labels).float().mean() > 0.8
         for (name, new), (_, old) in zip(stated.model.named_parameters(), given.prepared.named_parameters(), strict=True):
             assert new.requires_grad and (name.startswith("6.") or torch.equal(new, old))
 
@@ -117,7 +119,7 @@ class TestNewHead:
         given = problem(labels, float_net(dropout=0.5))
         torch.manual_seed(given.seed)
         head = new_head("6", given.prepared[6], 7)
-        cross_entropy(head(given.prepared[:6](given.images)), labels).backward()
+        cross_entropy(head(given.prepared[:6](given.samples.parts[0].inputs)), labels).backward()
         expected = head.weight - HEAD_RATE * head.weight.grad.sign()
         stated = task(given, "new-head", batch_size=IMAGES)
         clear = head.weight.grad.abs() > 1e-5
@@ -165,12 +167,12 @@ class TestNewHead:
 
 def test_following_is_the_divergence_from_the_float_outputs():
     given = problem()
-    images, logits = given.images[:6], torch.randn(6, 3)
+    images, logits = given.samples.parts[0].inputs[:6], torch.randn(6, 3)
     aim = given.prepared(images).softmax(1)
     expected = (aim * (aim.log() - logits.log_softmax(1))).sum(1).mean()
     loss = task(given).loss.for_batch(images)
-    torch.testing.assert_close(loss(logits, given.decisions[:6]), expected)
-    torch.testing.assert_close(loss(given.prepared(images), given.decisions[:6]), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss(logits, given.decisions(given.samples)[:6]), expected)
+    torch.testing.assert_close(loss(given.prepared(images), given.decisions(given.samples)[:6]), torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
 def numbered(images=20, batch_size=6, seed=0):

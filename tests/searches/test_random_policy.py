@@ -9,7 +9,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
-from bitscape.searches.allocation import InfeasibleBudget
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.problem import SearchProblem, SearchResult
 from bitscape.searches.random_policy import Random
 from tests.searches.small import fits
@@ -24,11 +24,11 @@ class Net(nn.Sequential):
 
 
 def problem(budget: Any, *, layers: int = 12, **changes: Any) -> SearchProblem:
-    return SearchProblem(model=Net(layers), images=torch.zeros(1, 3, 8, 8), budget=budget, **changes)
+    return SearchProblem.of(model=Net(layers), samples=torch.zeros(1, 3, 8, 8), budget=budget, **changes)
 
 
 def usage(stated: SearchProblem, found: SearchResult) -> float:
-    return max(found.policy.cost[kind] / cap for kind, cap in stated.parsed_budget.caps.items())
+    return max(found.policy.cost[kind] / cap for kind, cap in stated.choices.budget.caps.items())
 
 
 BUDGETS = [
@@ -44,7 +44,7 @@ BUDGETS = [
 def test_the_policy_is_within_two_percent_below_the_tightest_cap(seed: int, budget: Any) -> None:
     stated = problem(budget, seed=seed)
     found = Random().search(stated)
-    assert fits(stated.network, found.policy, stated.parsed_budget)
+    assert fits(stated.network, found.policy, stated.choices.budget)
     assert usage(stated, found) >= 0.98
     found.policy.check(stated.network.shapes)
 
@@ -72,15 +72,15 @@ def test_tied_and_pinned_layers_are_respected() -> None:
 def test_a_peak_cap_is_respected() -> None:
     stated = problem(["bitops=w4a4", "peak_activation_bytes=w4a4"], pinned={})
     found = Random().search(stated)
-    assert fits(stated.network, found.policy, stated.parsed_budget)
+    assert fits(stated.network, found.policy, stated.choices.budget)
 
 
 @given(st.integers(0, 2**32))
 def test_a_peak_cap_beside_it_leaves_no_additive_cap_unused(seed: int) -> None:
     stated = problem(["bitops=w4a4", "peak_activation_bytes=w6a6"], pinned={}, seed=seed)
     found = Random().search(stated)
-    assert fits(stated.network, found.policy, stated.parsed_budget)
-    assert found.policy.cost["bitops"] >= 0.98 * stated.parsed_budget.caps["bitops"]
+    assert fits(stated.network, found.policy, stated.choices.budget)
+    assert found.policy.cost["bitops"] >= 0.98 * stated.choices.budget.caps["bitops"]
 
 
 def test_a_peak_cap_alone_is_used() -> None:
@@ -124,6 +124,6 @@ def test_a_peak_cap_beside_bitops_does_not_loosen_the_control() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(3 if at == 0 else 8, 8, 3, padding=1) for at in range(6)))
     for seed in range(5):
-        stated = SearchProblem(model=model, images=torch.zeros(1, 3, 8, 8), budget=["bitops=w6a6", "peak_activation_bytes=w8a6"], seed=seed)
+        stated = SearchProblem.of(model, torch.zeros(1, 3, 8, 8), ["bitops=w6a6", "peak_activation_bytes=w8a6"], seed=seed)
         policy = Random().search(stated).policy
-        assert 0.95 * stated.parsed_budget.caps["bitops"] <= policy.cost["bitops"] <= stated.parsed_budget.caps["bitops"]
+        assert 0.95 * stated.choices.budget.caps["bitops"] <= policy.cost["bitops"] <= stated.choices.budget.caps["bitops"]

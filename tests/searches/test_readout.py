@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from bitscape.data.samples import Samples
 from bitscape.policy import LayerBits, Policy
 from bitscape.searches.allocation import allocate
 from bitscape.searches.differentiable import Differentiable
@@ -25,8 +26,8 @@ IMAGES = 30
 
 def problem(**settings):
     images, labels = batch(IMAGES)
-    usual = {"budget": "bitops=1x", "candidates": square(*WIDTHS), "pinned": {}, "labels": labels}
-    return SearchProblem(model=float_net(), images=images, **{**usual, **settings})
+    usual = {"budget": "bitops=1x", "candidates": square(*WIDTHS), "pinned": {}}
+    return SearchProblem.of(model=float_net(), samples=Samples.of(images, labels), **{**usual, **settings})
 
 
 def case(name="labels", **settings):
@@ -107,7 +108,7 @@ class TestLeaning:
         given, _, network = case(budget=("bitops=1x", "mean_weight_bits=w8"))
         set_logits(network.weights, *[[0.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 3.0, 0.0]])
         set_logits(network.inputs, *[[0.0, 0.0, 0.0]] * 3)
-        policy = allocate(probability_scores(given, "m", network), given.network, given.parsed_budget, given.pinned)
+        policy = allocate(probability_scores(given, "m", network), given.choices)
         assert set(policy.layers.values()) == {LayerBits(8, 8)}
 
 
@@ -117,7 +118,7 @@ def own_loss(network, given, task, logits=None):
     if logits is not None:
         dict(model.named_parameters())[logits[0]].data.copy_(logits[1])
     with torch.no_grad():
-        return float(task.loss.for_batch(given.images)(model(given.images), task.batches.dataset.labels))
+        return float(task.loss.for_batch(given.samples.parts[0].inputs)(model(given.samples.parts[0].inputs), task.batches.dataset.labels))
 
 
 def names_of_logits(network):
@@ -192,9 +193,9 @@ def test_at_most_so_many_images_count(monkeypatch):
     rows, _ = _rescored("drop-one", network, task)
     with torch.no_grad():
         model = copy.deepcopy(network.model).eval()
-        whole = float(cross_entropy(model(given.images[:10]), given.labels[:10]))
+        whole = float(cross_entropy(model(given.samples.parts[0].inputs[:10]), given.labels[:10]))
         model[0].weight_quantizer.logits[0] = -torch.inf
-        other = float(cross_entropy(model(given.images[:10]), given.labels[:10]))
+        other = float(cross_entropy(model(given.samples.parts[0].inputs[:10]), given.labels[:10]))
     assert rows[0, 0] == pytest.approx(whole - other, abs=1e-6)
 
 
@@ -204,7 +205,7 @@ class TestProgress:
         progress = Progress(given, Differentiable(), network, tmp_path)
         records = [progress.after_epoch(1), progress.after_epoch(2)]
         first = Policy.load(tmp_path / "policy.json")
-        assert not given.parsed_budget.exceeded(given.network, first)
+        assert not given.choices.budget.exceeded(given.network, first)
         set_logits(network.weights, [9.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 9.0, 0.0])
         records.append(progress.after_epoch(3))
         second = Policy.load(tmp_path / "policy.json")

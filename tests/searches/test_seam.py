@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import quantizable_layers
@@ -136,10 +137,11 @@ class TestNetworkMargins:
         torch.testing.assert_close(network_margins(model, "6", images, labels), expected, rtol=1e-4, atol=1e-5)
 
 
-def problem(**settings):
-    images, labels = batch(24)
-    usual = {"model": float_net(), "labels": labels, "budget": "bitops=w4a4", "candidates": square(2, 4, 8), "pinned": {}}
-    return SearchProblem(images=images, **{**usual, **settings})
+def problem(labels=None, **settings):
+    images, usual_labels = batch(24)
+    samples = Samples.of(images, usual_labels if labels is None else labels)
+    usual = {"model": float_net(), "budget": "bitops=w4a4", "candidates": square(2, 4, 8), "pinned": {}}
+    return SearchProblem.of(samples=samples, **{**usual, **settings})
 
 
 def ready(method=None, **settings):
@@ -222,7 +224,7 @@ class TestSeamStep:
     def test_float_centers_are_those_of_the_float_network_and_stay(self):
         step, network = ready(Seam(centers="float"))
         given = problem()
-        features = normalize(given.prepared[:6](given.images)).detach()
+        features = normalize(given.prepared[:6](given.samples.parts[0].inputs)).detach()
         torch.testing.assert_close(step.fixed[0], class_centers(features, given.labels, 3))
         before, (images, labels) = step.fixed[0].clone(), batch(12)
         step(network.model.train(), whole(images, labels))
@@ -246,7 +248,7 @@ def test_a_class_whose_only_image_is_held_out_is_a_class_all_the_same(centers):
     labels[only] = 2
     method = Seam(epochs=1, batch_size=8, held_out=0.25, task="labels", centers=centers)
     given = problem(labels=labels)
-    assert given.parsed_budget.exceeded(given.network, method.search(given).policy) == {}
+    assert given.choices.budget.exceeded(given.network, method.search(given).policy) == {}
 
 
 @pytest.mark.parametrize(

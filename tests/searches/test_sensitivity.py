@@ -8,18 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bitscape.cost.budget import Budget
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.quant.layers import apply_layer
 from bitscape.searches.allocation import allocate
+from bitscape.searches.choices import Choices
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.sensitivity import calls, calls_with_gradients, layer_noise, monotone, score_table, widths
+from tests.searches.small import layer, network
 
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
 
@@ -46,7 +50,7 @@ def test_widths_are_those_of_the_candidates() -> None:
 
 
 def test_noise_falls_with_bits_and_the_input_of_a_relu_is_unsigned() -> None:
-    noise = layer_noise(small_net(), ["0", "2", "6"], images(), PAIRS)
+    noise = layer_noise(small_net(), ["0", "2", "6"], Samples.of(images()), PAIRS)
     sizes = [float(change.square().sum()) for change in noise["2"].weights.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 100 * sizes[-1]
     assert noise["2"].ranges[2][1].qmin == 0
@@ -55,7 +59,7 @@ def test_noise_falls_with_bits_and_the_input_of_a_relu_is_unsigned() -> None:
 
 def test_output_changes_are_those_of_the_quantized_layer() -> None:
     model = small_net()
-    noise = layer_noise(model, ["2"], images(), PAIRS)["2"]
+    noise = layer_noise(model, ["2"], Samples.of(images()), PAIRS)["2"]
     (call,) = calls(model, ["2"], images())
     by_weight, by_input = noise.output_changes(call.input)
     weight = noise.layer.get_parameter("weight")
@@ -68,8 +72,10 @@ def test_output_changes_are_those_of_the_quantized_layer() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients_are_those_at_the_layers_own_output(inplace: bool) -> None:
-    graded = {c.name: c for c in calls_with_gradients(small_net(inplace), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
-    plain = {c.name: c for c in calls_with_gradients(small_net(), ["0"], images(), Classes(), torch.Generator().manual_seed(0))}
+    graded, plain = (
+        {c.name: c for c in calls_with_gradients(model, ["0"], Minibatch(images()), Classes(), torch.Generator().manual_seed(0))}
+        for model in (small_net(inplace), small_net())
+    )
     torch.testing.assert_close(graded["0"].output, plain["0"].output)
     torch.testing.assert_close(graded["0"].gradient, plain["0"].gradient)
     assert (plain["0"].output < 0).any()
@@ -106,7 +112,7 @@ class Returning(nn.Module):
 def test_answers_that_are_no_finite_tensor_are_told(
     method: type[Fisher | Hawq | Kl], wrap: Callable[[torch.Tensor], object], message: str
 ) -> None:
-    stated = SearchProblem(model=Returning(wrap), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    stated = SearchProblem.of(model=Returning(wrap), samples=images(), budget="mean_weight_bits=8", candidates=PAIRS)
     with pytest.raises(BitscapeError, match=message):
         method().score(stated)
 
@@ -122,7 +128,7 @@ def test_a_network_that_lets_no_gradient_through_is_told(method: type[Fisher | H
             with torch.no_grad():
                 return self.net(x)
 
-    stated = SearchProblem(model=Cut(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    stated = SearchProblem.of(model=Cut(), samples=images(), budget="mean_weight_bits=8", candidates=PAIRS)
     with pytest.raises(BitscapeError, match=r"layer net\.2: no gradient .*no_grad.*kl or local"):
         method().score(stated)
 
@@ -142,7 +148,7 @@ class Odd(nn.Module):
 
 def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
-    graded = calls_with_gradients(Odd(), ["named", "unread"], torch.randn(2, 1, 2, 2, generator=generator), Classes(), generator)
+    graded = calls_with_gradients(Odd(), ["named", "unread"], Minibatch(torch.randn(2, 1, 2, 2, generator=generator)), Classes(), generator)
     seen = {call.name: call for call in graded}
     assert seen["named"].input.shape == (2, 4) and seen["named"].gradient.any()
     assert seen["unread"].gradient.shape == (2, 4) and not seen["unread"].gradient.any()
@@ -150,14 +156,14 @@ def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_grad
 
 @pytest.mark.parametrize("method", [Fisher, Hawq, Kl, Local])
 def test_tables_carry_the_networks_fingerprint_and_serve_no_other(method: type[Fisher | Hawq | Kl | Local]) -> None:
-    stated = SearchProblem(model=small_net(), images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    stated = SearchProblem.of(model=small_net(), samples=images(), budget="mean_weight_bits=8", candidates=PAIRS)
     table = method().score(stated)
-    assert table.fingerprint == fingerprint(layer_shapes(stated.model))
+    assert table.fingerprint == fingerprint(layer_shapes(small_net()))
     wider = small_net()
     wider[6] = nn.Linear(8, 5)
-    other = SearchProblem(model=wider, images=images(), budget="mean_weight_bits=8", candidates=PAIRS)
+    other = SearchProblem.of(model=wider, samples=images(), budget="mean_weight_bits=8", candidates=PAIRS)
     with pytest.raises(BitscapeError, match=r"scores: they are of a network with fingerprint .* this one has"):
-        allocate(table, other.network, other.parsed_budget)
+        allocate(table, other.choices)
 
 
 @given(st.lists(st.floats(0, 100), min_size=len(PAIRS), max_size=len(PAIRS)))
@@ -172,9 +178,10 @@ def test_repaired_scores_never_rise_with_bits_and_repair_is_idempotent(row: list
 
 def test_repairs_are_counted() -> None:
     falling = np.array([[9.0, 8.0], [5.0, 4.0], [3.0, 1.0]])
-    assert score_table("m", PAIRS, {"a": falling}, {}).repairs == 0
+    choices = Choices.of(network(layer("a"), layer("b")), Budget(), candidates=PAIRS, pinned={})
+    assert score_table("m", choices, {"a": falling}).repairs == 0
     rising = falling.copy()
     rising[2, 0] = 6.0  # 8/2 scores worse than 4/2
-    table = score_table("m", PAIRS, {"a": falling, "b": rising}, {})
+    table = score_table("m", choices, {"a": falling, "b": rising})
     assert table.repairs == 2
     np.testing.assert_allclose(table.values[1], [9.0, 8.0, 5.5, 4.0, 5.5, 1.0])

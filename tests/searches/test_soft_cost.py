@@ -7,7 +7,7 @@ import torch
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.policy import LayerBits, Policy
 from bitscape.searches import differentiable
-from bitscape.searches.allocation import InfeasibleBudget
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.soft_cost import soft_cost
@@ -23,8 +23,8 @@ SEVERAL = [("bitops=w4a4", "weight_bytes=w3"), ("mean_weight_bits=3", "mean_acti
 
 def problem(budget, candidates=None, pinned=None, tied=()):
     images, _ = batch(4)
-    return SearchProblem(
-        model=float_net(), images=images, budget=budget, candidates=candidates or square(*WIDTHS), pinned=pinned or {}, tied=tied
+    return SearchProblem.of(
+        model=float_net(), samples=images, budget=budget, candidates=candidates or square(*WIDTHS), pinned=pinned or {}, tied=tied
     )
 
 
@@ -33,7 +33,7 @@ def stated(given):
 
 
 def groups(given):
-    return len(given.freedom.groups)
+    return len(given.choices.freedom.groups)
 
 
 def one_hot(places):
@@ -45,8 +45,8 @@ def policies(given):
     sides = list(product(range(len(WIDTHS)), repeat=groups(given)))
     for weights, inputs in product(sides, sides):
         pairs = [LayerBits(WIDTHS[w], WIDTHS[a]) for w, a in zip(weights, inputs, strict=True)]
-        bits = {name: pair for group, pair in zip(given.freedom.groups, pairs, strict=True) for name in group}
-        yield weights, inputs, Policy({**bits, **given.pinned_layers})
+        bits = {name: pair for group, pair in zip(given.choices.freedom.groups, pairs, strict=True) for name in group}
+        yield weights, inputs, Policy({**bits, **given.choices.freedom.pinned})
 
 
 def random_logits(count, seed):
@@ -67,7 +67,7 @@ def used(cost, logits, prices):
 )
 def test_one_hot_shares_cost_what_the_policy_does_in_units_of_the_cap(settings):
     given = problem(SUMS, **settings)
-    cost, caps = stated(given), given.parsed_budget.caps
+    cost, caps = stated(given), given.choices.budget.caps
     for weights, inputs, policy in list(policies(given))[::7]:
         expected = {kind: value / caps[kind] for kind, value in policy_cost(given.network, policy).items() if kind in caps}
         assert cost.expected(one_hot(weights), one_hot(inputs)) == pytest.approx(expected, rel=1e-12)
@@ -76,11 +76,11 @@ def test_one_hot_shares_cost_what_the_policy_does_in_units_of_the_cap(settings):
 def test_the_cost_of_soft_shares_is_the_mean_over_policies():
     given = problem(SUMS, tied=[("0", "4")])
     shares = [u.softmax(1) for u in random_logits(2, 0)]
-    expected = dict.fromkeys(given.parsed_budget.caps, 0.0)
+    expected = dict.fromkeys(given.choices.budget.caps, 0.0)
     for weights, inputs, policy in policies(given):
         chance = np.prod([shares[side][at, place] for side, of in enumerate((weights, inputs)) for at, place in enumerate(of)])
         for kind in expected:
-            expected[kind] += float(chance) * policy_cost(given.network, policy)[kind] / given.parsed_budget.caps[kind]
+            expected[kind] += float(chance) * policy_cost(given.network, policy)[kind] / given.choices.budget.caps[kind]
     assert stated(given).expected(*shares) == pytest.approx(expected, rel=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_widths_that_no_policy_within_the_caps_has_are_forbidden(budget):
     given = problem(budget)
     possible = np.zeros((2, groups(given), len(WIDTHS)), dtype=bool)
     for weights, inputs, policy in policies(given):
-        if not given.parsed_budget.exceeded(given.network, policy):
+        if not given.choices.budget.exceeded(given.network, policy):
             possible[0, range(groups(given)), weights] = possible[1, range(groups(given)), inputs] = True
     for price, some in zip(stated(given).prices(*random_logits(3, 2)), possible, strict=True):
         assert np.array_equal(price.isfinite(), some)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 from bitscape.searches.problem import SearchProblem
-from bitscape.searches.topological import Topological, birth_times, channel_entropy, chosen_images, layer_entropy, square_maps
+from bitscape.searches.topological import Topological, birth_times, channel_entropy, chosen_samples, layer_entropy, square_maps
 
 PAIRS = (LayerBits(2, 2), LayerBits(2, 8), LayerBits(4, 4), LayerBits(8, 8))
 
@@ -111,9 +112,15 @@ def test_maps_are_squared_at_their_center_and_rectified() -> None:
 
 def test_images_of_one_label_are_chosen_if_there_are_enough() -> None:
     images, labels = torch.arange(6.0).reshape(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 1, 2])
-    assert chosen_images(images, labels, 3).flatten().tolist() == [1.0, 3.0, 4.0]
-    assert chosen_images(images, labels, 4).flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert chosen_images(images, None, 2).flatten().tolist() == [0.0, 1.0]
+    of_several_shapes = Samples([Minibatch(images[:4]), Minibatch(torch.cat([images[4:]] * 2, dim=3))])
+    for samples in (Samples.of(images), of_several_shapes):
+        assert _values(chosen_samples(samples, labels, 3)) == [1.0, 3.0, 4.0]
+        assert _values(chosen_samples(samples, labels, 4)) == [0.0, 1.0, 2.0, 3.0]
+        assert _values(chosen_samples(samples, None, 2)) == [0.0, 1.0]
+
+
+def _values(samples: Samples) -> list[float]:
+    return [float(sample.max()) for part in samples.parts for sample in part.inputs]
 
 
 def _problem(weight: float = 1.0) -> SearchProblem:
@@ -126,13 +133,13 @@ def _problem(weight: float = 1.0) -> SearchProblem:
         model[0].weight.fill_(weight)
         model[0].bias.zero_()
         model[1].weight.copy_(torch.tensor([1.0, -1.0, 0.0]))  # the norm turns a map's sign, or switches it off
-    return SearchProblem(model=model, images=torch.randn(64, 1, 8, 8), budget="bitops=w4a4", candidates=PAIRS, pinned={})
+    return SearchProblem.of(model=model, samples=torch.randn(64, 1, 8, 8), budget="bitops=w4a4", candidates=PAIRS, pinned={})
 
 
 def test_score_is_the_entropy_times_the_mean_width() -> None:
     problem = _problem()
     table = Topological(batch_size=24).score(problem)
-    images = problem.images[:, 0]
+    images = problem.samples.parts[0].inputs[:, 0]
     # The channel that the norm switches off has no births.
     entropies = [layer_entropy(birth_times(maps.relu())[:, None]) for maps in (images, -images)]
     assert min(entropies) > 0.5

@@ -7,7 +7,7 @@ from torch import nn
 from bitscape.cost.policy_cost import cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
-from bitscape.searches.allocation import InfeasibleBudget
+from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.uniform import Uniform
 from tests.searches.small import square
@@ -16,7 +16,7 @@ from tests.searches.small import square
 def problem(budget: Any, **changes: Any) -> SearchProblem:
     convs = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *convs[:2], nn.MaxPool2d(2), *convs[2:], nn.Flatten(), nn.Linear(72, 4))
-    return SearchProblem(model=model, images=torch.zeros(1, 3, 8, 8), budget=budget, **changes)
+    return SearchProblem.of(model=model, samples=torch.zeros(1, 3, 8, 8), budget=budget, **changes)
 
 
 def free_bits(stated: SearchProblem, method: Uniform) -> set[str]:
@@ -53,7 +53,7 @@ def test_the_exact_cost_of_a_uniform_policy_gives_that_policy_mixed_or_not(budge
 def test_mixing_fills_the_budget_with_low_bits_where_most_macs_are() -> None:
     stated = problem("bitops=0.2x")
     plain, mixed = (method.search(stated).policy for method in (Uniform(), Uniform(mix=True)))
-    cap = stated.parsed_budget.caps["bitops"]
+    cap = stated.choices.budget.caps["bitops"]
     assert plain.cost["bitops"] < mixed.cost["bitops"] <= cap
     low = [name for name in stated.free_layers if mixed.layers[name] == plain.layers[stated.free_layers[0]]]
     macs = {name: stated.network.by_name[name].macs for name in stated.free_layers}
@@ -94,12 +94,12 @@ def test_candidates_without_equal_pairs_have_no_uniform_policy_under_bitops() ->
     pairs = tuple(bits for bits in square(2, 4) if bits.weight != bits.activation)
     with pytest.raises(BitscapeError, match="none has equal weight and activation bits"):
         Uniform().search(problem("bitops=w4a4", candidates=pairs))
-    assert free_bits(problem("weight_bytes=w4", candidates=pairs), Uniform()) == {"4/2"}
+    assert free_bits(problem("weight_bytes=w4", candidates=pairs, pinned={}), Uniform()) == {"4/2"}
 
 
 def test_caps_on_weights_and_activations_apart_are_filled_apart() -> None:
     from torch import nn
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
-    stated = SearchProblem(model=model, images=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={})
+    stated = SearchProblem.of(model=model, samples=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={})
     assert set(Uniform().search(stated).policy.layers.values()) == {LayerBits(4, 6)}

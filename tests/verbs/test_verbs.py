@@ -69,7 +69,7 @@ def test_any_form_of_the_same_data_gives_the_same_policy_and_network(data):
 
 def test_the_verb_searches_as_the_method_does():
     model = classifier()
-    problem = SearchProblem(model=model, images=IMAGES, budget="weight_bytes=w4", candidates=tuple(CANDIDATES))
+    problem = SearchProblem.of(model=model, samples=IMAGES, budget="weight_bytes=w4", candidates=tuple(CANDIDATES))
     by_method = bs.Fisher(images=16).search(problem).policy
     by_verb = bs.search(model, IMAGES, "weight_bytes=w4", candidates=CANDIDATES, method=bs.Fisher(images=16)).policy
     assert by_verb.layers == by_method.layers and by_verb.provenance == by_method.provenance
@@ -156,10 +156,13 @@ class Pair(nn.Module):
         (lambda: bs.search(classifier(), IMAGES, "weight_bytes=w4", target="openvine"), "target='openvine': unknown; nearest: openvino"),
         (lambda: bs.search(classifier(), "photos/", "weight_bytes=w4"), "a name or path is read by bitscape.load_dataset"),
         (
-            lambda: bs.search(Pair(), [((IMAGES, IMAGES), LABELS)], "weight_bytes=w4"),
-            "called with a tuple of several inputs; a network of one input tensor is needed",
+            lambda: bs.search(Pair(), [((IMAGES, IMAGES), LABELS)], "weight_bytes=w4", method="differentiable"),
+            "data: a tuple of several inputs, where this method needs one tensor .*use method fisher",
         ),
-        (lambda: bs.search(classifier(), [IMAGES, IMAGES[..., :6]], "weight_bytes=w4"), "resize or crop them to one size"),
+        (
+            lambda: bs.search(classifier(), [IMAGES, IMAGES[..., :6]], "weight_bytes=w4", pick="least-sharp"),
+            "data: samples of several shapes, where this method needs one tensor",
+        ),
         (lambda: bs.export(classifier(), "x.onnx", IMAGES), "network: it has no quantized layer"),
     ],
 )

@@ -133,7 +133,7 @@ class Digits:
         """The search problem under the demo's budget."""
         from bitscape.searches.problem import SearchProblem
 
-        return SearchProblem(model=self.network, images=self.images, budget=BUDGET, seed=seed)
+        return SearchProblem.of(self.network, self.images, BUDGET, seed=seed)
 
     def policy(self, method: "SearchMethod", seed: int = 0) -> Policy:
         """Search with `method`."""

@@ -1,7 +1,6 @@
 """What the commands load: networks, images, policies on networks. Imports torch when called."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -208,12 +207,6 @@ def policy_shape(policy: Policy, given: tuple[int, int, int] | None) -> tuple[in
     if isinstance(images, list) and len(images) == 4:
         return tuple(images[1:])
     raise BitscapeError("--input-shape is missing, and the policy does not tell it; write e.g. --input-shape 3x224x224")
-
-
-def with_pins(network: "NetworkProfile", pins: Mapping[str, LayerBits], free_ends: bool) -> dict[str, LayerBits]:
-    """Add the default pins, first and last layer at 8/8, to those given."""
-    ends = () if free_ends else network.ends
-    return {**dict.fromkeys(ends, LayerBits(8, 8)), **pins}
 
 
 def uniform_cost(network: "NetworkProfile", bits: int) -> dict[str, float]:

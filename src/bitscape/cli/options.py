@@ -80,7 +80,8 @@ budget_option = click.option(
     "budgets",
     multiple=True,
     metavar="CAP",
-    help="Cap, repeatable: bitops=0.25x (of 8 bit), bitops=w4a4, bitops=3.9e8, weight_bytes=1.2MB, "
+    help="Cap, repeatable: 4bit (bytes of 4-bit weights in every layer), bitops=0.25x (of 8 bit), bitops=w4a4, bitops=3.9e8, "
+    "weight_bytes=1.2MB, "
     "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB, latency_ms=2.5 (with --latency).",
 )
 latency_option = click.option(
@@ -101,6 +102,13 @@ pin_option = click.option(
     "pins",
     multiple=True,
     metavar="LAYER=W/A",
-    help="Fix a layer's weight/activation bits, e.g. conv1=8/8; repeatable. The first and the last layer are at 8/8 "
-    "unless pinned otherwise; `--pin none` frees them.",
+    help="Fix weight/activation bits by name or pattern, e.g. conv1=8/8 or 'head*=8/8'; repeatable. The first layer and the heads "
+    "are at 8/8 unless pinned otherwise; under caps on weights alone, of the heads only the activations. `--pin none` frees them.",
+)
+keep_float_option = click.option(
+    "--keep-float",
+    "keep_float",
+    multiple=True,
+    metavar="LAYER",
+    help="Name or pattern of layers that stay float, e.g. 'head*'; repeatable.",
 )

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from bitscape.errors import BitscapeError, nearest
+from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.policy import MAX_BITS, LayerBits
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Normalization
     from bitscape.dynamic import Dqmq
     from bitscape.engine import Tracker
+    from bitscape.searches.freedom import Pins
     from bitscape.searches.methods import SearchMethod
     from bitscape.steps import Plain, SharpSettings
 
@@ -26,7 +27,8 @@ def parse_candidates(text: str) -> tuple[LayerBits, ...]:
     if not parts or not (parts.keys() == {""} or parts.keys() == {"w", "a"}):
         raise BitscapeError(f"--candidates {text!r}: write e.g. 2,3,4,8 (weights and activations), or w=2,4,8;a=8")
     weights, activations = (_widths(text, parts.get(kind, parts.get("", ""))) for kind in ("w", "a"))
-    return tuple(LayerBits(w, a) for w, a in product(weights, activations))
+    with prefixed(f"--candidates {text!r}"):
+        return tuple(LayerBits(w, a) for w, a in product(weights, activations))
 
 
 def _widths(option: str, text: str) -> list[int]:
@@ -34,23 +36,23 @@ def _widths(option: str, text: str) -> list[int]:
         widths = [int(width) for width in text.split(",")]
     except ValueError:
         raise BitscapeError(f"--candidates {option!r}: {text!r} is no list of bits; write e.g. 2,3,4,8") from None
-    if not all(1 <= width <= 8 for width in widths):
-        raise BitscapeError(f"--candidates {option!r}: bits must be from 1 to 8")
     return list(dict.fromkeys(widths))
 
 
-def parse_pins(texts: Iterable[str]) -> tuple[dict[str, LayerBits], bool]:
-    """Read "name=8/8" texts. Return the pins, and whether "none" was among the texts (ends not pinned by default)."""
+def parse_pins(texts: Iterable[str]) -> "Pins":
+    """Read "name=8/8" texts; with "none" among them, the ends are not pinned by default."""
+    from bitscape.searches.freedom import Pins
+
     texts = list(texts)
-    return dict(_pin(text) for text in texts if text != UNPINNED), UNPINNED in texts
+    return Pins(dict(_pin(text) for text in texts if text != UNPINNED), ends=UNPINNED not in texts)
 
 
 def _pin(text: str) -> tuple[str, LayerBits]:
     name, _, bits = text.rpartition("=")
-    weight, _, activation = bits.partition("/")
-    if not name or not is_whole(weight) or not is_whole(activation):
-        raise BitscapeError(f"--pin {text!r}: write layer=weight/activation bits, e.g. conv1=8/8, or none")
-    return name, LayerBits(int(weight), int(activation))
+    if not name:
+        raise BitscapeError(f"--pin {text!r}: write layer=weight/activation bits, e.g. conv1=8/8 or 'head*=8/8', or none")
+    with prefixed(f"--pin {text!r}"):
+        return name, LayerBits.parse(bits)
 
 
 def is_whole(text: str) -> bool:

@@ -1,14 +1,13 @@
 """`bitscape search`: from a network, a few images and a budget to a policy file."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_images, load_network, measure_network, with_pins
+from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_images, load_network
 from bitscape.cli.options import (
     COUNT,
     all_of,
@@ -16,6 +15,7 @@ from bitscape.cli.options import (
     channels_last_option,
     data_options,
     image_options,
+    keep_float_option,
     latency_option,
     network_options,
     pin_option,
@@ -24,16 +24,16 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
-from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget, repairs_text
+from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget, repairs_text
 from bitscape.errors import BitscapeError
 from bitscape.folders import CHECKPOINT, POLICY_FILE
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from bitscape.data.samples import Samples
     from bitscape.data.sources import Dataset
+    from bitscape.engine.task import TaskName
     from bitscape.searches.methods import SearchMethod
-    from bitscape.searches.problem import SearchProblem
+    from bitscape.searches.problem import Pick, SearchResult
 
 _method_options = all_of(
     click.option("--images", type=COUNT, help=f"Proxy images drawn, evenly over the classes.  [default: {CALIBRATION_IMAGES}]"),
@@ -86,6 +86,7 @@ _outputs = all_of(
 @latency_option
 @target_option
 @pin_option
+@keep_float_option
 @channels_last_option
 @seed_option
 @_outputs
@@ -103,11 +104,12 @@ def search(
     settings: tuple[str, ...],
     candidates: str | None,
     for_training: bool,
-    task: str,
-    pick: str,
+    task: "TaskName",
+    pick: "Pick",
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
+    keep_float: tuple[str, ...],
     channels_last: bool | None,
     seed: int,
     folder: Path | None,
@@ -128,10 +130,11 @@ def search(
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
     from bitscape.cost.budget import check_form
     from bitscape.data.splits import TRAINING
+    from bitscape.verbs.search import search as search_bits
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
-    offered = {} if candidates is None else {"candidates": parse_candidates(candidates)}
-    _check_method(method_name, method, scores, pick, folder)
+    offered = None if candidates is None else parse_candidates(candidates)
+    _check_method(method, scores, pick, folder)
     check_form(budgets, has_latency=latency is not None)
     seen = ImageSettings.checked(input_size, normalize, data)
     times, target = load_target(latency, target_name)
@@ -141,25 +144,47 @@ def search(
         keep_locked(folder)
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
-    proxy = draw_images(data, split or TRAINING, images, seen, seed)
-    common: dict[str, Any] = {"budget": budgets, "for_training": for_training, "task": task, "pick": pick, "seed": seed}
-    common |= {**offered, "folder": folder, "latency": times, "target": target, "channels_last": channels_last}
-    problem = make_problem(network, proxy, data, seen.normalize, pinned, common)
+    samples = _normalized(draw_images(data, split or TRAINING, images, seen, seed), seen.normalize, data)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:
-        _search(problem, method, source, out, scores)
+        result = search_bits(
+            network,
+            samples,
+            budgets,
+            method=method,
+            task=task,
+            count=len(samples),
+            candidates=offered,
+            pinned=pinned,
+            keep_float=keep_float,
+            target=target,
+            latency=times,
+            for_training=for_training,
+            pick=pick,
+            folder=folder,
+            channels_last=channels_last,
+            seed=seed,
+        )
+        policy = replace(result.policy, provenance={**result.policy.provenance, **source})
+        _keep_and_print(replace(result, policy=policy), len(samples), out, scores)
     except KeyboardInterrupt:
         raise click.Abort(_how_to_go_on(folder)) from None
 
 
-def _check_method(name: str, method: "SearchMethod", scores: Path | None, pick: str, folder: Path | None) -> None:
+def _check_method(method: "SearchMethod", scores: Path | None, pick: "Pick", folder: Path | None) -> None:
     """Refuse, before anything is loaded, what the method cannot do."""
-    if scores is not None and not hasattr(method, "score"):
-        raise BitscapeError(f"--scores: {name} has no scores; leave --scores out, or use another method")
-    if pick != "best" and not hasattr(method, "score"):
-        raise BitscapeError(f"--pick {pick}: {name} has no scores, so there are no near-equal policies; leave --pick out")
-    if folder is not None and not hasattr(method, "train_mixture"):
-        raise BitscapeError(f"--folder: {name} does not train and keeps nothing there; leave --folder out, or use e.g. differentiable")
+    from bitscape.searches.problem import name_of
+    from bitscape.verbs.search import check_options
+
+    if scores is not None and "pick" not in method.options:
+        raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
+    check_options(method, pick, folder)
+
+
+def _normalized(proxy: "Dataset", normalize: str | None, source: str) -> "Samples":
+    from bitscape.data.samples import Samples
+
+    return Samples.of(parse_normalization(normalize, source).apply(proxy.images), proxy.labels)
 
 
 def _how_to_go_on(folder: Path | None) -> str:
@@ -170,45 +195,24 @@ def _how_to_go_on(folder: Path | None) -> str:
     return f"{found}run the same command to go on from {folder}"
 
 
-def make_problem(
-    network: "nn.Module",
-    proxy: "Dataset",
-    source: str,
-    normalize: str | None,
-    pinned: tuple[Mapping[str, Any], bool],
-    settings: Mapping[str, Any],
-) -> "SearchProblem":
-    """Put a search problem together; first and last layer are pinned unless freed."""
-    from bitscape.engine.forward import device_of
-    from bitscape.searches.problem import SearchProblem
-
-    images = parse_normalization(normalize, source).apply(proxy.images).to(device_of(network))
-    pins = with_pins(measure_network(network, tuple(images.shape[1:])), *pinned) if any(pinned) else None
-    return SearchProblem(model=network, images=images, labels=proxy.labels, pinned=pins, **settings)
-
-
-def _search(problem: "SearchProblem", method: "SearchMethod", source: Mapping[str, Any], out: Path | None, scores: Path | None) -> None:
-    from bitscape.searches.allocation import choices
-
-    # A budget that nothing fits is refused before the minutes that scores may take.
-    pinned, tied = problem.pinned_layers, problem.tied
-    choices(problem.network, problem.parsed_budget, problem.candidates, pinned, tied).first_feasible()
-    result = method.search(problem)
-    policy = replace(result.policy, provenance={**result.policy.provenance, **source})
+def _keep_and_print(result: "SearchResult", images: int, out: Path | None, scores: Path | None) -> None:
+    policy, choices = result.policy, result.choices
     if scores is not None and result.scores is not None:  # files first: whatever becomes of the output, the work is kept
         result.scores.save(scores)
     if out is not None:
         policy.save(out)
-    print_layers(policy, problem.network)
+    print_layers(policy, choices.network)
     click.echo()
-    print_within_budget(policy, problem.network, problem.parsed_budget)
-    print_loose_caps(policy, problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers)
-    if problem.latency is not None:
-        click.echo(f"latency_ms: {problem.latency.where}")
-    print_storage(policy, problem.network, problem.target)
-    click.echo(f"\n{policy.provenance['method']}: {len(problem.images)} images, {result.seconds:.1f} s")
+    print_within_budget(policy, choices.network, choices.budget)
+    print_pins(choices)
+    print_loose_caps(policy, choices)
+    if choices.latency is not None:
+        click.echo(f"latency_ms: {choices.latency.where}")
+    print_storage(policy, choices.network, choices.target)
+    click.echo(f"\n{policy.provenance['method']}: {images} images, {result.seconds:.1f} s")
     if result.scores is not None:
         click.echo(repairs_text(result.scores))
+    click.echo(gain_text(result.gain))
     if scores is not None and result.scores is not None:
         click.echo(f"scores: {scores}; other budgets need no search: bitscape solve --scores {scores}")
     if out is not None:

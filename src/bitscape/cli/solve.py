@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import load_network, measure_network, with_pins
-from bitscape.cli.options import budget_option, latency_option, model_option, pin_option, shape_option, target_option
+from bitscape.cli.network import load_network, measure_network
+from bitscape.cli.options import budget_option, keep_float_option, latency_option, model_option, pin_option, shape_option, target_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
 from bitscape.cli.paths import FILE, OutputFile
-from bitscape.cli.tables import print_layers, print_loose_caps, print_storage, print_within_budget
+from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
     from bitscape.cost.layers import NetworkProfile
-    from bitscape.cost.targets import Target
+    from bitscape.searches.choices import Choices
+    from bitscape.searches.freedom import Pins
     from bitscape.searches.scores import ScoreTable
 
 MOST_POINTS = 1000
@@ -35,6 +36,7 @@ MOST_POINTS = 1000
 @latency_option
 @target_option
 @pin_option
+@keep_float_option
 @click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json.")
 def solve(
     scores: Path,
@@ -46,6 +48,7 @@ def solve(
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
+    keep_float: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Find the bits for another budget from saved scores.
@@ -59,8 +62,8 @@ def solve(
       bitscape solve --scores scores.json --model timm:resnet18 \\
         --input-shape 3x224x224 --front 10
     """
-    from bitscape.cost.budget import check_form
-    from bitscape.cost.latency import with_latency
+    from bitscape.cost.budget import Budget, check_form
+    from bitscape.searches.choices import Choices
     from bitscape.searches.scores import ScoreTable
 
     shape = parse_shape(input_shape)
@@ -72,63 +75,57 @@ def solve(
         raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
     if budgets:
         check_form(budgets, has_latency=latency is not None)
-    pins_given = parse_pins(pins)
+    pinned = parse_pins(pins)
     table, (times, target) = ScoreTable.load(scores), load_target(latency, target_name)
-    network = measure_network(load_network(model, None, "cpu"), shape)
-    source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
-    if times is not None:
-        network, source = with_latency(network, times), {**source, "latency": times.source()}
-    pinned = with_pins(network, *pins_given)
-    if target is not None:
-        table, pinned = _kept_to(target, table, network, pinned)
-        source["target"] = target.name
-    if front is not None:
-        _print_front(table, network, pinned, along, front)
-    else:
-        _solve(table, network, pinned, budgets, source, target, out)
-
-
-def _kept_to(
-    target: "Target", table: "ScoreTable", network: "NetworkProfile", pinned: dict[str, LayerBits]
-) -> "tuple[ScoreTable, dict[str, LayerBits]]":
-    """Leave the scores of pairs that the target has, and pin the layers to which it gives 8 bits."""
-    kept = [at for at, pair in enumerate(table.candidates) if target.allows(pair)]
-    if not kept:
+    candidates = [pair for pair in table.candidates if target is None or target.allows(pair)]
+    if target is not None and not candidates:
         target.check("--scores", table.candidates)
-    target.check_pinned(pinned, network)
-    candidates = tuple(table.candidates[at] for at in kept)
-    return replace(table, candidates=candidates, values=table.values[:, kept]), {**target.pins(network), **pinned}
+    network = measure_network(load_network(model, None, "cpu"), shape)
+    choices = Choices.of(
+        network,
+        budgets or Budget(),
+        candidates=candidates,
+        pinned=_without_scores(pinned, table, network),
+        keep_float=keep_float,
+        latency=times,
+        target=target,
+        along=along if front is not None else None,
+    )
+    if front is not None:
+        _print_front(table, choices, along, front)
+    else:
+        source: dict[str, object] = {"model": model, "images": [1, *shape], "scores": str(scores)}
+        _solve(table, choices, source, out)
 
 
-def _solve(
-    table: "ScoreTable",
-    network: "NetworkProfile",
-    pinned: dict[str, LayerBits],
-    budgets: tuple[str, ...],
-    source: dict[str, object],
-    target: "Target | None",
-    out: Path | None,
-) -> None:
-    from bitscape.cost.budget import parse_budget
+def _without_scores(pins: "Pins", table: "ScoreTable", network: "NetworkProfile") -> "Pins":
+    """Pin those ends at 8/8 that the search did not score, as it does under caps on activations."""
+    unscored = [name for name in network.ends if name not in table.layers] if pins.ends else []
+    return replace(pins, layers={**dict.fromkeys(unscored, LayerBits.EIGHT), **pins.layers})
+
+
+def _solve(table: "ScoreTable", choices: "Choices", source: dict[str, object], out: Path | None) -> None:
     from bitscape.searches.allocation import allocate
+    from bitscape.searches.gain import gain_of
 
-    budget = parse_budget(budgets, network, pinned)
-    found = allocate(table, network, budget, pinned)
-    policy = replace(found, provenance={**found.provenance, **source})
+    policy = allocate(table, choices)
+    policy = replace(policy, provenance={**policy.provenance, **choices.provenance(), **source})
     if out is not None:  # first: whatever becomes of the output, the work is kept
         policy.save(out)
-    print_layers(policy, network)
+    print_layers(policy, choices.network)
     click.echo()
-    print_within_budget(policy, network, budget)
-    print_loose_caps(policy, network, budget, table.candidates, pinned)
-    print_storage(policy, network, target)
+    print_within_budget(policy, choices.network, choices.budget)
+    print_pins(choices)
+    print_loose_caps(policy, choices)
+    print_storage(policy, choices.network, choices.target)
+    click.echo(f"\n{gain_text(gain_of(table, choices))}")
     click.echo("\nthe policy is not kept; --out FILE keeps it" if out is None else f"\npolicy: {out}")
 
 
-def _print_front(table: "ScoreTable", network: "NetworkProfile", pinned: dict[str, LayerBits], along: str, points: int) -> None:
+def _print_front(table: "ScoreTable", choices: "Choices", along: str, points: int) -> None:
     from bitscape.searches.allocation import pareto_front
 
-    policies = pareto_front(table, network, pinned, along, points).policies
+    policies = pareto_front(table, choices, along, points).policies
     columns = [f"{along}=", "weight_bytes", "mean weight bits", "mean activation bits", f"score ({table.method})"]
     print_table(columns, [_front_row(policy, along) for policy in policies], left=0)
     click.echo(f"\none of them: bitscape solve ... --budget {along}={policies[-1].cost[along]!r}")

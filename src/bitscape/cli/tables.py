@@ -1,18 +1,23 @@
 """Tables of policies: bits and costs per layer, totals beside 8 bit and beside the budget."""
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from bitscape.cli.output import amount, cost_text, print_table
-from bitscape.policy import LayerBits, Policy
+from bitscape.policy import Policy
 
 if TYPE_CHECKING:
     from bitscape.cost.budget import Budget
     from bitscape.cost.layers import NetworkProfile
     from bitscape.cost.targets import Target
+    from bitscape.searches.choices import Choices
+    from bitscape.searches.gain import Gain
     from bitscape.searches.scores import ScoreTable
+
+
+SHOWN = 8
+"""Names in a line."""
 
 
 def print_bits(policy: Policy) -> None:
@@ -37,6 +42,20 @@ def print_layers(policy: Policy, network: "NetworkProfile") -> None:
     columns = ["layer", "kind", "weights", "MACs", "weight bits", "activation bits", "BitOps", "bytes"]
     columns += ["ms", "of all"] if times else []
     print_table(columns, rows, left=2)
+
+
+def print_pins(choices: "Choices") -> None:
+    """Print what was fixed before the search."""
+    fixed: dict[str, list[str]] = {}
+    for name, bits in choices.freedom.described().items():
+        fixed.setdefault(bits.replace("*/", "weights free, activations "), []).append(name)
+    texts = [f"{_listed(names)} ({bits})" for bits, names in fixed.items()]
+    click.echo(f"\npinned: {'; '.join(texts) or 'no layer'}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def print_storage(policy: Policy, network: "NetworkProfile", target: "Target | None") -> None:
@@ -71,25 +90,28 @@ def print_within_budget(policy: Policy, network: "NetworkProfile", budget: "Budg
         click.echo(f"\nthe allocation ran out of time: {gap_note(gap)}")
 
 
-def print_loose_caps(
-    policy: Policy, network: "NetworkProfile", budget: "Budget", candidates: Sequence[LayerBits], pinned: Mapping[str, LayerBits]
-) -> None:
+def print_loose_caps(policy: Policy, choices: "Choices") -> None:
     """Name the caps that even the widest bits on offer keep, and how many layers have these bits; print nothing where every cap binds."""
     from bitscape.cost.policy_cost import policy_cost
 
-    widest = LayerBits(max(bits.weight for bits in candidates), max(bits.activation for bits in candidates))
-    free = [name for name in network.by_name if name not in pinned]
-    most = policy_cost(network, Policy({**policy.layers, **dict.fromkeys(free, widest)}))
-    loose = [kind for kind, limit in budget.caps.items() if most[kind] <= limit]
-    if not loose or not free:
+    widest = choices.widest()
+    most = policy_cost(choices.network, Policy({**policy.layers, **widest}))
+    loose = [kind for kind, limit in choices.budget.caps.items() if most[kind] <= limit]
+    if not loose or not widest:
         return
-    at_widest = sum(policy.layers[name] == widest for name in free)
-    click.echo(f"\nnot binding: {', '.join(loose)}; the widest bits, {widest} in every free layer, stay within", nl=False)
-    if len(loose) < len(budget.caps):
+    at_widest = sum(policy.layers[name] == bits for name, bits in widest.items())
+    most_bits = ", ".join(map(str, dict.fromkeys(widest.values())))
+    click.echo(f"\nnot binding: {', '.join(loose)}; the widest bits, {most_bits} in every free layer, stay within", nl=False)
+    if len(loose) < len(choices.budget.caps):
         click.echo()
     else:
-        why = "" if at_widest == len(free) else "; the others score no better with more bits"
-        click.echo(f" every cap: {at_widest} of {len(free)} free layers have them{why}")
+        why = "" if at_widest == len(widest) else "; the others score no better with more bits"
+        click.echo(f" every cap: {at_widest} of {len(widest)} free layers have them{why}")
+
+
+def gain_text(gain: "Gain | None") -> str:
+    """Say what mixed bits can win."""
+    return "expected gain: not told by these scores; those of fisher, kl and hawq do" if gain is None else f"expected gain: {gain}"
 
 
 def repairs_text(scores: "ScoreTable") -> str:

@@ -4,6 +4,7 @@
 "weight_bytes=1.2MB"  "64KiB"         absolute; kB, MB, GB are powers of 1000, KiB, MiB, GiB powers of 1024
 "bitops=0.25x"                        a fraction of the cost with every layer at 8 bits
 "bitops=w4a4"  "weight_bytes=w4"      the cost of that uniform policy, with the pinned layers at their own bits
+"4bit"  "weight_bytes=4bit"           the bytes of 4-bit weights in every layer, pinned ones included
 "mean_weight_bits=4"                  a mean, in bits
 "latency_ms=2.5"  "latency_ms=0.9x"   milliseconds; the network must have a latency table (`latency.with_latency`)
 """
@@ -17,13 +18,14 @@ from numbers import Real
 from bitscape.cost.layers import NO_EFFECT, NetworkProfile
 from bitscape.cost.policy_cost import CAPS, NO_TABLE, cap, cost
 from bitscape.errors import BitscapeError, nearest
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import MAX_BITS, LayerBits, Policy, uniform_policy
 
-_EXAMPLES = '"bitops=0.25x", "bitops=w4a4", "bitops=3.9e8", "weight_bytes=1.2MB", "mean_weight_bits=4"'
+_EXAMPLES = '"4bit", "bitops=0.25x", "bitops=w4a4", "bitops=3.9e8", "weight_bytes=1.2MB", "mean_weight_bits=4"'
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}, "ms": {"": 1, "ms": 1}}
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+\.)\s*([a-z]*)")
+_EVERY_LAYER = re.compile(r"([0-9.]{1,9})\s*bits?")
 _UNIFORM = re.compile(r"(?:w([0-9]{1,9}))?(?:a([0-9]{1,9}))?")
 """`int` fails on thousands of digits."""
 
@@ -60,6 +62,12 @@ def parse_budget(
     return Budget({kind: _absolute(kind, value, network, pinned or {}) for kind, value in _entries(texts)})
 
 
+def budget_kinds(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> list[str]:
+    """Return the kinds of cost that a budget caps. Raises BitscapeError as `check_form` does."""
+    check_form(texts, has_latency=has_latency)
+    return [kind for kind, _ in _entries(texts)]
+
+
 def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> None:
     """Raise BitscapeError for texts that no network could make a budget of; see `parse_budget`."""
     entries = _entries(texts)
@@ -81,12 +89,17 @@ def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_la
 def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:
     if isinstance(texts, Mapping):
         return list(texts.items())
-    parts = [part.strip() for text in ([texts] if isinstance(texts, str) else texts) for part in str(text).split(",")]
-    return [_entry(part) for part in parts if part]
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str | bytes) else [texts]
+    for text in listed:
+        if not isinstance(text, str):
+            raise BitscapeError(f'budget: {text!r} is no text; give caps such as "bitops=0.25x", or a mapping from kind to value')
+    return [_entry(part.strip()) for text in listed for part in text.split(",") if part.strip()]
 
 
 def _entry(text: str) -> tuple[str, str]:
     kind, equals, value = text.partition("=")
+    if not equals and _EVERY_LAYER.fullmatch(text.lower()):
+        return "weight_bytes", text
     if not equals:
         raise BitscapeError(f"budget {text!r} is not of the form kind=value; examples: {_EXAMPLES}")
     return kind.strip(), value.strip()
@@ -95,7 +108,8 @@ def _entry(text: str) -> tuple[str, str]:
 def _absolute(kind: str, value: float | str, network: NetworkProfile, pinned: Mapping[str, LayerBits]) -> float:
     form = _read(kind, value)
     if isinstance(form, LayerBits):
-        absolute = cost(kind, network, _uniform(network, form, pinned))
+        everywhere = _EVERY_LAYER.fullmatch(str(value).strip().lower())
+        absolute = cost(kind, network, _uniform(network, form, {} if everywhere else pinned))
     else:
         number, is_fraction = form
         absolute = number * cost(kind, network, _uniform(network, LayerBits(8, 8), {})) if is_fraction else number
@@ -107,6 +121,8 @@ def _absolute(kind: str, value: float | str, network: NetworkProfile, pinned: Ma
 def _read(kind: str, value: object) -> LayerBits | tuple[float, bool]:
     """The bits of a uniform policy, or a positive number and whether it is a fraction of the 8-bit cost."""
     text = value.strip().lower() if isinstance(value, str) else ""
+    if everywhere := _EVERY_LAYER.fullmatch(text):
+        return _bits_of_every_layer(kind, text, everywhere.group(1))
     if text and (uniform := _UNIFORM.fullmatch(text)):
         return _uniform_bits(kind, text, uniform.group(1), uniform.group(2))
     form: tuple[float, bool] | None = None
@@ -126,13 +142,21 @@ def _uniform(network: NetworkProfile, bits: LayerBits, pinned: Mapping[str, Laye
     return uniform_policy(names, bits, {**dict.fromkeys(network.uncalled, NO_EFFECT), **pinned})
 
 
+def _bits_of_every_layer(kind: str, text: str, width: str) -> LayerBits:
+    if kind != "weight_bytes":
+        raise BitscapeError(f"budget {kind}={text!r}: that form counts bytes, weight_bytes={text}; {_forms(kind)}")
+    if not width.isdecimal() or not 1 <= int(width) <= MAX_BITS:
+        raise BitscapeError(f"budget {kind}={text!r}: bits must be a whole number from 1 to {MAX_BITS}; {_forms(kind)}")
+    return LayerBits(int(width), MAX_BITS)
+
+
 def _uniform_bits(kind: str, text: str, weight: str | None, activation: str | None) -> LayerBits:
     given = {"weight": weight, "activation": activation}
     missing = sorted(width for width in CAPS[kind].depends_on if given[width] is None)
     if missing:
         raise BitscapeError(f"budget {kind}={text!r} does not say the {' and '.join(missing)} bits; {_forms(kind)}")
     widths = [int(width or 8) for width in (weight, activation)]
-    if not all(1 <= width <= 8 for width in widths):
+    if not all(1 <= width <= MAX_BITS for width in widths):
         raise BitscapeError(f"budget {kind}={text!r}: bits must be from 1 to 8; {_forms(kind)}")
     return LayerBits(*widths)
 
@@ -141,4 +165,5 @@ def _forms(kind: str) -> str:
     """Name the ways to write a cap of this kind."""
     number = {"": "3.9e8 or 34.7G", "bytes": "65536, 64kB or 1.2MB", "bits": "4 or 3.5", "ms": "2.5 or 2.5ms"}[CAPS[kind].unit]
     uniform = "".join(f"{width[0]}4" for width in ("weight", "activation") if width in CAPS[kind].depends_on)
-    return f"write {kind}= a number ({number}), a fraction of the 8-bit cost (0.25x) or a uniform policy ({uniform})"
+    every = ", or 4bit, the bytes of 4-bit weights in every layer" if kind == "weight_bytes" else ""
+    return f"write {kind}= a number ({number}), a fraction of the 8-bit cost (0.25x) or a uniform policy ({uniform}){every}"

@@ -49,6 +49,8 @@ class ModuleRun:
     """Elements of its output, in its largest call."""
     total_output_elements: int = 0
     """Elements of its output, all calls together."""
+    is_head: bool = False
+    """Of a quantizable layer: whether its output reaches one of the network's without passing another such layer."""
 
 
 def dry_pass(model: nn.Module, sample: Inputs) -> dict[str, ModuleRun]:
@@ -127,10 +129,65 @@ def _record(model: nn.Module, inputs: Inputs) -> dict[str, ModuleRun]:
     try:
         recorder.attach(model)
         with torch.no_grad(), _plain_attention(), recorder.counter, recorder:
-            call(model, inputs)
+            outputs = call(model, inputs)
     finally:
         recorder.detach()
+    for name in recorder.makers.of(outputs):
+        recorder.runs[name].is_head = True
     return recorder.runs
+
+
+class _Makers:
+    """Which quantizable layers last worked on the values of each tensor; views share their storage, and so their makers."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, dict[str, int]] = {}
+        """Storage -> layer -> how many calls came before."""
+        self._alive: list[Tensor] = []  # so that no identity is given twice
+        self._calls = 0
+
+    def made(self, name: str, output: Any) -> None:
+        """A quantizable layer returned `output`."""
+        self._calls += 1
+        for tensor in tensors_in(output):
+            self._set(tensor, {name: self._calls})
+
+    def follow(self, operation: str, arguments: Any, result: Any) -> None:
+        """An operation made `result`, or wrote into one of its arguments.
+
+        A sum of two branches counts as the later layer's, as where a block adds its input; other operations hand on all.
+        """
+        names: dict[str, int] = {}
+        for tensor in [] if operation.startswith("new_") or operation.endswith("_like") else _tensors(arguments):
+            names |= self._names.get(_storage(tensor), {})
+        if operation in _SUMS and names:
+            names = dict([max(names.items(), key=lambda entry: entry[1])])
+        for tensor in _tensors(result):
+            self._set(tensor, names)
+
+    def of(self, outputs: Any) -> list[str]:
+        """Names of the layers that made `outputs`, in call order."""
+        names: dict[str, int] = {}
+        for tensor in tensors_in(outputs):
+            names |= self._names.get(_storage(tensor), {})
+        return sorted(names, key=lambda name: names[name])
+
+    def _set(self, tensor: Tensor, names: dict[str, int]) -> None:
+        key = _storage(tensor)
+        if key not in self._names:
+            self._alive.append(tensor)
+        self._names[key] = names
+
+
+_SUMS = {"add", "add_", "sub", "sub_"}
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 @dataclass
@@ -149,6 +206,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.counter = FlopCounterMode(display=False)
         self.runs: dict[str, ModuleRun] = {}
+        self.makers = _Makers()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._open: list[_Call] = []
         self._settled_flops = 0
@@ -158,6 +216,7 @@ class _Recorder(TorchDispatchMode):
         before = self.counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         macs = (self.counter.get_total_flops() - before) // 2
+        self.makers.follow(str(func).partition(".")[2].partition(".")[0], (args, kwargs), result)
         given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         for outer in reversed(self._open):
             if given.isdisjoint(outer.weights):
@@ -193,6 +252,8 @@ class _Recorder(TorchDispatchMode):
         run.input_elements = max(run.input_elements, _elements(given))
         run.output_elements = max(run.output_elements, _elements(output))
         run.total_output_elements += _elements(output)
+        if isinstance(module, QUANTIZABLE):
+            self.makers.made(name, output)
 
     def _settle(self) -> None:
         """Give the operations since the last call to the innermost open module; one MAC is two flops."""

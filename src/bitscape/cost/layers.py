@@ -82,6 +82,8 @@ class NetworkProfile:
     """Parameters and MACs outside `layers`, per module."""
     input_shape: tuple[int, ...]
     """Shape of one image, without batch; of the first input where the network takes several."""
+    heads: tuple[str, ...] = ()
+    """Layers whose output reaches one of the network's without passing another layer, in call order."""
 
     @cached_property
     def by_name(self) -> dict[str, LayerCost]:
@@ -99,9 +101,9 @@ class NetworkProfile:
         return tuple(layer.name for layer in self.never_called)
 
     @property
-    def ends(self) -> tuple[str, str]:
-        """Names of the first and the last layer called."""
-        return self.layers[0].name, self.layers[-1].name
+    def ends(self) -> tuple[str, ...]:
+        """Names of the first layer called and of the heads; of the last one called where no head is known."""
+        return tuple(dict.fromkeys([self.layers[0].name, *(self.heads or [self.layers[-1].name])]))
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -157,6 +159,7 @@ def measure(model: nn.Module, sample: Inputs) -> NetworkProfile:
         never_called=idle,
         uncounted=_uncounted(model, {layer.name: layer for layer in layers}, uncalled, runs),
         input_shape=shape,
+        heads=tuple(layer.name for layer in layers if runs[layer.name].is_head),
     )
     _warn_of_gaps(cost)
     return cost

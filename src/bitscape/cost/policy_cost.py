@@ -5,7 +5,7 @@ stored of them:
 
     bitops                 sum over layers of macs * weight_bits * activation_bits; norms and biases not counted
     weight_bytes           sum of ceil(weights * weight_bits / 32) * 4 + 4 * scales: each layer packed to whole 32-bit
-                           words, one float32 scale per output channel
+                           words, one float32 scale per output channel; layers that stay float have 32 bits and no scales
     mean_weight_bits       sum of weights * weight_bits / sum of weights
     mean_activation_bits   sum of input_elements * activation_bits / sum of input_elements
     peak_activation_bytes  maximum over layers of ceil(input_elements * activation_bits / 8) + output_elements: a layer
@@ -37,7 +37,7 @@ def layer_bitops(layer: LayerCost, bits: LayerBits) -> int:
 
 def layer_weight_bytes(layer: LayerCost, bits: LayerBits) -> int:
     """Bytes of the packed weight, in whole 32-bit words, and of its float32 scales."""
-    return -(-layer.weights * bits.weight // 32) * 4 + 4 * layer.scales
+    return -(-layer.weights * bits.weight // 32) * 4 + (0 if bits.is_float else 4 * layer.scales)
 
 
 def layer_activation_bytes(layer: LayerCost, bits: LayerBits) -> int:
@@ -62,7 +62,7 @@ def layer_latency_ns(layer: LayerCost, bits: LayerBits) -> int:
 
 NO_TABLE = (
     "no latency table was given; measure one on the target machine with `bitscape latency build` and give it as "
-    "--latency FILE, or SearchProblem(latency=LatencyTable.load(FILE))"
+    "--latency FILE, or search(..., latency=LatencyTable.load(FILE))"
 )
 
 

@@ -12,8 +12,9 @@ known from:
     fpga-bitops     QONNX, which FINN and hls4ml build dataflow hardware from: any width for each tensor, and logic grows with the
                     product of the widths; qonnx reports it as `total_bops`.
     cortex-m        CMSIS-NN: kernels `*_s8`, and `*_s4` with 4-bit weights unpacked to 8 bits; activations int8.
-    htp             Qualcomm AI Engine Direct, guidelines for int4 weights on the HTP: they pay in 1x1 convolutions of stride 1 and in
-                    fully connected layers, each with more than 32 outputs, and in time only by the smaller transfer of weights.
+    htp             Qualcomm AI Engine Direct: activations of 8 or 16 bits. By its guidelines, int4 weights pay in 1x1 convolutions
+                    of stride 1 and in fully connected layers, each with more than 32 outputs, and in time only by the smaller
+                    transfer of weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitscape.errors import BitscapeError
-from bitscape.policy import MAX_BITS, LayerBits, Policy
+from bitscape.policy import ACTIVATION_BITS, MAX_BITS, WEIGHT_BITS, LayerBits, Policy
 
 if TYPE_CHECKING:  # it would bring torch, and the command line lists targets in its help
     from bitscape.cost.latency import LatencyTable
@@ -33,7 +34,7 @@ HTP_OUTPUTS = 32  # int4 weights pay with more outputs than these
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one target stores and computes. Raises BitscapeError for widths outside 1 to 8, or without 8 among them."""
+    """What one target stores and computes. Raises BitscapeError for widths that no layer can have, or without 8 among them."""
 
     name: str
     """Name of the target."""
@@ -53,13 +54,19 @@ class Target:
     """Runtimes of `bitscape latency build` that stand for the target."""
 
     def __post_init__(self) -> None:
-        for argument, widths in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
-            if MAX_BITS not in widths or not set(widths) <= set(range(1, MAX_BITS + 1)):
-                raise BitscapeError(f"target {self.name!r}: {argument}={widths!r}; allowed are widths from 1 to 8, 8 among them")
+        for argument, widths, allowed in (
+            ("weight_bits", self.weight_bits, WEIGHT_BITS),
+            ("activation_bits", self.activation_bits, ACTIVATION_BITS),
+        ):
+            if MAX_BITS not in widths or not set(widths) <= set(allowed):
+                listed = _widths(allowed)
+                raise BitscapeError(f"target {self.name!r}: {argument}={widths!r}; allowed are {listed}, 8 among them")
 
     def compute_bits(self, bits: LayerBits) -> LayerBits:
         """Return the bits that a layer's arithmetic runs at."""
-        return EIGHT if self.computes_int8 else bits
+        if bits.is_float or not self.computes_int8:
+            return bits
+        return LayerBits(MAX_BITS, max(MAX_BITS, bits.activation))
 
     def stored_bits(self, weight: int) -> int:
         """Return the smallest stored width that holds weights of `weight` bits."""
@@ -67,7 +74,10 @@ class Target:
 
     def stored(self, policy: Policy) -> Policy:
         """Return the policy with every layer's weights at the width they are stored in."""
-        layers = {name: replace(bits, weight=self.stored_bits(bits.weight)) for name, bits in policy.layers.items()}
+        layers = {
+            name: bits if bits.is_float else replace(bits, weight=self.stored_bits(bits.weight))
+            for name, bits in policy.layers.items()
+        }
         return replace(policy, layers=layers)
 
     def allows(self, bits: LayerBits) -> bool:
@@ -88,8 +98,10 @@ class Target:
         return {layer.name: EIGHT for layer in network.layers if not self.narrow(layer)}
 
     def check_pinned(self, pinned: Mapping[str, LayerBits], network: "NetworkProfile") -> None:
-        """Raise BitscapeError for a pinned layer at bits that the target does not have for it."""
+        """Raise BitscapeError for a pinned layer at bits that the target does not have for it; any runs layers in float."""
         for name, bits in pinned.items():
+            if bits.is_float:
+                continue
             self.check(f"pinned: layer {name!r}", [bits])
             if bits.weight < MAX_BITS and not self.narrow(network.by_name[name]):
                 raise BitscapeError(
@@ -163,7 +175,7 @@ TARGETS: dict[str, Target] = {
             name="fpga-bitops",
             what="dataflow hardware on FPGAs, built by FINN or hls4ml from QONNX: every width from 1 to 8 counts",
             weight_bits=tuple(range(1, 9)),
-            activation_bits=tuple(range(1, 9)),
+            activation_bits=(*range(1, 9), 16),
             computes_int8=False,
         ),
         Target(
@@ -176,6 +188,7 @@ TARGETS: dict[str, Target] = {
             name="htp",
             what="Qualcomm HTP: 4-bit weights in linear layers and 1x1 convolutions of stride 1 with more than 32 outputs, else 8",
             weight_bits=(4, 8),
+            activation_bits=(8, 16),
             gain="they make the file smaller, and save time only where loading the weights takes it",
             narrow=_on_htp,
         ),

@@ -15,7 +15,7 @@ from bitscape.calling import Inputs, call, map_tensors, moved, sample_count
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_inputs
-from bitscape.models.layers import has_weight, layer_shapes, quantizable_layers, scale_axis, weighted_layers
+from bitscape.models.layers import has_weight, layer_shapes, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import prepare
 from bitscape.models.products import product_names, split_products
@@ -46,7 +46,8 @@ def quantize(
     Args:
         model: float network; it is copied unless `inplace`.
         policy: bits of every layer of `models.layers.QUANTIZABLE`; those of nn.MultiheadAttention are q_proj, k_proj, v_proj and out_proj.
-            Where it names the products of attention ("attn.scores", "attn.values"), these are quantized too.
+            Where it names the products of attention ("attn.scores", "attn.values"), these are quantized too. Layers with
+            `LayerBits.FLOAT` are left as they are.
         quantizer: how weights and activations are laid on their grids.
         observer: where weight scales start.
 
@@ -64,8 +65,9 @@ def quantize(
     if not policy.layers.keys().isdisjoint(product_names(model)):
         model = split_products(model)
     policy.check(layer_shapes(model))
-    layers = quantizable_layers(model)
-    weight_quantizers = _weight_quantizers(weighted_layers(model), policy, quantizer, observer)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if not policy.layers[name].is_float}
+    weighted = {name: layer for name, layer in layers.items() if has_weight(layer)}
+    weight_quantizers = _weight_quantizers(weighted, policy, quantizer, observer)
     for name in layers.keys() - weight_quantizers.keys():  # products: the second operand is an activation, too
         weight_quantizers[name] = quantizer.for_activation(policy.layers[name].weight).to(_device(layers[name], model))
     for name, layer in layers.items():

@@ -11,7 +11,8 @@ from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.searches.allocation import choices, pareto_front
+from bitscape.searches.allocation import pareto_front
+from bitscape.searches.choices import Choices
 from bitscape.searches.knapsack import reachable
 from bitscape.searches.random_policy import LARGEST_SHORTFALL, usage, walk
 from bitscape.searches.scores import ScoreTable
@@ -72,14 +73,16 @@ def front_of(
     free = set(scores.layers)
     bits = {} if chosen is None else chosen.layers
     pinned = {name: bits.get(name, EIGHT) for name in network.by_name if name not in free}
-    best = pareto_front(scores, network, pinned, kind, POINTS)
+    uncapped = Choices.of(network, Budget(), candidates=scores.candidates, pinned=pinned)
+    capped = Choices.of(network, Budget(caps), candidates=scores.candidates, pinned=pinned)
+    best = pareto_front(scores, uncapped, kind, POINTS)
     return ComparedFront(
         kind=kind,
         method=scores.method,
         caps=caps,
         best=tuple(Point("front", point.cost, point.score) for point in best.points),
-        uniform=tuple(_uniform(scores, network, pinned, caps or {kind: 1.0})),
-        random=tuple(_random(scores, network, pinned, caps)) if caps else (),
+        uniform=tuple(_uniform(scores, capped, kind)),
+        random=tuple(_random(scores, capped)) if caps else (),
         chosen=None if chosen is None else _point("chosen", scores, network, chosen, kind),
     )
 
@@ -97,34 +100,33 @@ def _point(name: str, scores: ScoreTable, network: NetworkProfile, policy: Polic
     return None if score is None else Point(name, cost(kind, network, policy), score)
 
 
-def _uniform(scores: ScoreTable, network: NetworkProfile, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+def _uniform(scores: ScoreTable, choices: Choices, kind: str) -> list[Point]:
+    """Uniform policies; without caps, each of them fits."""
     try:
-        columns = widths(scores.candidates, list(caps))
+        columns = widths(scores.candidates, list(choices.budget.caps) or [kind])
     except BitscapeError:  # no pair of equal widths among the candidates
         return []
-    stated = choices(network, Budget(caps), scores.candidates, pinned)
     points = []
     for column in columns:
-        choice, name = (column,) * len(stated.freedom.groups), str(scores.candidates[column])
-        point = _point(name, scores, network, stated.policy(choice, {}), next(iter(caps)))
+        choice, name = choices.uniform(column), str(scores.candidates[column])
+        point = _point(name, scores, choices.network, choices.policy(choice, {}), kind)
         if point is not None:
-            points.append(replace(point, fits=stated.holds(choice)))
+            points.append(replace(point, fits=choices.holds(choice)))
     return points
 
 
-def _random(scores: ScoreTable, network: NetworkProfile, pinned: Mapping[str, LayerBits], caps: Mapping[str, float]) -> list[Point]:
+def _random(scores: ScoreTable, choices: Choices) -> list[Point]:
     """Random policies within the caps, by seeds 0, 1, ...; those that end further below than the method `random` accepts are left out."""
-    stated = choices(network, Budget(caps), scores.candidates, pinned)
     rows = {name: row for row, name in enumerate(scores.layers)}
-    scored = [np.isfinite([scores.values[rows[name]] for name in group]).all(0) for group in stated.freedom.groups]
-    allowed = reachable(np.array(scored), stated.caps) if scored else None
+    scored = [np.isfinite([scores.values[rows[name]] for name in group]).all(0) for group in choices.freedom.groups]
+    allowed = reachable(np.array(scored), choices.caps) if scored else None
     if allowed is None:
         return []
     found = []
     for seed in range(RANDOM_POLICIES):
         rng = np.random.default_rng(seed)
         start = tuple(int(rng.choice(np.flatnonzero(row))) for row in allowed)
-        choice = walk(stated, start, allowed, WINDOW, rng)
-        if stated.holds(choice) and usage(stated, choice) >= 1 - LARGEST_SHORTFALL:
-            found.append(_point(f"random {seed}", scores, network, stated.policy(choice, {}), next(iter(caps))))
+        choice = walk(choices, start, allowed, WINDOW, rng)
+        if choices.holds(choice) and usage(choices, choice) >= 1 - LARGEST_SHORTFALL:
+            found.append(_point(f"random {seed}", scores, choices.network, choices.policy(choice, {}), next(iter(choices.budget.caps))))
     return [point for point in found if point is not None]

@@ -14,16 +14,19 @@ Measured  docs/how-to-choose: transfer-policies, asga-ladder. docs/results: spee
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bitscape.engine import Sgd, Step, train
 from bitscape.engine.settings import MOST_RATE
 from bitscape.errors import BitscapeError, check_choices
 from bitscape.searches.mixed_network import Alternating, Mixed, MixtureSgd, MixtureStep, mixed_network
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.proxy_task import ProxyTask, Task, proxy_task
 from bitscape.searches.readout import Progress, Readout, claim, keep_policy, read_out
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import Trace, at_least_one, finish
 
 _log = logging.getLogger("bitscape.searches")
@@ -74,24 +77,31 @@ class Differentiable:
         if not 0 <= self.held_out < 1:
             raise BitscapeError(f"held_out = {self.held_out}: a share of the proxy from 0 (none) to below 1; 0.5 is usual")
 
-    def search(self, problem: SearchProblem) -> SearchResult:
-        """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget."""
-        claim(_folder(problem), problem, self)  # here, too: where nothing is to be decided, nothing is trained
-        result = finish(problem, self, lambda: self._scored(problem))
-        keep_policy(result.policy, _folder(problem))
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick", "folder"})
+
+    def search(
+        self, problem: SearchProblem, *, pick: Pick = "best", folder: str | os.PathLike[str] | None = None
+    ) -> SearchResult:
+        """Train the mixture on the proxy, read it out as scores, allocate bits exactly within the budget.
+
+        The checkpoint and the policy so far are kept in `folder`: the same search goes on from there. None: nowhere.
+        """
+        where = None if folder is None else Path(folder)
+        claim(where, problem, self)  # here, too: where nothing is to be decided, nothing is trained
+        result = finish(problem, self, lambda: self._scored(problem, where), pick)
+        keep_policy(result.policy, where)
         return result
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The scores alone, at the problem's budget; other budgets move the mixture elsewhere."""
-        return self._scored(problem)[0]
+        return self._scored(problem, None)[0]
 
     def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
         """The training step, for all that is `learned`, held-out images included; searches that extend this one bring their own."""
         return MixtureStep(mixed=mixed)
 
-    def train_mixture(self, problem: SearchProblem) -> TrainedMixture:
-        """Mix the network and train it on the proxy. Raises BitscapeError if the problem's folder is of another search."""
-        folder = _folder(problem)
+    def train_mixture(self, problem: SearchProblem, folder: Path | None = None) -> TrainedMixture:
+        """Mix the network and train it on the proxy. Raises BitscapeError if the folder is of another search."""
         claim(folder, problem, self)
         stated = proxy_task(problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder)
         learned, held_out = stated.split(self.held_out)
@@ -125,10 +135,6 @@ class Differentiable:
     def _name(self) -> str:
         return type(self).__name__.lower()
 
-    def _scored(self, problem: SearchProblem) -> tuple[ScoreTable, Trace]:
-        trained = self.train_mixture(problem)
+    def _scored(self, problem: SearchProblem, folder: Path | None) -> tuple[ScoreTable, Trace]:
+        trained = self.train_mixture(problem, folder)
         return read_out(self.readout, problem, self._name, trained.mixed, trained.task), trained.records
-
-
-def _folder(problem: SearchProblem) -> Path | None:
-    return None if problem.folder is None else Path(problem.folder)

@@ -18,7 +18,7 @@ Measured  docs/results. Without training: above uniform and kl on MobileNetV2, n
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,15 +26,16 @@ from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.quant.functional import is_dense
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     GradedCall,
     LayerNoise,
     at_least_one,
     calls_with_gradients,
+    finish,
     layer_noise,
     score_table,
-    solve,
     tracked_batches,
     widths,
 )
@@ -78,30 +79,36 @@ class Fisher:
     batch_size: int = 16
     """Images a pass; memory grows with it."""
     weight_share_for_training: float = 0.1
-    """Share of the squared weight noise that counts when the problem says `for_training`, from 0 to 1."""
+    """Share of the squared weight noise that counts when `search` is told `for_training`, from 0 to 1."""
     variant: Variant = "elementwise"
     """Square each element's loss change, or the sum of them for an image."""
+
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick", "for_training"})
 
     def __post_init__(self) -> None:
         at_least_one(images=self.images, batch_size=self.batch_size)
         if not 0.0 <= self.weight_share_for_training <= 1.0:
             raise BitscapeError(f"weight_share_for_training = {self.weight_share_for_training}: a share from 0 to 1; 0.1 is usual")
 
-    def search(self, problem: SearchProblem) -> SearchResult:
-        """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self)
+    def search(self, problem: SearchProblem, *, pick: Pick = "best", for_training: bool = False) -> SearchResult:
+        """Score every free layer and candidate, then allocate bits exactly within the budget.
 
-    def score(self, problem: SearchProblem) -> ScoreTable:
+        `for_training` says that the quantized network will be trained afterwards.
+        """
+        scored = lambda: (self.score(problem, for_training=for_training), ())  # noqa: E731
+        return finish(problem, self, scored, pick, for_training=for_training)
+
+    def score(self, problem: SearchProblem, *, for_training: bool = False) -> ScoreTable:
         """The table of scores alone; any budget is then one integer programme away."""
         model, names = problem.prepared, list(problem.free_layers)
-        images = problem.images[: self.images]
-        noise = layer_noise(model, names, images, problem.candidates)
+        samples = problem.samples.first(self.images)
+        noise = layer_noise(model, names, samples, problem.choices.candidates)
         generator = torch.Generator().manual_seed(problem.seed)
-        weight_bits, activation_bits = widths(problem.candidates)
-        weight_share = self.weight_share_for_training if problem.for_training else 1.0
+        weight_bits, activation_bits = widths(problem.choices.candidates)
+        weight_share = self.weight_share_for_training if for_training else 1.0
         totals = {name: np.zeros((len(weight_bits), len(activation_bits))) for name in names}
-        for batch in tracked_batches(images, model, self.batch_size, label="fisher: batch"):
+        for batch in tracked_batches(samples, model, self.batch_size, label="fisher: batch"):
             for call in calls_with_gradients(model, names, batch, problem.meaning, generator):
                 totals[call.name] += pair_scores(call, noise[call.name], self.variant, weight_share).double().cpu().numpy()
-        means = {name: total / len(images) for name, total in totals.items()}
-        return score_table("fisher", problem.candidates, means, problem.network.shapes)
+        means = {name: total / len(samples) for name, total in totals.items()}
+        return score_table("fisher", problem.choices, means)

@@ -14,6 +14,7 @@ Measured  docs/transfer: transfer-scores. Rank correlation of predicted and meas
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,15 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitscape.engine.task import tracked
+from bitscape.data.samples import Minibatch
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.products import refuse_products
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     LayerNoise,
     Recorder,
     at_least_one,
+    call_with_gradients,
     layer_noise,
     outputs_of,
     score_table,
@@ -73,34 +76,36 @@ class Hawq:
     probes: int = 8
     """Random probes a batch."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick"})
+
     def __post_init__(self) -> None:
         at_least_one(images=self.images, batch_size=self.batch_size, probes=self.probes)
 
-    def search(self, problem: SearchProblem) -> SearchResult:
+    def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self)
+        return solve(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
         refuse_products(problem.prepared, "method hawq")
-        images = problem.images[: self.images]
-        noise = layer_noise(problem.prepared, list(problem.free_layers), images, problem.candidates)
+        samples = problem.samples.first(self.images)
+        noise = layer_noise(problem.prepared, list(problem.free_layers), samples, problem.choices.candidates)
         generator = torch.Generator().manual_seed(problem.seed)
         scores: dict[str, NDArray[np.float64]] = {}
-        for batch in tracked_batches(images, problem.prepared, self.batch_size, label="hawq: batch"):
+        for batch in tracked_batches(samples, problem.prepared, self.batch_size, label="hawq: batch"):
             for name, table in self._batch_scores(problem, batch, noise, generator).items():
-                scores[name] = scores.get(name, 0.0) + table * (len(batch) / len(images))
-        return score_table("hawq", problem.candidates, scores, problem.network.shapes)
+                scores[name] = scores.get(name, 0.0) + table * (len(batch) / len(samples))
+        return score_table("hawq", problem.choices, scores)
 
     def _batch_scores(
-        self, problem: SearchProblem, batch: Tensor, noise: dict[str, LayerNoise], generator: torch.Generator
+        self, problem: SearchProblem, batch: Minibatch, noise: dict[str, LayerNoise], generator: torch.Generator
     ) -> dict[str, NDArray[np.float64]]:
         model, names = problem.prepared, list(problem.free_layers)
         layers = quantizable_layers(model)
         # Fused attention has no second derivative.
         with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
-            values = problem.meaning.outputs(model(tracked(batch)), len(batch))
-            loss = problem.meaning.curved_loss(values, generator).mean()
+            values = problem.meaning.outputs(call_with_gradients(model, batch.inputs), len(batch))
+            loss = problem.meaning.curved_loss(values, generator, batch.targets).mean()
         outputs_of(recorder.seen)  # refuses networks without gradients
         weights = [layers[name].get_parameter("weight") for name in names]
         traces = hutchinson_traces(loss, [*weights, *(call.input for call in recorder.seen)], self.probes, generator)

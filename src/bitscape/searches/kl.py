@@ -12,22 +12,27 @@ Measured  docs/results: ptq-imagenet.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import call, sample_count
+from bitscape.data.samples import Samples
 from bitscape.engine.task import Task
 from bitscape.models.modes import evaluating
 from bitscape.models.products import refuse_products
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
 
 
-def _outputs(task: Task, model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([task.outputs(model(batch), len(batch)) for batch in batches_of(images, model)])
+def _outputs(task: Task, model: nn.Module, samples: Samples) -> list[Tensor]:
+    """One batch after the other: samples of several shapes may have outputs of several sizes."""
+    return [task.outputs(call(model, inputs), sample_count(inputs)) for inputs in batches_of(samples, model)]
 
 
 @contextmanager
@@ -61,25 +66,28 @@ class Kl:
     images: int = 64
     """Proxy images scored, at least 1."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick"})
+
     def __post_init__(self) -> None:
         at_least_one(images=self.images)
 
-    def search(self, problem: SearchProblem) -> SearchResult:
+    def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self)
+        return solve(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
         refuse_products(problem.prepared, "method kl")
-        model, images = problem.prepared, problem.images[: self.images]
-        noise = layer_noise(model, list(problem.free_layers), images, problem.candidates)
+        model, samples = problem.prepared, problem.samples.first(self.images)
+        noise = layer_noise(model, list(problem.free_layers), samples, problem.choices.candidates)
         task = problem.meaning
 
         def moved() -> float:
-            return float(task.divergence(_outputs(task, model, images), reference).mean())
+            outputs = _outputs(task, model, samples)
+            return float(torch.cat(list(map(task.divergence, outputs, reference))).mean())
 
         with evaluating(model):
-            reference = _outputs(task, model, images)
+            reference = _outputs(task, model, samples)
             scores = {}
             for name in track(problem.free_layers, label="kl: layer"):
                 by_weight, by_input = [], []
@@ -90,4 +98,4 @@ class Kl:
                     with _input_at(noise[name], bits):
                         by_input.append(moved())
                 scores[name] = np.add.outer(by_weight, by_input)
-        return score_table("kl", problem.candidates, scores, problem.network.shapes)
+        return score_table("kl", problem.choices, scores)

@@ -9,6 +9,7 @@ Measured  docs/results: ptq-imagenet, qat-cifar10.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.functional import power_of_two
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import LayerCall, LayerNoise, at_least_one, calls, layer_noise, score_table, solve, tracked_batches
 
 
@@ -48,22 +50,24 @@ class Local:
     batch_size: int = 16
     """Images a pass."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick"})
+
     def __post_init__(self) -> None:
         at_least_one(images=self.images, batch_size=self.batch_size)
 
-    def search(self, problem: SearchProblem) -> SearchResult:
+    def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self)
+        return solve(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
-        images = problem.images[: self.images]
+        samples = problem.samples.first(self.images)
         # Folded, a layer's output is what its norm hands on.
-        model, names = fold_norms(problem.prepared, images[:2]), list(problem.free_layers)
-        noise = layer_noise(model, names, images, problem.candidates)
+        model, names = fold_norms(problem.prepared, samples.first(2).parts[0].inputs), list(problem.free_layers)
+        noise = layer_noise(model, names, samples, problem.choices.candidates)
         errors: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch in tracked_batches(images, model, self.batch_size, label="local: batch"):
-            for call in calls(model, names, batch):
+        for batch in tracked_batches(samples, model, self.batch_size, label="local: batch"):
+            for call in calls(model, names, batch.inputs):
                 errors[call.name].append(relative_errors(call, noise[call.name]))
         scores = {name: upper_mean(torch.cat(parts, dim=2)) for name, parts in errors.items()}
-        return score_table("local", problem.candidates, scores, problem.network.shapes)
+        return score_table("local", problem.choices, scores)

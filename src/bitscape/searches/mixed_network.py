@@ -11,7 +11,7 @@ from bitscape.engine import Batch, Sgd, Step, StepRecord
 from bitscape.engine.settings import sgd_with_rate
 from bitscape.engine.step import restore_step, step_state
 from bitscape.engine.workers import part
-from bitscape.quant.convert import calibrate
+from bitscape.quant.convert import batches_of, calibrate
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import Mixture, mix
 from bitscape.searches.problem import SearchProblem
@@ -121,16 +121,17 @@ class Alternating:
 
 def mixed_network(problem: SearchProblem, model: nn.Module) -> Mixed:
     """Mix every free layer of the float network `model` among the problem's widths; pinned layers take their bits."""
-    weight_bits, activation_bits = widths(problem.candidates)
-    groups = problem.freedom.groups
+    weight_bits, activation_bits = widths(problem.choices.candidates)
+    freedom = problem.choices.freedom
+    groups = freedom.groups
     idle = dict.fromkeys(problem.network.uncalled, NO_EFFECT)
-    network = mix(model, weight_bits, activation_bits, groups, {**idle, **problem.pinned_layers})
-    calibrate(network, problem.images[:CALIBRATION_IMAGES])
+    network = mix(model, weight_bits, activation_bits, groups, {**idle, **freedom.pinned})
+    calibrate(network, batches_of(problem.samples.first(CALIBRATION_IMAGES), network))
     layers = quantized_layers(network)
     firsts = [layers[group[0]] for group in groups]  # the layers of a group share their choice
     return Mixed(
         model=network,
-        head=problem.network.ends[1],
+        head=problem.network.ends[-1],
         cost=soft_cost(problem, weight_bits, activation_bits),
         weights=[cast(Mixture, layer.weight_quantizer) for layer in firsts],
         inputs=[cast(Mixture, layer.input_quantizer) for layer in firsts],

@@ -7,26 +7,32 @@ sharp loss. Here the candidates come from the exact allocation instead, for any 
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 from bitscape.progress import track
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import batches_of, calibrate, quantize
 from bitscape.searches.allocation import allocate, near_best
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.problem import Pick, SearchProblem, only_tensor
 from bitscape.searches.scores import ScoreTable
 from bitscape.sharpness import probe_sharpness
 
 
-def chosen(problem: SearchProblem, scores: ScoreTable) -> tuple[Policy, tuple[dict[str, Any], ...]]:
-    """Return the policy within the budget that the problem's `pick` asks for, and the trace: one record per policy that was probed.
+def check_pick(pick: Pick) -> None:
+    """Raise BitscapeError for a `pick` that is none."""
+    if pick not in get_args(Pick):
+        raise BitscapeError(f"pick={pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
+
+
+def chosen(problem: SearchProblem, scores: ScoreTable, pick: Pick) -> tuple[Policy, tuple[dict[str, Any], ...]]:
+    """Return the policy within the budget that `pick` asks for, and the trace: one record per policy that was probed.
 
     "best" is `allocate`; "least-sharp" is the `least_sharp` of `near_best`, 8 policies within 1 %. Raises InfeasibleBudget.
     """
-    stated = scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied
-    if problem.pick == "best":
-        return allocate(*stated), ()
-    policy, records = least_sharp(problem, near_best(*stated))
+    if pick == "best":
+        return allocate(scores, problem.choices), ()
+    policy, records = least_sharp(problem, near_best(scores, problem.choices))
     return policy, tuple(records)
 
 
@@ -48,12 +54,12 @@ def least_sharp(
         The policy, and for each policy its "score", the probe's "gap" and "curvature", and "layers_changed": in how many
         layers its bits differ from the first policy's.
     """
-    proxy = problem.images[:images]
-    labels = problem.decisions[:images]
+    proxy = problem.samples.first(images)
+    inputs, labels = only_tensor(proxy), problem.decisions(proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
-        model = calibrate(quantize(problem.prepared, policy), proxy)
-        probed = probe_sharpness(model, proxy, labels, radius=radius)
+        model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
+        probed = probe_sharpness(model, inputs, labels, radius=radius)
         records.append(
             {
                 "score": policy.provenance["score"],

@@ -1,227 +1,174 @@
-"""SearchProblem: everything a search method is given, checked at the door; SearchResult: what it returns."""
+"""SearchProblem: what a search method is given, checked at the door; SearchResult: what it returns."""
 
 import dataclasses
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.cost.budget import Budget, parse_budget
-from bitscape.cost.latency import LatencyTable, with_latency
+from bitscape.calling import Inputs, call, sample_count, shapes_of
+from bitscape.cost.budget import Budget
+from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
-from bitscape.cost.policy_cost import layer_latency_ns
 from bitscape.cost.targets import Target
+from bitscape.data.samples import Samples
 from bitscape.engine.forward import as_logits
 from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
-from bitscape.errors import BitscapeError, nearest
+from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.layers import quantizable_layers
 from bitscape.models.memory_format import set_memory_format
 from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.models.trial import check_repeatable, check_weight_uses
+from bitscape.nested import tensors_in
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
+from bitscape.searches.allocation import pareto_front
+from bitscape.searches.choices import BudgetText, Choices
+from bitscape.searches.freedom import Pins
 from bitscape.searches.front import Front
-from bitscape.searches.scores import ScoreTable, check_candidates
+from bitscape.searches.gain import Gain
+from bitscape.searches.scores import ScoreTable
 from bitscape.tables import Shown, Table
 from bitscape.version import __version__
 from bitscape.words import cost_text
 
-__all__ = ["DEFAULT_CANDIDATES", "FreeLayers", "ScoreTable", "SearchProblem", "SearchResult", "free_layers"]
-
 _log = logging.getLogger("bitscape.searches")
 
-DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
-DEFAULT_CANDIDATES = tuple(LayerBits(w, a) for w, a in product(DEFAULT_WIDTHS, DEFAULT_WIDTHS))
-DEFAULT_PIN = LayerBits(8, 8)
 Pick = Literal["best", "least-sharp"]
-
-
-@dataclass(frozen=True)
-class FreeLayers:
-    """Which layers the search decides on."""
-
-    groups: tuple[tuple[str, ...], ...]
-    """Free layers in call order; those of one group share one pair of bits."""
-    pinned: Mapping[str, LayerBits]
-    """The other layers and their bits, layers tied to a pinned one included."""
-
-
-def free_layers(network: NetworkProfile, pinned: Mapping[str, LayerBits] | None = None, tied: Sequence[Sequence[str]] = ()) -> FreeLayers:
-    """Sort the layers of `network` into pinned ones and groups that share one pair.
-
-    `pinned=None` pins the first and the last layer at 8/8, `{}` pins none. Layers that share one weight parameter are
-    tied anyway. Raises BitscapeError for unknown or never-called names and for tied layers pinned to different bits.
-    """
-    if pinned is None:
-        pinned = dict.fromkeys(network.ends, DEFAULT_PIN)
-    for name, bits in pinned.items():
-        _check_name("pinned", name, network)
-        if not isinstance(bits, LayerBits):
-            raise BitscapeError(f"pinned: layer {name!r} has {bits!r}; write e.g. LayerBits(8, 8)")
-    groups = _merged(network, tied)
-    spread = {name: bits for group in groups for name, bits in _pins_of_group(group, pinned).items()}
-    return FreeLayers(tuple(group for group in groups if group[0] not in spread), spread)
+SearchOption = Literal["pick", "folder", "for_training"]
+"""What only some methods take; each method's `options` lists its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchProblem:
-    """A float network, proxy images and a budget.
+    """A prepared float network, samples, and the bits that its layers may get; `SearchProblem.of` makes one."""
 
-    The model is never changed: methods work on `prepared`. Raises BitscapeError for a network that `models.prepare` refuses,
-    draws random numbers in eval mode or uses a layer's weight elsewhere too, images that the network does not
-    take or that are not finite, unknown layer names, contradicting pins, budgets that cannot be read, and pairs of bits that the
-    latency table or the target does not have.
+    prepared: nn.Module
+    """A copy of the float network in eval mode, its attention split into layers that can take bits.
+
+    A method that changes it puts it back.
     """
-
-    model: nn.Module
-    """Float network."""
-    images: Tensor
-    """Proxy images, float32 (n, c, h, w) or of whatever shape (n, ...) the network takes, normalized for it, at the target's input size."""
-    budget: str | Sequence[str] | Mapping[str, float | str]
-    """One or several caps, e.g. "bitops=0.25x" or ["bitops=w4a4", "weight_bytes=1.2MB"]; all must hold."""
-    candidates: tuple[LayerBits, ...] = DEFAULT_CANDIDATES
-    """Pairs of bit-widths a layer may get; default: all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what the target has."""
-    pinned: Mapping[str, LayerBits] | None = None
-    """Layers with fixed bits; None pins the first and the last at 8/8, {} pins none."""
-    tied: Sequence[Sequence[str]] = ()
-    """Groups of layers that must get the same bits."""
-    for_training: bool = False
-    """Whether the quantized network will be trained afterwards; methods may then score differently."""
-    task: TaskName | Literal["auto"] = "auto"
-    """What the outputs mean: "classes", "binary" or "follow"; "auto" decides by their shape, see `task_of`."""
-    seed: int = 0
-    """Seed of everything random in the search."""
-    labels: Tensor | None = None
-    """Labels of the images, int64 (n,), of the network's classes or of others; no method needs them, those that train use them."""
-    pick: Pick = "best"
-    """Which of the policies with near-equal scores to take: the best-scored, or the one whose quantized network is least sharp."""
-    folder: str | os.PathLike[str] | None = None
-    """Where a method that trains keeps its checkpoint and the policy so far; the same search goes on from there. None: nowhere."""
-    latency: LatencyTable | None = None
-    """Measured times of this network: makes `latency_ms` a cost and a cap. Every pair offered or pinned must have been measured."""
+    samples: Samples
+    """What the network is called with, perhaps with targets; on the network's device."""
+    choices: Choices
+    """Which bits each layer may get, within which budget."""
+    task: TaskName | Literal["auto"] | Task = "auto"
+    """What the outputs mean; "auto" decides by their shape, see `task_of`."""
     channels_last: bool | None = None
     """Memory format of the convolutions; None: channels_last, which is faster, where the network takes it."""
-    target: Target | None = None
-    """Target that the network ends on, e.g. TARGETS["openvino"]: only bits that it stores and computes are offered. None: any."""
+    seed: int = 0
+    """Seed of everything random in the search."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "candidates", tuple(self.candidates))
-        if not isinstance(self.model, nn.Module):
-            raise BitscapeError(f"model: {type(self.model).__name__} is no torch.nn.Module; pass the float network")
-        require_float(self.model)
-        _check_budget(self.budget)
-        check_candidates(self.candidates)
-        check_float32(self.model)
-        _check_finite(self.model)
-        _check_images(self.images, self.model)
-        _check_labels(self.labels, len(self.images))
-        if self.task not in (*get_args(TaskName), "auto"):
-            raise BitscapeError(f"task={self.task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}")
-        if self.pick not in get_args(Pick):
-            raise BitscapeError(f"pick={self.pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
-        if self.latency is not None and not isinstance(self.latency, LatencyTable):
-            raise BitscapeError(f"latency: {self.latency!r} is no LatencyTable; read the file: LatencyTable.load(path)")
-        if self.target is not None:
-            self._keep_to(self.target)
-        # Evaluated now, so that a wrong name, shape or budget fails before any search time is spent.
-        budget = self.parsed_budget
-        if self.latency is not None:
-            _check_measured(self.network, self.candidates, self.freedom)
-        if self.target is not None:
-            self.target.check_pinned(self.pinned_layers, self.network)
-            _warn_of_bitops(budget, self.target)
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        samples: Samples | Tensor,
+        budget: Budget | BudgetText,
+        *,
+        candidates: Sequence[LayerBits] | None = None,
+        pinned: Mapping[str, LayerBits | str] | Pins | None = None,
+        keep_float: Sequence[str | type[nn.Module]] = (),
+        tied: Sequence[Sequence[str]] = (),
+        target: Target | None = None,
+        latency: LatencyTable | None = None,
+        task: TaskName | Literal["auto"] | Task = "auto",
+        channels_last: bool | None = None,
+        seed: int = 0,
+    ) -> "SearchProblem":
+        """Check everything before any search time is spent, and prepare a copy of the model.
 
-    def _keep_to(self, target: Target) -> None:
-        """Offer what the target has, and pin the layers to which it gives 8 bits."""
-        if not isinstance(target, Target):
-            raise BitscapeError(f'target: {target!r} is no Target; take one of TARGETS, e.g. TARGETS["openvino"]')
-        if self.candidates is DEFAULT_CANDIDATES:  # by identity: the same pairs given by the user are checked
-            object.__setattr__(self, "candidates", tuple(filter(target.allows, self.candidates)))
-        target.check("candidates", self.candidates)
-        given = dict.fromkeys(self.network.ends, DEFAULT_PIN) if self.pinned is None else self.pinned
-        object.__setattr__(self, "pinned", {**target.pins(self.network), **given})
+        Args:
+            model: float network; it is not changed.
+            samples: preprocessed for the network, on its device. Costs are counted on the first one.
+            budget, candidates, pinned, tied, target, latency: see `Choices.of`.
+            keep_float: names, patterns or types of layers that stay float; of a type, its layers and those inside of it.
+            task, channels_last, seed: see the fields.
 
-    @cached_property
-    def prepared(self) -> nn.Module:
-        """A copy of the model in eval mode, its attention split into layers that can take bits, in its memory format.
-
-        Made once: a method that changes it puts it back.
+        Raises:
+            BitscapeError: a network that `models.prepare` refuses, draws random numbers in eval mode or uses a layer's
+                weight elsewhere too; samples that it does not take or that are not finite; what `Choices.of` refuses.
         """
-        prepared = in_eval_mode(prepare(self.model))
-        check_repeatable(prepared, self.images)
-        check_weight_uses(prepared, self.images)
-        set_memory_format(prepared, self.images, self.channels_last)
-        for parameter in prepared.parameters():  # curvature is asked for frozen weights too
-            parameter.requires_grad_(parameter.is_floating_point())
-        return prepared
-
-    @cached_property
-    def network(self) -> NetworkProfile:
-        """What each layer of `prepared` does for one of the images."""
-        measured = measure(self.prepared, tuple(self.images.shape[1:]))
-        return measured if self.latency is None else with_latency(measured, self.latency)
-
-    @cached_property
-    def freedom(self) -> FreeLayers:
-        """Pinned layers and groups of free ones."""
-        return free_layers(self.network, self.pinned, self.tied)
+        if not isinstance(model, nn.Module):
+            raise BitscapeError(f"model: {type(model).__name__} is no torch.nn.Module; pass the float network")
+        require_float(model)
+        check_float32(model)
+        _check_finite(model)
+        if not isinstance(samples, Samples):
+            check_images(samples, model=model)
+            samples = Samples.of(samples)
+        _check_samples(samples, model)
+        if isinstance(task, str) and task not in (*get_args(TaskName), "auto"):
+            raise BitscapeError(f"task={task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}, or a task")
+        prepared = _prepared(model, samples.first(2).parts[0].inputs, channels_last)
+        choices = Choices.of(
+            measure(prepared, samples.example),
+            budget,
+            candidates=candidates,
+            pinned=pinned,
+            keep_float=_names(keep_float, model, prepared),
+            tied=tied,
+            target=target,
+            latency=latency,
+        )
+        _warn_of_bitops(choices)
+        return cls(
+            prepared=prepared, samples=samples, choices=choices, task=task, channels_last=channels_last, seed=seed
+        )
 
     @property
-    def pinned_layers(self) -> Mapping[str, LayerBits]:
-        """Pinned layer -> bits, with the default resolved and layers tied to pinned ones included."""
-        return self.freedom.pinned
+    def network(self) -> NetworkProfile:
+        """What each layer of `prepared` does for one sample."""
+        return self.choices.network
 
     @property
     def free_layers(self) -> tuple[str, ...]:
         """Names of the layers to decide on, in call order."""
-        return tuple(name for name in self.network.by_name if name not in self.pinned_layers)
+        return self.choices.free_layers
 
     @cached_property
-    def parsed_budget(self) -> Budget:
-        """The budget as absolute caps."""
-        return parse_budget(self.budget, self.network, self.pinned_layers)
+    def labels(self) -> Tensor | None:
+        """The targets of all samples where they are labels of classes, int64 (n,), else None."""
+        targets = [part.targets for part in self.samples.parts]
+        labels = [t for t in targets if isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1]
+        return torch.cat(labels) if len(labels) == len(targets) else None
 
     @cached_property
     def meaning(self) -> Task:
         """What the outputs of `prepared` mean: the task asked for, or the one that they suggest."""
-        task = task_of(self.prepared, next(batches_of(self.images, self.prepared, SAMPLE)), self.task)
+        if not isinstance(self.task, str):
+            return self.task
+        task = task_of(self.prepared, next(batches_of(self.samples, self.prepared, SAMPLE)), self.task)
         if self.task == "auto":
-            _log.info("the outputs are taken as task %s; --task or SearchProblem(task=...) says otherwise", task.name)
+            _log.info("the outputs are taken as task %s; --task or search(task=...) says otherwise", task.name)
         return task
 
-    @cached_property
-    def decisions(self) -> Tensor:
-        """The float network's most likely class of each proxy image, int64 (n,), on the device of `images`."""
+    def decisions(self, samples: Samples) -> Tensor:
+        """The float network's most likely class of each sample, int64 (n,)."""
         with evaluating(self.prepared):
-            logits = [as_logits(self.prepared(batch), len(batch), highest_label=-1) for batch in batches_of(self.images, self.prepared)]
-        return torch.cat(logits).argmax(1).to(self.images.device)
+            logits = [
+                as_logits(call(self.prepared, inputs), sample_count(inputs), highest_label=-1)
+                for inputs in batches_of(samples, self.prepared)
+            ]
+        return torch.cat(logits).argmax(1)
 
     def provenance(self, method: Any) -> dict[str, Any]:
-        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, version.
-
-        Raises BitscapeError if the problem asks for what the method cannot do.
-        """
-        _check_has_use(self, method)
+        """Describe a search by `method`, a settings dataclass: name, settings, seed, absolute budget, data, version."""
         return {
-            "method": _name_of(method),
+            "method": name_of(method),
             "settings": dataclasses.asdict(method),
             "seed": self.seed,
-            "budget": dict(self.parsed_budget.caps),
-            "images": list(self.images.shape),
-            "for_training": self.for_training,
-            "pick": self.pick,
-            "task": self.task,
-            **({} if self.latency is None else {"latency": self.latency.source()}),
-            **({} if self.target is None else {"target": self.target.name}),
+            "images": [len(self.samples), *self.network.input_shape],
+            "task": self.task if isinstance(self.task, str) else self.task.name,
+            **self.choices.provenance(),
             "version": __version__,
         }
 
@@ -238,8 +185,10 @@ class SearchResult(Shown):
     """What happened on the way, one record per step."""
     seconds: float
     """Wall-clock time of the search."""
-    solve_front: Callable[[], Front] | None = None
-    """Solves the front of the scores; None if the method has none."""
+    choices: Choices
+    """What was chosen from: costs of the layers, candidates, pinned layers, budget."""
+    gain: Gain | None = None
+    """The most that mixed bits can win here; None where the method's scores do not tell it."""
 
     @cached_property
     def front(self) -> Front:
@@ -248,12 +197,13 @@ class SearchResult(Shown):
         Raises:
             BitscapeError: the method has no scores.
         """
-        if self.solve_front is None:
+        if self.scores is None:
             raise BitscapeError(
                 f"front: method {self.policy.provenance.get('method')} has no scores, or all layers are pinned; use a method "
                 "that scores, such as fisher"
             )
-        return self.solve_front().with_chosen(self.policy)
+        kind = next(iter(self.choices.budget.caps))
+        return pareto_front(self.scores, self.choices, kind).with_chosen(self.policy)
 
     def table(self) -> Table:
         """Return the table of the policy, with its costs beside the budget."""
@@ -273,69 +223,61 @@ def _of_cap(kind: str, budget: Mapping[str, float]) -> str:
     return f" (at most {cost_text(kind, budget[kind])})" if kind in budget else ""
 
 
-def _name_of(method: Any) -> str:
+def only_tensor(samples: Samples) -> Tensor:
+    """Return the inputs of all samples as one tensor. Raises BitscapeError for several inputs, or samples of several shapes."""
+    first, *others = (part.inputs for part in samples.parts)
+    if isinstance(first, Mapping) and len(first) == 1:  # a network's only argument, by its name
+        (first,) = first.values()
+    if not isinstance(first, Tensor) or others:
+        what = "samples of several shapes" if others else f"a {type(first).__name__} of several inputs"
+        raise BitscapeError(
+            f"data: {what}, where this method needs one tensor (n, ...) with all samples; "
+            "use method fisher, hawq, kl or local with pick='best', which take inputs of any form"
+        )
+    return first
+
+
+def name_of(method: Any) -> str:
+    """Return the name by which users call a method."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
 
 
-def _check_has_use(problem: SearchProblem, method: Any) -> None:
-    if problem.pick != "best" and not hasattr(method, "score"):
-        raise BitscapeError(
-            f"pick={problem.pick!r}: {_name_of(method)} has no scores, so there are no near-equal policies to pick from; "
-            "use pick='best', or a method with scores"
-        )
-    if problem.folder is not None and not hasattr(method, "train_mixture"):
-        raise BitscapeError(
-            f"folder={os.fspath(problem.folder)!r}: {_name_of(method)} does not train and keeps nothing there; "
-            "leave folder out, or use a method that trains, such as differentiable"
-        )
+def _names(keep_float: Sequence[str | type[nn.Module]], model: nn.Module, prepared: nn.Module) -> list[str]:
+    """Names and patterns as they are; of each type the layers that are of it, or inside of a module of it."""
+    if isinstance(keep_float, str | type):
+        raise BitscapeError(f"keep_float: {keep_float!r} is no list; write [{keep_float!r}]")
+    names: list[str] = []
+    for entry in keep_float:
+        if isinstance(entry, str):
+            names.append(entry)
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            names += _layers_of_type(entry, model, prepared)
+        else:
+            raise BitscapeError(f"keep_float: {entry!r}; allowed are names, patterns such as 'head*', and types such as nn.Linear")
+    return names
 
 
-def _check_name(argument: str, name: str, network: NetworkProfile) -> None:
-    if name in network.uncalled:
-        raise BitscapeError(f"{argument}: the network never calls layer {name!r}: its bits have no effect; leave it out")
-    if name not in network.by_name:
-        raise BitscapeError(f"{argument}: the network has no layer {name!r}{nearest(str(name), network.by_name)}")
+def _layers_of_type(kind: type[nn.Module], model: nn.Module, prepared: nn.Module) -> list[str]:
+    holders = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    if not holders:
+        raise BitscapeError(f"keep_float: the network has no {kind.__name__}; look at the types that print(model) shows")
+    layers = quantizable_layers(prepared)
+    return [name for name in layers if any(not holder or name == holder or name.startswith(f"{holder}.") for holder in holders)]
 
 
-def _merged(network: NetworkProfile, tied: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Join ties that overlap; every layer is in one group, groups and their layers are in call order."""
-    group_of = {name: {name} for name in network.by_name}
-    for tie in [*tied, *network.tied]:
-        if isinstance(tie, str) or len(tie) < 2:
-            raise BitscapeError(f"tied: {tie!r} is no group of layers; write e.g. [('layer1.conv1', 'layer2.conv1')]")
-        for name in tie:
-            _check_name("tied", name, network)
-        together = set().union(*(group_of[name] for name in tie))
-        group_of.update(dict.fromkeys(together, together))
-    ordered = (tuple(name for name in group_of if name in group) for group in group_of.values())
-    return list(dict.fromkeys(ordered))
+def _prepared(model: nn.Module, example: Inputs, channels_last: bool | None) -> nn.Module:
+    prepared = in_eval_mode(prepare(model))
+    check_repeatable(prepared, example)
+    check_weight_uses(prepared, example)
+    set_memory_format(prepared, example, channels_last)
+    for parameter in prepared.parameters():  # curvature is asked for frozen weights too
+        parameter.requires_grad_(parameter.is_floating_point())
+    return prepared
 
 
-def _pins_of_group(group: tuple[str, ...], pinned: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
-    given = {name: pinned[name] for name in group if name in pinned}
-    if len(set(given.values())) > 1:
-        shown = ", ".join(f"{name} at {bits}" for name, bits in given.items())
-        raise BitscapeError(
-            f"pinned: layers that are tied, or share one weight, are pinned to different bits ({shown}); pin them to the same"
-        )
-    return dict.fromkeys(group, next(iter(given.values()))) if given else {}
-
-
-def _check_budget(budget: object) -> None:
-    texts = [budget] if isinstance(budget, (str, Mapping)) or not isinstance(budget, Sequence) or isinstance(budget, bytes) else budget
-    for text in texts:
-        if not isinstance(text, (str, Mapping)):
-            raise BitscapeError(f'budget: {text!r} is no text; give caps such as "bitops=0.25x", or a mapping from kind to value')
-
-
-def _check_measured(network: NetworkProfile, candidates: Sequence[LayerBits], freedom: FreeLayers) -> None:
-    for layer in network.layers:
-        for bits in [freedom.pinned[layer.name]] if layer.name in freedom.pinned else candidates:
-            layer_latency_ns(layer, bits)  # names the pair that was not measured
-
-
-def _warn_of_bitops(budget: Budget, target: Target) -> None:
-    if target.computes_int8 and (kinds := sorted(budget.caps.keys() & {"bitops", "mean_activation_bits"})):
+def _warn_of_bitops(choices: Choices) -> None:
+    target, kinds = choices.target, sorted(choices.budget.caps.keys() & {"bitops", "mean_activation_bits"})
+    if target is not None and target.computes_int8 and kinds:
         _log.warning(
             "budget: a cap on %s says nothing about time on %s, which computes every layer in int8; "
             "cap weight_bytes, or latency_ms with a latency table",
@@ -354,22 +296,29 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def _check_images(images: Tensor, model: nn.Module) -> None:
-    check_images(images, model=model)
-    broken = ~images.isfinite()
+def _check_samples(samples: Samples, model: nn.Module) -> None:
+    first = 0
+    for part in samples.parts:
+        if isinstance(part.inputs, Tensor):
+            check_images(part.inputs, model=model)
+        for tensor in tensors_in(part.inputs):
+            _check_sample_values(tensor, first)
+        if isinstance(part.targets, Tensor) and part.targets.ndim and len(part.targets) != len(part):
+            raise BitscapeError(
+                f"targets: shape {tuple(part.targets.shape)} for {len(part)} samples; give one for each sample, or none"
+            )
+        first += len(part)
+    shapes = [shapes_of(part.rows(slice(0, 1)).inputs) for part in samples.parts]
+    if any(shape != shapes[0] for shape in shapes):
+        _log.warning("data: samples of several shapes; costs are counted on the first, %s", samples.shapes)
+
+
+def _check_sample_values(values: Tensor, first: int) -> None:
+    broken = ~values.isfinite()
     if broken.any():
-        image, *position = broken.nonzero()[0].tolist()
-        axes = "(channel, row, column) " if images.ndim == 4 else ""
-        value = images[image, *position].item()
+        sample, *position = broken.nonzero()[0].tolist() if values.ndim else [0]
+        axes = "(channel, row, column) " if values.ndim == 4 else ""
         raise BitscapeError(
-            f"images: image {image} holds {value} at {axes}{tuple(position)}; images must be finite; "
+            f"images: image {first + sample} holds {values[broken][0].item()} at {axes}{tuple(position)}; images must be finite; "
             "check how it was decoded and normalized, or leave it out"
         )
-
-
-def _check_labels(labels: Tensor | None, images: int) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (images,):
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise BitscapeError(f"labels: {found}; give one int64 label per image, shape ({images},), or None")

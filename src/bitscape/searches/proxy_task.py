@@ -18,7 +18,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.replace import replace_module
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.problem import SearchProblem, only_tensor
 
 _log = logging.getLogger("bitscape.searches")
 
@@ -109,10 +109,11 @@ def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epoc
     if problem.labels is None and name != "follow":
         raise BitscapeError(f"task={name!r} learns labels, and the problem has none; give labels, or task='follow'")
     model = copy.deepcopy(problem.prepared)
-    labels = problem.decisions if name == "follow" else problem.labels
+    images = only_tensor(problem.samples)
+    labels = problem.decisions(problem.samples) if name == "follow" else problem.labels
     assert labels is not None, "checked above"
     batches = ProxyBatches(
-        dataset=ProxyData("proxy", problem.images, labels.to(problem.images.device)), batch_size=batch_size, seed=problem.seed
+        dataset=ProxyData("proxy", images, labels.to(images.device)), batch_size=batch_size, seed=problem.seed
     )
     if name == "follow":
         return ProxyTask(name="follow", model=model, batches=batches, loss=FollowFloat(problem.prepared, problem.meaning))
@@ -124,7 +125,7 @@ def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epoc
 def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]:
     if problem.labels is None or problem.meaning.name != "classes":
         return "follow"
-    right = int((problem.decisions == problem.labels.to(problem.images.device)).sum())
+    right = int((problem.decisions(problem.samples) == problem.labels).sum())
     most_frequent = int(problem.labels.bincount().max())
     own = right >= min(2 * most_frequent, (len(problem.labels) + most_frequent) / 2)  # the second for few classes
     _log.info(
@@ -136,7 +137,7 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
 
 
 def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, epochs: int, folder: Path | None) -> None:
-    name = problem.network.ends[1]
+    name = problem.network.ends[-1]
     old = quantizable_layers(model)[name]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(problem.seed)  # no GPU's random state is touched

@@ -11,15 +11,16 @@ Measured  docs/results: ptq-imagenet, qat-cifar10.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from bitscape.errors import BitscapeError
-from bitscape.searches.allocation import Choices, choices
+from bitscape.searches.choices import Choices
 from bitscape.searches.knapsack import CapRow, reachable
-from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult
 from bitscape.searches.programme import Allowed, Choice
 
 _log = logging.getLogger("bitscape.searches")
@@ -63,6 +64,8 @@ class Random:
     tries: int = 20
     """Random starts."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset()
+
     def __post_init__(self) -> None:
         if not 0 < self.window < 1:
             raise BitscapeError(f"window={self.window}; allowed are shares of the cap between 0 and 1, e.g. 0.02")
@@ -71,9 +74,12 @@ class Random:
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Return a random policy. Raises InfeasibleBudget, or BitscapeError if none found uses 95 % of a cap."""
+        return self.choose(problem.choices, problem.seed, problem.provenance(self))
+
+    def choose(self, stated: Choices, seed: int, provenance: Mapping[str, Any]) -> SearchResult:
+        """The same of the choices alone: it needs neither network nor samples."""
         begin = time.monotonic()
-        stated = choices(problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied)
-        rng = np.random.default_rng(problem.seed)
+        rng = np.random.default_rng(seed)
         best = stated.first_feasible()
         trace = []
         for start, allowed in self._starts(stated, best, rng):
@@ -87,10 +93,10 @@ class Random:
                 best = choice
         if stated.freedom.groups:
             self._check(usage(stated, best), stated)
-        return SearchResult(stated.policy(best, problem.provenance(self)), None, tuple(trace), time.monotonic() - begin)
+        return SearchResult(stated.policy(best, provenance), None, tuple(trace), time.monotonic() - begin, stated)
 
     def _starts(self, stated: Choices, feasible: Choice, rng: np.random.Generator) -> Iterator[tuple[Choice, Allowed]]:
-        allowed = reachable(stated.everything(), stated.caps)
+        allowed = reachable(stated.allowed, stated.caps)
         assert allowed is not None, "a feasible choice exists"
         for _ in range(self.tries):
             yield tuple(int(rng.choice(np.flatnonzero(row))) for row in allowed), allowed

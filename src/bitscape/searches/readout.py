@@ -25,8 +25,9 @@ from bitscape.progress import track
 from bitscape.quant.mixture import Mixture
 from bitscape.searches.allocation import allocate
 from bitscape.searches.mixed_network import Mixed
-from bitscape.searches.problem import ScoreTable, SearchProblem
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import ProxyTask
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import score_table, widths
 
 _log = logging.getLogger("bitscape.searches")
@@ -60,11 +61,11 @@ def probability_scores(problem: SearchProblem, method: str, mixed: Mixed) -> Sco
 def _table(problem: SearchProblem, method: str, by_weight: NDArray[np.float64], by_input: NDArray[np.float64]) -> ScoreTable:
     """Scores (G, R_w) and (G, R_a) of groups as a table of layers and pairs; the layers of a group share its score."""
     by_layer = {}
-    for group, of_weight, of_input in zip(problem.freedom.groups, by_weight, by_input, strict=True):
+    for group, of_weight, of_input in zip(problem.choices.freedom.groups, by_weight, by_input, strict=True):
         pairs = (_leaning(of_weight)[:, None] + _leaning(of_input)[None]) / len(group)
         by_layer.update(dict.fromkeys(group, pairs))
     ordered = {name: by_layer[name] for name in problem.free_layers}
-    return score_table(method, problem.candidates, ordered, problem.network.shapes)
+    return score_table(method, problem.choices, ordered)
 
 
 def _leaning(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -166,12 +167,12 @@ def _asked(problem: SearchProblem, method: Any) -> dict[str, Any]:
         "method": about["method"],
         "settings": {name: value for name, value in about["settings"].items() if name != "readout"},
         "seed": problem.seed,
-        "pinned": {name: str(bits) for name, bits in problem.pinned_layers.items()},
-        "tied": [" ".join(group) for group in problem.freedom.groups if len(group) > 1],
-        "candidates": _offered(problem.candidates),
+        "pinned": {name: str(bits) for name, bits in problem.choices.freedom.pinned.items()},
+        "tied": [" ".join(group) for group in problem.choices.freedom.groups if len(group) > 1],
+        "candidates": _offered(problem.choices.candidates),
         "budget": about["budget"],
         "model": describe(problem.prepared),
-        "images": describe(problem.images),
+        "images": describe([part.inputs for part in problem.samples.parts]),
         "labels": describe(problem.labels),
     }
 
@@ -203,7 +204,7 @@ class Progress:
         problem, before, provenance = self.problem, self.policy, self.problem.provenance(self.method)
         self.mixed.keep_budget()
         scores = probability_scores(problem, provenance["method"], self.mixed)
-        policy = allocate(scores, problem.network, problem.parsed_budget, problem.pinned, problem.tied)
+        policy = allocate(scores, problem.choices)
         so_far = f"after epoch {epochs} of {self.method.epochs}, by readout probability and pick best"
         self.policy = replace(policy, provenance={**policy.provenance, **provenance, "so_far": so_far})
         keep_policy(self.policy, self.folder)

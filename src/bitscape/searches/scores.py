@@ -26,16 +26,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bitscape.errors import BitscapeError, first_repeated, nearest
+from bitscape.errors import BitscapeError, first_repeated, nearest, prefixed
 from bitscape.files import parse_json, read_limited, write_atomic
-from bitscape.policy import MAX_BITS, LayerBits
+from bitscape.policy import LayerBits
 from bitscape.tables import Shown, Table, shortened, shortened_row
 from bitscape.words import counted
 
 FORMAT = 1
 _ENTRIES = ("format", "method", "repairs", "fingerprint", "candidates", "scores")
 _KINDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
-_WIDTHS = tuple(str(bits) for bits in range(1, MAX_BITS + 1))
 Entry = TypeVar("Entry", int, str, list[Any], dict[str, Any])
 
 
@@ -113,6 +112,8 @@ def check_candidates(candidates: Sequence[LayerBits]) -> None:
     for pair in candidates:
         if not isinstance(pair, LayerBits):
             raise BitscapeError(f"candidates: {pair!r} is no LayerBits; write e.g. LayerBits(4, 4)")
+        if pair.is_float:
+            raise BitscapeError("candidates: float is not searched; name the layers that stay float with keep_float")
     if (twice := first_repeated(candidates)) is not None:
         raise BitscapeError(f"candidates: {twice} stands twice; give each pair once")
 
@@ -173,7 +174,5 @@ def _score(layer: str, value: Any) -> float:
 
 
 def _pair(text: Any) -> LayerBits:
-    weight, _, activation = str(text).partition("/")
-    if weight in _WIDTHS and activation in _WIDTHS:
-        return LayerBits(int(weight), int(activation))
-    raise BitscapeError(f"candidates: {text!r} is no pair of bits; write weight/activation bits from 1 to {MAX_BITS}, e.g. 4/8")
+    with prefixed("candidates"):
+        return LayerBits.parse(str(text))

@@ -7,11 +7,9 @@ A layer's output is linear in its input and in its weight, so that for a pair (w
 and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, which is of second order.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitscape import calling
+from bitscape.calling import Inputs, moved
+from bitscape.data.samples import Minibatch, Samples
+from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import has_weight, quantizable_layers, scale_axis
@@ -31,9 +33,14 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
-from bitscape.searches.allocation import only_choice, pareto_front
-from bitscape.searches.pick import chosen
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.choices import Choices
+from bitscape.searches.gain import gain_of
+from bitscape.searches.pick import check_pick, chosen
+from bitscape.searches.problem import Pick, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
+
+RANGE_SAMPLES = 64
+"""Of which input ranges are taken."""
 
 Range = tuple[Tensor, Grid]
 """Scale and grid of a tensor."""
@@ -74,10 +81,17 @@ class LayerNoise:
         return by_weight, by_input
 
 
-def tracked_batches(images: Tensor, model: nn.Module, batch_size: int, *, label: str) -> Iterator[Tensor]:
+def tracked_batches(samples: Samples, model: nn.Module, batch_size: int, *, label: str) -> Iterator[Minibatch]:
     """Batches on the model's device, with progress in the log."""
-    total = math.ceil(len(images) / batch_size)
-    return track(batches_of(images, model, batch_size), label=label, total=total)
+    device = device_of(model)
+    targets = [moved(batch.targets, device) for batch in samples.batches(batch_size)]
+    batches = map(Minibatch, batches_of(samples, model, batch_size), targets)
+    return track(batches, label=label, total=len(targets))
+
+
+def call_with_gradients(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the network such that gradients reach layers behind frozen ones."""
+    return calling.call(model, tracked(inputs))
 
 
 def at_least_one(**counts: int) -> None:
@@ -93,16 +107,16 @@ def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def layer_noise(model: nn.Module, names: list[str], images: Tensor, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
+def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
     """Calibrate every candidate width of the named layers once: squared-error scales, per channel for weights, per tensor for inputs.
 
     Args:
         model: float network, eval mode.
-        images: normalized (n, c, h, w); a sample of at most 64 is used for the input ranges.
+        samples: the first 64 are used for the input ranges.
     """
     weight_bits, activation_bits = widths(candidates)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
-    inputs = record_inputs(model, layers, images[:64])
+    inputs = record_inputs(model, layers, batches_of(samples.first(RANGE_SAMPLES), model))
     noise = {}
     for name, layer in layers.items():
         ranges = _ranges(inputs[name], activation_bits)
@@ -145,24 +159,24 @@ class GradedCall(LayerCall):
     gradient: Tensor
 
 
-def calls(model: nn.Module, names: list[str], batch: Tensor) -> Iterator[LayerCall]:
-    """Run `batch` without a graph and yield every run of the named layers."""
+def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerCall]:
+    """Run `inputs` without a graph and yield every run of the named layers."""
     with evaluating(model), Recorder(model, names) as recorder:
-        model(batch)
+        calling.call(model, inputs)
     for call in recorder.seen:
         yield LayerCall(call.name, widened(call.input), widened(call.output), second=call.second)
 
 
 def calls_with_gradients(
-    model: nn.Module, names: list[str], batch: Tensor, task: Task, generator: torch.Generator
+    model: nn.Module, names: list[str], batch: Minibatch, task: Task, generator: torch.Generator
 ) -> Iterator[GradedCall]:
-    """As `calls`, with gradients of the task's drawn loss, summed over images: no labels are needed.
+    """As `calls`, with gradients of the task's drawn loss, summed over images. Only a user's own loss looks at targets.
 
     In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
     """
     with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
-        values = task.outputs(model(tracked(batch)), len(batch))
-        loss = task.drawn_loss(values, generator).sum()
+        values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
+        loss = task.drawn_loss(values, generator, batch.targets).sum()
         outputs = outputs_of(recorder.seen)
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
     for call, g in zip(recorder.seen, gradients, strict=True):
@@ -214,20 +228,17 @@ class Recorder:
 
 def score_table(
     method: str,
-    candidates: Sequence[LayerBits],
+    choices: Choices,
     by_layer: Mapping[str, NDArray[np.float64]],
-    shapes: Mapping[str, tuple[int, ...]],
 ) -> ScoreTable:
-    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted.
-
-    `shapes` are the network's weight shapes, by which the table is later checked.
-    """
-    weight_bits, activation_bits = widths(tuple(candidates))
+    """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted."""
+    candidates = choices.candidates
+    weight_bits, activation_bits = widths(candidates)
     at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
     raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()]).reshape(len(by_layer), len(at))
     values = monotone(raw, candidates)
     repairs = int((~np.isclose(values, raw, rtol=1e-6, atol=0)).sum())
-    return ScoreTable(tuple(by_layer), tuple(candidates), values, method, repairs, fingerprint(shapes))
+    return ScoreTable(tuple(by_layer), candidates, values, method, repairs, fingerprint(choices.network.shapes))
 
 
 def monotone(values: NDArray[np.float64], candidates: Sequence[LayerBits]) -> NDArray[np.float64]:
@@ -252,22 +263,24 @@ class Scoring(Protocol):
 Trace = tuple[Mapping[str, Any], ...]
 
 
-def solve(problem: SearchProblem, method: Scoring) -> SearchResult:
+def solve(problem: SearchProblem, method: Scoring, pick: Pick) -> SearchResult:
     """Score every free layer and candidate with `method`, then allocate bits exactly within the problem's budget."""
-    return finish(problem, method, lambda: (method.score(problem), ()))
+    return finish(problem, method, lambda: (method.score(problem), ()), pick)
 
 
-def finish(problem: SearchProblem, method: Any, scored: Callable[[], tuple[ScoreTable, Trace]]) -> SearchResult:
-    """Run `scored`, then choose the policy within the budget by the problem's `pick`; say where it comes from."""
-    started = time.perf_counter()
-    provenance = problem.provenance(method)
+def finish(
+    problem: SearchProblem, method: Any, scored: Callable[[], tuple[ScoreTable, Trace]], pick: Pick, **about: Any
+) -> SearchResult:
+    """Run `scored`, then choose the policy within the budget by `pick`; say where it comes from, and what else is known `about` it."""
+    check_pick(pick)
+    started, choices = time.perf_counter(), problem.choices
+    provenance = {**problem.provenance(method), "pick": pick, **about}
     if not problem.free_layers:
-        policy = only_choice(problem.network, problem.parsed_budget, problem.candidates, problem.pinned, problem.tied)
-        return SearchResult(replace(policy, provenance=provenance), None, (), time.perf_counter() - started)
+        policy = replace(choices.only_policy(), provenance=provenance)
+        return SearchResult(policy, None, (), time.perf_counter() - started, choices)
     scores, trace = scored()
-    policy, probed = chosen(problem, scores)
-    provenance = {**policy.provenance, **provenance, "repairs": scores.repairs}
-    kind = next(iter(problem.parsed_budget.caps))
-    front = partial(pareto_front, scores, problem.network, problem.pinned, kind, tied=problem.tied)
-    policy, seconds = replace(policy, provenance=provenance), time.perf_counter() - started
-    return SearchResult(policy, scores, (*trace, *probed), seconds, front)
+    policy, probed = chosen(problem, scores, pick)
+    gain = gain_of(scores, choices)
+    known = {} if gain is None else {"gain": gain.bits}
+    policy = replace(policy, provenance={**policy.provenance, **provenance, "repairs": scores.repairs, **known})
+    return SearchResult(policy, scores, (*trace, *probed), time.perf_counter() - started, choices, gain)

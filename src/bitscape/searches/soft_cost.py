@@ -19,7 +19,6 @@ from scipy.special import softmax
 from torch import Tensor
 
 from bitscape.policy import LayerBits
-from bitscape.searches.allocation import choices
 from bitscape.searches.knapsack import reachable
 from bitscape.searches.problem import SearchProblem
 
@@ -101,12 +100,11 @@ class SoftCost:
 
 def soft_cost(problem: SearchProblem, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> SoftCost:
     """Tabulate the problem's capped costs for every pair of widths. Raises InfeasibleBudget if no policy fits."""
-    about = problem.pinned_layers, problem.tied
-    choices(problem.network, problem.parsed_budget, problem.candidates, *about).first_feasible()  # not every pair need be a candidate
+    problem.choices.first_feasible()  # not every pair of widths need be a candidate
     pairs = tuple(LayerBits(w, a) for w, a in product(weight_bits, activation_bits))
-    stated = choices(problem.network, problem.parsed_budget, pairs, *about)
+    stated = problem.choices.in_all_pairs(pairs)
     shape = (len(stated.freedom.groups), len(weight_bits), len(activation_bits))
-    allowed = reachable(stated.everything(), stated.caps)
+    allowed = reachable(stated.allowed, stated.caps)
     assert allowed is not None, "a choice fits"
     free = allowed.reshape(shape)
     rows = [row for row in stated.caps if row.additive]  # a peak only forbids widths

@@ -17,14 +17,18 @@ Measured  docs/transfer: transfer-scores. Noise alone scores 0 at side 3 and 3.2
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs
+from bitscape.data.samples import Samples
 from bitscape.quant.fold import fold_norms
-from bitscape.searches.problem import ScoreTable, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
+from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import at_least_one, calls, score_table, solve, tracked_batches, widths
 
 LEAST_BIRTHS = 0.1
@@ -90,13 +94,15 @@ def layer_entropy(births: NDArray[np.int64]) -> float:
     return float(np.mean(entropies)) if entropies else 0.0
 
 
-def chosen_images(images: Tensor, labels: Tensor | None, count: int) -> Tensor:
-    """`count` images of the most frequent label, or the first `count` where there are no labels or too few of one."""
+def chosen_samples(samples: Samples, labels: Tensor | None, count: int) -> Samples:
+    """`count` samples of the most frequent label, or the first `count` where there are no labels or too few of one."""
     if labels is not None:
-        of_label = (labels == labels.mode().values).nonzero()[:, 0]
-        if len(of_label) >= count:
-            return images[of_label[:count].to(images.device)]
-    return images[:count]
+        of_label = labels == labels.mode().values
+        if int(of_label.sum()) >= count:
+            masks = of_label.split([len(part) for part in samples.parts])
+            picked = Samples(part.rows(mask.nonzero()[:, 0]) for part, mask in zip(samples.parts, masks, strict=True))
+            return picked.first(count)
+    return samples.first(count)
 
 
 def square_maps(output: Tensor) -> Tensor | None:
@@ -120,32 +126,34 @@ class Topological:
     map_side_only: bool = False
     """Control: the logarithm of the map's side in place of the entropy."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick"})
+
     def __post_init__(self) -> None:
         at_least_one(images=self.images, batch_size=self.batch_size)
 
-    def search(self, problem: SearchProblem) -> SearchResult:
+    def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self)
+        return solve(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
-        images = chosen_images(problem.images, problem.labels, self.images)
+        samples = chosen_samples(problem.samples, problem.labels, self.images)
         # Folded, a layer's output is what its norm hands on.
-        model, names = fold_norms(problem.prepared, images[:2]), list(problem.free_layers)
-        values = _log_sides(model, names, images[:1]) if self.map_side_only else self._entropies(model, names, images)
-        weight_bits, activation_bits = (np.array(bits) for bits in widths(problem.candidates))
+        model, names = fold_norms(problem.prepared, samples.first(2).parts[0].inputs), list(problem.free_layers)
+        values = _log_sides(model, names, samples.example) if self.map_side_only else self._entropies(model, names, samples)
+        weight_bits, activation_bits = (np.array(bits) for bits in widths(problem.choices.candidates))
         scores = {name: -value * (weight_bits[:, None] + activation_bits) / 2 for name, value in values.items()}
-        return score_table("topological", problem.candidates, scores, problem.network.shapes)
+        return score_table("topological", problem.choices, scores)
 
-    def _entropies(self, model: nn.Module, names: list[str], images: Tensor) -> dict[str, float]:
+    def _entropies(self, model: nn.Module, names: list[str], samples: Samples) -> dict[str, float]:
         births: dict[str, list[NDArray[np.int64]]] = {name: [] for name in names}
-        for batch in tracked_batches(images, model, self.batch_size, label="topological: batch"):
-            for call in calls(model, names, batch):
+        for batch in tracked_batches(samples, model, self.batch_size, label="topological: batch"):
+            for call in calls(model, names, batch.inputs):
                 if (maps := square_maps(call.output)) is not None:
                     births[call.name].append(birth_times(maps.flatten(0, 1)).reshape(maps.shape[:2]))
         return {name: layer_entropy(np.concatenate(parts)) if parts else 0.0 for name, parts in births.items()}
 
 
-def _log_sides(model: nn.Module, names: list[str], images: Tensor) -> dict[str, float]:
-    maps = {call.name: square_maps(call.output) for call in calls(model, names, images)}
+def _log_sides(model: nn.Module, names: list[str], example: Inputs) -> dict[str, float]:
+    maps = {call.name: square_maps(call.output) for call in calls(model, names, example)}
     return {name: 0.0 if found is None else math.log(found.shape[-1]) for name, found in maps.items()}

@@ -9,14 +9,15 @@ Measured  docs/results: ptq-imagenet, qat-cifar10.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from bitscape.cost.policy_cost import CAPS
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
-from bitscape.searches.allocation import Choices, choices
-from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.choices import Choices
+from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult
 from bitscape.searches.programme import Choice
 
 
@@ -48,8 +49,8 @@ def ladder(stated: Choices) -> list[int]:
     apart = {frozenset(CAPS[kind].depends_on) for kind in kinds} == {frozenset({"weight"}), frozenset({"activation"})}
     if not apart:
         return widths(stated.candidates, kinds)
-    groups, least = len(stated.freedom.groups), min(bits.weight for bits in stated.candidates)
-    beside = [at for at, bits in enumerate(stated.candidates) if bits.weight == least and stated.holds((at,) * groups)]
+    least = min(bits.weight for bits in stated.candidates)
+    beside = [at for at, bits in enumerate(stated.candidates) if bits.weight == least and stated.holds(stated.uniform(at))]
     widest = max((stated.candidates[at].activation for at in beside), default=min(bits.activation for bits in stated.candidates))
     columns = [at for at, bits in enumerate(stated.candidates) if bits.activation == widest]
     return sorted(columns, key=lambda at: stated.candidates[at])
@@ -58,11 +59,11 @@ def ladder(stated: Choices) -> list[int]:
 def mixed(stated: Choices, low: int, high: int) -> Choice:
     """Give the groups with the most MACs `low`, the others `high`: as few `low` as the budget allows (all must fit)."""
     macs = [sum(stated.network.by_name[name].macs for name in group) for group in stated.freedom.groups]
-    choice = [high] * len(macs)
+    narrow, choice = stated.uniform(low), list(stated.uniform(high))
     for group in sorted(range(len(macs)), key=lambda at: -macs[at]):
         if stated.holds(tuple(choice)):
             break
-        choice[group] = low
+        choice[group] = narrow[group]
     return tuple(choice)
 
 
@@ -73,26 +74,29 @@ class Uniform:
     mix: bool = False
     """Fill the budget with the next larger width too: the layers with the most MACs get the lower one first."""
 
+    options: ClassVar[frozenset[SearchOption]] = frozenset()
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """Return the uniform policy. Raises InfeasibleBudget, or BitscapeError if only other policies fit."""
-        start = time.monotonic()
-        stated = choices(problem.network, problem.parsed_budget, problem.candidates, problem.pinned_layers, problem.tied)
-        groups = len(stated.freedom.groups)
-        columns = ladder(stated)
-        fitting = [at for at, column in enumerate(columns) if stated.holds((column,) * groups)]
-        if not fitting:
-            self._refuse(stated, columns[0])
-        low, high = columns[fitting[-1]], columns[min(fitting[-1] + 1, len(columns) - 1)]
-        choice = mixed(stated, low, high) if self.mix else (low,) * groups
-        trace = tuple({"bits": str(problem.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns))
-        policy = stated.policy(choice, problem.provenance(self))
-        return SearchResult(policy, None, trace, time.monotonic() - start)
+        return self.choose(problem.choices, problem.provenance(self))
 
-    def _refuse(self, stated: Choices, narrowest: int) -> None:
-        stated.first_feasible()
-        cost = stated.policy((narrowest,) * len(stated.freedom.groups), {}).cost
-        shown = ", ".join(f"{kind}={cost[kind]!r} (cap {most!r})" for kind, most in stated.budget.caps.items())
+    def choose(self, choices: Choices, provenance: Mapping[str, Any]) -> SearchResult:
+        """The same of the choices alone: it needs neither network nor samples."""
+        start = time.monotonic()
+        columns = ladder(choices)
+        fitting = [at for at, column in enumerate(columns) if choices.holds(choices.uniform(column))]
+        if not fitting:
+            self._refuse(choices, columns[0])
+        low, high = columns[fitting[-1]], columns[min(fitting[-1] + 1, len(columns) - 1)]
+        choice = mixed(choices, low, high) if self.mix else choices.uniform(low)
+        trace = tuple({"bits": str(choices.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns))
+        return SearchResult(choices.policy(choice, provenance), None, trace, time.monotonic() - start, choices)
+
+    def _refuse(self, choices: Choices, narrowest: int) -> None:
+        choices.first_feasible()
+        cost = choices.policy(choices.uniform(narrowest), {}).cost
+        shown = ", ".join(f"{kind}={cost[kind]!r} (cap {most!r})" for kind, most in choices.budget.caps.items())
         raise BitscapeError(
-            f"budget: even the narrowest uniform policy, {stated.candidates[narrowest]}, costs {shown}; "
+            f"budget: even the narrowest uniform policy, {choices.candidates[narrowest]}, costs {shown}; "
             "a policy that is not uniform fits: use another method, or raise the budget"
         )

@@ -2,31 +2,38 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
+from bitscape.cost.budget import Budget
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
-from bitscape.engine.task import TaskName
+from bitscape.data.reading import BatchReader, read_samples
+from bitscape.engine.forward import device_of
+from bitscape.engine.task import Task, TaskName
 from bitscape.errors import BitscapeError, nearest
+from bitscape.models.dtypes import check_module
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
+from bitscape.searches.choices import BudgetText
+from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
-from bitscape.searches.problem import DEFAULT_CANDIDATES, Pick, SearchProblem, SearchResult
-from bitscape.verbs.proxy import one_tensor, proxy_of
+from bitscape.searches.problem import Pick, SearchProblem, SearchResult, name_of
 
 
 def search(
     model: nn.Module,
     data: Any,
-    budget: str | Sequence[str] | Mapping[str, float | str],
+    budget: BudgetText,
     *,
     method: str | SearchMethod = "fisher",
-    task: TaskName | Literal["auto"] = "auto",
+    task: TaskName | Literal["auto"] | Task = "auto",
     count: int = 256,
-    candidates: Sequence[LayerBits] = DEFAULT_CANDIDATES,
-    pinned: Mapping[str, LayerBits] | None = None,
+    candidates: Sequence[LayerBits] | None = None,
+    pinned: Mapping[str, LayerBits | str] | Pins | None = None,
+    keep_float: Sequence[str | type[nn.Module]] = (),
     tied: Sequence[Sequence[str]] = (),
     target: str | Target | None = None,
     latency: LatencyTable | None = None,
@@ -36,6 +43,7 @@ def search(
     inputs: Callable[[Any], Any] | None = None,
     targets: Callable[[Any], Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    channels_last: bool | None = None,
     seed: int = 0,
 ) -> SearchResult:
     """Find the bits of each layer within a budget that is never exceeded.
@@ -43,58 +51,107 @@ def search(
     Args:
         model: float network; it is not changed.
         data: samples, preprocessed for the network; no labels are needed. A tensor (n, ...), an iterable of batches such as
-            a DataLoader, a torch or Hugging Face dataset, or `Batches`.
+            a DataLoader, a torch or Hugging Face dataset, or `Batches`. Costs are counted on the first sample.
         budget: one or several caps, e.g. "bitops=0.25x", "weight_bytes=1.2MB" or ["bitops=w4a4", "weight_bytes=w4"].
         method: name of a search method (`bitscape methods` lists them), or its settings, e.g. `Fisher(images=512)`.
         task: what the outputs are: "classes" for logits (n, k), "binary", "follow" for any others; "auto" looks at them.
         count: most samples that are used. Of a dataset they are drawn by `seed`, of an iterable they are the first.
-        candidates: pairs of bits that a layer may get.
-        pinned: layers with fixed bits; None pins the first and the last at 8/8, {} pins none.
+        candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what
+            the target has.
+        pinned: layers with fixed bits, by name or pattern, e.g. {"head*": "8/8"}; {} pins none. None pins the first layer
+            and the heads at 8/8; if the budget caps weights alone, only the first layer, and the heads keep 8-bit activations.
+        keep_float: names, patterns or types of layers that stay float, e.g. ["head*", nn.LayerNorm].
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
         latency: measured times of this network, which make `latency_ms` a cap.
-        for_training: whether the network will be trained at its bits afterwards.
+        for_training: whether the network will be trained at its bits afterwards; fisher then scores differently.
         pick: "best", or the "least-sharp" of the policies with near-equal scores.
         attention_products: give bits to the two products of attention too ("attn.scores", "attn.values"): `weight` is the
             width of the second operand. Of the methods that measure, fisher and local take them.
-        inputs: from a batch to the one tensor that the network is called with; see `BatchReader`.
+        inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its labels, which searches that train make use of.
         folder: where a search that trains keeps its checkpoint; the same call goes on from there.
+        channels_last: memory format of the convolutions; None: channels_last where the network takes it.
         seed: of everything random.
 
     Raises:
         InfeasibleBudget: no policy meets the budget; the message says what would.
         BitscapeError: any other argument that cannot be used.
     """
-    if attention_products:
-        model = prepare(model, attention_products=True)
-    images, labels = one_tensor(proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed))
-    problem = SearchProblem(
-        model=model,
-        images=images,
-        labels=labels,
-        budget=budget,
-        # As it came: the default is told from the same pairs given by hand, which a target may refuse.
-        candidates=candidates if isinstance(candidates, tuple) else tuple(candidates),
+    searcher = method_of(method)
+    options = _options(searcher, pick, folder, for_training)
+    problem = search_problem(
+        prepare(model, attention_products=True) if attention_products else model,
+        data,
+        budget,
+        count=count,
+        inputs=inputs,
+        targets=targets,
+        candidates=candidates,
         pinned=pinned,
+        keep_float=keep_float,
         tied=tied,
-        target=_target(target),
+        target=target,
         latency=latency,
-        for_training=for_training,
         task=task,
-        pick=pick,
-        folder=folder,
+        channels_last=channels_last,
         seed=seed,
     )
-    return _method(method).search(problem)
+    problem.choices.first_feasible()  # refused before the minutes that scores may take
+    result = searcher.search(problem, **options)
+    provenance = {**result.policy.provenance, "for_training": for_training}
+    return replace(result, policy=replace(result.policy, provenance=provenance))
 
 
-def _method(method: str | SearchMethod) -> SearchMethod:
+def search_problem(
+    model: nn.Module,
+    data: Any,
+    budget: Budget | BudgetText,
+    *,
+    count: int,
+    inputs: Callable[[Any], Any] | None,
+    targets: Callable[[Any], Any] | None,
+    seed: int,
+    target: str | Target | None = None,
+    **settings: Any,
+) -> SearchProblem:
+    """Read the samples and check everything that a search is given; `settings` are those of `SearchProblem.of`."""
+    check_module(model)
+    samples = read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
+    return SearchProblem.of(model, samples, budget, target=_target(target), seed=seed, **settings)
+
+
+def method_of(method: str | SearchMethod) -> SearchMethod:
+    """Return the method of that name with its default settings, or the one given. Raises BitscapeError for unknown names."""
     if not isinstance(method, str):
         return method
     if method not in METHODS:
         raise BitscapeError(f"method={method!r}: unknown{nearest(method, METHODS)}; use one of {', '.join(METHODS)}")
     return METHODS[method]()
+
+
+def check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None) -> None:
+    """Raise BitscapeError for what is asked for and the method cannot do."""
+    name = name_of(method)
+    if pick != "best" and "pick" not in method.options:
+        raise BitscapeError(
+            f"pick={pick!r}: {name} has no scores, so there are no near-equal policies to pick from; "
+            "use pick='best', or a method with scores, such as fisher"
+        )
+    if folder is not None and "folder" not in method.options:
+        raise BitscapeError(
+            f"folder={os.fspath(folder)!r}: {name} does not train and keeps nothing there; "
+            "leave folder out, or use a method that trains, such as differentiable"
+        )
+
+
+def _options(
+    method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, for_training: bool
+) -> dict[str, Any]:
+    """Return the options that the method takes; that the network will be trained later concerns few methods, and harms none."""
+    check_options(method, pick, folder)
+    options = {"pick": pick, "folder": folder, "for_training": for_training}
+    return {name: value for name, value in options.items() if name in method.options}
 
 
 def _target(target: str | Target | None) -> Target | None:

@@ -123,7 +123,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
         if not header.policy.layers.keys().isdisjoint(product_names(model)):
             model = split_products(model)
         header.policy.check(layer_shapes(model))
-        layers = weighted_layers(model)
+        layers = {name: layer for name, layer in weighted_layers(model).items() if not header.policy.layers[name].is_float}
         owned = {name: layer for name, layer in layers.items() if header.layers[name].same_weight_as is None}
         codes = {name: _stored_codes(name, tensors, header, layer) for name, layer in owned.items()}
         weights = {name: _dequantized(layer, codes[name]) for name, layer in owned.items()}
@@ -182,7 +182,8 @@ def _same(a: Codes, b: Codes) -> bool:
 
 def _checked_policy(model: nn.Module, policy: Policy | None) -> Policy:
     shapes = layer_shapes(model)
-    own = Policy({name: static_bits(layer) for name, layer in quantized_layers(model).items()}, fingerprint(shapes))
+    bits = {name: static_bits(layer) for name, layer in quantized_layers(model).items()}
+    own = Policy({**dict.fromkeys(shapes, LayerBits.FLOAT), **bits}, fingerprint(shapes))
     policy = own if policy is None else policy
     policy.check(shapes)
     for name, given, has in policy.difference(own):

@@ -162,7 +162,7 @@ def _from_document(document: Any) -> Header:
         )
     policy = Policy.from_document({"format": FORMAT, **document["policy"]})
     layers = {name: _stored(name, entry) for name, entry in dict(document["layers"]).items()}
-    for name in {**policy.layers, **layers}:
+    for name in dict.fromkeys([*(name for name, bits in policy.layers.items() if not bits.is_float), *layers]):
         layers[name].input_quantizer(policy.layers[name].activation)
         if layers[layers[name].owner(name)].same_weight_as is not None:
             raise ValueError(f"the weight of {name} is stored nowhere")

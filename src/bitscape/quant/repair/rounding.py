@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
-from bitscape.models.layers import outputs_first
+from bitscape.models.layers import outputs_first, quantizable_layers
 from bitscape.quant.functional import dequantize, power_of_two, quantize, without_autocast
 from bitscape.quant.grid import Grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
@@ -128,7 +128,8 @@ def rounding_tasks(model: nn.Module, moments: Mapping[str, Tensor]) -> dict[str,
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
-    unknown = [name for name in moments if name not in layers]
+    known = quantizable_layers(model)  # those that stay float need no repair
+    unknown = [name for name in moments if name not in known]
     if unknown:
         raise BitscapeError(
             f"moments: no quantized layer {unknown[0]!r}{nearest(unknown[0], layers)}; "
