@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.calling import Inputs, call, sample_count, shapes_of
-from bitscape.cost.budget import Budget
+from bitscape.cost.budget import Budget, BudgetText
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.targets import Target
@@ -30,7 +30,7 @@ from bitscape.nested import tensors_in
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
-from bitscape.searches.choices import BudgetText, Choices
+from bitscape.searches.choices import Choices
 from bitscape.searches.freedom import Pins
 from bitscape.searches.gain import Gain
 from bitscape.searches.scores import ScoreTable
@@ -76,6 +76,7 @@ class SearchProblem:
         tied: Sequence[Sequence[str]] = (),
         target: Target | None = None,
         latency: LatencyTable | None = None,
+        along: str | None = None,
         task: TaskName | Literal["auto"] | Task = "auto",
         channels_last: bool | None = None,
         seed: int = 0,
@@ -85,7 +86,7 @@ class SearchProblem:
         Args:
             model: float network; it is not changed.
             samples: preprocessed for the network, on its device. Costs are counted on the first one.
-            budget, candidates, pinned, tied, target, latency: see `Choices.of`.
+            budget, candidates, pinned, tied, target, latency, along: see `Choices.of`.
             keep_float: names, patterns or types of layers that stay float; of a type, its layers and those inside of it.
             task, channels_last, seed: see the fields.
 
@@ -114,6 +115,7 @@ class SearchProblem:
             tied=tied,
             target=target,
             latency=latency,
+            along=along,
         )
         _warn_of_bitops(choices)
         return cls(
