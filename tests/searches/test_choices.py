@@ -67,7 +67,7 @@ def test_the_default_offers_what_the_target_has_and_16_bits_only_when_asked():
 
 
 def test_float_is_no_candidate():
-    with pytest.raises(BitscapeError, match="candidates: float is not searched; .* keep_float"):
+    with pytest.raises(BitscapeError, match=r"candidates: float is not searched; .* keep_float"):
         Choices.of(NETWORK, "4bit", candidates=[LayerBits.FLOAT])
 
 

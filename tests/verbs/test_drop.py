@@ -94,7 +94,7 @@ def test_a_killed_search_goes_on_where_it_stopped(by_bytes, monkeypatch, tmp_pat
     assert other.cost["weight_bytes"] <= whole.cost["weight_bytes"] and len(by_bytes) < evaluations
     records = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len({record["policy"] for record in records[1:]}) == len(records) - 1
-    with pytest.raises(bs.BitscapeError, match="is of another search: .*seed was 0 and is 1"):
+    with pytest.raises(bs.BitscapeError, match=r"is of another search: .*seed was 0 and is 1"):
         bs.search(model, labelled(model), "drop=4", folder=tmp_path, seed=1, **SETTINGS)
 
 
@@ -144,5 +144,5 @@ def test_mistakes_are_told(budget, settings, message):
 
 
 def test_a_drop_is_no_cost():
-    with pytest.raises(bs.BitscapeError, match="budget drop='0.5': a drop is measured, by search alone"):
+    with pytest.raises(bs.BitscapeError, match=r"budget drop='0\.5': a drop is measured, by search alone"):
         bs.gain(classifier(), IMAGES, "drop=0.5")
