@@ -115,7 +115,7 @@ def _scores(method: SearchMethod, problem: SearchProblem, for_training: bool) ->
         what = "learns at one budget" if "folder" in method.options else "has no scores"
         raise BitscapeError(f"budget drop: method {name_of(method)} {what}; use a method whose scores serve any budget, such as fisher")
     options = {"for_training": for_training} if "for_training" in method.options else {}
-    return method.score(problem, **options)  # type: ignore[union-attr, no-any-return]  # it has scores
+    return method.score(problem, **options)  # type: ignore[union-attr]  # it has scores
 
 
 @dataclass(kw_only=True)
@@ -133,12 +133,12 @@ class Evaluations:
         folder.mkdir(parents=True, exist_ok=True)
         log = cls(path=folder / EVALUATIONS_FILE)
         asked = json.loads(json.dumps(asked))
-        first, *records = _lines(folder / EVALUATIONS_FILE) or [None]
-        if first is None:
+        lines = _lines(folder / EVALUATIONS_FILE)
+        if not lines:
             log._write({"search": asked})
-        elif changed := changes(first.get("search", {}), asked):
+        elif changed := changes(lines[0].get("search", {}), asked):
             raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
-        log.records = records
+        log.records = lines[1:]
         return log
 
     def scores(self, score: Callable[[], ScoreTable]) -> ScoreTable:
