@@ -39,7 +39,7 @@ def test_pins_add_to_or_drop_the_default():
 
 @pytest.mark.parametrize("text", ["conv1", "conv1=8", "=8/8", "conv1=8/x", "conv1=9/8", f"conv1={LONG}/8"])
 def test_bad_pins_are_refused(text):
-    with pytest.raises(BitscapeError, match=r"layer=weight/activation|from 1 to 8"):
+    with pytest.raises(BitscapeError, match=r"layer=weight/activation|write weight/activation|from 1 to 8"):
         parse_pins([text])
 
 

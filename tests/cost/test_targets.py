@@ -24,9 +24,9 @@ def test_what_each_target_stores_and_computes() -> None:
         "cpu-int8": ((8,), (8,), "8/8"),
         "onnx-container": ((2, 4, 8), (8,), "8/8"),
         "openvino": ((2, 3, 4, 6, 8), (8,), "8/8"),
-        "fpga-bitops": (every, every, "3/4"),
+        "fpga-bitops": (every, (*every, 16), "3/4"),
         "cortex-m": ((4, 8), (8,), "8/8"),
-        "htp": ((4, 8), (8,), "8/8"),
+        "htp": ((4, 8), (8, 16), "8/8"),
     }
     assert all(each.name == name for name, each in TARGETS.items())
 

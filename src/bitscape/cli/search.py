@@ -128,14 +128,16 @@ def search(
     """
     if not budgets:
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
-    from bitscape.cost.budget import check_form
+    from bitscape.cost.budget import check_form, split_drop
     from bitscape.data.splits import TRAINING
     from bitscape.verbs.search import search as search_bits
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
     offered = None if candidates is None else parse_candidates(candidates)
-    _check_method(method, scores, pick, folder)
-    check_form(budgets, has_latency=latency is not None)
+    drop, caps = split_drop(budgets)
+    _check_method(method, scores, pick, None if drop is not None else folder)
+    if caps or drop is None:
+        check_form(caps or budgets, has_latency=latency is not None)
     seen = ImageSettings.checked(input_size, normalize, data)
     times, target = load_target(latency, target_name)
     if out is None and scores is None and folder is None:
@@ -206,6 +208,8 @@ def _keep_and_print(result: "SearchResult", images: int, out: Path | None, score
     print_within_budget(policy, choices.network, choices.budget)
     print_pins(choices)
     print_loose_caps(policy, choices)
+    if drop := policy.provenance.get("drop"):
+        click.echo(f"{drop['metric']}: {drop['value']:.4g}, float {drop['float']:.4g}; a drop of {drop['allowed']:g} was allowed")
     if choices.latency is not None:
         click.echo(f"latency_ms: {choices.latency.where}")
     print_storage(policy, choices.network, choices.target)

@@ -6,6 +6,7 @@
 "bitops=w4a4"  "weight_bytes=w4"      the cost of that uniform policy, with the pinned layers at their own bits
 "4bit"  "weight_bytes=4bit"           the bytes of 4-bit weights in every layer, pinned ones included
 "mean_weight_bits=4"                  a mean, in bits
+"drop=0.5"                            how far the measured metric may fall below the float network's; of a search alone
 "latency_ms=2.5"  "latency_ms=0.9x"   milliseconds; the network must have a latency table (`latency.with_latency`)
 """
 
@@ -21,6 +22,8 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import MAX_BITS, LayerBits, Policy, uniform_policy
 
 _EXAMPLES = '"4bit", "bitops=0.25x", "bitops=w4a4", "bitops=3.9e8", "weight_bytes=1.2MB", "mean_weight_bits=4"'
+DROP = "drop"
+"""Of a budget: no cost, but how much of the metric may be lost."""
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SUFFIXES = {"": _DECIMAL, "bytes": _BYTES, "bits": {"": 1}, "ms": {"": 1, "ms": 1}}
@@ -68,17 +71,46 @@ def budget_kinds(texts: str | Iterable[str] | Mapping[str, float | str], *, has_
     return [kind for kind, _ in _entries(texts)]
 
 
+BudgetText = str | Iterable[str] | Mapping[str, float | str]
+
+
+def split_drop(texts: BudgetText) -> tuple[float | None, dict[str, float | str]]:
+    """Return the drop that a budget allows, None without one, and its caps by kind.
+
+    Raises BitscapeError for a drop that is no positive number.
+    """
+    entries = _entries(texts)
+    drops = [value for kind, value in entries if kind == DROP]
+    caps = {kind: value for kind, value in entries if kind != DROP}
+    if len(caps) + len(drops) < len(entries) or len(drops) > 1:
+        check_form(texts, has_latency=True)  # says which kind is given twice
+    if not drops:
+        return None, caps
+    try:
+        drop = float(drops[0])
+    except ValueError:
+        drop = math.nan
+    if not 0 < drop < math.inf:
+        raise BitscapeError(
+            f"budget {DROP}={drops[0]!r}: give a positive number in units of the metric, e.g. drop=0.5 for half a point of top-1"
+        )
+    return drop, caps
+
+
 def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> None:
     """Raise BitscapeError for texts that no network could make a budget of; see `parse_budget`."""
     entries = _entries(texts)
     kinds = [kind for kind, _ in entries]
     for kind, value in entries:
-        if kind not in CAPS:
+        if kind == DROP and kinds.count(DROP) < 2:
+            raise BitscapeError(f"budget {DROP}={value!r}: a drop is measured, by search alone; here give caps, e.g. {_EXAMPLES}")
+        if kind not in CAPS and kind != DROP:
             known = f"kinds: {', '.join(CAPS)}{nearest(kind, CAPS)}"
             raise BitscapeError(f"budget kind {kind!r} is unknown; {known}; examples: {_EXAMPLES}")
-        if CAPS[kind].measured and not has_latency:
+        if kind != DROP and CAPS[kind].measured and not has_latency:
             raise BitscapeError(f"budget {kind}={value!r}: {NO_TABLE}")
-        _read(kind, value)
+        if kind != DROP:
+            _read(kind, value)
     for kind, value in reversed(entries):
         if kinds.count(kind) > 1:
             raise BitscapeError(f"budget gives {kind} twice, the second time as {value!r}; give each kind once")

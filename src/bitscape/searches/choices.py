@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from bitscape.cost.budget import Budget, budget_kinds, parse_budget
+from bitscape.cost.budget import Budget, BudgetText, budget_kinds, parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NO_EFFECT, NetworkProfile
 from bitscape.cost.policy_cost import cap, layer_cost, layer_latency_ns, policy_cost
@@ -23,7 +23,6 @@ from bitscape.searches.scores import check_candidates
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 DEFAULT_CANDIDATES = tuple(LayerBits(w, a) for w, a in product(DEFAULT_WIDTHS, DEFAULT_WIDTHS))
 SHOWN_LAYERS = 3
-BudgetText = str | Sequence[str] | Mapping[str, float | str]
 
 
 class InfeasibleBudget(BitscapeError):

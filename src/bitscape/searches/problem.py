@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.calling import Inputs, call, sample_count, shapes_of
-from bitscape.cost.budget import Budget
+from bitscape.cost.budget import Budget, BudgetText
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.targets import Target
@@ -31,7 +31,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
 from bitscape.searches.allocation import pareto_front
-from bitscape.searches.choices import BudgetText, Choices
+from bitscape.searches.choices import Choices
 from bitscape.searches.freedom import Pins
 from bitscape.searches.front import Front
 from bitscape.searches.gain import Gain
@@ -80,6 +80,7 @@ class SearchProblem:
         tied: Sequence[Sequence[str]] = (),
         target: Target | None = None,
         latency: LatencyTable | None = None,
+        along: str | None = None,
         task: TaskName | Literal["auto"] | Task = "auto",
         channels_last: bool | None = None,
         seed: int = 0,
@@ -89,7 +90,7 @@ class SearchProblem:
         Args:
             model: float network; it is not changed.
             samples: preprocessed for the network, on its device. Costs are counted on the first one.
-            budget, candidates, pinned, tied, target, latency: see `Choices.of`.
+            budget, candidates, pinned, tied, target, latency, along: see `Choices.of`.
             keep_float: names, patterns or types of layers that stay float; of a type, its layers and those inside of it.
             task, channels_last, seed: see the fields.
 
@@ -118,6 +119,7 @@ class SearchProblem:
             tied=tied,
             target=target,
             latency=latency,
+            along=along,
         )
         _warn_of_bitops(choices)
         return cls(

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from bitscape.cost.budget import BudgetText
 from bitscape.errors import BitscapeError
-from bitscape.searches.choices import BudgetText
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.gain import Gain, gain_of
 from bitscape.verbs.search import search_problem

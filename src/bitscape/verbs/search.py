@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bitscape.cost.budget import Budget
+from bitscape.cost.budget import Budget, BudgetText, split_drop
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.data.reading import BatchReader, read_samples
@@ -17,10 +17,13 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.models.dtypes import check_module
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
-from bitscape.searches.choices import BudgetText
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, name_of
+from bitscape.verbs.drop import ALONG, Metric, quality_of, smallest_within
+
+MOST_EVALUATED = 50_000
+"""Samples on which a drop is measured, held in memory."""
 
 
 def search(
@@ -42,6 +45,8 @@ def search(
     attention_products: bool = False,
     inputs: Callable[[Any], Any] | None = None,
     targets: Callable[[Any], Any] | None = None,
+    evaluation: Any = None,
+    metric: Metric | None = None,
     folder: str | os.PathLike[str] | None = None,
     channels_last: bool | None = None,
     seed: int = 0,
@@ -52,7 +57,9 @@ def search(
         model: float network; it is not changed.
         data: samples, preprocessed for the network; no labels are needed. A tensor (n, ...), an iterable of batches such as
             a DataLoader, a torch or Hugging Face dataset, or `Batches`. Costs are counted on the first sample.
-        budget: one or several caps, e.g. "bitops=0.25x", "weight_bytes=1.2MB" or ["bitops=w4a4", "weight_bytes=w4"].
+        budget: one or several caps, e.g. "4bit" (the bytes of 4-bit weights in every layer), "bitops=0.25x",
+            "weight_bytes=1.2MB" or ["bitops=w4a4", "weight_bytes=w4"]. Or a drop: "drop=0.5" finds the smallest policy, by
+            weight bytes, whose metric stays within 0.5 of the float network's; caps beside it hold too.
         method: name of a search method (`bitscape methods` lists them), or its settings, e.g. `Fisher(images=512)`.
         task: what the outputs are: "classes" for logits (n, k), "binary", "follow" for any others; "auto" looks at them.
         count: most samples that are used. Of a dataset they are drawn by `seed`, of an iterable they are the first.
@@ -70,7 +77,11 @@ def search(
             width of the second operand. Of the methods that measure, fisher and local take them.
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its labels, which searches that train make use of.
-        folder: where a search that trains keeps its checkpoint; the same call goes on from there.
+        evaluation: data with targets on which a drop is measured; None: `data`, which then needs targets.
+        metric: function (outputs, targets) -> a number, larger is better, averaged over samples; None: top-1 for classes and
+            accuracy for binary, both in points, and the relative error of the outputs, a fraction, for follow.
+        folder: where a search that trains keeps its checkpoint, and a search for a drop its evaluations; the same call goes
+            on from there.
         channels_last: memory format of the convolutions; None: channels_last where the network takes it.
         seed: of everything random.
 
@@ -79,11 +90,12 @@ def search(
         BitscapeError: any other argument that cannot be used.
     """
     searcher = method_of(method)
-    options = _options(searcher, pick, folder, for_training)
+    drop, caps = split_drop(budget)
+    options = _options(searcher, pick, folder, for_training) if drop is None else {}
     problem = search_problem(
         prepare(model, attention_products=True) if attention_products else model,
         data,
-        budget,
+        budget if drop is None else caps or Budget(),
         count=count,
         inputs=inputs,
         targets=targets,
@@ -96,9 +108,18 @@ def search(
         task=task,
         channels_last=channels_last,
         seed=seed,
+        along=None if drop is None else ALONG,
     )
     problem.choices.first_feasible()  # refused before the minutes that scores may take
-    result = searcher.search(problem, **options)
+    if drop is None:
+        result = searcher.search(problem, **options)
+    else:
+        reader = BatchReader.of(model, inputs, targets)
+        measured = problem.samples if evaluation is None else read_samples(evaluation, reader, count=MOST_EVALUATED, seed=seed)
+        quality = quality_of(problem, measured.to(device_of(model)), metric)
+        result = smallest_within(
+            problem, searcher, drop, quality, measured, for_training=for_training, folder=folder
+        )
     provenance = {**result.policy.provenance, "for_training": for_training}
     return replace(result, policy=replace(result.policy, provenance=provenance))
 
