@@ -139,7 +139,7 @@ def test_a_packed_file_that_reads_back_otherwise_is_not_kept(tmp_path):
 
 
 def test_a_missing_folder_and_a_network_called_otherwise_are_named(tmp_path):
-    with pytest.raises(bs.BitscapeError, match="there is no folder .*absent; create it"):
+    with pytest.raises(bs.BitscapeError, match=r"there is no folder .*absent; create it"):
         bs.export(quantized("keywords"), tmp_path / "absent" / "net.onnx", samples_of("keywords"))
     network = CALLED["two images"].network()
     with pytest.raises(bs.BitscapeError, match=r"missing 1 required positional argument: 'right'; a tuple holds the arguments"):
