@@ -1,4 +1,3 @@
-import inspect
 from typing import NamedTuple
 
 import pytest
@@ -38,13 +37,20 @@ def test_arguments_of_every_kind_have_names():
         GraphInput(name="pair.right", key="pair.right", batched=False),
     )
     assert interface.outputs == ("first", "shape")
-    several = Interface(signature=inspect.signature(Anything().forward), inputs=interface.inputs, outputs=())
     positional = Interface.of(nn.Bilinear(2, 2, 3), Samples.of((drawn(3, 2), drawn(3, 2))))
     assert positional.names == ("input1", "input2")
     with pytest.raises(BitscapeError, match=r"inputs: first, rest.0; the network was traced with first, pair.left, pair.right"):
-        several.tensors((drawn(4, 2), drawn(4, 2)))
+        interface.tensors((drawn(4, 2), drawn(4, 2)))
     with pytest.raises(BitscapeError, match=r"they do not fit the network's forward\(first"):
-        several.tensors({"second": drawn(4, 2)})
+        interface.tensors({"second": drawn(4, 2)})
+
+
+def test_what_is_no_tensor_must_be_as_it_was_traced():
+    interface = Interface.of(Anything(), Samples.of({"first": drawn(4, 2), "pair": Pair(drawn(4, 2), torch.ones(7))}))
+    same = {"pair": Pair(drawn(3, 2), torch.ones(7)), "first": drawn(3, 2), "flag": False}  # which is the default
+    assert [tensor.shape[0] for tensor in interface.tensors(same)] == [3, 3, 7]
+    with pytest.raises(BitscapeError, match=r"'flag': True.* and .*'flag': False.* pass as tensors what changes"):
+        interface.tensors({**same, "flag": True})
 
 
 def test_feeds_are_arrays_by_name_in_batches_and_fixed_inputs_stay_whole():
