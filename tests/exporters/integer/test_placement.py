@@ -406,7 +406,7 @@ def test_a_linear_layer_in_front_of_a_concatenation_gives_codes(g):
     b = g.relu(g.linear(g.input, 4))
     joined = g(aten.cat.default, [a, b], 1, name="joined")
     assert g.placed(g.linear(joined, 5)) == []
-    assert g.quantizers() == [("images", 255), ("r_a", 31), ("images", 15), ("r_linear", 31), ("joined", 31)]
+    assert g.quantizers() == [("images", 255), ("r_a", 31), ("images", 15), ("r_linear_default", 31), ("joined", 31)]
     assert all(is_quantizer(part) for part in joined.args[0])
 
 
