@@ -1,8 +1,11 @@
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
-from bitscape.calling import call, map_tensors, rows_of, sample_count
+from bitscape.calling import call, first_rows, map_tensors, rows_of, sample_count
 from bitscape.errors import BitscapeError
 from bitscape.nested import tensors_in
 
@@ -41,3 +44,27 @@ def test_samples_are_counted_by_the_first_tensor_with_a_size():
     assert sample_count({"scale": torch.tensor(2.0), "x": torch.zeros(7, 2)}) == 7
     with pytest.raises(BitscapeError, match="no tensor with a batch dimension in a tuple"):
         sample_count((1, torch.tensor(2.0)))
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: int
+
+
+@dataclass
+class State:
+    hidden: torch.Tensor
+    step: int = 0
+
+
+def test_named_tuples_and_dataclasses_stay_what_they_are() -> None:
+    tree = Pair(torch.ones(2), 3), State(torch.ones(2), 4)
+    pair, state = map_tensors(lambda tensor: tensor * 2, tree)
+    assert isinstance(pair, Pair) and isinstance(state, State)
+    assert (pair.left.tolist(), pair.right) == ([2.0, 2.0], 3)
+    assert (state.hidden.tolist(), state.step) == ([2.0, 2.0], 4)
+
+
+def test_the_first_rows_of_every_tensor_of_the_samples() -> None:
+    image, scale = first_rows((torch.arange(6).reshape(3, 2), torch.ones(5)), 2)
+    assert image.tolist() == [[0, 1], [2, 3]] and scale.shape == (5,)

@@ -111,3 +111,15 @@ def test_nearest_compares_a_bounded_number_of_names_of_bounded_length():
 
 def test_line_feeds_and_tabs_stay_in_text_of_several_lines():
     assert printable_lines("one\n\ttwo\r\x1b[m") == "one\n\ttwo\\r\\x1b[m"
+
+
+def test_shapes_of_several_inputs_are_told_and_wrong_arguments_explained() -> None:
+    inputs = {"image": torch.zeros(2, 3), "pair": (torch.zeros(4, dtype=torch.int64), None)}
+    expected = (
+        r"^inputs: the network fails on a batch of dict \(image: shape \(2, 3\), torch.float32; pair: tuple \(0: shape \(4,\), "
+        r"torch.int64; 1: NoneType \(\)\)\): unexpected; check channels"
+    )
+    with pytest.raises(BitscapeError, match=expected), explained_forward(inputs):
+        raise RuntimeError("unexpected")
+    with pytest.raises(BitscapeError, match=r"a tuple holds the arguments of its forward"), explained_forward(inputs):
+        raise TypeError("takes 2 positional arguments but 3 were given")

@@ -1,9 +1,49 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+import bitscape as bs
+from bitscape.data.batches import DIGITS
+from bitscape.data.reading import BatchReader, read_samples
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.folders import replaced_if_good
+from bitscape.models.digits import digits_net
+from bitscape.verbs.export import SUFFIXES
+from tests.cli.run import MIXED, MODEL
+from tests.needs import runtime_or_skip
+
+CALIBRATION, HELD_OUT = 16, 256
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    """What the command draws: images that set ranges, and behind them those that set none."""
+    batches = bs.Batches(dataset=bs.load_dataset("digits"), normalization=DIGITS)
+    return read_samples(batches, BatchReader.of(digits_net()), count=CALIBRATION + HELD_OUT, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "form"), SUFFIXES.items())
+def test_the_command_and_the_verb_write_the_same_bytes(cli, trained, samples, suffix, form, tmp_path):
+    if form != "packed":
+        pytest.importorskip("onnx", reason="pip install 'bitscape[onnx]'")
+        runtime_or_skip("openvino" if form == "openvino" else "onnxruntime")
+    by_command, by_verb = tmp_path / f"command{suffix}", tmp_path / f"verb{suffix}"
+    weights = trained / "model.safetensors"
+    options = ("--policy", trained / "mixed.json", "--calibration", "digits", "--calibration-images", CALIBRATION, "--repair", "--seed", 3)
+    cli("export", form, *MODEL, "--weights", weights, *options, "--out", by_command)
+
+    model = digits_net().eval()
+    bs.load_weights(model, weights)
+    network = bs.quantize(model, MIXED, samples.first(CALIBRATION))
+    noted = dataclasses.replace(MIXED, provenance={**MIXED.provenance, "norms": "folded"})
+    report = bs.export(network, by_verb, samples.first(CALIBRATION), held_out=samples.after(CALIBRATION), policy=noted)
+    assert by_verb.read_bytes() == by_command.read_bytes()
+    if form == "openvino":
+        assert by_verb.with_suffix(".bin").read_bytes() == by_command.with_suffix(".bin").read_bytes()
+    assert report.compared == (HELD_OUT if form in ("onnx", "openvino") else 0)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
 from bitscape.models.memory_format import set_memory_format
+from tests.networks import CALLED
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -84,3 +85,10 @@ def test_training_mode_that_fails_in_any_format_is_no_obstacle():
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Conv1d(3, 2, 1)])
 def test_without_2d_convolutions_there_is_nothing_to_lay_out(model):
     assert not set_memory_format(model, IMAGES, None)
+
+
+def test_all_images_of_a_network_of_several_inputs_are_laid_out():
+    network, inputs = CALLED["keywords"].network(), CALLED["keywords"].inputs(4)
+    assert set_memory_format(network, inputs, None)
+    assert network.conv[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not set_memory_format(network, {"features": inputs["features"], "image": inputs["image"]}, False)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitscape.calling import map_tensors
 from bitscape.errors import BitscapeError
 from bitscape.models.trial import check_repeatable, check_weight_uses
+from tests.networks import CALLED
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -152,3 +154,14 @@ def test_a_network_without_values_is_not_run():
         net = Net(ELSEWHERE["transposed"])
     check_weight_uses(net, IMAGES)
     check_repeatable(net, IMAGES)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_networks_of_any_inputs_are_tried(name):
+    network, inputs = CALLED[name].network(), CALLED[name].inputs(4)
+    check_repeatable(network, inputs)
+    check_weight_uses(network, inputs)
+    layer = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    network.register_forward_hook(lambda module, args, output: map_tensors(lambda t: t * layer.weight.sum(), output))
+    with pytest.raises(BitscapeError, match="is used outside of the layer too"):
+        check_weight_uses(network, inputs)

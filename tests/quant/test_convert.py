@@ -1,18 +1,23 @@
 import copy
 import logging
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.models.modes import evaluating
+from bitscape.nested import tensors_in
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
 from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, record_inputs, without_single_samples
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
+from bitscape.quant.repair import correct_biases, input_moments
+from tests.networks import CALLED, drawn
 
 QUANTIZERS = [Lsq(), LsqPlus(), Pact(), Dorefa(), Liq()]
 
@@ -493,3 +498,74 @@ def test_what_holds_no_image_is_refused(images, message):
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(BitscapeError, match=message):
         calibrate(quantize(model, policy(model)), images)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_calibration_sees_the_same_values_in_any_batches_of_any_inputs(name):
+    network = CALLED[name].network()
+    ready = quantize(network, policy(network))
+    inputs = CALLED[name].inputs(12)
+    samples = Samples.of(inputs)
+    values = [record_inputs(ready, quantized_layers(ready), data) for data in (samples, [inputs], iter([inputs]))]
+    assert values[0].keys() == set(quantized_layers(ready))
+    for layer, expected in values[0].items():
+        assert all(torch.equal(found[layer], expected) for found in values[1:])
+    layer = next(iter(values[0]))  # it takes the first images as they are
+    images = torch.cat([tensor.flatten() for tensor in tensors_in(inputs) if tensor.ndim == 4])
+    if name != "indices and mask":  # where some pixels are hidden
+        assert set(values[0][layer].tolist()) <= set(images.tolist())
+
+
+def test_labels_beside_the_images_are_named_whatever_holds_them():
+    model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
+    with pytest.raises(BitscapeError, match=r"inputs: the network fails on a batch of list \(0: shape \(2, 3\).*labels are neither"):
+        calibrate(model, [[torch.randn(2, 3), torch.tensor([0, 1])]])
+
+
+class Counted:
+    """Batches of two images that are made when they are asked for, and the most that were alive at once."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.most = batches, 0
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    def __iter__(self):
+        for number in range(self.batches):
+            batch = drawn(4, 3, 8, 8, seed=number), drawn(4, 3, 8, 8, seed=number + 1)
+            self._made.append(weakref.ref(batch[0]))
+            self.most = max(self.most, sum(made() is not None for made in self._made))
+            yield batch
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda network, folded, data: calibrate(network, data),
+        lambda network, folded, data: recalibrate_norms(folded, data),
+        lambda network, folded, data: input_moments(folded, data),
+        lambda network, folded, data: correct_biases(calibrate(network, [next(iter(data))]), folded, data),
+    ],
+    ids=["calibrate", "recalibrate_norms", "input_moments", "correct_biases"],
+)
+@pytest.mark.parametrize("batches", [5, 40])
+def test_memory_does_not_grow_with_the_number_of_batches(look, batches):
+    float_network = CALLED["two images"].network()
+    data = Counted(batches)
+    look(quantize(float_network, policy(float_network)), float_network, data)
+    assert 0 < data.most <= 4  # the first one, those that `without_single_samples` looks ahead to, and the one at work
+
+
+def test_samples_of_one_join_across_several_inputs_and_other_forms_stay_apart():
+    batches = [(torch.full((n, 2), float(n)), {"mask": torch.ones(n, dtype=torch.bool)}) for n in (3, 1)]
+    (joined,) = without_single_samples(batches)
+    assert torch.equal(joined[0], torch.cat([batches[0][0], batches[1][0]])) and joined[1]["mask"].shape == (4,)
+    apart = list(without_single_samples([torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(2, 3)]))
+    assert [tuple(batch.shape) for batch in apart] == [(1, 2), (3, 3)]
+
+
+def test_norms_of_a_network_of_several_inputs_average_over_samples():
+    network = CALLED["two images"].network()
+    inputs = CALLED["two images"].inputs(12)
+    recalibrate_norms(network, Samples.of(inputs))
+    maps = network.body[0](torch.cat(inputs, 1))
+    torch.testing.assert_close(network.body[1].running_mean, maps.mean((0, 2, 3)))

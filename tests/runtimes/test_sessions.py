@@ -8,7 +8,7 @@ from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.graph import quiet
 from bitscape.exporters.onnx.qdq import write_onnx
 from bitscape.runtimes import sessions as runtime
-from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, OpenVino, time_alternately
+from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, OpenVino, by_name, time_alternately
 from tests.exporters.networks import MIXED, OUTPUTS_OF_HEADS, exported, images, integers, other_images
 from tests.needs import runtime_or_skip
 
@@ -191,3 +191,13 @@ def test_an_onnx_file_of_float_layers_only_names_them(tmp_path):
     with quiet():
         torch.onnx.export(network, (images(2),), path, dynamo=True, verbose=False)
     assert len(OnnxRuntime().open(path).float_layers()) == 2
+
+
+def test_inputs_are_fed_by_name_and_other_names_refused():
+    left, right = np.zeros(1), np.ones(1)
+    assert by_name(left, ["x"]) == {"x": left}
+    assert by_name({"b": right, "a": left}, ["a", "b"]) == {"a": left, "b": right}
+    with pytest.raises(BitscapeError, match="one array, and the file takes a, b; give arrays by these names"):
+        by_name(left, ["a", "b"])
+    with pytest.raises(BitscapeError, match="inputs: a; the file takes a, b"):
+        by_name({"a": left}, ["a", "b"])

@@ -129,6 +129,21 @@ def test_samples_of_several_shapes_are_quantized_and_refused_for_files(tmp_path)
     assert not (tmp_path / "net.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "onyx"}, "form='onyx': unknown; nearest: onnx, qonnx; use one of packed, onnx, openvino, qonnx"),
+        ({"task": "class"}, "task='class': unknown; nearest: classes; use one of classes, binary, follow, auto"),
+        ({"held_out": drawn(4, 3, 6, 6)}, re.escape("data: samples of shapes (3, 8, 8) and others of (3, 6, 6)")),
+        ({"inputs": lambda batch: batch.double()}, "example: torch.float64; give a float32 tensor"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(settings, message, tmp_path):
+    data = drawn(8, 3, 8, 8)
+    with pytest.raises(bs.BitscapeError, match=message):
+        bs.export(quantized("dict output"), tmp_path / "net.onnx", data, **settings)
+
+
 def test_a_packed_file_that_reads_back_otherwise_is_not_kept(tmp_path):
     name = "two images"
     other = fold_norms(CALLED[name].network(), samples_of(name))

@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, call
 from bitscape.cost.latency import LatencyTable
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
+from bitscape.exporters.integer.interface import Interface, checked_samples
 from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, save_onnx
 from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.folders import scratch_folder
@@ -46,7 +49,7 @@ FLOAT = "float"
 
 def build_table(
     network: nn.Module,
-    images: Tensor,
+    data: Samples | Inputs,
     pairs: Iterable[LayerBits],
     runtime: Runtime,
     *,
@@ -59,12 +62,12 @@ def build_table(
 
     Args:
         network: float network; it stays as it is.
-        images: normalized float32 (n, c, h, w), two at least; they calibrate the network at 8/8.
+        data: samples, or what the network is called with, normalized, two at least, of one shape; they calibrate it at 8/8.
         pairs: bits of weights and activations; 8/8 is always measured.
         runtime: what runs the layers, with its threads. By one thread CPU time is measured, by several wall-clock time.
         machine: name of the processor, for the table.
         partial: a file that keeps what is measured, so that the same call goes on after an interruption. The caller removes it.
-        batch_size: images in a batch.
+        batch_size: samples in a batch.
         rounds: visits of each model; the quickest counts.
 
     Raises:
@@ -72,7 +75,9 @@ def build_table(
     """
     network = in_eval_mode(prepare(network))
     shapes = layer_shapes(network)
-    batch = images[torch.arange(batch_size) % len(images)]
+    samples = checked_samples(data, network)
+    part = samples.parts[0]
+    batch = part.rows(torch.arange(batch_size) % len(part)).inputs
     calls = layer_calls(network, batch)
     models = _models(calls, pairs, CONTAINERS if isinstance(runtime, OnnxRuntime) else PORTABLE)
     source: dict[str, Any] = {
@@ -80,13 +85,13 @@ def build_table(
         "machine": machine,
         "threads": runtime.threads,
         "batch_size": batch_size,
-        "input_shape": list(images.shape[1:]),
+        "input_shape": samples.shapes[0],
         "fingerprint": fingerprint(shapes),
     }
     kept = _Kept(Path(partial), {**source, "rounds": rounds})
     _log.info("%d layers of %d forms, each in %d models", len(calls), len(models), len(next(iter(models.values()))))
     if FLOAT not in kept.times:
-        kept.add(_network_times(network, images, batch, runtime, rounds))
+        kept.add(_network_times(network, samples, batch, runtime, rounds))
     missing = {form: [model for model in set(at.values()) if str(model) not in kept.times] for form, at in models.items()}
     for form in track([form for form, those in missing.items() if those], label="layer form"):
         kept.add(_layer_times(form, sorted(missing[form], key=str), runtime, rounds))
@@ -98,8 +103,8 @@ def build_table(
     return LatencyTable(**source, network_ms=times[str(EIGHT)], float_ms=times[FLOAT], layers=layers)
 
 
-def layer_calls(network: nn.Module, batch: Tensor) -> dict[str, list[LayerForm]]:
-    """Run the network on a batch (n, c, h, w) and return layer -> the form of each of its calls, in order of first call."""
+def layer_calls(network: nn.Module, batch: Inputs) -> dict[str, list[LayerForm]]:
+    """Run the network on a batch and return layer -> the form of each of its calls, in order of first call."""
     calls: dict[str, list[LayerForm]] = {}
 
     def hook_for(name: str) -> Any:
@@ -112,7 +117,7 @@ def layer_calls(network: nn.Module, batch: Tensor) -> dict[str, list[LayerForm]]
     handles = [layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in weighted_layers(network).items()]
     try:
         with evaluating(network), explained_forward(batch):
-            network(batch)
+            call(network, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -129,17 +134,17 @@ def _models(
     return {form: {pair: LayerModel.at(form, pair, containers) for pair in wanted} for form in forms}
 
 
-def _network_times(network: nn.Module, images: Tensor, batch: Tensor, runtime: Runtime, rounds: int) -> dict[str, float]:
+def _network_times(network: nn.Module, samples: Samples, batch: Inputs, runtime: Runtime, rounds: int) -> dict[str, float]:
     """Milliseconds of the whole network at 8/8 and in float."""
-    uniform = calibrate(quantize(network, uniform_policy(layer_shapes(network), EIGHT)), images)
-    given = batch.cpu().numpy()
+    uniform = calibrate(quantize(network, uniform_policy(layer_shapes(network), EIGHT)), samples)
+    feed = Interface.of(network, samples).feed(batch)
     with scratch_folder() as folder:
         eight, plain = folder / "8.onnx", folder / "float.onnx"
-        save_onnx(uniform, eight, images, containers=(8,))
-        save_float_onnx(network, plain, images)
+        save_onnx(uniform, eight, samples, containers=(8,))
+        save_float_onnx(network, plain, samples)
         sessions = {str(EIGHT): runtime.open(eight), FLOAT: runtime.open(plain)}
         _warn_of_floats("the network at 8/8", sessions[str(EIGHT)], runtime)
-    runs = {name: lambda session=session: session.run(given) for name, session in sessions.items()}
+    runs = {name: lambda session=session: session.run(feed) for name, session in sessions.items()}
     return _quickest(runs, runtime.threads, rounds)
 
 

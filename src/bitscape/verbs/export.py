@@ -4,16 +4,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from bitscape.data.samples import Samples
 from bitscape.engine.task import TaskName
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, nearest
 from bitscape.exporters.agreement import Agreement, compare_outputs, require_equal, require_same
 from bitscape.exporters.integer.form import IntegerNetwork, integer_network
+from bitscape.exporters.integer.interface import check_one_shape
 from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, OnnxInfo, write_onnx
 from bitscape.exporters.onnx.qonnx import save_qonnx
 from bitscape.exporters.openvino.ir import OpenvinoInfo, write_openvino
@@ -100,6 +101,9 @@ def export(
             several shapes, operators that cannot be written, or a file that its runtime computes otherwise than integers say.
     """
     path = Path(path)
+    for name, value, allowed in (("form", form, get_args(Form)), ("task", task, (*get_args(TaskName), "auto"))):
+        if value is not None and value not in allowed:
+            raise BitscapeError(f"{name}={value!r}: unknown{nearest(str(value), allowed)}; use one of {', '.join(allowed)}")
     if not quantized_layers(network):
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     form = _form(path) if form is None else form
@@ -116,6 +120,7 @@ def export(
     if form == "qonnx":
         return _qonnx(on_cpu, path, samples)
     ranges, compared = _parted(samples) if compared is None else (samples, compared)
+    check_one_shape(ranges, compared)
     integers, classes = integer_network(on_cpu, ranges), None if task == "auto" else task == "classes"
     write = _onnx if form == "onnx" else _openvino
     return write(_Comparison(on_cpu, integers, compared, classes), path, ranges, CONTAINERS if int2 else PORTABLE)

@@ -399,3 +399,19 @@ def test_a_quantizer_of_8_bits_behind_a_move_serves_all_who_take_the_tensor(g):
     assert g.placed(layer, g(aten.matmul.default, negative, negative)) == []
     (shared,) = (node for node in g.graph.nodes if is_quantizer(node) and str(node.args[0]) == "r_stem")
     assert grid_of(shared).scale == 0.3 and "negative" in takers(shared)
+
+
+def test_a_linear_layer_in_front_of_a_concatenation_gives_codes(g):
+    a = g.relu(g.conv(g.input, 8, "a"))
+    b = g.relu(g.linear(g.input, 4))
+    joined = g(aten.cat.default, [a, b], 1, name="joined")
+    assert g.placed(g.linear(joined, 5)) == []
+    assert g.quantizers() == [("images", 255), ("r_a", 31), ("images", 15), ("r_linear_default", 31), ("joined", 31)]
+    assert all(is_quantizer(part) for part in joined.args[0])
+
+
+def test_a_linear_layer_whose_values_go_several_ways_stays_float(g):
+    b = g.linear(g.input, 4)
+    first, second = (g(aten.view.default, b, [-1, 8], name=name) for name in ("first", "second"))
+    assert g.placed(g.linear(first, 5), g(aten.silu.default, second)) == []
+    assert g.quantizers() == [("images", 15), ("first", 31)]

@@ -53,6 +53,8 @@ class Interface:
     """In the order of the forward's arguments."""
     outputs: tuple[str, ...]
     """In the order in which it returns them."""
+    constants: str
+    """The arguments without their tensors, written out: a graph holds them as they were."""
 
     @classmethod
     def of(cls, network: nn.Module, samples: Samples) -> "Interface":
@@ -67,7 +69,7 @@ class Interface:
         with explained_forward(example), evaluating(network):
             outputs = tuple(named_outputs(call(network, example)))
         signature = inspect.signature(network.forward)
-        tensors = _by_key(_bound(signature, inputs))
+        bound = _bound(signature, inputs)
         return cls(
             signature=signature,
             inputs=tuple(
@@ -76,25 +78,31 @@ class Interface:
                     key=key,
                     batched=bool(tensor.ndim) and len(tensor) == count,
                 )
-                for key, tensor in tensors.items()
+                for key, tensor in _by_key(bound).items()
             ),
             outputs=outputs,
+            constants=_constants(bound),
         )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the inputs."""
-        return tuple(each.name for each in self.inputs)
+        return tuple(entry.name for entry in self.inputs)
 
     def tensors(self, inputs: Inputs) -> list[Tensor]:
         """What the network is called with as the tensors that the graph takes, in order.
 
         Raises BitscapeError for other inputs than those that were traced.
         """
-        tensors = _by_key(_bound(self.signature, inputs))
-        keys = [each.key for each in self.inputs]
+        bound = _bound(self.signature, inputs)
+        tensors, keys = _by_key(bound), [entry.key for entry in self.inputs]
         if tensors.keys() != set(keys):
             raise BitscapeError(f"inputs: {', '.join(tensors) or 'no tensor'}; the network was traced with {', '.join(keys)}")
+        if (constants := _constants(bound)) != self.constants:
+            raise BitscapeError(
+                f"inputs: the arguments are {constants} beside the tensors, and {self.constants} when the network was traced; "
+                "a file holds them as they were: pass as tensors what changes"
+            )
         return [tensors[key] for key in keys]
 
     def feeds(self, data: Samples | Inputs, batch_size: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -109,7 +117,7 @@ class Interface:
     def free_batch(self) -> tuple[dict[int, Any] | None, ...]:
         """Which dimension of each input is free, for torch.export."""
         batch = torch.export.Dim("batch")
-        return tuple({0: batch} if each.batched else None for each in self.inputs)
+        return tuple({0: batch} if entry.batched else None for entry in self.inputs)
 
     @contextmanager
     def called_flat(self, network: nn.Module, example: Inputs) -> Iterator[None]:
@@ -147,15 +155,16 @@ def checked_samples(data: Samples | Inputs, network: nn.Module) -> Samples:
     """
     check_inputs(data.parts[0].inputs if isinstance(data, Samples) else data, "example", model=network)
     samples = as_samples(data)
-    _check_one_shape(samples)
+    check_one_shape(samples)
     if (count := len(samples.parts[0])) < TRACED:
         raise BitscapeError(f"example: {count} images; give two at least, so that the batch size stays free")
     return samples
 
 
-def _check_one_shape(samples: Samples) -> None:
-    """A file takes one shape, in batches of any size."""
-    shapes = dict.fromkeys(tuple(map(tuple, Samples([part]).shapes)) for part in samples.parts)
+def check_one_shape(*data: Samples) -> None:
+    """Raise BitscapeError for samples of several shapes: a file takes one, in batches of any size."""
+    parts = [part for samples in data for part in samples.parts]
+    shapes = dict.fromkeys(tuple(map(tuple, Samples([part]).shapes)) for part in parts)
     if len(shapes) > 1:
         first, second, *_ = (" and ".join(map(str, shape)) for shape in shapes)
         raise BitscapeError(f"data: samples of shapes {first} and others of {second}; a file takes one: resize or crop them to one size")
@@ -191,6 +200,13 @@ def _by_key(bound: inspect.BoundArguments) -> dict[str, Tensor]:
             raise BitscapeError(f"network: two of its inputs are called {key!r}; rename one")
         tensors[key] = tensor
     return tensors
+
+
+def _constants(bound: inspect.BoundArguments) -> str:
+    """What the arguments hold beside tensors; what is left out is at its default."""
+    parameters = bound.signature.parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    return repr(map_tensors(lambda _: Ellipsis, defaults | bound.arguments))  # type: ignore[arg-type,return-value]  # to be read
 
 
 def _identifiers(names: tuple[str, ...]) -> list[str]:

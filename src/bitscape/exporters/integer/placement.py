@@ -105,8 +105,10 @@ def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> li
     for node in list(graph.nodes):
         if placer.is_site(node):
             placer.settle(node)
-        elif node.op == "placeholder" or (node.target is LINEAR and is_layer(node)):
-            placer.hoist(behind_rectifiers(node))
+        elif node.op == "placeholder":
+            placer.hoist(node)
+        elif node.target is LINEAR and is_layer(node) and len((tail := behind_rectifiers(node)).users) == 1:
+            placer.hoist(tail)
     return placer.added
 
 
