@@ -229,7 +229,7 @@ def epochs_of(
         data = data.parts[0]
     elif isinstance(data, IterableDataset):
         return Loaded(DataLoader(data, batch_size=batch_size or BATCH_SIZE), reader, seed)
-    if callable(getattr(data, "epoch", None)):
+    if callable(getattr(data, "epoch", None)) and not isinstance(data, type):
         batches: Epochs = data
         return _in_batches(batches, batch_size)
     if isinstance(data, Dataset):

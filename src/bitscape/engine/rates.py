@@ -1,6 +1,5 @@
 """Learning rates from step to step: by a schedule of ours, by one of torch, or as they are."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -87,14 +86,7 @@ class Rates:
         """Go on from `state`."""
         self.used = state["used"]
         if isinstance(self.schedule, LRScheduler):
-            now = self.schedule.state_dict()
-            # MultiStepLR counts in its milestones
-            self.schedule.load_state_dict(
-                {
-                    name: Counter(value) if isinstance(now.get(name), Counter) else value
-                    for name, value in state["schedule"].items()
-                }
-            )
+            self.schedule.load_state_dict(dict(state["schedule"]))
 
 
 def check_schedule(schedule: object, optimizer: Optimizer) -> None:

@@ -313,7 +313,7 @@ class Binary:
         """Binary cross entropy, mean over all answers, in nats."""
         if targets.numel() != outputs.numel():
             raise BitscapeError(
-                f"targets have shape {tuple(targets.shape)}, the model's outputs {tuple(outputs.shape)}; task 'binary' needs one answer each"
+                f"targets have shape {tuple(targets.shape)}, the model's outputs {tuple(outputs.shape)}; task 'binary' needs as many"
             )
         return functional.binary_cross_entropy_with_logits(
             self._logits(outputs), targets.reshape(outputs.shape)

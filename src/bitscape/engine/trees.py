@@ -1,5 +1,6 @@
 """Nested Python data with tensors in it, as named tensors and JSON: nothing is pickled."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,9 @@ def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = tree
         return {"tensor": path}
     if isinstance(tree, Mapping):
+        kind = "counter" if isinstance(tree, Counter) else "mapping"  # MultiStepLR counts its milestones
         return {
-            "mapping": [
+            kind: [
                 [_packed(key, path, tensors), _packed(value, f"{path}.{key}", tensors)]
                 for key, value in tree.items()
             ]
@@ -49,6 +51,7 @@ def unpacked(packed_tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "tuple":
         return tuple(unpacked(item, tensors) for item in value)
-    if kind == "mapping":
-        return {unpacked(key, tensors): unpacked(item, tensors) for key, item in value}
+    if kind in ("mapping", "counter"):
+        mapping = {unpacked(key, tensors): unpacked(item, tensors) for key, item in value}
+        return mapping if kind == "mapping" else Counter(mapping)
     raise ValueError(f"unknown kind {kind!r}")
