@@ -582,7 +582,8 @@ def test_a_step_of_dqmq_names_an_estimator_for_other_tasks() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3))).eval()
     images = torch.randn(8, 2, 6, 6)
     network = dynamic_network(model, bs.uniform_policy(["0", "2", "4"], bs.LayerBits(4, 4)), images, DynamicBits(static=()))
-    with pytest.raises(bs.BitscapeError, match="estimator='both' needs the loss of each label, and the task is 'user'; use estimator='pathwise'"):
+    said = "estimator='both' needs the loss of each label, and the task is 'user'; use estimator='pathwise'"
+    with pytest.raises(bs.BitscapeError, match=said):
         bs.train(network, [images], epochs=1, step=Dqmq(bitops=1e9, estimator="both"), loss=lambda o, _: o.square().mean(1))
     result = bs.train(network, [images], epochs=1, step=Dqmq(bitops=1e9), loss=lambda o, _: o.square().mean(1))
     assert {"loss", "bits"} <= result.records[0].keys()
