@@ -16,6 +16,7 @@ from bitscape.data.samples import Minibatch
 from bitscape.data.streams import RandomStream, seed_of
 from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.workers import part, rank, world_size
+from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 
 Item = TypeVar("Item")
@@ -139,6 +140,12 @@ def check_shared(batches: Epochs) -> None:
     """Raise BitscapeError unless every batch, so also the last, has a sample for every worker, where that is known beforehand."""
     if isinstance(batches, Batches | Rows):
         part(len(batches.cuts[-1]))
+    sampler = getattr(batches.data, "sampler", None) if isinstance(batches, Loaded) else None
+    if world_size() > 1 and getattr(sampler, "num_replicas", 1) > 1:
+        raise BitscapeError(
+            f"data: its {type(sampler).__name__} gives each worker rows of its own, and workers share every batch here; "
+            "pass the loader without that sampler"
+        )
 
 
 def _pinned(values: Tensor) -> Tensor:
