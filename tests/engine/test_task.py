@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.nn import functional
 
-from bitscape.engine.task import Binary, Classes, Dense, Follow, Task, TaskName, User, drawn_labels, task_of
+from bitscape.engine.dense import Dense
+from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, drawn_labels, task_of
+from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 
 IMAGES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))

@@ -39,7 +39,9 @@ class Position:
 
     @classmethod
     def at(cls, epoch: int, batch: int, *, epochs: int, batches: int | None) -> "Position":
-        """Return the position before `batch` of `epoch`, both from 0; the position never lies in the next epoch."""
+        """Return the position before `batch` of `epoch`, both from 0; the position never lies in
+        the next epoch.
+        """
         per_epoch = 1 if batches is None else batches
         return cls(epoch * per_epoch + min(batch, per_epoch - 1), epochs * per_epoch, per_epoch)
 
@@ -93,17 +95,20 @@ def check_schedule(schedule: object, optimizer: Optimizer) -> None:
     """Raise BitscapeError unless `schedule` can set the rates of `optimizer`."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise BitscapeError(
-            "schedule is ReduceLROnPlateau, which waits for a metric; use one that is stepped by itself, e.g. OneCycleLR"
+            "schedule is ReduceLROnPlateau, which waits for a metric; use one that is stepped by "
+            "itself, e.g. OneCycleLR"
         )
     if isinstance(schedule, LRScheduler):
         if schedule.optimizer is not optimizer:
             raise BitscapeError(
-                f"schedule: the {type(schedule).__name__} was built on another optimizer; pass that one as optimizer=, or give a function "
+                f"schedule: the {type(schedule).__name__} was built on another optimizer; pass "
+                "that one as optimizer=, or give a function "
                 "optimizer -> scheduler"
             )
     elif isinstance(schedule, type) or not callable(getattr(schedule, "factor", None)):
         raise BitscapeError(
-            f"schedule is {schedule!r}; it must be Cosine(...), a torch LRScheduler, or a function optimizer -> LRScheduler"
+            f"schedule is {schedule!r}; it must be Cosine(...), a torch LRScheduler, or a "
+            "function optimizer -> LRScheduler"
         )
 
 
