@@ -484,6 +484,24 @@ def test_a_metric_that_collects_is_asked_of_the_validation_set() -> None:
     assert "Largest" not in result.records[0] and metric.seen == -1
 
 
+def test_an_optimizer_that_finds_its_own_rate_is_taken() -> None:
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter -= 0.1 * parameter.grad.sign()
+
+    network, before = classifier(), classifier()
+    result = bs.train(network, (LEFT, LABELS), epochs=1, optimizer=Signs)
+    assert "lr" not in result.records[0]
+    moved = (network[0].weight - before[0].weight).abs()
+    assert float(moved[moved > 1e-6].detach().sub(0.1).abs().max()) < 1e-6
+
+
 def test_lists_of_targets_are_cut_with_their_samples() -> None:
     targets = [{"boxes": torch.full((22, 1), float(row))} for row in range(22)]  # as many boxes as samples
     whole, parted = classifier(1), classifier(1)
@@ -543,6 +561,8 @@ def foreign() -> torch.optim.Optimizer:
         ({"optimizer": lambda parameters: None}, "optimizer: the function returns NoneType"),
         ({"schedule": OneCycleLR(foreign(), 0.1, total_steps=3)}, "the OneCycleLR was built on another optimizer"),
         ({"schedule": ReduceLROnPlateau}, "schedule is ReduceLROnPlateau, which waits for a metric"),
+        ({"optimizer": torch.optim.Adam, "schedule": one_cycle, "epochs": 10}, "the OneCycleLR ends after 9 steps, and the run has 10"),
+        ({"loss": lambda outputs, targets: outputs.detach().square()}, "loss: what it returns has no gradient"),
         ({"schedule": "cosine"}, "schedule is 'cosine'; it must be Cosine"),
         ({"schedule": bs.Cosine}, "schedule is <class 'bitscape.engine.settings.Cosine'>; it must be Cosine"),
         ({"schedule": lambda optimizer: 3}, "schedule: the function returns int"),

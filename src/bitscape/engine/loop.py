@@ -21,7 +21,7 @@ from bitscape.engine.forward import autocast_on
 from bitscape.engine.metrics import Collected
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
-from bitscape.engine.rates import Position
+from bitscape.engine.rates import Position, Rates
 from bitscape.engine.state import RunState
 from bitscape.engine.step import Batch, LossFunction, least_part, pooled
 from bitscape.engine.stopping import Stop, Stopping
@@ -261,7 +261,7 @@ class Loop:
 
     def _record(self) -> dict[str, Any]:
         state = self.state
-        record = {"epoch": state.epoch + 1, **state.means(), "lr": state.rates.used, "images": state.images}
+        record = {"epoch": state.epoch + 1, **state.means(), **_rate(state.rates), "images": state.images}
         record["train_s"] = round(state.train_s, 3)
         if self.validation is not None:
             try:
@@ -303,6 +303,10 @@ class Loop:
     def _write_metrics(self) -> None:
         assert self.folder is not None
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.state.records))
+
+
+def _rate(rates: Rates) -> dict[str, float]:
+    return {} if rates.used is None else {"lr": rates.used}
 
 
 def _of_worker() -> str:

@@ -54,11 +54,11 @@ class Rates:
     schedule: Schedule | LRScheduler | None
     """One of torch is stepped after each update; None leaves all rates as they are."""
     base: list[Any] = field(init=False)
-    used: float = field(default=0.0, init=False)
-    """The first group's rate in the last step."""
+    used: float | None = field(default=None, init=False)
+    """The first group's rate in the last step; None for an optimizer that finds its own."""
 
     def __post_init__(self) -> None:
-        self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.base = [group.get("lr") for group in self.optimizer.param_groups]
 
     def before_step(self, position: Position) -> None:
         """Set the rates of the step at hand."""
@@ -68,7 +68,8 @@ class Rates:
             )
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
                 group["lr"] = base * factor
-        self.used = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.optimizer.param_groups[0].get("lr")
+        self.used = None if rate is None else float(rate)
 
     def after_step(self) -> None:
         """Move a schedule of torch on."""
@@ -91,8 +92,8 @@ class Rates:
             self.schedule.load_state_dict(dict(state["schedule"]))
 
 
-def check_schedule(schedule: object, optimizer: Optimizer) -> None:
-    """Raise BitscapeError unless `schedule` can set the rates of `optimizer`."""
+def check_schedule(schedule: object, optimizer: Optimizer, steps: int | None = None) -> None:
+    """Raise BitscapeError unless `schedule` can set the rates of `optimizer`, and for so many steps."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise BitscapeError(
             "schedule is ReduceLROnPlateau, which waits for a metric; use one that is stepped by "
@@ -104,6 +105,12 @@ def check_schedule(schedule: object, optimizer: Optimizer) -> None:
                 f"schedule: the {type(schedule).__name__} was built on another optimizer; pass "
                 "that one as optimizer=, or give a function "
                 "optimizer -> scheduler"
+            )
+        last = getattr(schedule, "total_steps", None)
+        if steps is not None and isinstance(last, int) and last < steps:
+            raise BitscapeError(
+                f"schedule: the {type(schedule).__name__} ends after {last} steps, and the run has {steps}: "
+                "it is stepped after each batch; give it epochs times batches"
             )
     elif isinstance(schedule, type) or not callable(getattr(schedule, "factor", None)):
         raise BitscapeError(

@@ -116,7 +116,8 @@ def train(
     if schedule is None and built is not optimizer:
         schedule = Cosine()
     elif schedule is not None:
-        check_schedule(schedule, built)
+        batches_an_epoch = batches_in(batches)
+        check_schedule(schedule, built, None if batches_an_epoch is None else epochs * batches_an_epoch)
     settings: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,

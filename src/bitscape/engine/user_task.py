@@ -121,6 +121,8 @@ def loss_of(function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> 
         raise BitscapeError(
             f"loss: it returns {shown}; it must return a floating-point tensor, () or (n,)"
         )
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise BitscapeError("loss: what it returns has no gradient; compute it from the outputs, without detach or argmax")
     return value
 
 
