@@ -419,6 +419,35 @@ def test_a_killed_epoch_of_a_generator_goes_on(tmp_path: Path) -> None:
     assert same(whole, resumed)
 
 
+class FailsOnce(Dataset[tuple[Tensor, Tensor]]):
+    """A dataset of which a row cannot be read at first, as of a disk that was away."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        self.read += 1
+        if self.read == 8 + 22 + 12:  # after one look at the first batch, in the second epoch's second batch
+            raise OSError("disk away")
+        return LEFT[row], LABELS[row]
+
+
+def test_data_that_fail_leave_the_batches_before_them(tmp_path: Path) -> None:
+    whole, resumed = classifier(), classifier()
+    bs.train(whole, (LEFT, LABELS), epochs=3, batch_size=8)
+    data = FailsOnce()
+    data.read -= 8  # there are two looks
+    with pytest.raises(OSError, match="disk away"):
+        bs.train(classifier(), data, epochs=3, batch_size=8, folder=tmp_path)
+    done = data.read
+    result = bs.train(resumed, data, epochs=3, batch_size=8, folder=tmp_path)
+    assert same(whole, resumed) and len(result.records) == 3
+    assert data.read == done + 16 + (22 - 8) + 22  # the two looks, what was left of the second epoch, the third
+
+
 class Spent:
     """Gives its batches once, which only the second epoch shows."""
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,13 +132,21 @@ class Loop:
             raise
 
     def _run_epoch(self, pace: Pace) -> None:
-        state = self.state
-        for fed in self.feed.epoch(state.epoch, start=state.batch):
+        for fed in self._fed():
             self._run_batch(fed)
             pace.count_step()
             if self._may_stop():
                 self._look_up(pace)
             self._stop_if_asked(pace)
+
+    def _fed(self) -> Iterator[Fed]:
+        """The batches that are left of the epoch; where one cannot be read, those before it are kept."""
+        try:
+            yield from self.feed.epoch(self.state.epoch, start=self.state.batch)
+        except Exception:
+            self._stop_if_bad()
+            self._save()
+            raise
 
     def _may_stop(self) -> bool:
         """Several workers on GPUs stop for a bad batch at the same ones only, whatever their clocks say: who is left waits forever."""

@@ -65,7 +65,11 @@ def train(
     On one machine the same arguments give the same bits, also when the run was killed and goes on
     from its folder. Workers of a DataLoader that outlive an epoch (persistent_workers) carry their
     random numbers on: what they draw is then the same in a run that was not killed only. The global
-    random state is the caller's again afterwards.
+    random state is the caller's again afterwards. Data that fail in the middle leave a checkpoint of
+    the batches before.
+
+    Started by torchrun, every worker calls this alike, with the same data: each takes its rows of
+    every batch.
 
     Args:
         network: any network, e.g. what `quantize(..., for_training=True)` returned.
