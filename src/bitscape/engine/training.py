@@ -77,10 +77,11 @@ def train(
     each batch, on the device, under a random state of (seed, epoch, batch). reference: a network whose outputs take the
     place of the targets. autocast: None or torch.bfloat16. channels_last: memory format of the convolutions, None =
     channels_last, which is faster, where two images of the first batch show that the network takes it. compile: the
-    model's forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many parts, whose gradients add up: memory for one part
-    at a time, and norms see one part at a time; no part is empty, nor has a part a single image where batch norms
-    would find no variance in it. ema_decay: in (0, 1), average the state as well. clip_norm: scale the gradient of
-    all parameters together down to this length. validation: evaluated after each epoch. folder: gets
+    model's forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many
+    parts, whose gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty,
+    nor has a part a single image where batch norms would find no variance in it. ema_decay: in (0, 1), average the
+    state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
+    after each epoch. folder: gets
     checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
     resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
