@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from bitscape.data.batches import Batches, Normalization
 from bitscape.data.reading import BatchReader, read_samples
@@ -90,6 +90,15 @@ def test_no_batch_behind_the_last_sample_is_loaded():
         raise AssertionError("asked for a batch too many")
 
     assert len(read_samples(batches(), READER, count=4)) == 4
+
+
+def test_rows_that_can_only_be_iterated_are_put_together():
+    class Each(IterableDataset):
+        def __iter__(self):
+            yield from zip(X, Y, strict=True)
+
+    samples = read_samples(Each(), READER, count=4)
+    assert values(samples) == [0.0, 1.0, 2.0, 3.0] and samples.parts[0].targets.tolist() == [0, 1, 2, 0]
 
 
 def test_batches_are_drawn_and_normalized():

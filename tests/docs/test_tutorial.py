@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_commands_print_what_the_tutorial_shows(tmp_path: Path, monkeypatch:
 
 def test_the_python_of_the_tutorial_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    (code,) = (text for _, language, text in BLOCK.findall(TUTORIAL) if language == "python")
+    (code,) = (text for kind, language, text in BLOCK.findall(TUTORIAL) if language == "python" and not kind)
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 20
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, "docs/tutorial.md", "exec"), {})
@@ -72,3 +73,13 @@ def test_the_python_of_the_tutorial_does_the_same(tmp_path: Path, monkeypatch: p
     assert shown
     assert _plain(capsys.readouterr().out) == _plain(shown[1])
     assert {path.name for path in tmp_path.iterdir()} == {"mixed.safetensors", "uniform.safetensors"}
+
+
+def test_data_and_aims_of_ones_own_are_trained_as_the_tutorial_says():
+    (code,) = (text for kind, _, text in BLOCK.findall(TUTORIAL) if kind == "own")
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile(code, "docs/tutorial.md", "exec"), names)
+    outputs, (_, _, distances) = names["network"](names["left"], names["right"]), names["rows"].tensors
+    assert float((outputs - distances).abs().mean().detach()) < 0.5 * float(distances.abs().mean())

@@ -1,12 +1,16 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
+from torch.nn import functional
 
+from bitscape.engine.dense import Dense
 from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, drawn_labels, task_of
+from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 
 IMAGES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -97,25 +101,98 @@ def test_divergence_of_followed_outputs_is_half_the_squared_difference() -> None
     assert task.divergence(task.outputs(outputs, 2), task.outputs(reference, 2)).tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("task", [Classes(), Binary(), Follow()])
-def test_squared_gradients_of_the_drawn_loss_expect_to_the_curvature_of_the_divergence(task: Task) -> None:
-    values = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
-    curvature = hessian(lambda moved: task.divergence(moved[None], values[None])[0], values).diagonal()
+@pytest.mark.parametrize(
+    ("task", "shape"), [(Classes(), (3,)), (Binary(), (3,)), (Follow(), (3,)), (User(), (3,)), (Dense(), (3, 1)), (Dense(), (3, 2, 2))]
+)
+def test_squared_gradients_of_the_drawn_loss_expect_to_the_curvature_of_the_divergence(task: Task, shape: tuple[int, ...]) -> None:
+    values = torch.linspace(-1.0, 0.7, math.prod(shape), dtype=torch.float64).reshape(shape)
+    curvature = hessian(lambda moved: task.divergence(moved.reshape(1, *shape), values[None])[0], values.flatten()).diagonal()
     generator, draws = torch.Generator().manual_seed(0), 20_000
-    outputs = values.repeat(draws, 1).requires_grad_()
+    outputs = values.expand(draws, *shape).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(task.drawn_loss(outputs, generator).sum(), outputs)
-    torch.testing.assert_close(gradient.square().mean(0), curvature, rtol=0.03, atol=0)
+    torch.testing.assert_close(gradient.square().mean(0).flatten(), curvature, rtol=0.06, atol=0)
 
 
-@pytest.mark.parametrize("task", [Binary(), Follow(0.5)])
+@pytest.mark.parametrize("task", [Classes(), Binary(), Follow({}), User()])
 def test_the_curved_loss_is_flat_at_the_outputs_and_bends_like_the_divergence(task: Task) -> None:
     values = torch.tensor([[0.2, -1.0, 0.7]], dtype=torch.float64, requires_grad=True)
     loss = task.curved_loss(values, torch.Generator()).sum()
     (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
     assert gradient.abs().max() < 1e-12
-    (bent,) = torch.autograd.grad(gradient.sum(), values)
     expected = hessian(lambda moved: task.divergence(moved[None], values[0].detach()[None])[0], values[0].detach())
-    torch.testing.assert_close(bent[0], expected.sum(0))
+    for column in range(3):
+        (bent,) = torch.autograd.grad(gradient[0, column], values, retain_graph=True)
+        torch.testing.assert_close(bent[0], expected[column], atol=1e-12, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("task", "shape"), [(Classes(), (4, 3)), (Dense(), (4, 3, 5)), (Binary(), (4, 3)), (Follow({}), (4, 3))])
+def test_no_direction_has_a_negative_curvature(task: Task, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    outputs = torch.tanh(torch.einsum("kj,nj...->nk...", weight, inputs))  # not linear in the weight
+    (slope,) = torch.autograd.grad(task.curved_loss(outputs, generator).mean(), weight, create_graph=True)
+    rows = [torch.autograd.grad(each, weight, retain_graph=True)[0].flatten() for each in slope.flatten()]
+    assert torch.linalg.eigvalsh(torch.stack(rows)).min() > -1e-12
+
+
+def smooth(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return functional.smooth_l1_loss(outputs["x"], targets, reduction="none").sum(1)
+
+
+@pytest.mark.parametrize("loss", [smooth, lambda outputs, targets: smooth(outputs, targets).mean()])
+def test_a_loss_of_the_users_is_scored_by_the_targets_where_there_are_any(loss: Any) -> None:
+    task, generator = User(loss), torch.Generator().manual_seed(0)
+    raw, targets = IMAGES.clone().requires_grad_(), torch.zeros(16, 4)
+    outputs = task.outputs({"x": raw}, 16)
+    torch.testing.assert_close(outputs, IMAGES)
+    (gradient,) = torch.autograd.grad(task.drawn_loss(outputs, generator, targets).sum(), raw, retain_graph=True)
+    torch.testing.assert_close(gradient, IMAGES.clamp(-1, 1))  # of each sample's own loss
+    (bent,) = torch.autograd.grad(task.curved_loss(outputs, generator, targets).sum(), raw, create_graph=True)
+    assert float(bent.detach().abs().max()) < 1e-6  # without what is linear
+    (unit,) = torch.autograd.grad(task.drawn_loss(task.outputs({"x": raw}, 16), generator).sum(), raw)
+    assert set(unit.unique().tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "task"),
+    [
+        (linear(3), torch.zeros(16, dtype=torch.int64), Classes()),
+        (linear(3), torch.zeros(16, 3), None),
+        (linear(3), torch.zeros(16), None),
+        (linear(6, nn.Unflatten(1, (3, 2))), torch.zeros(16, 2, dtype=torch.uint8), Dense()),
+        (linear(6, nn.Unflatten(1, (3, 2))), torch.zeros(16, 2), None),
+        (linear(1), torch.ones(16, dtype=torch.bool), Binary()),
+        (linear(1, nn.Flatten(0)), torch.ones(16, dtype=torch.int64), Binary()),
+        (linear(1, nn.Sigmoid()), torch.ones(16), Binary(probabilities=True)),
+        (linear(1), torch.arange(16), None),
+    ],
+)
+def test_targets_tell_the_task(model: nn.Module, targets: Tensor, task: Task | None) -> None:
+    seen = task_of(model, IMAGES, "auto", targets)
+    assert seen == task or (task is None and isinstance(seen, Follow))
+
+
+def test_several_inputs_tell_the_task() -> None:
+    class Sum(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + b
+
+    many = torch.cat([IMAGES] * 5)
+    assert task_of(Sum(), (many, many)) == task_of(Sum(), {"a": many, "b": many}) == Classes()
+    followed = task_of(Sum(), (many, many), "follow")
+    assert isinstance(followed, Follow) and followed.spreads["output0"] == pytest.approx(2 * float(many[:64].std(unbiased=False)))
+
+
+def test_an_unknown_task_is_refused_with_the_nearest() -> None:
+    with pytest.raises(BitscapeError, match=r"task='denser': allowed are 'auto', 'classes', 'dense', 'binary', 'follow'; nearest: dense"):
+        task_of(linear(3), IMAGES, "denser")  # type: ignore[arg-type]  # that is the fault
+
+
+def test_divergence_of_dense_classes_is_the_mean_over_positions() -> None:
+    outputs, reference = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    by_position = [Classes().divergence(outputs[:, :, i, j], reference[:, :, i, j]) for i in range(4) for j in range(5)]
+    torch.testing.assert_close(Dense().divergence(outputs, reference), torch.stack(by_position).mean(0))
 
 
 def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
 ]
 
-RUNS = ("plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", "sharp", "sharp continued")
+RUNS = ("plain", "two passes", "partly frozen", "accuracy", "in one go", "continued", "sharp", "sharp continued", "loaded")
 SEARCHES = ("differentiable", "held out", "seam")
 
 
@@ -61,6 +61,19 @@ def test_two_workers_train_as_one_does_on_the_same_batches(alone: dict[str, Any]
         assert together["top1"] == single["top1"]
         assert together["loss"] == pytest.approx(single["loss"], rel=1e-5)
         assert together["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-4)
+
+
+def test_two_workers_share_the_batches_of_a_loader(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["loaded"]["weights"] == pytest.approx(alone["loaded"]["weights"], abs=1e-5)
+    for together, single in zip(two[0]["loaded"]["records"], alone["loaded"]["records"], strict=True):
+        assert together == pytest.approx(single, rel=1e-4) and together["images"] == 41
+        assert together["square"] == pytest.approx(together["loss"], rel=1e-5)
+
+
+def test_a_loader_that_gives_each_worker_other_rows_is_refused(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert alone["shared by the loader"] == "finished"
+    for seen in two:
+        assert "data: its DistributedSampler gives each worker rows of its own" in seen["shared by the loader"]
 
 
 @pytest.mark.parametrize("what", [*RUNS, *SEARCHES, "asga"])

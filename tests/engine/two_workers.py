@@ -12,12 +12,14 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+import bitscape as bs
 from bitscape.data.batches import UNIT, Batches
 from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Batch, NonFiniteError, Sgd, StepRecord, evaluate, train
 from bitscape.engine.pace import Pace
 from bitscape.engine.workers import rank
+from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, quantize
@@ -119,6 +121,45 @@ def listed(state: Any) -> list[float]:
     return [value for name, tensor in sorted(state.items()) if name != "constant" for value in tensor.double().flatten().tolist()]
 
 
+def loaded() -> dict[str, Any]:
+    """A loader that shuffles rows of noise, a loss and an optimizer of the user's, and data without batches to validate on."""
+
+    class Noisy(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+        def __len__(self) -> int:
+            return 41
+
+        def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full((3, 8, 8), row / 41) + torch.rand(3, 8, 8), torch.full((5,), row / 41)
+
+    def square(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).square().mean(1)
+
+    model = network(seed=3 + rank())
+    result = bs.train(
+        model,
+        torch.utils.data.DataLoader(Noisy(), batch_size=16, shuffle=True),
+        epochs=2,
+        loss=square,
+        metric=square,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        validation=(torch.ones(9, 3, 8, 8), torch.zeros(9, 5)),
+        batch_size=None,
+    )
+    records = [{name: value for name, value in record.items() if name != "train_s"} for record in result.records]
+    return {"weights": listed(model.state_dict()), "records": records}
+
+
+def shared_by_the_loader() -> str:
+    """What is said of a loader that gives each worker other rows by itself."""
+    rows = torch.utils.data.TensorDataset(torch.ones(40, 3, 8, 8), torch.zeros(40, dtype=torch.int64))
+    sampler = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=rank())
+    try:
+        bs.train(network(), torch.utils.data.DataLoader(rows, batch_size=8, sampler=sampler), epochs=1)
+    except BitscapeError as error:
+        return str(error)
+    return "finished"
+
+
 def searched(method: Any) -> dict[str, Any]:
     images = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(0, 5, (48,), generator=torch.Generator().manual_seed(2))
@@ -182,6 +223,8 @@ def main(folder: Path) -> None:
         "held out": searched(Differentiable(epochs=2, batch_size=16, task="new-head", held_out=0.5)),
         "seam": searched(Seam(epochs=2, batch_size=16, task="labels")),
         "asga": searched(Asga(epochs=2, batch_size=16, task="labels")),
+        "loaded": loaded(),
+        "shared by the loader": shared_by_the_loader(),
         "parts": parts(),
         "broken": broken(),
     }

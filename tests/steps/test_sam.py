@@ -323,6 +323,7 @@ def test_settings_serve_several_runs() -> None:
 def test_rounding_of_autocast_does_not_erase_the_perturbation() -> None:
     model = small_net(norm=False, bits=8)
     images, labels = batch()
+
     def read(output: object, samples: int) -> torch.Tensor:
         return as_logits(output, samples, highest_label=2)
 

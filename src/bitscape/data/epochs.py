@@ -1,4 +1,5 @@
-"""The user's data, epoch after epoch: for one seed the same batches in the same order, from any batch on.
+"""The user's data, epoch after epoch: for one seed the same batches in the same order, from any
+batch on.
 
 a dataset, or one large batch   its rows are shuffled and cut here; a batch depends on (seed, epoch, batch)
 an iterable or a loader         iterated once an epoch; what it draws depends on (seed, epoch)
@@ -34,7 +35,9 @@ class Epochs(Protocol):
     """Batches, epoch after epoch; `len` is the number of batches in one, where that is known."""
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Inputs, Any]]:
-        """Yield the inputs and targets of each batch of epoch `number`, from batch `start` on, both from 0."""
+        """Yield the inputs and targets of each batch of epoch `number`, from batch `start` on, both
+        from 0.
+        """
         ...
 
 
@@ -57,13 +60,20 @@ def first_of(data: Epochs) -> Minibatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """A dataset, or one large batch, in batches. Raises BitscapeError for tensors of different lengths, or none."""
+    """A dataset, or one large batch, in batches.
+
+    Raises BitscapeError for tensors of different lengths, or none.
+    """
 
     data: Any
-    """A torch or Hugging Face dataset; a tensor, or a tuple or mapping of tensors; or a `Minibatch`."""
+    """A torch or Hugging Face dataset; a tensor, or a tuple or mapping of tensors; or a
+    `Minibatch`.
+    """
     reader: BatchReader
     batch_size: int = BATCH_SIZE
-    """Samples in a batch; the last one of an epoch may be smaller, or larger where what remains has joined it."""
+    """Samples in a batch; the last one of an epoch may be smaller, or larger where what remains has
+    joined it.
+    """
     shuffle: bool = True
     """Another order in every epoch."""
     seed: int = 0
@@ -80,7 +90,8 @@ class Rows:
             lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(self.data)}
             if len(lengths) > 1:
                 raise BitscapeError(
-                    f"data: its tensors have {' and '.join(map(str, sorted(lengths)))} rows; give all of them a row for each sample"
+                    f"data: its tensors have {' and '.join(map(str, sorted(lengths)))} rows; give "
+                    "all of them a row for each sample"
                 )
         if not self._count:
             raise _nothing()
@@ -154,7 +165,9 @@ class Loaded:
         return part
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Inputs, Any]]:
-        """See `Epochs`; batches before `start` are loaded and left out. Raises BitscapeError for an epoch without a batch."""
+        """See `Epochs`; batches before `start` are loaded and left out. Raises BitscapeError for an
+        epoch without a batch.
+        """
         empty = True
         for part in islice(
             self._once(number) if self.once else self._iterated(number), start, None
@@ -189,7 +202,9 @@ class Loaded:
             yield part
 
     def _begin(self, number: int) -> None:
-        """Tell samplers and datasets the epoch; a generator of the loader's own is seeded, since a resumed run has a new one."""
+        """Tell samplers and datasets the epoch; a generator of the loader's own is seeded, since a
+        resumed run has a new one.
+        """
         for part in (
             self.data,
             *(getattr(self.data, name, None) for name in ("sampler", "batch_sampler", "dataset")),
@@ -211,14 +226,16 @@ def epochs_of(
     """Return `data` as epochs of batches.
 
     Args:
-        data: as `read_samples` takes it; or anything with `epoch(number, start=)`, such as `Batches`, which stays as it is.
+        data: as `read_samples` takes it; or anything with `epoch(number, start=)`, such as
+            `Batches`, which stays as it is.
         reader: how a batch is read.
         batch_size: samples of a batch, for data without batches; None = 128.
         shuffle: another order in each epoch, for data without batches.
         seed: of the order, and of what loaders and datasets draw.
 
     Raises:
-        BitscapeError: data of another kind, without a sample, or with batches of their own and a `batch_size`.
+        BitscapeError: data of another kind, without a sample, or with batches of their own and a
+            `batch_size`.
     """
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(data)
@@ -229,19 +246,21 @@ def epochs_of(
         data = data.parts[0]
     elif isinstance(data, IterableDataset):
         return Loaded(DataLoader(data, batch_size=batch_size or BATCH_SIZE), reader, seed)
-    if callable(getattr(data, "epoch", None)):
+    if callable(getattr(data, "epoch", None)) and not isinstance(data, type):
         batches: Epochs = data
         return _in_batches(batches, batch_size)
     if isinstance(data, Dataset):
         raise BitscapeError(
-            f"data: the images of {data.name} are uint8 and not normalized; pass Batches(dataset=..., normalization=...)"
+            f"data: the images of {data.name} are uint8 and not normalized; pass "
+            "Batches(dataset=..., normalization=...)"
         )
     if isinstance(data, Minibatch) or is_one_batch(data) or is_map_dataset(data):
         size = BATCH_SIZE if batch_size is None else batch_size
         return Rows(data=data, reader=reader, batch_size=size, shuffle=shuffle, seed=seed)
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
         raise BitscapeError(
-            f"data: {type(data).__name__}; pass a tensor, an iterable of batches, a torch Dataset or a DataLoader"
+            f"data: {type(data).__name__}; pass a tensor, an iterable of batches, a torch Dataset "
+            "or a DataLoader"
             f"{'; a name or path is read by bitscape.load_dataset' if isinstance(data, str) else ''}"
         )
     return _in_batches(Loaded(data, reader, seed), batch_size)
@@ -250,7 +269,8 @@ def epochs_of(
 def _in_batches(data: Epochs, batch_size: int | None) -> Epochs:
     if batch_size is not None:
         raise BitscapeError(
-            f"batch_size is {batch_size}, and the data come in batches of their own; set their size there"
+            f"batch_size is {batch_size}, and the data come in batches of their own; set their "
+            "size there"
         )
     return data
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from bitscape.calling import Inputs, sample_count
 from bitscape.data.batches import Batches
@@ -65,7 +65,8 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
 
     Args:
         data: a tensor, or a tuple or mapping of tensors (one large batch); a torch or Hugging Face dataset, or `Batches`
-            (both drawn from, by `seed`); or an iterable of batches, such as a DataLoader (its first samples).
+            (both drawn from, by `seed`; of one that can only be iterated, the first samples); or an iterable of batches,
+            such as a DataLoader (its first samples).
         reader: how a batch is read.
         count: most samples that are kept.
 
@@ -89,6 +90,8 @@ def _batches(data: Any, count: int, seed: int) -> Iterator[Any]:
         )
     elif isinstance(data, np.ndarray):
         yield from _batches(torch.from_numpy(data), count, seed)
+    elif isinstance(data, IterableDataset):  # its rows, one by one
+        yield from DataLoader(data, batch_size=LOADED_TOGETHER)
     elif is_one_batch(data):
         yield Minibatch(data).rows(_drawn(sample_count(data), count, seed)).inputs
     elif is_map_dataset(data):

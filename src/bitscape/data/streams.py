@@ -11,7 +11,9 @@ import torch
 
 
 def seed_of(*position: object) -> int:
-    """Return a seed of 32 bits, the same for the same position: sums of seed and epoch would repeat streams."""
+    """Return a seed of 32 bits, the same for the same position: sums of seed and epoch would repeat
+    streams.
+    """
     return int.from_bytes(hashlib.sha256("/".join(map(str, position)).encode()).digest()[:4], "big")
 
 

@@ -15,7 +15,8 @@ from bitscape.engine.feed import followed, own_part
 from bitscape.engine.forward import autocast_on, check_autocast, device_of, lay_out
 from bitscape.engine.metrics import Collected
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
-from bitscape.engine.task import CLASSES, Task, User
+from bitscape.engine.task import CLASSES, Task
+from bitscape.engine.user_task import User
 from bitscape.engine.workers import part, total
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32
@@ -33,7 +34,9 @@ class Accuracy:
     top1: float
     """Percent of images whose largest logit is the label's."""
     top5: float
-    """Percent of images whose label is among the five largest logits (all of them, below five classes)."""
+    """Percent of images whose label is among the five largest logits (all of them, below five
+    classes).
+    """
     loss: float
     """Mean cross entropy, in nats."""
     images: int
@@ -68,10 +71,12 @@ def evaluate(
     device: where to run; the model is moved there. None = where the model is.
     autocast: None or torch.bfloat16.
     channels_last: memory format of the convolutions, in which the model is left; None = as it is.
-    together: of several workers (`engine.workers`), all of which must call this, each takes its part of every batch.
-    Every module's training flag has its former value afterwards. Raises BitscapeError when there are no labels or no
-    images, when a label is not below the number of the model's outputs, when the output is not (n, classes), when the network
-    does not take channels_last=True, or when it fails on the images; NonFiniteError when outputs are NaN or infinite.
+    together: of several workers (`engine.workers`), all of which must call this, each takes its
+        part of every batch.
+    Every module's training flag has its former value afterwards. Raises BitscapeError when there
+    are no labels or no images, when a label is not below the number of the model's outputs, when
+    the output is not (n, classes), when the network does not take channels_last=True, or when it
+    fails on the images; NonFiniteError when outputs are NaN or infinite.
     """
     if device is not None:
         model.to(device)
@@ -101,9 +106,11 @@ def measured(
     together: bool = False,
     highest_label: int = -1,
 ) -> Evaluation:
-    """Return what `task` measures of `model`, in eval mode, over epoch 0 of `data`; see `evaluate` for the arguments.
+    """Return what `task` measures of `model`, in eval mode, over epoch 0 of `data`; see `evaluate`
+    for the arguments.
 
-    reference: network whose outputs take the place of the targets. highest_label: at least, of all targets.
+    reference: network whose outputs take the place of the targets. highest_label: at least, of all
+        targets.
     """
     check_autocast(autocast)
     check_float32(model)
@@ -120,7 +127,9 @@ def measured(
 
 
 def highest_label(batches: "Batches") -> int:
-    """Return the largest label of the dataset; BitscapeError when it has no labels, no images or a label below 0."""
+    """Return the largest label of the dataset; BitscapeError when it has no labels, no images or a
+    label below 0.
+    """
     labels = batches.dataset.labels
     if labels is None:
         raise BitscapeError("the dataset has no labels (labels=None); accuracy and loss need them")
@@ -128,7 +137,8 @@ def highest_label(batches: "Batches") -> int:
         raise BitscapeError(f"dataset {batches.dataset.name!r} is empty; load at least one image")
     if int(labels.min()) < 0:
         raise BitscapeError(
-            f"dataset {batches.dataset.name!r} has the label {int(labels.min())}; labels count from 0: drop its images"
+            f"dataset {batches.dataset.name!r} has the label {int(labels.min())}; labels count "
+            "from 0: drop its images"
         )
     return int(labels.max())
 
@@ -227,7 +237,8 @@ class _Tally:
         name = getattr(getattr(data, "dataset", None), "name", "the data")
         raise NonFiniteError(
             f"model: {broken} of {samples} images of {name!r} give outputs that are not finite, "
-            f"the mean loss is {numbers.get('loss', 'none')}; {self._reason(data)}; check the weights and the normalization"
+            f"the mean loss is {numbers.get('loss', 'none')}; {self._reason(data)}; check the "
+            "weights and the normalization"
         )
 
     def _reason(self, data: Epochs) -> str:

@@ -16,6 +16,7 @@ from bitscape.data.samples import Minibatch
 from bitscape.data.streams import RandomStream, seed_of
 from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.workers import part, rank, world_size
+from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 
 Item = TypeVar("Item")
@@ -53,12 +54,14 @@ class Feed:
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Fed]:
         """Yield this worker's part of each batch of epoch `number`, from batch `start` on.
 
-        Raises BitscapeError for a batch without a sample for each worker, and targets that the task does not take.
+        Raises BitscapeError for a batch without a sample for each worker, and targets that the task
+        does not take.
         """
         read: Iterator[Fed] = (
             self._read(*item) for item in own_part(self.batches, number, start=start)
         )
-        # A loader or dataset of the user's draws global random numbers, which a thread would mix with those of the training.
+        # A loader or dataset of the user's draws global random numbers, which a thread would mix
+        # with those of the training.
         if self.device.type == "cuda" and not isinstance(self.batches, Loaded | Rows):
             read = prefetch((self._pinned(fed) for fed in read), _AHEAD)
         for batch, fed in enumerate(read, start):
@@ -104,7 +107,9 @@ def followed(reference: nn.Module, inputs: Inputs, task: Task) -> object:
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
-    """Yield `items` in order, the next `ahead` of them being made in a thread meanwhile; its errors come through."""
+    """Yield `items` in order, the next `ahead` of them being made in a thread meanwhile; its errors
+    come through.
+    """
     end = object()
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(next, items, end) for _ in range(ahead))
@@ -114,7 +119,9 @@ def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
 
 
 def own_part(batches: Epochs, epoch: int, *, start: int = 0) -> Iterator[tuple[Minibatch, int]]:
-    """Yield this worker's rows of each batch of `epoch`, bit for bit what they are in the whole batch, and how many that has."""
+    """Yield this worker's rows of each batch of `epoch`, bit for bit what they are in the whole
+    batch, and how many that has.
+    """
     rows = slice(rank(), None, world_size())
     if world_size() > 1 and isinstance(batches, Batches):
         made = batches.epoch(epoch, start=start, rows=rows)
@@ -136,9 +143,18 @@ def for_all_workers(batches: Epochs) -> Epochs:
 
 
 def check_shared(batches: Epochs) -> None:
-    """Raise BitscapeError unless every batch, so also the last, has a sample for every worker, where that is known beforehand."""
+    """Raise BitscapeError unless every batch, so also the last, has a sample for every worker,
+    where that is known beforehand.
+    """
     if isinstance(batches, Batches | Rows):
         part(len(batches.cuts[-1]))
+    sampler = getattr(batches.data, "sampler", None) if isinstance(batches, Loaded) else None
+    if world_size() > 1 and getattr(sampler, "num_replicas", 1) > 1:
+        raise BitscapeError(
+            f"data: its {type(sampler).__name__} gives each worker rows of its own, and workers "
+            "share every batch here; "
+            "pass the loader without that sampler"
+        )
 
 
 def _pinned(values: Tensor) -> Tensor:

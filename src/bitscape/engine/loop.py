@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from bitscape.engine.forward import autocast_on
 from bitscape.engine.metrics import Collected
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
 from bitscape.engine.pace import Pace
-from bitscape.engine.rates import Position
+from bitscape.engine.rates import Position, Rates
 from bitscape.engine.state import RunState
 from bitscape.engine.step import Batch, LossFunction, least_part, pooled
 from bitscape.engine.stopping import Stop, Stopping
@@ -132,13 +132,21 @@ class Loop:
             raise
 
     def _run_epoch(self, pace: Pace) -> None:
-        state = self.state
-        for fed in self.feed.epoch(state.epoch, start=state.batch):
+        for fed in self._fed():
             self._run_batch(fed)
             pace.count_step()
             if self._may_stop():
                 self._look_up(pace)
             self._stop_if_asked(pace)
+
+    def _fed(self) -> Iterator[Fed]:
+        """The batches that are left of the epoch; where one cannot be read, those before it are kept."""
+        try:
+            yield from self.feed.epoch(self.state.epoch, start=self.state.batch)
+        except Exception:
+            self._stop_if_bad()
+            self._save()
+            raise
 
     def _may_stop(self) -> bool:
         """Several workers on GPUs stop for a bad batch at the same ones only, whatever their clocks say: who is left waits forever."""
@@ -261,7 +269,7 @@ class Loop:
 
     def _record(self) -> dict[str, Any]:
         state = self.state
-        record = {"epoch": state.epoch + 1, **state.means(), "lr": state.rates.used, "images": state.images}
+        record = {"epoch": state.epoch + 1, **state.means(), **_rate(state.rates), "images": state.images}
         record["train_s"] = round(state.train_s, 3)
         if self.validation is not None:
             try:
@@ -303,6 +311,10 @@ class Loop:
     def _write_metrics(self) -> None:
         assert self.folder is not None
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.state.records))
+
+
+def _rate(rates: Rates) -> dict[str, float]:
+    return {} if rates.used is None else {"lr": rates.used}
 
 
 def _of_worker() -> str:

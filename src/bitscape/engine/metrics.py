@@ -1,4 +1,5 @@
-"""What tasks count: sums over samples, which add up over batches and workers, and the numbers made of them.
+"""What tasks count: sums over samples, which add up over batches and workers, and the numbers made
+of them.
 
 top1, top5        percent of samples whose label has the largest, or one of the five largest logits
 mean_iou          percent: intersection over union of each class among all positions, mean over the classes that occur
@@ -163,7 +164,8 @@ class Averaged:
         value = self.function(outputs, targets)
         if not isinstance(value, Tensor | float | int):
             raise BitscapeError(
-                f"metric: it returns {type(value).__name__}; it must return a number, or a tensor () or (n,)"
+                f"metric: it returns {type(value).__name__}; it must return a number, or a tensor "
+                "() or (n,)"
             )
         mean = torch.as_tensor(value).detach().double().mean()
         return torch.stack([mean * samples, torch.full_like(mean, samples)])
@@ -191,7 +193,9 @@ class OnlyLoss:
 
 @dataclass(frozen=True)
 class Collected:
-    """The user's metric with `update(outputs, targets)` and `compute()`, such as one of torchmetrics: over whole data sets only."""
+    """The user's metric with `update(outputs, targets)` and `compute()`, such as one of
+    torchmetrics: over whole data sets only.
+    """
 
     metric: Any
 
@@ -224,23 +228,28 @@ class Collected:
             }
             if not numbers:
                 raise BitscapeError(
-                    f"metric: {self.name}.compute() returns no single number; pick one of them in a metric of your own"
+                    f"metric: {self.name}.compute() returns no single number; pick one of them in "
+                    "a metric of your own"
                 )
             return {self.name: next(iter(numbers.values())), **numbers}
         return {self.name: float(value)}
 
 
 def metric_of(metric: Any) -> Metric:
-    """Return the user's metric: a function, or an object with `update` and `compute`. Raises BitscapeError for others."""
+    """Return the user's metric: a function, or an object with `update` and `compute`. Raises
+    BitscapeError for others.
+    """
     if isinstance(metric, type):
         raise BitscapeError(
-            f"metric is the class {metric.__name__}; give an instance, or a function (outputs, targets) -> number"
+            f"metric is the class {metric.__name__}; give an instance, or a function (outputs, "
+            "targets) -> number"
         )
     if callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None)):
         return Collected(metric)
     if callable(metric):
         return Averaged(metric)
     raise BitscapeError(
-        f"metric is {metric!r}; it must be a function (outputs, targets) -> number, or an object with "
+        f"metric is {metric!r}; it must be a function (outputs, targets) -> number, or an object "
+        "with "
         "update(outputs, targets) and compute()"
     )

@@ -1,10 +1,13 @@
-"""What networks return, as tasks look at it: one tensor, or all floating-point ones in rows; finite; in float32."""
+"""What networks return, as tasks look at it: one tensor, or all floating-point ones in rows;
+finite; in float32.
+"""
 
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bitscape.errors import BitscapeError
 from bitscape.models.named_outputs import named_outputs
@@ -27,21 +30,26 @@ def one_tensor(output: object, samples: int) -> Tensor:
     output = only_tensor(output)
     if not isinstance(output, Tensor):
         raise BitscapeError(
-            f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap it, or use method local"
+            f"the model returns {type(output).__name__}; scores need one tensor (n, ...): wrap "
+            "it, or use method local"
         )
     if output.ndim == 0 or len(output) != samples:
         raise BitscapeError(
-            f"the model returns shape {tuple(output.shape)} for {samples} images; scores need (n, ...), or use method local"
+            f"the model returns shape {tuple(output.shape)} for {samples} images; scores need (n, "
+            "...), or use method local"
         )
     if not output.is_floating_point():
         raise BitscapeError(
-            f"the model returns {output.dtype}, as of classes; scores need logits or other values: return those, or use method local"
+            f"the model returns {output.dtype}, as of classes; scores need logits or other "
+            "values: return those, or use method local"
         )
     return output.float()
 
 
 def floating(output: object) -> dict[str, Tensor]:
-    """Return the floating-point tensors among a network's outputs, by name; BitscapeError if there is none."""
+    """Return the floating-point tensors among a network's outputs, by name; BitscapeError if there
+    is none.
+    """
     named = {
         name: tensor
         for name, tensor in named_outputs(output).items()
@@ -49,7 +57,8 @@ def floating(output: object) -> dict[str, Tensor]:
     }
     if not named:
         raise BitscapeError(
-            "the model returns no floating-point tensor; scores need one: return it beside the others, or use method local"
+            "the model returns no floating-point tensor; scores need one: return it beside the "
+            "others, or use method local"
         )
     return named
 
@@ -63,7 +72,8 @@ def _rows(name: str, tensor: Tensor, samples: int) -> Tensor:
     """Detectors may lay the cells of all images end to end."""
     if tensor.numel() % samples:
         raise BitscapeError(
-            f"the model's output {name} has shape {tuple(tensor.shape)} for {samples} images, which is not so many values for each; "
+            f"the model's output {name} has shape {tuple(tensor.shape)} for {samples} images, "
+            "which is not so many values for each; "
             "use method local, which does not look at outputs"
         )
     return tensor.float().reshape(samples, -1)
@@ -85,7 +95,8 @@ def finite(outputs: Tensor) -> Tensor:
     broken = not_finite(outputs)
     if bool(broken.any()):
         raise BitscapeError(
-            f"the model's outputs of image {int(broken.nonzero()[0])} are not finite; check the normalization of the images, "
+            f"the model's outputs of image {int(broken.nonzero()[0])} are not finite; check the "
+            "normalization of the images, "
             "or use method local, which does not look at them"
         )
     return outputs
@@ -102,7 +113,17 @@ def per_sample(values: Tensor) -> Tensor:
 
 
 def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device draws the same."""
+    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device
+    draws the same.
+    """
     return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(
         logits.device
     )
+
+
+def softmax_divergence(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Return the terms of KL(softmax(reference) || softmax(outputs)) over dimension 1, in the shape
+    of both.
+    """
+    pair = outputs.log_softmax(1), reference.log_softmax(1)
+    return functional.kl_div(*pair, log_target=True, reduction="none")

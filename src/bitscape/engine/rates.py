@@ -1,6 +1,5 @@
 """Learning rates from step to step: by a schedule of ours, by one of torch, or as they are."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,7 +39,9 @@ class Position:
 
     @classmethod
     def at(cls, epoch: int, batch: int, *, epochs: int, batches: int | None) -> "Position":
-        """Return the position before `batch` of `epoch`, both from 0; the position never lies in the next epoch."""
+        """Return the position before `batch` of `epoch`, both from 0; the position never lies in
+        the next epoch.
+        """
         per_epoch = 1 if batches is None else batches
         return cls(epoch * per_epoch + min(batch, per_epoch - 1), epochs * per_epoch, per_epoch)
 
@@ -53,11 +54,11 @@ class Rates:
     schedule: Schedule | LRScheduler | None
     """One of torch is stepped after each update; None leaves all rates as they are."""
     base: list[Any] = field(init=False)
-    used: float = field(default=0.0, init=False)
-    """The first group's rate in the last step."""
+    used: float | None = field(default=None, init=False)
+    """The first group's rate in the last step; None for an optimizer that finds its own."""
 
     def __post_init__(self) -> None:
-        self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.base = [group.get("lr") for group in self.optimizer.param_groups]
 
     def before_step(self, position: Position) -> None:
         """Set the rates of the step at hand."""
@@ -67,7 +68,8 @@ class Rates:
             )
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
                 group["lr"] = base * factor
-        self.used = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.optimizer.param_groups[0].get("lr")
+        self.used = None if rate is None else float(rate)
 
     def after_step(self) -> None:
         """Move a schedule of torch on."""
@@ -87,31 +89,33 @@ class Rates:
         """Go on from `state`."""
         self.used = state["used"]
         if isinstance(self.schedule, LRScheduler):
-            now = self.schedule.state_dict()
-            # MultiStepLR counts in its milestones
-            self.schedule.load_state_dict(
-                {
-                    name: Counter(value) if isinstance(now.get(name), Counter) else value
-                    for name, value in state["schedule"].items()
-                }
-            )
+            self.schedule.load_state_dict(dict(state["schedule"]))
 
 
-def check_schedule(schedule: object, optimizer: Optimizer) -> None:
-    """Raise BitscapeError unless `schedule` can set the rates of `optimizer`."""
+def check_schedule(schedule: object, optimizer: Optimizer, steps: int | None = None) -> None:
+    """Raise BitscapeError unless `schedule` can set the rates of `optimizer`, and for so many steps."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise BitscapeError(
-            "schedule is ReduceLROnPlateau, which waits for a metric; use one that is stepped by itself, e.g. OneCycleLR"
+            "schedule is ReduceLROnPlateau, which waits for a metric; use one that is stepped by "
+            "itself, e.g. OneCycleLR"
         )
     if isinstance(schedule, LRScheduler):
         if schedule.optimizer is not optimizer:
             raise BitscapeError(
-                f"schedule: the {type(schedule).__name__} was built on another optimizer; pass that one as optimizer=, or give a function "
+                f"schedule: the {type(schedule).__name__} was built on another optimizer; pass "
+                "that one as optimizer=, or give a function "
                 "optimizer -> scheduler"
+            )
+        last = getattr(schedule, "total_steps", None)
+        if steps is not None and isinstance(last, int) and last < steps:
+            raise BitscapeError(
+                f"schedule: the {type(schedule).__name__} ends after {last} steps, and the run has {steps}: "
+                "it is stepped after each batch; give it epochs times batches"
             )
     elif isinstance(schedule, type) or not callable(getattr(schedule, "factor", None)):
         raise BitscapeError(
-            f"schedule is {schedule!r}; it must be Cosine(...), a torch LRScheduler, or a function optimizer -> LRScheduler"
+            f"schedule is {schedule!r}; it must be Cosine(...), a torch LRScheduler, or a "
+            "function optimizer -> LRScheduler"
         )
 
 

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bitscape.calling import Inputs, call, map_tensors, sample_count
 from bitscape.data.samples import Minibatch
 from bitscape.engine import workers
-from bitscape.engine.task import CLASSES, Task, loss_of
+from bitscape.engine.task import CLASSES, Task
+from bitscape.engine.user_task import loss_of
 from bitscape.sharpness.probe import BatchLoss
 
 

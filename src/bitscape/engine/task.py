@@ -1,4 +1,5 @@
-"""What a network's outputs mean: how far two sets of outputs are apart, what is learned, and what is measured.
+"""What a network's outputs mean: how far two sets of outputs are apart, what is learned, and what
+is measured.
 
     classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels drawn from it
     dense     logits (n, k, ...): the same at every position, averaged; labels (n, ...), 255 and -100 are left out
@@ -6,12 +7,12 @@
     follow    any outputs, nested ones too: half the squared difference, each tensor in units of its own spread
     User      any outputs, with the user's own loss and metric
 
-A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence` has as its second derivative at
-the float outputs: the Fisher information, or Gauss-Newton's approximation for `follow`.
+A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence`
+has as its second derivative at the float outputs: the Fisher information, or Gauss-Newton's
+approximation for `follow`.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,16 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitscape.calling import Inputs, call, map_tensors, rows_of, sample_count
-from bitscape.engine.forward import as_logits, check_highest
-from bitscape.engine.metrics import (
-    BinaryAccuracy,
-    MeanIou,
-    Metric,
-    OnlyLoss,
-    RelativeError,
-    TopK,
-    metric_of,
-)
+from bitscape.engine.dense import Dense
+from bitscape.engine.forward import as_logits
+from bitscape.engine.metrics import BinaryAccuracy, Metric, RelativeError, TopK
 from bitscape.engine.outputs import (
     drawn_labels,
     finite,
@@ -39,21 +33,23 @@ from bitscape.engine.outputs import (
     only_tensor,
     per_sample,
     rows_by_name,
+    softmax_divergence,
     spreads_of,
 )
+from bitscape.engine.targets import highest_of, target_tensor
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.modes import evaluating
-from bitscape.nested import tensors_in
 
 TaskName = Literal["classes", "dense", "binary", "follow"]
 SAMPLE = 64
 """Images whose outputs determine the spread."""
-IGNORED = (255, -100)
-"""Labels of positions that are left out; 255 is a class where there are more."""
 
 
 class Task(Protocol):
-    """What outputs mean. Scores look at `outputs`; training and evaluation at what `read` returns."""
+    """What outputs mean.
+
+    Scores look at `outputs`; training and evaluation at what `read` returns.
+    """
 
     @property
     def name(self) -> str:
@@ -66,7 +62,9 @@ class Task(Protocol):
         ...
 
     def outputs(self, output: Any, samples: int) -> Tensor:
-        """Return finite float32 outputs (n, ...) of a network for `samples` inputs; a BitscapeError says what else came out."""
+        """Return finite float32 outputs (n, ...) of a network for `samples` inputs; a BitscapeError
+        says what else came out.
+        """
         ...
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
@@ -76,25 +74,36 @@ class Task(Protocol):
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:
-        """Return a loss of each sample (n,) whose squared gradients expect to the curvature of `divergence`."""
+        """Return a loss of each sample (n,) whose squared gradients expect to the curvature of
+        `divergence`.
+        """
         ...
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:
-        """Return a loss of each sample (n,) whose second derivative is that curvature, which is never negative."""
+        """Return a loss of each sample (n,) whose second derivative is that curvature, which is
+        never negative.
+        """
         ...
 
     def read(self, output: Any, samples: int, highest_label: int = -1) -> Any:
-        """Return what `loss` and `metric` take of a network's output; a BitscapeError says what else came out."""
+        """Return what `loss` and `metric` take of a network's output; a BitscapeError says what
+        else came out.
+        """
         ...
 
     def read_targets(self, targets: Any) -> tuple[Any, int]:
-        """Return targets as `loss` and `metric` take them, and the highest label, -1 for none. Raises BitscapeError for others."""
+        """Return targets as `loss` and `metric` take them, and the highest label, -1 for none.
+
+        Raises BitscapeError for others.
+        """
         ...
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return what training lowers: a scalar, the mean over samples (over labelled positions for dense)."""
+        """Return what training lowers: a scalar, the mean over samples (over labelled positions for
+        dense).
+        """
         ...
 
     def weight(self, outputs: Any, targets: Any, samples: int) -> Tensor | int:
@@ -122,13 +131,14 @@ class Classes:
         logits = self.read(output, samples)
         if logits.shape[1] < 2:
             raise BitscapeError(
-                "task='classes': a softmax over one output is always 1; use task='follow' or 'binary'"
+                "task='classes': a softmax over one output is always 1; use task='follow' or "
+                "'binary'"
             )
         return finite(logits)
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """KL(softmax(reference) || softmax(outputs)) of each image, (n,)."""
-        return _kl(outputs, reference).sum(1)
+        return softmax_divergence(outputs, reference).sum(1)
 
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
@@ -148,15 +158,16 @@ class Classes:
 
     def read_targets(self, targets: Any) -> tuple[Tensor, int]:
         """Return labels, int64 (n,), or probabilities (n, k)."""
-        labels = _tensor("labels", targets)
+        labels = target_tensor("labels", targets)
         if labels.is_floating_point() and labels.ndim == 2:
             return labels, labels.shape[1] - 1
         if labels.is_floating_point() or labels.ndim != 1:
             raise BitscapeError(
-                f"targets are {labels.dtype} of shape {tuple(labels.shape)}; task 'classes' needs whole numbers (n,), or "
+                f"targets are {labels.dtype} of shape {tuple(labels.shape)}; task 'classes' needs "
+                "whole numbers (n,), or "
                 "probabilities (n, classes); use another task, or give loss="
             )
-        return labels.long(), _highest(labels)
+        return labels.long(), highest_of(labels)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, in nats."""
@@ -165,83 +176,6 @@ class Classes:
     def weight(self, outputs: Tensor, targets: Tensor, samples: int) -> int:
         """All samples."""
         return samples
-
-    def broken(self, outputs: Tensor) -> Tensor:
-        """Return which images' logits are not finite."""
-        return not_finite(outputs)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Logits of classes at every position, such as a pixel."""
-
-    name: TaskName = "dense"
-
-    @property
-    def metric(self) -> Metric:
-        """Mean intersection over union."""
-        return MeanIou(_ignored)
-
-    def outputs(self, output: Any, samples: int) -> Tensor:
-        """Return finite float32 logits (n, k >= 2, ...)."""
-        return finite(self.read(output, samples))
-
-    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """KL of the softmax, mean over the positions of each image, (n,)."""
-        return _kl(outputs, reference).sum(1).flatten(1).mean(1)
-
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
-    ) -> Tensor:
-        """Cross entropy for labels drawn at each position, (n,): the sum over the root of their number, for squares to be averages."""
-        rows = outputs.detach().movedim(1, -1)
-        labels = drawn_labels(rows.reshape(-1, outputs.shape[1]), generator).reshape(
-            rows.shape[:-1]
-        )
-        losses = functional.cross_entropy(outputs, labels, reduction="none").flatten(1)
-        return losses.sum(1) / math.sqrt(losses.shape[1])
-
-    def curved_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
-    ) -> Tensor:
-        """The divergence from the outputs' own values (n,): flat here, and curved."""
-        return self.divergence(outputs, outputs.detach())
-
-    def read(self, output: Any, samples: int, highest_label: int = -1) -> Tensor:
-        """Return float32 logits (n, k, ...), k above the highest label."""
-        logits = one_tensor(output, samples)
-        if logits.ndim < 3 or logits.shape[1] < 2:
-            raise BitscapeError(
-                f"task='dense': the model returns shape {tuple(logits.shape)}; allowed: (n, classes, positions) or (n, classes, h, w); "
-                "use another task, e.g. task='classes' for (n, classes)"
-            )
-        check_highest(highest_label, logits.shape[1])
-        return logits
-
-    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
-        """Return labels, int64 (n, ...)."""
-        labels = _tensor("labels", targets)
-        if labels.is_floating_point():
-            raise BitscapeError(
-                f"targets are {labels.dtype}; task 'dense' needs a whole number at each position; give loss= for others"
-            )
-        labels = labels.long()
-        return labels, _highest(labels[(labels != IGNORED[0]) & (labels != IGNORED[1])])
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, mean over all labelled positions, in nats; 0 without one."""
-        ignored = _ignored(_same_positions(targets, outputs), outputs.shape[1])
-        total = functional.cross_entropy(
-            outputs,
-            targets.masked_fill(ignored, IGNORED[1]),
-            ignore_index=IGNORED[1],
-            reduction="sum",
-        )
-        return total / (~ignored).sum().clamp(min=1)
-
-    def weight(self, outputs: Tensor, targets: Tensor, samples: int) -> Tensor:
-        """All positions but those of the ignored labels."""
-        return (~_ignored(targets, outputs.shape[1])).sum()
 
     def broken(self, outputs: Tensor) -> Tensor:
         """Return which images' logits are not finite."""
@@ -298,14 +232,15 @@ class Binary:
 
     def read_targets(self, targets: Any) -> tuple[Tensor, int]:
         """Return answers, float32 (n, ...), from 0 (no) to 1 (yes)."""
-        answers = _tensor("answers", targets).float()
+        answers = target_tensor("answers", targets).float()
         if (
             answers.numel()
             and not answers.is_cuda
             and not 0 <= float(answers.min()) <= float(answers.max()) <= 1
         ):
             raise BitscapeError(
-                f"targets are from {float(answers.min()):g} to {float(answers.max()):g}; task 'binary' needs 0 or 1"
+                f"targets are from {float(answers.min()):g} to {float(answers.max()):g}; task "
+                "'binary' needs 0 or 1"
             )
         return answers, -1
 
@@ -313,8 +248,8 @@ class Binary:
         """Binary cross entropy, mean over all answers, in nats."""
         if targets.numel() != outputs.numel():
             raise BitscapeError(
-                f"targets have shape {tuple(targets.shape)}, the model's outputs {tuple(outputs.shape)}; "
-                "task 'binary' needs one answer each"
+                f"targets have shape {tuple(targets.shape)}, the model's outputs "
+                f"{tuple(outputs.shape)}; task 'binary' needs as many"
             )
         return functional.binary_cross_entropy_with_logits(
             self._logits(outputs), targets.reshape(outputs.shape)
@@ -340,7 +275,9 @@ class Follow:
     """Any outputs: they should stay what they are, or become what the targets are."""
 
     spreads: Mapping[str, float] = field(default_factory=dict)
-    """Name of each floating-point output of the float network -> its standard deviation, the unit of its differences."""
+    """Name of each floating-point output of the float network -> its standard deviation, the unit
+    of its differences.
+    """
     name: TaskName = "follow"
 
     @property
@@ -349,7 +286,9 @@ class Follow:
         return RelativeError(tuple(self.spreads))
 
     def outputs(self, output: Any, samples: int) -> Tensor:
-        """Return all floating-point outputs in their units, side by side: finite float32 (n, values of an image)."""
+        """Return all floating-point outputs in their units, side by side: finite float32 (n, values
+        of an image).
+        """
         return finite(self._in_units(self.read(output, samples)))
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
@@ -374,15 +313,19 @@ class Follow:
         rows = rows_by_name(output, samples)
         if self.spreads and rows.keys() != self.spreads.keys():
             raise BitscapeError(
-                f"the model returns {', '.join(rows)}, and {', '.join(self.spreads)} before; its outputs must not change"
+                f"the model returns {', '.join(rows)}, and {', '.join(self.spreads)} before; its "
+                "outputs must not change"
             )
         return rows
 
     def read_targets(self, targets: Any) -> tuple[dict[str, Tensor], int]:
-        """Return what is followed by name, float32 (n, values of an image): tensors in the structure of the outputs."""
+        """Return what is followed by name, float32 (n, values of an image): tensors in the
+        structure of the outputs.
+        """
         if targets is None:
             raise BitscapeError(
-                "data: task 'follow' needs what to follow; pass reference=, the float network, or data with targets"
+                "data: task 'follow' needs what to follow; pass reference=, the float network, "
+                "or data with targets"
             )
         followed = targets.float() if isinstance(targets, Tensor) else targets
         return self.read(followed, sample_count(followed)), -1
@@ -392,7 +335,8 @@ class Follow:
         for name, output in outputs.items():
             if output.shape != targets[name].shape:
                 raise BitscapeError(
-                    f"output {name} has {output.shape[1]} values for each sample, and what it follows {targets[name].shape[1]}; "
+                    f"output {name} has {output.shape[1]} values for each sample, and what it "
+                    f"follows {targets[name].shape[1]}; "
                     "give targets of the outputs' sizes, or loss="
                 )
         return (self._in_units(outputs) - self._in_units(targets)).square().mean() / 2
@@ -413,105 +357,7 @@ class Follow:
         )
 
 
-@dataclass(frozen=True)
-class User:
-    """The user's own loss and metric, on outputs as the network returns them; without a loss, scores follow the outputs."""
-
-    own_loss: Callable[[Any, Any], Tensor] | None = None
-    """(outputs, targets) -> loss: a scalar, the mean over the batch, or one value for each sample (n,)."""
-    own_metric: Any = None
-    """(outputs, targets) -> number; or an object with `update(outputs, targets)` and `compute()`. None: the loss."""
-    follow: Follow = field(default_factory=Follow)
-    """How far outputs are apart, which scores ask for."""
-    name: str = "user"
-
-    @property
-    def metric(self) -> Metric:
-        """The user's metric, or else the loss alone."""
-        return OnlyLoss() if self.own_metric is None else metric_of(self.own_metric)
-
-    def outputs(self, output: Any, samples: int) -> Tensor:
-        """Return all floating-point outputs as `Follow` does; the tensor remembers in `returned` what the loss takes."""
-        rows = self.follow.outputs(output, samples)
-        rows.returned = output  # type: ignore[attr-defined]
-        return rows
-
-    def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Half the squared difference of each sample, (n,)."""
-        return self.follow.divergence(outputs, reference)
-
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
-    ) -> Tensor:
-        """The user's loss of each sample (n,) where there are targets; without, the sum of its outputs with drawn signs."""
-        if targets is None or self.own_loss is None:
-            return self.follow.drawn_loss(outputs, generator)
-        return self._losses(outputs, targets)
-
-    def curved_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
-    ) -> Tensor:
-        """The user's loss less its linear part in the outputs (n,), which leaves the curvature of Gauss and Newton."""
-        if targets is None or self.own_loss is None:
-            return self.follow.curved_loss(outputs, generator)
-        losses = self._losses(outputs, targets)
-        tensors = [tensor for tensor in tensors_in(_returned(outputs)) if tensor.requires_grad]
-        slopes = torch.autograd.grad(losses.sum(), tensors, retain_graph=True, allow_unused=True)
-        linear = sum(
-            (slope * tensor).sum()
-            for slope, tensor in zip(slopes, tensors, strict=True)
-            if slope is not None
-        )
-        return losses - linear / len(losses)
-
-    def read(self, output: Any, samples: int, highest_label: int = -1) -> Any:
-        """Return the output as it is; a tensor in float32."""
-        return (
-            output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
-        )
-
-    def read_targets(self, targets: Any) -> tuple[Any, int]:
-        """Return the targets as they are."""
-        return targets, -1
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The user's loss, its mean where it has a value for each sample."""
-        if self.own_loss is None:
-            raise BitscapeError(
-                "loss is None, and the metric is your own; give loss=, a function (outputs, targets) -> loss"
-            )
-        return loss_of(self.own_loss, outputs, targets).mean()
-
-    def weight(self, outputs: Any, targets: Any, samples: int) -> int:
-        """All samples."""
-        return samples
-
-    def broken(self, outputs: Any) -> Tensor:
-        """None: the metric says what it makes of them."""
-        return torch.zeros(1, dtype=torch.bool)
-
-    def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
-        assert self.own_loss is not None
-        value = loss_of(self.own_loss, _returned(outputs), targets)
-        return value if value.shape == outputs.shape[:1] else value.mean().expand(len(outputs))
-
-
 CLASSES = Classes()
-
-
-def loss_of(function: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Tensor:
-    """Call the user's loss. Raises BitscapeError unless it returns a floating-point tensor."""
-    value = function(outputs, targets)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-        shown = (
-            f"{value.dtype} of shape {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else type(value).__name__
-        )
-        raise BitscapeError(
-            f"loss: it returns {shown}; it must return a floating-point tensor, () or (n,)"
-        )
-    return value
 
 
 def task_of(
@@ -519,10 +365,11 @@ def task_of(
 ) -> Task:
     """Return the task of that name, or the one that the outputs suggest.
 
-    "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and follows any others.
-    Without targets a regression of two or more values has the shape of classes, so that `name` must say "follow". With
-    targets, whole numbers (n,) beside (n, k) are classes, (n, ...) beside (n, k, ...) dense classes, 0 and 1 beside a single
-    output yes or no, and all others are followed.
+    "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and
+    follows any others. Without targets a regression of two or more values has the shape of classes,
+    so that `name` must say "follow". With targets, whole numbers (n,) beside (n, k) are classes,
+    (n, ...) beside (n, k, ...) dense classes, 0 and 1 beside a single output yes or no, and all
+    others are followed.
 
     Args:
         model: float network, eval mode.
@@ -535,7 +382,8 @@ def task_of(
     """
     if name not in (*get_args(TaskName), "auto"):
         raise BitscapeError(
-            f"task={name!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}{nearest(str(name), get_args(TaskName))}"
+            f"task={name!r}: allowed are 'auto', "
+            f"{', '.join(map(repr, get_args(TaskName)))}{nearest(str(name), get_args(TaskName))}"
         )
     if name in ("classes", "dense"):
         return Classes() if name == "classes" else Dense()
@@ -578,55 +426,9 @@ def _by_targets(output: object, targets: Tensor, returned: object) -> Task:
 
 
 def tracked(images: Inputs) -> Inputs:
-    """The inputs with a gradient of their own, which reaches layers behind frozen ones; indices have none."""
+    """The inputs with a gradient of their own, which reaches layers behind frozen ones; indices
+    have none.
+    """
     return map_tensors(
         lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), images
     )
-
-
-def _kl(outputs: Tensor, reference: Tensor) -> Tensor:
-    pair = outputs.log_softmax(1), reference.log_softmax(1)
-    return functional.kl_div(*pair, log_target=True, reduction="none")
-
-
-def _returned(outputs: Tensor) -> Any:
-    return outputs.returned  # type: ignore[attr-defined]  # by User.outputs
-
-
-def _tensor(what: str, targets: Any) -> Tensor:
-    if targets is None:
-        raise BitscapeError(
-            f"data: a batch has no {what} (no labels or targets); give (input, label) pairs, or pass targets=, a function from a batch"
-        )
-    if not isinstance(targets, Tensor):
-        raise BitscapeError(
-            f"targets are a {type(targets).__name__}, and the task needs one tensor of {what}; pass targets=, or loss="
-        )
-    return targets
-
-
-def _highest(labels: Tensor) -> int:
-    if labels.is_cuda or not labels.numel():  # a look at a GPU waits for it
-        return -1
-    if int(labels.min()) < 0:
-        raise BitscapeError(
-            f"data: it has the label {int(labels.min())}; labels count from 0: leave those samples out"
-        )
-    return int(labels.max())
-
-
-def _ignored(labels: Tensor, classes: int) -> Tensor:
-    return (labels == IGNORED[1]) | (
-        (labels == IGNORED[0])
-        if classes <= IGNORED[0]
-        else torch.zeros_like(labels, dtype=torch.bool)
-    )
-
-
-def _same_positions(labels: Tensor, logits: Tensor) -> Tensor:
-    if labels.shape != (len(logits), *logits.shape[2:]):
-        raise BitscapeError(
-            f"targets have shape {tuple(labels.shape)}, the model's logits {tuple(logits.shape)}; "
-            f"task 'dense' needs labels {(len(logits), *logits.shape[2:])}: resize labels or logits"
-        )
-    return labels

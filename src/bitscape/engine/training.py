@@ -70,18 +70,18 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, on the device where it is; it is left in training mode.
 
-    optimizer: settings, or an optimizer of torch on the model's parameters, whose state goes into checkpoints. schedule: what rates
-    are multiplied by, or a schedule of torch on that optimizer, stepped after each update; None = `Cosine()`, or as they are in an
-    optimizer of torch. Where the batches of
-    an epoch are not known beforehand, an epoch counts as one step of ours. task: what outputs mean. loss: None = the task's.
-    augment: what is done to the inputs of each batch, on the device, under a random state of (seed, epoch, batch). reference: a network
-    whose outputs take the place of the targets. autocast: None or torch.bfloat16. channels_last:
-    memory format of the convolutions, None = channels_last, which is faster, where two images of the first
-    batch show that the network takes it. compile: the model's forward through torch.compile, where a C++
-    compiler is found. accumulate: cut each batch into so many parts, whose gradients add up: memory for one part
-    at a time, and norms see one part at a time; no part is empty, nor has a part a single image where batch norms
-    would find no variance in it. ema_decay: in (0, 1), average the state as well. clip_norm: scale the gradient of
-    all parameters together down to this length. validation: evaluated after each epoch. folder: gets
+    optimizer: settings, or an optimizer of torch on the model's parameters, whose state goes into checkpoints.
+    schedule: what rates are multiplied by, or a schedule of torch on that optimizer, stepped after each update; None =
+    `Cosine()`, or as they are in an optimizer of torch. Where the batches of an epoch are not known beforehand, an epoch
+    counts as one step of ours. task: what outputs mean. loss: None = the task's. augment: what is done to the inputs of
+    each batch, on the device, under a random state of (seed, epoch, batch). reference: a network whose outputs take the
+    place of the targets. autocast: None or torch.bfloat16. channels_last: memory format of the convolutions, None =
+    channels_last, which is faster, where two images of the first batch show that the network takes it. compile: the
+    model's forward through torch.compile, where a C++ compiler is found. accumulate: cut each batch into so many
+    parts, whose gradients add up: memory for one part at a time, and norms see one part at a time; no part is empty,
+    nor has a part a single image where batch norms would find no variance in it. ema_decay: in (0, 1), average the
+    state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
+    after each epoch. folder: gets
     checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
     resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
@@ -116,7 +116,8 @@ def train(
     if schedule is None and built is not optimizer:
         schedule = Cosine()
     elif schedule is not None:
-        check_schedule(schedule, built)
+        batches_an_epoch = batches_in(batches)
+        check_schedule(schedule, built, None if batches_an_epoch is None else epochs * batches_an_epoch)
     settings: dict[str, Any] = {
         "epochs": epochs,
         "seed": seed,

@@ -1,5 +1,6 @@
 """Nested Python data with tensors in it, as named tensors and JSON: nothing is pickled."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from bitscape.errors import BitscapeError
 
 
 def packed(tree: Any, path: str) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of `tree` by the path to each, which starts with `path`, and all else as JSON.
+    """Return the tensors of `tree` by the path to each, which starts with `path`, and all else as
+    JSON.
 
     Raises BitscapeError for anything but tensors, numbers, texts, None, lists, tuples and mappings.
     """
@@ -24,8 +26,11 @@ def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = tree
         return {"tensor": path}
     if isinstance(tree, Mapping):
+        kind = (
+            "counter" if isinstance(tree, Counter) else "mapping"
+        )  # MultiStepLR counts its milestones
         return {
-            "mapping": [
+            kind: [
                 [_packed(key, path, tensors), _packed(value, f"{path}.{key}", tensors)]
                 for key, value in tree.items()
             ]
@@ -34,12 +39,16 @@ def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         items = [_packed(item, f"{path}.{number}", tensors) for number, item in enumerate(tree)]
         return items if isinstance(tree, list) else {"tuple": items}
     raise BitscapeError(
-        f"{path} is a {type(tree).__name__}, which a checkpoint cannot store; leave folder out, or use another one"
+        f"{path} is a {type(tree).__name__}, which a checkpoint cannot store; leave folder out, "
+        "or use another one"
     )
 
 
 def unpacked(packed_tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the data that `packed` took apart. Raises KeyError, TypeError or ValueError for anything else."""
+    """Return the data that `packed` took apart.
+
+    Raises KeyError, TypeError or ValueError for anything else.
+    """
     if isinstance(packed_tree, list):
         return [unpacked(item, tensors) for item in packed_tree]
     if not isinstance(packed_tree, dict):
@@ -49,6 +58,7 @@ def unpacked(packed_tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "tuple":
         return tuple(unpacked(item, tensors) for item in value)
-    if kind == "mapping":
-        return {unpacked(key, tensors): unpacked(item, tensors) for key, item in value}
+    if kind in ("mapping", "counter"):
+        mapping = {unpacked(key, tensors): unpacked(item, tensors) for key, item in value}
+        return mapping if kind == "mapping" else Counter(mapping)
     raise ValueError(f"unknown kind {kind!r}")

@@ -1,21 +1,24 @@
 """What `train` and `evaluate` make of their arguments: data, and what the outputs mean."""
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, sample_count
+from bitscape.calling import Inputs, call, described, sample_count
 from bitscape.data.epochs import Epochs, Loaded, Rows, epochs_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Minibatch
+from bitscape.engine.dense import Dense
 from bitscape.engine.forward import device_of
 from bitscape.engine.outputs import rows_by_name, spreads_of
-from bitscape.engine.task import Classes, Dense, Follow, Task, TaskName, User, task_of
-from bitscape.errors import BitscapeError
+from bitscape.engine.task import Classes, Follow, Task, TaskName, task_of
+from bitscape.engine.user_task import User
+from bitscape.errors import BitscapeError, explained_forward, first_line
 from bitscape.models.modes import evaluating
 
 _log = logging.getLogger("bitscape.verbs")
@@ -42,7 +45,8 @@ def read_epochs(
     batches = epochs_of(data, reader, batch_size=batch_size, shuffle=shuffle, seed=seed)
     if (inputs or targets) and not isinstance(batches, Rows | Loaded):
         raise BitscapeError(
-            f"inputs, targets: a {type(data).__name__} gives both by itself; leave these functions out"
+            f"inputs, targets: a {type(data).__name__} gives both by itself; leave these "
+            "functions out"
         )
     return batches
 
@@ -57,23 +61,43 @@ def stated_task(
 ) -> Task:
     """Return the task that is asked for, or that the first batch suggests.
 
-    A loss of the user's is a task of its own unless "auto" sees outputs and targets of classes, or another task is
-    asked for. With a reference network "auto" follows it. What is followed gives the units of differences.
+    A loss of the user's is a task of its own unless "auto" sees outputs and targets of classes, or
+    another task is asked for. With a reference network "auto" follows it. What is followed gives
+    the units of differences.
 
     Raises:
         BitscapeError: an unknown task, outputs that do not fit it, or nothing to follow.
     """
+    _check_call(network, first.inputs)
     first = first.to(device_of(network))
     stated = _named(network, first, task, loss, reference) if isinstance(task, str) else task
     if reference is not None and not isinstance(stated, Follow | User):
         raise BitscapeError(
-            f"reference: task {stated.name!r} looks at targets; use task='follow', or leave reference out"
+            f"reference: task {stated.name!r} looks at targets; use task='follow', or leave "
+            "reference out"
         )
     if isinstance(stated, Follow) and not stated.spreads:
         stated = Follow(_spreads(first, reference))
     if task == "auto":
         _log.info("the outputs are taken as task %s; task=... says otherwise", stated.name)
     return stated
+
+
+def _check_call(network: nn.Module, inputs: Inputs) -> None:
+    """Raise BitscapeError unless the network's forward takes these arguments."""
+    arguments = (
+        inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    )
+    try:
+        inspect.signature(network.forward).bind(
+            *arguments, **(inputs if isinstance(inputs, Mapping) else {})
+        )
+    except TypeError as error:
+        raise BitscapeError(
+            f"network: it cannot be called with a {type(inputs).__name__} ({first_line(error)}); "
+            "pass inputs=, a function from a batch to a tensor, a tuple of arguments or a "
+            "mapping of keywords"
+        ) from error
 
 
 def _named(
@@ -86,7 +110,7 @@ def _named(
     if task == "follow" or (task == "auto" and reference is not None):
         return Follow() if loss is None else User(loss)
     on_gpu = [device] if (device := device_of(network)).type == "cuda" else []
-    with torch.random.fork_rng(on_gpu):
+    with torch.random.fork_rng(on_gpu), explained_forward(described(first.inputs)):
         suggested = task_of(network, first.inputs, task, first.targets)
     of_classes = isinstance(suggested, Classes | Dense) and isinstance(first.targets, Tensor)
     if loss is not None and task == "auto" and not of_classes:
@@ -103,7 +127,9 @@ def _spreads(first: Minibatch, reference: nn.Module | None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LossOf:
-    """The loss of a task, on outputs and targets as they come: beside a metric of the user's, who expects them so."""
+    """The loss of a task, on outputs and targets as they come: beside a metric of the user's, who
+    expects them so.
+    """
 
     task: Task
 

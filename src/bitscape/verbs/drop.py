@@ -69,7 +69,7 @@ def smallest_within(
     asked = _asked(problem, method, quality, evaluation, for_training)
     log = Evaluations.of(None if folder is None else Path(folder), asked)
     scores = log.scores(lambda: _scores(method, problem, for_training))
-    front = pareto_front(scores, problem.choices, ALONG, POINTS)
+    front = pareto_front(scores, problem.choices, ALONG, POINTS).policies
 
     def value(policy: Policy) -> float:
         return log.value(policy, lambda: quality.measure(quantize(problem.prepared, policy, problem.samples, count=len(problem.samples))))

@@ -1,4 +1,6 @@
-"""bs.evaluate: a network and the user's data in; the numbers of its task, or of the user's metric, out."""
+"""bs.evaluate: a network and the user's data in; the numbers of its task, or of the user's metric,
+out.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 
 from bitscape.data.epochs import first_of
 from bitscape.engine.evaluate import Evaluation, measured
-from bitscape.engine.task import Task, TaskName, User
+from bitscape.engine.task import Task, TaskName
+from bitscape.engine.user_task import User
 from bitscape.verbs.arguments import read_epochs, stated_task
 
 
@@ -42,16 +45,20 @@ def evaluate(
         network: any network, float or quantized.
         data: as for `train`; a generator serves one call.
         task: what the outputs are, see `train`; "auto" looks at the first batch.
-        metric: in place of the task's: a function (outputs, targets) -> a number or a value for each sample (n,), averaged
-            over samples; or an object with update(outputs, targets) and compute(), such as one of torchmetrics, of which
-            a copy is used. Both get outputs as the network returns them.
-        loss: function (outputs, targets) -> a scalar or a value for each sample (n,), averaged over samples.
-        reference: float network whose outputs take the place of the targets; "auto" then follows it.
+        metric: in place of the task's: a function (outputs, targets) -> a number or a value for
+            each sample (n,), averaged over samples; or an object with update(outputs, targets) and
+            compute(), such as one of torchmetrics, of which a copy is used. Both get outputs as the
+            network returns them.
+        loss: function (outputs, targets) -> a scalar or a value for each sample (n,), averaged over
+            samples.
+        reference: float network whose outputs take the place of the targets; "auto" then follows
+            it.
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to what the outputs are compared with; see `BatchReader`.
         batch_size: samples at once, of tensors and datasets; None = 128.
         autocast: None = float32; or torch.bfloat16.
-        channels_last: memory format of the convolutions, in which the network is left; None = as it is.
+        channels_last: memory format of the convolutions, in which the network is left; None = as it
+            is.
         seed: of what data sets and loaders draw.
 
     Raises:

@@ -1,4 +1,6 @@
-"""bs.train: a network and the user's data in; the network trained in place, and a record of each epoch out."""
+"""bs.train: a network and the user's data in; the network trained in place, and a record of each
+epoch out.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +17,10 @@ from bitscape.engine import training
 from bitscape.engine.rates import Schedule
 from bitscape.engine.settings import OptimizerSettings, Sgd
 from bitscape.engine.step import LossFunction, OwnLoss, Step, StepSettings
-from bitscape.engine.task import Classes, Task, TaskName, User
+from bitscape.engine.task import Classes, Task, TaskName
 from bitscape.engine.trackers import Tracker
 from bitscape.engine.training import TrainResult
+from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 from bitscape.steps import Loss, Plain
 from bitscape.verbs.arguments import LossOf, UsersLoss, read_epochs, stated_task
@@ -56,50 +59,67 @@ def train(
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
-    """Train a network in place, float or quantized, on the device where it is; it is left in training mode.
+    """Train a network in place, float or quantized, on the device where it is; it is left in
+    training mode.
 
-    On one machine the same arguments give the same bits, also when the run was killed and goes on from its folder.
-    Workers of a DataLoader that outlive an epoch (persistent_workers) carry their random numbers on: what they draw is
-    then the same in a run that was not killed only. The global random state is the caller's again afterwards.
+    On one machine the same arguments give the same bits, also when the run was killed and goes on
+    from its folder. Workers of a DataLoader that outlive an epoch (persistent_workers) carry their
+    random numbers on: what they draw is then the same in a run that was not killed only. The global
+    random state is the caller's again afterwards. Data that fail in the middle leave a checkpoint of
+    the batches before.
+
+    Started by torchrun, every worker calls this alike, with the same data: each takes its rows of
+    every batch.
 
     Args:
         network: any network, e.g. what `quantize(..., for_training=True)` returned.
-        data: a tensor, or a tuple or mapping of tensors (n, ...), e.g. (images, labels); a torch or Hugging Face dataset;
-            `Batches`; or an iterable of batches, such as a DataLoader. Datasets and tensors are shuffled and cut by
-            (seed, epoch). An iterable is iterated once an epoch, under a random state of (seed, epoch), so that a loader
-            shuffles alike; a resumed run skips the batches that are done. A generator serves one epoch only.
+        data: a tensor, or a tuple or mapping of tensors (n, ...), e.g. (images, labels); a torch or
+            Hugging Face dataset; `Batches`; or an iterable of batches, such as a DataLoader.
+            Datasets and tensors are shuffled and cut by (seed, epoch). An iterable is iterated once
+            an epoch, under a random state of (seed, epoch), so that a loader shuffles alike; a
+            resumed run skips the batches that are done. A generator serves one epoch only.
         epochs: passes over the data, at least 1.
-        step: how a batch is learned from, e.g. `Saq()`; None = `Plain()`, one forward and one backward pass.
-        optimizer: settings such as `Sgd(lr=0.01)` or `AdamW()`; an optimizer of torch on this network's parameters; or a
-            function from the list of trainable parameters to one. None = `Sgd()`.
-        schedule: `Cosine(...)`; a torch LRScheduler on that optimizer, or a function from the optimizer to one, which is
-            stepped after every batch, not every epoch. None = `Cosine()`, but as they are for the rates of a torch
-            optimizer. `Cosine` falls from batch to batch; where data have no length, it falls from epoch to epoch.
-        loss: function (outputs, targets) -> a scalar, or a value for each sample (n,); or `Loss(...)` for classes.
-            None = what the task learns.
-        metric: function (outputs, targets) -> number, averaged over samples and recorded; or an object with
-            update(outputs, targets) and compute(), which is asked after each epoch of the validation set.
-        task: "classes" for logits (n, k) and labels (n,); "dense" for logits (n, k, ...) and labels (n, ...), 255 and -100
-            left out; "binary" for yes or no; "follow" for outputs that should become the targets, or those of `reference`;
-            "auto" looks at the first batch: a `loss` is the user's own task unless outputs and targets are those of classes.
+        step: how a batch is learned from, e.g. `Saq()`; None = `Plain()`, one forward and one
+            backward pass.
+        optimizer: settings such as `Sgd(lr=0.01)` or `AdamW()`; an optimizer of torch on this
+            network's parameters; or a function from the list of trainable parameters to one. None =
+            `Sgd()`.
+        schedule: `Cosine(...)`; a torch LRScheduler on that optimizer, or a function from the
+            optimizer to one, which is stepped after every batch, not every epoch. None =
+            `Cosine()`, but as they are for the rates of a torch optimizer. `Cosine` falls from
+            batch to batch; where data have no length, it falls from epoch to epoch.
+        loss: function (outputs, targets) -> a scalar, or a value for each sample (n,); or
+            `Loss(...)` for classes. None = what the task learns.
+        metric: function (outputs, targets) -> number, averaged over samples and recorded; or an
+            object with update(outputs, targets) and compute(), which is asked after each epoch of
+            the validation set.
+        task: "classes" for logits (n, k) and labels (n,); "dense" for logits (n, k, ...) and labels
+            (n, ...), 255 and -100 left out; "binary" for yes or no; "follow" for outputs that
+            should become the targets, or those of `reference`; "auto" looks at the first batch: a
+            `loss` is the user's own task unless outputs and targets are those of classes.
         reference: float network whose outputs are followed; targets are not used.
-        inputs: from a batch to what the network is called with: a tensor, a tuple of arguments, or a mapping of keywords.
-        targets: from a batch to what the loss compares with the outputs. For the defaults of both see `BatchReader`.
-        augment: from the inputs of a batch, on the network's device, to those that are trained on; what it draws from
-            Python, numpy and torch depends on (seed, epoch, batch).
+        inputs: from a batch to what the network is called with: a tensor, a tuple of arguments, or
+            a mapping of keywords.
+        targets: from a batch to what the loss compares with the outputs. For the defaults of both
+            see `BatchReader`.
+        augment: from the inputs of a batch, on the network's device, to those that are trained on;
+            what it draws from Python, numpy and torch depends on (seed, epoch, batch).
         batch_size: samples of a batch, over all workers, of tensors and datasets; None = 128.
         validation: data of any of these forms, evaluated after each epoch.
         autocast: None = float32; or torch.bfloat16.
-        channels_last: memory format of convolutions; None = channels_last where a network of one image tensor takes it.
+        channels_last: memory format of convolutions; None = channels_last where a network of one
+            image tensor takes it.
         compile: run the network's forward through torch.compile.
         accumulate: parts of a batch, whose gradients add up, where memory is short.
         ema_decay: in (0, 1), average the weights too; None = not.
         clip_norm: longest gradient of all parameters together; None = any.
-        folder: gets checkpoint.safetensors, run.json and metrics.jsonl; the same call goes on from there.
+        folder: gets checkpoint.safetensors, run.json and metrics.jsonl; the same call goes on from
+            there.
         checkpoint_every_s: seconds between checkpoints; there is also one after each epoch.
         resume: go on from the folder's checkpoint; False starts over.
         seed: of everything random.
-        after_epoch: called with the number of finished epochs; what it returns joins the epoch's record.
+        after_epoch: called with the number of finished epochs; what it returns joins the epoch's
+            record.
         trackers: told of each epoch, e.g. `TensorBoard(folder)`.
 
     Raises:
@@ -115,7 +135,8 @@ def train(
     meaning = stated_task(network, first_of(batches), task, loss=users_loss, reference=reference)
     if isinstance(loss, Loss) and not isinstance(meaning, Classes):
         raise BitscapeError(
-            f"loss: Loss(...) is for task 'classes', and the task is {meaning.name!r}; give a function instead: "
+            f"loss: Loss(...) is for task 'classes', and the task is {meaning.name!r}; give a "
+            "function instead: "
             "(outputs, targets) -> loss"
         )
     if metric is not None:
@@ -159,7 +180,8 @@ def train(
 def _check_epochs(argument: str, data: Any, batches: Epochs, epochs: int) -> None:
     if epochs > 1 and isinstance(batches, Loaded) and batches.once:
         raise BitscapeError(
-            f"{argument}: a {type(data).__name__} gives its batches once, and they are needed in every epoch; "
+            f"{argument}: a {type(data).__name__} gives its batches once, and they are needed in "
+            "every epoch; "
             "pass what starts anew at each iteration, such as a list or a DataLoader, or epochs=1"
         )
 
@@ -179,7 +201,8 @@ def _optimizer_and_schedule(
     rates = schedule(built)
     if not isinstance(rates, LRScheduler):
         raise BitscapeError(
-            f"schedule: the function returns {type(rates).__name__}; it must return a torch LRScheduler on the optimizer"
+            f"schedule: the function returns {type(rates).__name__}; it must return a torch "
+            "LRScheduler on the optimizer"
         )
     return built, rates
 
@@ -192,7 +215,8 @@ def _optimizer(network: nn.Module, optimizer: Any) -> OptimizerSettings | Optimi
         callable(optimizer) or hasattr(optimizer, "build") or isinstance(optimizer, Optimizer)
     ):
         raise BitscapeError(
-            f"optimizer is {optimizer!r}; it must be settings such as Sgd(lr=0.01), an optimizer of torch on the "
+            f"optimizer is {optimizer!r}; it must be settings such as Sgd(lr=0.01), an optimizer "
+            "of torch on the "
             "network's parameters, or a function from parameters to one"
         )
     if isinstance(optimizer, Optimizer) or hasattr(optimizer, "build"):
@@ -206,7 +230,8 @@ def _optimizer(network: nn.Module, optimizer: Any) -> OptimizerSettings | Optimi
     built = optimizer(trainable)
     if not isinstance(built, Optimizer):
         raise BitscapeError(
-            f"optimizer: the function returns {type(built).__name__}; it must return an optimizer of torch"
+            f"optimizer: the function returns {type(built).__name__}; it must return an optimizer "
+            "of torch"
         )
     return built
 
