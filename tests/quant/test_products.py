@@ -10,7 +10,9 @@ from bitscape.models.prepare import prepare
 from bitscape.models.products import MatMul
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
 from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import static_bits
+from bitscape.quant.repair import equalize, repair
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.sensitivity import layer_noise
@@ -86,3 +88,13 @@ def test_fisher_scores_products():
     table = Fisher(batch_size=4).score(problem)
     row = table.values[table.layers.index("0.scores")]
     assert row[0] > row[-1] > 0
+
+
+def test_norms_and_equal_channels_pass_products_by():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Squared(), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+    folded = fold_norms(model, tokens())
+    assert isinstance(folded[3], nn.BatchNorm1d)
+    assert equalize(model, tokens()).pairs == ()
+    network = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), tokens())
+    assert repair(network, model, tokens())(tokens()).shape == (3, 5, 3)
