@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import layer_shapes, quantizable_layers
+from bitscape.models.layers import input_channels, layer_shapes, output_channels, quantizable_layers
+from bitscape.models.products import MatMul
 
 
 class _Wider(nn.Linear):
@@ -24,13 +25,16 @@ def test_each_layer_appears_once_under_its_first_name():
     assert quantizable_layers(model)["stack.2"] is model.again
 
 
-def test_counts_subclasses_and_the_three_types_but_nothing_else():
+def test_counts_subclasses_but_nothing_else():
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), _Wider(3, 4), nn.BatchNorm2d(2), nn.Bilinear(2, 2, 2))
     assert layer_shapes(model) == {"0": (2, 1, 3), "1": (2, 1, 3, 3), "2": (4, 3)}
 
 
-def test_transposed_convolutions_take_no_bits():
-    assert quantizable_layers(nn.Sequential(nn.ConvTranspose2d(1, 1, 2))) == {}
+def test_volumes_transposed_convolutions_and_products_of_activations_take_bits():
+    model = nn.Sequential(nn.Conv3d(2, 4, 1), nn.ConvTranspose2d(2, 6, 3, groups=2), MatMul())
+    assert layer_shapes(model) == {"0": (4, 2, 1, 1, 1), "1": (2, 3, 3, 3), "2": (0,)}
+    assert [output_channels(model[0]), output_channels(model[1])] == [4, 6]
+    assert [input_channels(model[0]), input_channels(model[1])] == [2, 2]
 
 
 def test_a_layer_that_attention_never_calls_is_left_out():

@@ -184,8 +184,8 @@ def test_a_subclass_keeps_its_helpers():
 
 
 def test_other_layers_are_an_error():
-    with pytest.raises(BitscapeError, match="layer of class ConvTranspose2d: quantizable are Conv1d, Conv2d, Linear"):
-        quantized_class(nn.ConvTranspose2d)
+    with pytest.raises(BitscapeError, match="layer of class Bilinear: quantizable are Conv1d, Conv2d, Conv3d, ConvTranspose1d"):
+        quantized_class(nn.Bilinear)
 
 
 def test_a_shared_layer_is_listed_once_under_its_first_name():

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitscape.calling import Inputs, call, moved, shapes_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import takes_indices
-from bitscape.models.layers import QUANTIZABLE
+from bitscape.models.layers import WEIGHTED
 from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
 from bitscape.nested import tensors_in
@@ -239,7 +239,7 @@ class _Recorder(TorchDispatchMode):
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._settle()
-        weight = module._parameters.get("weight") if isinstance(module, QUANTIZABLE) else None
+        weight = module._parameters.get("weight") if isinstance(module, WEIGHTED) else None
         self._open.append(_Call(name, {} if weight is None else {id(weight): weight}))
         self.runs.setdefault(name, ModuleRun())
 

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from bitscape.errors import needs_extra
 from bitscape.exporters.onnx.qdq import OPSETS
+from bitscape.models.layers import PLAIN, TRANSPOSED, WeightLayout, weight_layout
 from bitscape.policy import MAX_BITS, LayerBits
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class LayerForm:
     """What decides how long a call of a layer takes; layers of one form are measured once."""
 
     operator: str
-    """Conv, Gemm, or MatMul for a linear layer on more than two dimensions."""
+    """Conv, ConvTranspose, Gemm, or MatMul for a linear layer on more than two dimensions."""
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     """With the batch."""
@@ -48,13 +50,27 @@ class LayerForm:
     """As ONNX has them: all begins, then all ends."""
     dilations: tuple[int, ...] = ()
     groups: int = 1
+    output_padding: tuple[int, ...] = ()
+    """Of a transposed convolution."""
+    layout: WeightLayout = PLAIN
 
     def __str__(self) -> str:
         text = f"{self.operator} {_sizes(self.weight_shape)} on {_sizes(self.input_shape)}"
-        if self.operator != "Conv":
+        if not self.is_convolution:
             return text
         settings = f"strides {_sizes(self.strides)}, pads {_sizes(self.pads)}, dilations {_sizes(self.dilations)}"
-        return f"{text}, {settings}, groups {self.groups}"
+        behind = f", output padding {_sizes(self.output_padding)}" if self.output_padding else ""
+        return f"{text}, {settings}, groups {self.groups}{behind}"
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a convolution, transposed or not."""
+        return self.operator in ("Conv", "ConvTranspose")
+
+    @property
+    def output_channels(self) -> int:
+        """Channels or features of the output."""
+        return self.weight_shape[1] * self.groups if self.operator == "ConvTranspose" else self.weight_shape[0]
 
     @property
     def copies(self) -> int:
@@ -63,30 +79,40 @@ class LayerForm:
 
 
 def form_of(layer: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerForm:
-    """The form of one call of a Conv1d, Conv2d or Linear; the shapes are with the batch, or without one where the call was."""
+    """The form of one call of a convolution or linear layer; the shapes are with the batch, or without one where the call was."""
     weight, inputs = tuple(layer.get_parameter("weight").shape), tuple(input_shape)
     if isinstance(layer, nn.Linear):
         inputs = inputs if len(inputs) > 1 else (1, *inputs)
         return LayerForm(operator="Gemm" if len(inputs) == 2 else "MatMul", weight_shape=weight, input_shape=inputs)
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    assert isinstance(layer, _ConvNd)
     inputs, outputs = ((1, *shape) if len(shape) < len(weight) else tuple(shape) for shape in (inputs, tuple(output_shape)))
-    axes = [_padding(layer, axis, inputs[2 + axis], outputs[2 + axis]) for axis in range(len(weight) - 2)]
+    places = [(axis, inputs[2 + axis], outputs[2 + axis]) for axis in range(len(weight) - 2)]
+    transposed = isinstance(layer, TRANSPOSED)
+    axes = [(int(p), int(p)) for p in layer.padding] if transposed else [_padding(layer, *place) for place in places]
     return LayerForm(
-        operator="Conv",
+        operator="ConvTranspose" if transposed else "Conv",
         weight_shape=weight,
         input_shape=inputs,
         strides=tuple(layer.stride),
         pads=tuple(begin for begin, _ in axes) + tuple(end for _, end in axes),
         dilations=tuple(layer.dilation),
         groups=layer.groups,
+        output_padding=tuple(_output_padding(layer, *place) for place in places) if transposed else (),
+        layout=weight_layout(layer),
     )
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d, axis: int, size: int, outputs: int) -> tuple[int, int]:
+def _output_padding(layer: _ConvNd, axis: int, size: int, outputs: int) -> int:
+    """What a transposed convolution, asked for so many `outputs`, adds behind them."""
+    kernel = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+    return outputs - ((size - 1) * layer.stride[axis] + kernel - 2 * int(layer.padding[axis]))
+
+
+def _padding(layer: _ConvNd, axis: int, size: int, outputs: int) -> tuple[int, int]:
     """Padding with which `size` values become `outputs`: the layer's own, or what its forward adds to it ("same", TensorFlow's)."""
     stride, kernel = layer.stride[axis], layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
     needed = (outputs - 1) * stride + kernel - size
-    own = 0 if isinstance(layer.padding, str) else layer.padding[axis]
+    own = 0 if isinstance(layer.padding, str) else int(layer.padding[axis])
     if needed <= 2 * own < needed + stride:
         return own, own
     return max(0, needed) // 2, max(0, needed) - max(0, needed) // 2
@@ -150,14 +176,15 @@ class _Graph:
         return self.node("DequantizeLinear", codes, self.constant(scale), *([] if zero is None else [self.constant(zero)]), **axis)
 
     def layer(self, x: str, model: LayerModel, copy: int) -> str:
-        form, channels = self.form, self.form.weight_shape[0]
+        form, channels = self.form, self.form.output_channels
         weight = self._weight(model)
         spacing = np.full(channels, X_SCALE * W_SCALE, np.float32)
         codes = self.random.integers(-1000, 1000, channels, dtype=np.int32)
         bias = self.dequantized(self.constant(codes), spacing, axis=0)
-        if form.operator == "Conv":
+        if form.is_convolution:
             settings = {"strides": form.strides, "pads": form.pads, "dilations": form.dilations, "group": form.groups}
-            y = self.node("Conv", x, weight, bias, **settings)
+            behind = {"output_padding": form.output_padding} if form.output_padding else {}
+            y = self.node(form.operator, x, weight, bias, **settings, **behind)
         elif form.operator == "Gemm":
             y = self.node("Gemm", x, weight, bias, transB=1)
         else:
@@ -169,15 +196,16 @@ class _Graph:
         import ml_dtypes
 
         form, bits = model.form, model.container
-        channels, product = form.weight_shape[0], form.operator != "Conv"
+        axis = form.layout.scale_axis
+        scales, product = form.weight_shape[axis], not form.is_convolution
         codes = self.random.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), form.weight_shape, dtype=np.int8)
         codes = np.ascontiguousarray(codes.T) if form.operator == "MatMul" else codes
         kinds = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
         stored = self.constant(codes.astype(kinds[bits]))
         stored = stored if bits == 8 else self.node("Cast", stored, to=3)  # INT8
         # As in `exporters.onnx.qdq`: ONNX Runtime fuses products only with a zero point.
-        zeros = np.zeros(channels, np.int8) if product else None
-        return self.dequantized(stored, np.full(channels, W_SCALE), zeros, axis=int(form.operator == "MatMul"))
+        zeros = np.zeros(scales, np.int8) if product else None
+        return self.dequantized(stored, np.full(scales, W_SCALE), zeros, axis=int(form.operator == "MatMul") or axis)
 
     def content(self, outputs: Sequence[str], container: int) -> bytes:
         from onnx import TensorProto, helper

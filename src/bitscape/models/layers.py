@@ -14,7 +14,9 @@ from bitscape.models.products import MatMul
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Convolutions whose weight is (inputs, outputs of a group, *kernel); of all other layers it is (outputs, inputs of a group, *kernel)."""
-QUANTIZABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, MatMul)
+WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+"""Layer types that multiply their input with a weight."""
+QUANTIZABLE = (*WEIGHTED, MatMul)
 """Layer types that take bits; their subclasses count too. A MatMul has no weight: its second operand takes those of the weight."""
 KINDS = "convolution (Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d), Linear or bitscape MatMul"
 """The same in words, for messages."""

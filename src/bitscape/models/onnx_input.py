@@ -47,7 +47,7 @@ def read_onnx(path: Path | str) -> nn.Module:
             f"{path}: onnx2torch cannot convert it ({first_line(error)}); export the network from its source, "
             "or simplify the file with onnxsim first"
         ) from error
-    return _with_fixed_sizes(_with_names_of(model, network)).eval()
+    return _with_fixed_scales(_with_fixed_sizes(_with_names_of(model, network))).eval()
 
 
 def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -130,3 +130,39 @@ def _with_fixed_sizes(network: fx.GraphModule) -> fx.GraphModule:
         graph.erase_node(node)
     network.recompile()
     return network
+
+
+def _with_fixed_scales(network: fx.GraphModule) -> fx.GraphModule:
+    """Let resizes by stored scales or sizes take them as numbers, for the same reason."""
+    graph, modules = network.graph, dict(network.named_modules())
+    for node in [node for node in graph.nodes if node.op == "call_module" and type(modules[node.target]).__name__ == "OnnxResize"]:
+        from onnx2torch.node_converters.resize import _onnx_mode_to_torch_mode
+
+        stored = [argument for argument in node.args[2:] if isinstance(argument, fx.Node)]
+        if any(argument.op != "get_attr" for argument in stored):
+            continue
+        scales, sizes = (*(_stored(modules, argument) for argument in node.args[2:]), None, None)[:2]
+        numbers = scales or sizes
+        if numbers is None:
+            continue
+        settings = {
+            "size": sizes and [int(size) for size in sizes[2:]],
+            "scale_factor": scales and scales[2:],
+            "mode": _onnx_mode_to_torch_mode(modules[node.target].onnx_mode, len(numbers) - 2),
+            "align_corners": modules[node.target].align_corners,
+        }
+        with graph.inserting_before(node):
+            fixed = graph.call_function(nn.functional.interpolate, (node.args[0],), settings)
+        node.replace_all_uses_with(fixed)
+        graph.erase_node(node)
+    network.recompile()
+    return network
+
+
+def _stored(modules: dict[str, nn.Module], argument: object) -> list[float] | None:
+    """The numbers that an argument reads; None for no argument, or an empty one."""
+    if not isinstance(argument, fx.Node):
+        return None
+    owner, _, name = str(argument.target).rpartition(".")
+    numbers: list[float] = getattr(modules[owner], name).tolist()
+    return numbers or None

@@ -23,7 +23,7 @@ from bitscape.calling import Inputs, call, first_rows, moved
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_inputs
-from bitscape.models.layers import QUANTIZABLE
+from bitscape.models.layers import WEIGHTED
 from bitscape.models.modes import evaluating
 from bitscape.models.trial import TOLERANCE
 from bitscape.nested import tensors_in
@@ -134,14 +134,14 @@ def layer_chains(calls: list[Call], passes: Callable[[Call], bool]) -> list[Chai
     once = called_once(calls)
     chains = []
     for first in calls:
-        if first.module not in once or not isinstance(first.module, QUANTIZABLE):
+        if first.module not in once or not isinstance(first.module, WEIGHTED):
             continue
         between: list[Call] = []
         call = only_user(first)
         while call is not None and passes(call) and len(call.sources) == 1:
             between.append(call)
             call = only_user(call)
-        if call is not None and call.module in once and isinstance(call.module, QUANTIZABLE):
+        if call is not None and call.module in once and isinstance(call.module, WEIGHTED):
             chains.append(Chain(first, tuple(between), call))
     return chains
 

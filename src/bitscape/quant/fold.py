@@ -13,7 +13,7 @@ from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.copies import copied
-from bitscape.models.layers import QUANTIZABLE, output_channels, outputs_first
+from bitscape.models.layers import WEIGHTED, output_channels, outputs_first
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import check_layers
 from bitscape.models.replace import replace_module
@@ -119,7 +119,7 @@ def norm_pairs(model: nn.Module, calls: list[Call]) -> list[NormPair]:
 
 def _pair(call: Call, once: set[nn.Module]) -> Iterator[NormPair]:
     user = only_user(call)
-    if isinstance(call.module, QUANTIZABLE) and user is not None and isinstance(user.module, _BatchNorm):
+    if isinstance(call.module, WEIGHTED) and user is not None and isinstance(user.module, _BatchNorm):
         channels = output_channels(call.module)
         if user.module in once and user.module.running_mean is not None and user.module.num_features == channels:
             assert call.input is not None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, described, sample_count
+from bitscape.calling import Inputs, call, sample_count
 from bitscape.data.epochs import Epochs, Loaded, Rows, epochs_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Minibatch
@@ -110,7 +110,7 @@ def _named(
     if task == "follow" or (task == "auto" and reference is not None):
         return Follow() if loss is None else User(loss)
     on_gpu = [device] if (device := device_of(network)).type == "cuda" else []
-    with torch.random.fork_rng(on_gpu), explained_forward(described(first.inputs)):
+    with torch.random.fork_rng(on_gpu), explained_forward(first.inputs):
         suggested = task_of(network, first.inputs, task, first.targets)
     of_classes = isinstance(suggested, Classes | Dense) and isinstance(first.targets, Tensor)
     if loss is not None and task == "auto" and not of_classes:

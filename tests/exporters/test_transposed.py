@@ -1,0 +1,75 @@
+"""Transposed and 3-d convolutions in files: each layer's codes as exact integers say, in either runtime."""
+
+import pytest
+import torch
+from torch import nn
+
+from bitscape.exporters.agreement import compare_outputs
+from bitscape.exporters.integer.form import integer_network
+from bitscape.exporters.onnx.qdq import write_onnx
+from bitscape.exporters.openvino.ir import write_openvino
+from bitscape.exporters.openvino.parity import check_openvino_parity
+from bitscape.exporters.packed.file import load_packed, save_packed
+from bitscape.exporters.parity import check_parity
+from bitscape.runtimes.sessions import OnnxRuntime, OpenVino
+from tests.exporters.networks import made, quantized
+
+
+def decoder(groups: int = 1) -> nn.Module:
+    up = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1, groups=groups, bias=False)
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), up, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU()]
+    return nn.Sequential(*body, nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Sigmoid())
+
+
+def volumes() -> nn.Module:
+    body = [nn.Conv3d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 8, (1, 2, 2), bias=False), nn.BatchNorm3d(8), nn.ReLU()]
+    return nn.Sequential(*body, nn.ConvTranspose3d(8, 2, 2, stride=2))
+
+
+CASES = [(lambda: decoder(1), 2), (lambda: decoder(2), 2), (lambda: decoder(8), 2), (volumes, 3)]
+NAMES = ["plain", "grouped", "depthwise", "volumes"]
+
+
+def examples(dims: int) -> torch.Tensor:
+    return torch.randn(6, 3, *[4] * dims, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
+def test_onnx_runtime_computes_them_as_the_integers_say(build, dims, tmp_path):
+    pytest.importorskip("onnxruntime")
+    network, x = quantized(made(build), examples(dims)), examples(dims)
+    integers, path = integer_network(network, x), tmp_path / "net.onnx"
+    write_onnx(integers, path, x)
+    report = check_parity(path, x.numpy())
+    report.require(0.0)
+    transposed = {name for name, layer in network.named_modules() if "ConvTranspose" in type(layer).__name__}
+    assert transposed <= {layer.name for layer in report.layers} and set(report.float_outputs) == transposed
+    (agreement,) = compare_outputs(integers, network, OnnxRuntime().open(path), x)[0].values()
+    assert agreement.difference < 1e-4
+
+
+@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
+def test_openvino_computes_them_as_the_integers_say(build, dims, tmp_path):
+    pytest.importorskip("openvino")
+    network, x = quantized(made(build), examples(dims)), examples(dims)
+    integers, path = integer_network(network, x), tmp_path / "net.xml"
+    source = write_openvino(integers, path, x).source
+    report = check_openvino_parity(path, source, x)
+    report.require(1e-3)
+    assert len(report.layers) == len(integers.weights)
+    (agreement,) = compare_outputs(integers, network, OpenVino().open(path), x)[0].values()
+    assert agreement.difference < 1e-3
+
+
+@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
+def test_packed_files_give_the_same_outputs_and_hold_output_channels_first(build, dims, tmp_path):
+    from safetensors.torch import load_file
+
+    model, x = made(build), examples(dims)
+    network, path = quantized(model, x), tmp_path / "net.safetensors"
+    save_packed(network, path)
+    assert torch.equal(load_packed(path, model)(x), network(x))
+    last = next(reversed([name for name, layer in model.named_modules() if "ConvTranspose" in type(layer).__name__]))
+    layer, tensors = model.get_submodule(last), load_file(path)
+    assert tensors[f"{last}.weight_shape"].tolist() == [layer.out_channels, layer.in_channels, *layer.kernel_size]
+    assert tensors[f"{last}.weight_scale"].shape == (layer.out_channels, 1)

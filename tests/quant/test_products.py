@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from bitscape.errors import BitscapeError
+from bitscape.exporters.integer.graph import trace
+from bitscape.exporters.packed.file import load_packed, save_packed
+from bitscape.models.layers import layer_shapes
+from bitscape.models.prepare import prepare
+from bitscape.models.products import MatMul
+from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
+from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.fold import fold_norms
+from bitscape.quant.layers import static_bits
+from bitscape.quant.repair import equalize, repair
+from bitscape.searches.fisher import Fisher
+from bitscape.searches.problem import SearchProblem
+from bitscape.searches.sensitivity import layer_noise
+from tests.models.test_products import OneLinear, built, tokens
+
+
+class Squared(nn.Module):
+    """x x' of tokens, by bitscape's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = MatMul()
+
+    def forward(self, x):
+        return self.product(x, x.transpose(1, 2))
+
+
+def network() -> nn.Module:
+    return built(lambda: nn.Sequential(OneLinear(), nn.Linear(8, 8), nn.Flatten(), nn.Linear(40, 3)))
+
+
+def test_both_operands_are_quantized_each_at_its_width():
+    model = calibrate(quantize(Squared(), Policy({"product": LayerBits(2, 8)})), tokens())
+    assert static_bits(model.product) == LayerBits(2, 8)
+    first, second = model.product.input_quantizer, model.product.weight_quantizer
+    x = tokens()
+    assert len(second(x).unique()) == 4
+    assert torch.equal(model(x), first(x) @ second(x.transpose(1, 2)))
+
+
+def test_a_policy_that_names_products_quantizes_them_and_others_do_not():
+    model = network()
+    names = layer_shapes(prepare(model, attention_products=True))
+    with_products = quantize(model, uniform_policy(names, LayerBits(8, 8)))
+    assert static_bits(with_products[0].scores) == LayerBits(8, 8)
+    without = quantize(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)))
+    assert not hasattr(without[0], "scores")
+    with pytest.raises(PolicyError, match=r"0\.scoers"):
+        quantize(model, uniform_policy([*layer_shapes(model), "0.scoers"], LayerBits(8, 8)))
+
+
+def test_packed_files_hold_the_scales_of_both_operands(tmp_path):
+    model = network()
+    names = layer_shapes(prepare(model, attention_products=True))
+    quantized = calibrate(quantize(model, uniform_policy(names, LayerBits(3, 5))), tokens(16))
+    save_packed(quantized, tmp_path / "net.safetensors")
+    loaded = load_packed(tmp_path / "net.safetensors", model)
+    assert torch.equal(loaded(tokens()), quantized(tokens()))
+    assert static_bits(loaded[0].values) == LayerBits(3, 5)
+
+
+def test_graphs_are_refused_by_name():
+    quantized = calibrate(quantize(Squared(), Policy({"product": LayerBits(8, 8)})), tokens())
+    with pytest.raises(BitscapeError, match=r"product are products of two activations .*use a packed file"):
+        trace(quantized, tokens())
+
+
+def test_noise_is_that_of_either_operand():
+    noise = layer_noise(Squared(), ["product"], tokens(), (LayerBits(2, 4), LayerBits(4, 4)))["product"]
+    a, b = tokens(), tokens().transpose(1, 2)
+    by_second, by_first = noise.output_changes(a, b)
+    quantized = calibrate(quantize(Squared(), Policy({"product": LayerBits(2, 4)})), tokens())
+    with torch.no_grad():
+        torch.testing.assert_close(by_second[0], a @ (quantized.product.weight_quantizer(b) - b))
+        torch.testing.assert_close(by_first[0], (quantized.product.input_quantizer(a) - a) @ b)
+    assert float(by_second[1].norm()) < float(by_second[0].norm())
+
+
+def test_fisher_scores_products():
+    model = prepare(network(), attention_products=True)
+    pairs = tuple(LayerBits(w, a) for w in (2, 8) for a in (2, 8))
+    problem = SearchProblem(model=model, images=tokens(12), budget="bitops=0.4x", candidates=pairs, pinned={})
+    table = Fisher(batch_size=4).score(problem)
+    row = table.values[table.layers.index("0.scores")]
+    assert row[0] > row[-1] > 0
+
+
+def test_norms_and_equal_channels_pass_products_by():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Squared(), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+    folded = fold_norms(model, tokens())
+    assert isinstance(folded[3], nn.BatchNorm1d)
+    assert equalize(model, tokens()).pairs == ()
+    network = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), tokens())
+    assert repair(network, model, tokens())(tokens()).shape == (3, 5, 3)
