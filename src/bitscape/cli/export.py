@@ -42,6 +42,8 @@ def export(context: click.Context) -> None:
 def packed(out: Path, **options: Any) -> None:
     """Write bit-packed weights and everything else the network needs, as one safetensors file.
 
+    With --calibration the file is read back, and its outputs compared bit for bit; a file that differs is not kept.
+
     \b
     Example:
       bitscape export packed --model timm:resnet18 --weights resnet18.safetensors \\
@@ -49,11 +51,13 @@ def packed(out: Path, **options: Any) -> None:
         --normalize imagenet --out resnet18-packed.safetensors
     """
     source = ExportSource.of(options)
-    info = save_packed_network(source.network, out, source.policy, folded=source.folded)
-    if source.images is not None:
-        shape = tuple(source.images.shape[1:])
-        check_same_outputs(source.network, load_packed_network(out, source.float_network, shape)[0], source.images, out)
-    report_packed(source, info)
+    with replaced_if_good(out) as draft:
+        info = save_packed_network(source.network, draft, source.policy, folded=source.folded)
+        if source.images is not None:
+            shape = tuple(source.images.shape[1:])
+            loaded, _ = load_packed_network(draft, source.float_network, shape)
+            check_same_outputs(source.network, loaded, source.images, out)
+    report_packed(source, info, out)
 
 
 @export.command()

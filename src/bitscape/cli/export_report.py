@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 
-def report_packed(source: ExportSource, info: "PackedInfo") -> None:
+def report_packed(source: ExportSource, info: "PackedInfo", path: Path) -> None:
     """Print the bytes of a packed file."""
     parts = {
         "weights and scales, in the file": info.weight_bytes,
@@ -30,7 +30,7 @@ def report_packed(source: ExportSource, info: "PackedInfo") -> None:
         "biases, norms, activation scales": info.other_bytes,
         "header": info.file_bytes - info.weight_bytes - info.other_bytes,
     }
-    _print_bytes(source, parts, info.file_bytes, info.path)
+    _print_bytes(source, parts, info.file_bytes, path)
 
 
 def report_file(source: ExportSource, network: "IntegerNetwork", container_bytes: int, file_bytes: int, path: Path) -> None:
