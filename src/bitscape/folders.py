@@ -54,14 +54,16 @@ def locked(folder: Path, file: str = "") -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f".{file}" if file else ""
-    lock, owner = _lock(str(folder.resolve() / f"{prefix}{_LOCK}"), os.getpid()), folder / f"{prefix}{_OWNER}"
+    lock = _lock(str(folder.resolve() / f"{prefix}{_LOCK}"), os.getpid())
+    owner = folder / f"{prefix}{_OWNER}"
     outermost = not lock.is_locked
     try:
         lock.acquire(timeout=0)
     except Timeout:
         kind = "file" if file else "folder"
         raise BitscapeError(
-            f"{folder / file}: {_name(owner)} is writing to this {kind}; wait until it ends, or give another {kind}"
+            f"{folder / file}: {_name(owner)} is writing to this {kind}; "
+            f"wait until it ends, or give another {kind}"
         ) from None
     try:
         if outermost:

@@ -46,7 +46,10 @@ def check_same_outputs(saved: "nn.Module", loaded: "nn.Module", images: "Tensor"
     with evaluating(saved), evaluating(loaded):
         same = torch.equal(saved(images), loaded(images))
     if not same:
-        raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; the file is not kept")
+        raise BitscapeError(
+            f"{path}: read back, its outputs differ from the network's that was saved; "
+            "the file is not kept"
+        )
     click.echo(f"read back: outputs on {len(images)} images are the same, bit for bit")
 
 

@@ -144,7 +144,10 @@ OUTPUT_FOLDER, SOURCE, MODEL, TRACKER = OutputFolder(), SourceText(), ModelText(
 
 
 def keep_locked(folder: Path, file: str = "") -> None:
-    """Lock a folder, or one file in it, until the command ends. Of several workers the first locks it for all of them."""
+    """Lock a folder, or one file in it, until the command ends.
+
+    Of several workers the first locks it for all of them.
+    """
     if is_first_worker():
         click.get_current_context().with_resource(locked(folder, file))
 
