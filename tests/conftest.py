@@ -1,4 +1,4 @@
-"""What every test gets: checked shapes, one torch thread, reproducible examples, and the path of the real data."""
+"""What every test gets: checked shapes, one torch thread, reproducible examples, few digits and the path of the real data."""
 
 import os
 import signal
@@ -24,6 +24,26 @@ torch.set_num_threads(1)
 # No deadline: the first call of a torch operator takes much longer than the others.
 settings.register_profile("bitscape", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("bitscape")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what is slow to make in one process of pytest-xdist.
+
+    Tests of one file share fixtures, and those of exporters and runtimes the networks of
+    `tests.exporters.networks`, traced and exported once.
+    """
+    tests = Path(__file__).parent
+    folders = {tests / "exporters", tests / "runtimes"}
+    for item in items:
+        group = item.location[0] if folders.isdisjoint(item.path.parents) else "exporters"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer digits to train on, for tests of what commands do rather than of what a network learns."""
+    splits = {"train": slice(0, 288), "test": slice(1437, 1797)}
+    monkeypatch.setattr("bitscape.data.sources.DIGITS_SPLITS", splits)
 
 
 @pytest.fixture(scope="session")
