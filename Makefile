@@ -13,13 +13,13 @@ demo: $(READY)
 check test: export OMP_WAIT_POLICY = passive
 check test: export OMP_NUM_THREADS = 1
 
-# Whole files, which share fixtures, and all exporters together: see tests/conftest.py.
+# Whole files: the tests of one share fixtures.
 check: lint
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not signals"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not signals"
 
 test: lint
 	$(BIN)/pytest -m signals
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not signals"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not signals"
 
 # No cache of import-linter: it does not notice that a module, imported before it existed, has been added.
 lint: $(READY)

@@ -26,19 +26,6 @@ settings.register_profile("bitscape", deadline=None, derandomize=True, max_examp
 settings.load_profile("bitscape")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share what is slow to make in one process of pytest-xdist.
-
-    Tests of one file share fixtures, and those of exporters and runtimes the networks of
-    `tests.exporters.networks`, traced and exported once.
-    """
-    tests = Path(__file__).parent
-    folders = {tests / "exporters", tests / "runtimes"}
-    for item in items:
-        group = item.location[0] if folders.isdisjoint(item.path.parents) else "exporters"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer digits to train on, for tests of what commands do rather than of what a network learns."""
