@@ -1,4 +1,4 @@
-"""What every test gets: checked shapes, one torch thread, reproducible examples, and the path of the real data."""
+"""What every test gets: checked shapes, one torch thread, reproducible examples, few digits and the path of the real data."""
 
 import os
 import random
@@ -37,6 +37,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer digits to train on, for tests of what commands do rather than of what a network learns."""
+    splits = {"train": slice(0, 288), "test": slice(1437, 1797)}
+    monkeypatch.setattr("bitscape.data.sources.DIGITS_SPLITS", splits)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,28 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
     assert [file.name for file in folder.iterdir()] == [".lock"]
 
 
+def test_one_file_of_a_folder_can_be_locked_alone(tmp_path: Path) -> None:
+    refused = []
+
+    def attempt(*file: str) -> None:
+        try:
+            with locked(tmp_path, *file):
+                pass
+        except BitscapeError as error:
+            refused.append(str(error))
+
+    with locked(tmp_path, "table.json"):
+        assert (tmp_path / ".table.json.lock-owner").is_file()
+        for file in ((), ("other.json",), ("table.json",)):
+            thread = threading.Thread(target=attempt, args=file)
+            thread.start()
+            thread.join()
+    assert len(refused) == 1
+    assert refused[0].startswith(f"{tmp_path / 'table.json'}: process {os.getpid()} on ")
+    assert refused[0].endswith("is writing to this file; wait until it ends, or give another file")
+    assert not (tmp_path / ".table.json.lock-owner").exists()
+
+
 def test_a_thread_takes_its_own_lock_again_and_another_does_not(tmp_path: Path) -> None:
     refused = []
 

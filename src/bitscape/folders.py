@@ -40,18 +40,31 @@ def results_in(folder: Path) -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads from writing to `folder`, which is made, within the block; it may be nested.
+def locked(folder: Path, file: str = "") -> Iterator[None]:
+    """Keep other processes and threads from writing to a folder within the block; it may be nested.
 
-    The system frees the lock of a process that ends, however it ends. Raises BitscapeError, naming the process that holds the lock.
+    The system frees the lock of a process that ends, however it ends.
+
+    Args:
+        folder: made if it is missing.
+        file: name of the one file in it that is locked instead.
+
+    Raises:
+        BitscapeError: another process, which the message names, holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = _lock(str(folder.resolve() / _LOCK), os.getpid()), folder / _OWNER
+    prefix = f".{file}" if file else ""
+    lock = _lock(str(folder.resolve() / f"{prefix}{_LOCK}"), os.getpid())
+    owner = folder / f"{prefix}{_OWNER}"
     outermost = not lock.is_locked
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BitscapeError(f"{folder}: {_name(owner)} is writing to this folder; wait until it ends, or give another folder") from None
+        kind = "file" if file else "folder"
+        raise BitscapeError(
+            f"{folder / file}: {_name(owner)} is writing to this {kind}; "
+            f"wait until it ends, or give another {kind}"
+        ) from None
     try:
         if outermost:
             write_atomic(owner, f"process {os.getpid()} on {socket.gethostname()}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitscape.cli.packed import load_packed_network
 from bitscape.cost.latency import LatencyTable
 from bitscape.data.batches import DIGITS
 from bitscape.data.corruptions import CORRUPTIONS
@@ -53,6 +54,27 @@ def test_float_then_quantized_then_packed(cli, trained, weights, tmp_path):
     assert "same, bit for bit" in exported
     assert re.search(rf"file +{file.stat().st_size:,}\n", exported)
     assert _top1(cli(*EVALUATE, "--packed", file)) == quantized
+
+
+def test_a_packed_file_that_reads_back_otherwise_is_not_kept(
+    refused, trained, weights, tmp_path, monkeypatch
+):
+    from bitscape.cli import export
+
+    def altered(*args):
+        network, policy = load_packed_network(*args)
+        next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).bias.add_(1)
+        return network, policy
+
+    monkeypatch.setattr(export, "load_packed_network", torch.no_grad()(altered))
+    file = tmp_path / "packed.safetensors"
+    file.write_text("of an earlier export")
+    policy = ("--policy", trained / "mixed.json", *CALIBRATION)
+    message = refused("export", "packed", *MODEL, *weights, *policy, "--out", file)
+    assert f"{file}: read back, its outputs differ from the network's that was saved" in message
+    assert message.endswith("the file is not kept")
+    assert file.read_text() == "of an earlier export"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def _table(path, policy, **changed):

@@ -1,10 +1,13 @@
 import json
+import os
 import re
+import threading
 
 import pytest
 
 from bitscape.cli.latency import shown_pairs
 from bitscape.cost.latency import LatencyTable
+from bitscape.folders import locked
 from bitscape.measure import layer_times
 from bitscape.policy import Policy
 from tests.cli.run import MODEL, run_cli
@@ -108,6 +111,21 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(cli, tiny, monkeypat
     assert not {name for names in before for name in names} & {name for names in timed for name in names}
     assert LatencyTable.load(out).network_ms == kept["8/8"]
     assert not partial.exists()
+
+
+def test_a_table_that_another_thread_measures_is_refused(tiny, tmp_path):
+    shown = []
+
+    def attempt():
+        shown.append(run_cli(*tiny, *QUICK, "--out", tmp_path / "table.json"))
+
+    with locked(tmp_path, "table.json"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert shown[0].code == 2
+    assert f"{tmp_path / 'table.json'}: process {os.getpid()} on " in shown[0].err
+    assert not list(tmp_path.glob("table.json*"))
 
 
 def test_openvino_measures_its_own_profile_on_images(cli, tiny, tmp_path):

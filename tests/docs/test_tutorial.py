@@ -1,4 +1,7 @@
-"""The tutorial runs as it is printed, and what it shows of each output is what the command prints, numbers aside."""
+"""The tutorial runs as it is printed, and what it shows of each output is what the command prints, numbers aside.
+
+It trains on fewer digits than there are, since the numbers are put aside.
+"""
 
 import importlib.util
 import re
@@ -12,7 +15,7 @@ import torch
 
 from tests.cli.run import succeed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_digits")]
 
 TUTORIAL = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^<!-- run(?:: (\w+))? -->\n```(\w*)\n(.*?)^```$", re.M | re.S)

@@ -195,6 +195,7 @@ def test_a_shared_layer_is_listed_once_under_its_first_name():
     assert model[0] is model[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
 def test_a_compiled_network_gives_the_same_results():

@@ -39,12 +39,14 @@ def with_float_layer(content: bytes, name: str) -> bytes:
     return model.SerializeToString()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", ALL, indirect=True)
 @pytest.mark.parametrize("name", ["mobile", "geometries", "products", "convnext", "signals"])
 def test_no_layer_of_integers_runs_in_float(opened, name):
     assert opened(exported(name).content).float_layers() == []
 
 
+@pytest.mark.slow
 def test_a_float_layer_is_named_by_onnx_runtime():
     runtime_or_skip("onnxruntime")
     content = with_float_layer(exported("plain").content, "3")
@@ -53,6 +55,7 @@ def test_a_float_layer_is_named_by_onnx_runtime():
     assert session.float_layers() == ["3"]  # asking changes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", ALL, indirect=True)
 def test_float_weights_of_the_network_are_named_too(opened):
     found = set(opened(exported("floats").content).float_layers())
@@ -60,6 +63,7 @@ def test_float_weights_of_the_network_are_named_too(opened):
     assert len(found - {"last"}) == 2  # ONNX Runtime has no integer convolution with float results, as the last one's are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", ALL, indirect=True)
 def test_outputs_have_names_and_the_values_of_exact_integers(opened):
     case, x = exported("heads"), other_images()
@@ -70,6 +74,7 @@ def test_outputs_have_names_and_the_values_of_exact_integers(opened):
         assert np.linalg.norm(values - expected.numpy()) <= 0.01 * np.linalg.norm(expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", ALL, indirect=True)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_a_file_takes_any_number_of_images(opened, n, tmp_path):
@@ -82,6 +87,7 @@ def test_a_file_takes_any_number_of_images(opened, n, tmp_path):
     np.testing.assert_allclose(from_path[0], expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", ALL, indirect=True)
 def test_all_outputs_come_back_in_order(opened):
     session = opened(exported("repeated").content)
@@ -98,6 +104,7 @@ def test_what_a_runtime_refuses_is_an_error_with_the_reason(opened, tmp_path):
         opened(b"no model")
 
 
+@pytest.mark.slow
 def test_openvino_says_that_it_reads_no_2_bits(tmp_path):
     runtime_or_skip("openvino")
     _, integer = integers("mobile", MIXED)
@@ -183,6 +190,7 @@ def test_what_takes_no_time_is_no_division_by_zero(clock):
     assert times["some"].wall_ms == pytest.approx(1000) and times["nothing"].spread == 0
 
 
+@pytest.mark.slow
 def test_an_onnx_file_of_float_layers_only_names_them(tmp_path):
     runtime_or_skip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -1,5 +1,4 @@
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -140,16 +139,14 @@ def test_at_the_budget_of_the_cheapest_policy_it_is_the_only_one(seed: int) -> N
     assert allocate(noise_scores(measured, square(2, 3, 8), seed), measured, budget, {}).layers == uniform(measured, 2, 2).layers
 
 
-def test_sixty_layers_and_25_pairs_under_two_caps_take_seconds() -> None:
+def test_sixty_layers_and_25_pairs_under_two_caps_are_solved_to_a_proven_best() -> None:
     candidates = square(2, 3, 4, 6, 8)
     measured = random_network(60, 1)
     scores = noise_scores(measured, candidates, 2)
     reference = uniform(measured, 4, 4)
     budget = Budget({kind: 0.9 * cost(kind, measured, reference) for kind in ("bitops", "weight_bytes")})
-    allocate(scores, measured, budget)
-    start = time.process_time()
-    policy = allocate(scores, measured, budget)
-    assert time.process_time() - start < 5.0  # 0.4 s; the margin is for slower cores
+    policy = allocate(scores, measured, budget)  # 0.4 s
+    assert policy.provenance["gap"] == 0
     assert fits(measured, policy, budget)
 
 

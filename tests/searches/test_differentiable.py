@@ -116,6 +116,14 @@ def other_weights():
     return model
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The folder of a search, which those that are refused leave as it is."""
+    folder = tmp_path_factory.mktemp("searched")
+    Differentiable(epochs=1, batch_size=6).train_mixture(problem(), folder=folder)
+    return folder
+
+
 class TestFolderOfAnotherSearch:
     @pytest.mark.parametrize(
         ("method", "settings", "message"),
@@ -131,11 +139,12 @@ class TestFolderOfAnotherSearch:
             (Seam(**SHORT), {}, "method was 'differentiable' and is 'seam'; settings.margin_weight was 'absent' and is 1.0;"),
         ],
     )
-    def test_it_is_told_by_what_was_asked(self, method, settings, message, tmp_path):
-        Differentiable(epochs=1, batch_size=6).train_mixture(problem(), folder=tmp_path)
+    def test_it_is_told_by_what_was_asked(self, method, settings, message, searched):
+        before = {path: path.read_bytes() for path in searched.rglob("*") if path.is_file()}
         with pytest.raises(BitscapeError, match=rf"folder .* is of another search: {message}") as refused:
-            replace(method, epochs=1).search(problem(**settings), folder=tmp_path)
+            replace(method, epochs=1).search(problem(**settings), folder=searched)
         assert str(refused.value).endswith("; give another folder, or delete this one")
+        assert {path: path.read_bytes() for path in searched.rglob("*") if path.is_file()} == before
 
     @pytest.mark.parametrize("pinned", [(), ("0", "4", "6")])
     @pytest.mark.parametrize("name", ["policy.json", "model.safetensors", "checkpoint.safetensors"])

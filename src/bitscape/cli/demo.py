@@ -16,7 +16,7 @@ from bitscape.cli.output import amount, print_table, size_ratio
 from bitscape.cli.packed import check_same_outputs
 from bitscape.cli.paths import OUTPUT_FOLDER
 from bitscape.errors import BitscapeError
-from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, results_in
+from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, replaced_if_good, results_in
 from bitscape.policy import Policy
 
 if TYPE_CHECKING:
@@ -218,8 +218,9 @@ def _compared(when: str, uniform: float, fisher: float, images: int) -> str:
 def _pack(digits: Digits, fisher: Trained, path: Path, float_bytes: int) -> None:
     from bitscape.exporters.packed.file import load_packed, save_packed
 
-    info = save_packed(fisher.network, path, policy=fisher.policy)
-    check_same_outputs(fisher.network, load_packed(path, digits.network), digits.images, path)
+    with replaced_if_good(path) as draft:
+        info = save_packed(fisher.network, draft, policy=fisher.policy)
+        check_same_outputs(fisher.network, load_packed(draft, digits.network), digits.images, path)
     weights = info.weight_bytes
     click.echo(
         f"packed file {amount(info.file_bytes, 'B')}, float file {amount(float_bytes, 'B')}: "

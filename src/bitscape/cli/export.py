@@ -34,6 +34,9 @@ def export(context: click.Context) -> None:
 def packed(out: Path, **options: Any) -> None:
     """Write bit-packed weights and everything else the network needs, as one safetensors file.
 
+    With --calibration the file is read back, and its outputs compared bit for bit; a file that
+    differs is not kept.
+
     \b
     Example:
       bitscape export packed --model timm:resnet18 --weights resnet18.safetensors \\

@@ -11,7 +11,7 @@ from bitscape.cli.network import ImageSettings, load_latency, load_network, meas
 from bitscape.cli.options import COUNT, MOST, image_options, model_option, seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_candidates, parse_shape
-from bitscape.cli.paths import FILE, SOURCE, OutputFile
+from bitscape.cli.paths import FILE, SOURCE, OutputFile, keep_locked
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
@@ -94,6 +94,7 @@ def build(
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
     settings = ImageSettings.checked(input_size, normalize, data)
+    keep_locked(out.parent, out.name)
     network = load_network(model, weights, "cpu", seed)
     if data is not None:
         drawn = normalized_images(data, images, settings.of_model(network), seed, network, usual=IMAGES)

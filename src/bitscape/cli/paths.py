@@ -143,10 +143,13 @@ FILE_OR_FOLDER = InputPath(exists=True)
 OUTPUT_FOLDER, SOURCE, MODEL, TRACKER = OutputFolder(), SourceText(), ModelText(), TrackerText()
 
 
-def keep_locked(folder: Path) -> None:
-    """Lock a folder until the command ends. Of several workers the first locks it for all of them."""
+def keep_locked(folder: Path, file: str = "") -> None:
+    """Lock a folder, or one file in it, until the command ends.
+
+    Of several workers the first locks it for all of them.
+    """
     if is_first_worker():
-        click.get_current_context().with_resource(locked(folder))
+        click.get_current_context().with_resource(locked(folder, file))
 
 
 def _option(parameter: click.Parameter | None, value: object) -> str:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitscape.calling import Inputs, call, moved, shapes_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import takes_indices
-from bitscape.models.layers import WEIGHTED
+from bitscape.models.layers import QUANTIZABLE, WEIGHTED
 from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
 from bitscape.nested import tensors_in

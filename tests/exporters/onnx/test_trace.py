@@ -54,6 +54,20 @@ def test_the_batch_is_free_or_that_of_the_images():
     assert sizes[1] == 2
 
 
+def test_what_torch_and_onnxscript_print_is_kept_from_the_output(monkeypatch, capsys):
+    real = torch.onnx.export
+
+    def printing(*args, **settings):
+        print("Applied 8 of general pattern rewrite rules.")  # as onnxscript 0.6 does
+        return real(*args, **settings)
+
+    monkeypatch.setattr(torch.onnx, "export", printing)
+    images = torch.zeros(2, 3, 4, 4)
+    module = torch.export.export(Mean(), (images,)).module(check_guards=False)
+    onnx_graph(module, images, {}, opset=18, free_batch=False)
+    assert capsys.readouterr().out == ""
+
+
 def test_an_invalid_model_is_an_error():
     node = onnx.helper.make_node("Relu", ["nowhere"], ["y"])
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])

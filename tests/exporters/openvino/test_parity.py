@@ -1,3 +1,6 @@
+import shutil
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,30 @@ pytestmark = pytest.mark.slow
 openvino = runtime_or_skip("openvino")
 
 
-@pytest.fixture
-def file_of(tmp_path):
-    def write(name: str, bits=((8, 8),)) -> OpenvinoInfo:
-        return write_openvino(integers(name, bits)[1], tmp_path / f"{name}.xml", images())
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+
+    @cache
+    def write(name: str, bits: tuple[tuple[int, int], ...]) -> OpenvinoInfo:
+        path = folder / f"{name}-{len(bits)}.xml"
+        return write_openvino(integers(name, bits)[1], path, images())
 
     return write
+
+
+@pytest.fixture
+def file_of(written, tmp_path):
+    """Writes a network's file once, and gives each test a copy that it may change."""
+
+    def copied(name: str, bits=((8, 8),)) -> OpenvinoInfo:
+        info = written(name, bits)
+        path = tmp_path / f"{name}.xml"
+        for suffix in (".xml", ".bin"):
+            shutil.copy(info.path.with_suffix(suffix), path.with_suffix(suffix))
+        return replace(info, path=path)
+
+    return copied
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)

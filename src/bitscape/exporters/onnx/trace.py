@@ -1,6 +1,8 @@
 """From a traced graph to an ONNX model, and from the model to a file's content: what the ONNX exporters share."""
 
+import io
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,8 @@ def onnx_graph(
     with needs_extra("onnx"):
         import onnxscript  # noqa: F401 # torch.onnx needs it
     try:
-        with quiet():
+        # The oldest onnxscript allowed prints how many rules it applied.
+        with quiet(), redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
                 module,
                 tuple(interface.tensors(example)),
