@@ -324,16 +324,16 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     if run["method"] == "float":
         return {**shared, "value": shared["float_value"]}
     result, network, seconds = quantized(about, run)
-    found = {
+    shared |= {
         "policy": bits_of(result.policy),
         "budget": dict(result.policy.provenance["budget"]),
         "cost": dict(result.policy.cost),
-        **seconds,
+        "search_s": seconds["search_s"],
     }
     if run["method"] == "files":
         with TemporaryDirectory() as folder:
-            return {**shared, **found, "extra": {name: exported(network, Path(folder) / name, about) for name in FILES}}
-    return {**shared, **found, "value": value(about, network)}
+            return {**shared, "extra": {name: exported(network, Path(folder) / name, about) for name in FILES}}
+    return {**shared, "value": value(about, network), "extra": {"quantize_s": seconds["quantize_s"]}}
 
 
 def exported(network: nn.Module, path: Path, about: Subject) -> dict[str, Any]:

@@ -32,6 +32,7 @@ FIELDS = (
     *("budget", "cost"),  # name of the cost -> value
     *("step", "epochs", "seed"),
     *("top1", "float_top1", "test_images"),  # percent
+    *("task", "metric", "value", "float_value"),  # of networks that are no classifiers, too
     *("search_s", "train_s", "clock", "peak_bytes"),  # clock: "process" or "wall"
     *("device", "threads", "dtype", "command", "extra"),
     *STAMPED,
