@@ -18,6 +18,7 @@ from .searches.seam import Seam as Seam
 from .steps import Loss as Loss
 from .steps import Plain as Plain
 from .steps import Saq as Saq
+from .verbs.compress import compress as compress
 from .verbs.evaluate import evaluate as evaluate
 from .verbs.export import export as export
 from .verbs.gain import gain as gain

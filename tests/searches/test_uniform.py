@@ -8,6 +8,7 @@ from bitscape.cost.policy_cost import cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
 from bitscape.searches.choices import InfeasibleBudget
+from bitscape.searches.freedom import Pins
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.uniform import Uniform
 from tests.searches.small import square
@@ -32,7 +33,7 @@ def free_bits(stated: SearchProblem, method: Uniform) -> set[str]:
         ("bitops=0.999x", "6/6"),
         ("bitops=1x", "8/8"),
         ("weight_bytes=w3", "3/8"),
-        ("mean_weight_bits=5", "4/8"),  # a fifth of the weights is in the pinned ends
+        ("mean_weight_bits=5", "5/8"),
         ("mean_activation_bits=w5a5", "8/5"),
         (["weight_bytes=w5", "bitops=w3a3"], "3/3"),
         (["weight_bytes=w5", "peak_activation_bytes=1MB"], "5/8"),
@@ -42,6 +43,19 @@ def free_bits(stated: SearchProblem, method: Uniform) -> set[str]:
 )
 def test_the_largest_width_that_fits(budget: Any, bits: str) -> None:
     assert free_bits(problem(budget), Uniform()) == {bits}
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_bytes_of_some_bits_in_every_layer_are_met_by_these_bits_in_every_layer(bits: int) -> None:
+    result = Uniform().search(problem(f"{bits}bit"))
+    assert set(map(str, result.policy.layers.values())) == {f"{bits}/8"}
+    assert result.policy.cost["weight_bytes"] == result.policy.provenance["budget"]["weight_bytes"]
+    assert result.policy.provenance["pinned"] == {"0": "8/8" if bits == 8 else "*/8", "7": "*/8"}
+
+
+def test_a_first_layer_that_was_pinned_by_hand_keeps_its_bits() -> None:
+    policy = Uniform().search(problem("4bit", pinned=Pins({"0": "8/8"}))).policy
+    assert str(policy.layers["0"]) == "8/8" and {str(policy.layers[name]) for name in ("1", "2", "4", "5")} == {"3/8"}
 
 
 @pytest.mark.parametrize("budget", ["bitops=w4a4", "weight_bytes=w3", "mean_activation_bits=w5a5"])

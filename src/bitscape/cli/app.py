@@ -8,6 +8,7 @@ from contextlib import suppress
 import click
 
 from bitscape.cli.bench import bench
+from bitscape.cli.compress import compress
 from bitscape.cli.demo import demo
 from bitscape.cli.evaluate import evaluate
 from bitscape.cli.export import export
@@ -81,5 +82,5 @@ def _message(error: Exception) -> str | None:
     return str(error) if isinstance(error, BitscapeError | OSError) else None
 
 
-for command in (demo, search, solve, train, evaluate, tiers, export, bench, latency, report, policy, methods):
+for command in (demo, compress, search, solve, train, evaluate, tiers, export, bench, latency, report, policy, methods):
     commands.add_command(command)

@@ -5,7 +5,7 @@ there and then, so that a new option is covered by its type alone.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -50,11 +50,9 @@ class OutputFile(PathType):
 
     name = "file"
 
-    def __init__(self, suffix: str, also: tuple[str, ...] = ()) -> None:
-        self.suffix = suffix
-        """Of the file, which tells its format."""
-        self.also = also
-        """Suffixes of files written beside it."""
+    def __init__(self, suffix: str | Mapping[str, tuple[str, ...]], also: tuple[str, ...] = ()) -> None:
+        self.suffixes: Mapping[str, tuple[str, ...]] = {suffix: also} if isinstance(suffix, str) else suffix
+        """Suffix of the file, which tells its format -> suffixes of files written beside it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path."""
@@ -64,12 +62,13 @@ class OutputFile(PathType):
         if path.is_dir():
             raise BitscapeError(f"{option} is a folder; give a file")
         check_replaceable(path)
-        if path.suffix != self.suffix:
-            raise BitscapeError(f"{option}: the file is written as {self.suffix}; give e.g. {path.with_suffix(self.suffix).name}")
+        if path.suffix not in self.suffixes:
+            forms = " or ".join(self.suffixes)
+            raise BitscapeError(f"{option}: the file is written as {forms}; give e.g. {path.with_suffix(next(iter(self.suffixes))).name}")
         if not path.parent.is_dir():
             raise BitscapeError(f"{option}: no folder {str(path.parent)!r}; make it first")
         _check_writable(option, path.parent)
-        also = tuple(path.with_suffix(suffix) for suffix in self.also)
+        also = tuple(path.with_suffix(suffix) for suffix in self.suffixes[path.suffix])
         return _noted(ctx, Place(option=option, path=path, role="file", output=True, also=also))
 
 

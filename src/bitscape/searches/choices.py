@@ -198,6 +198,11 @@ class Choices:
             for name, own in pairs.items()
         }
 
+    @property
+    def with_first_free(self) -> "Choices":
+        """The same choices, where caps are on weights alone with the weights of the first layer free, too."""
+        return self if self.freedom.with_first is None else replace(self, freedom=self.freedom.with_first)
+
     def first_feasible(self) -> Choice:
         """Return some choice within all caps. Raises InfeasibleBudget."""
         solution = solve(np.where(self.allowed, 0.0, np.inf), self.caps)

@@ -1,7 +1,7 @@
 """Which layers a search decides on: pinned layers, and groups of free ones that share their bits."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from bitscape.cost.layers import NetworkProfile
@@ -22,6 +22,8 @@ class FreeLayers:
     """The other layers and their bits, layers tied to a pinned one included."""
     activations: Mapping[str, int] = field(default_factory=dict)
     """Free layer -> the bits of its input, where these are fixed and only those of its weights are free."""
+    with_first: "FreeLayers | None" = None
+    """Under caps on weights alone: the same with the weights of the first layer free, if it is pinned by default."""
 
     def described(self) -> dict[str, str]:
         """Layer -> what is fixed of it: "8/8", or "*/8" where its weights are free."""
@@ -71,8 +73,15 @@ def free_layers(
     if both := [name for name in floats if name in asked and not asked[name].is_float]:
         raise BitscapeError(f"keep_float: layer {both[0]!r} is pinned at {asked[both[0]]}; leave one of the two out")
     ends, activations = _default_pins(network, kinds) if pins.ends else ({}, {})
-    fixed = {**(always or {}), **ends, **asked, **floats}
-    groups = _merged(network, tied)
+    groups, fixed = _merged(network, tied), {**(always or {}), **asked, **floats}
+    freedom = _sorted(groups, {**(always or {}), **ends, **asked, **floats}, activations)
+    if not activations or not ends.keys() - fixed.keys():
+        return freedom
+    of_inputs = {**{name: bits.activation for name, bits in ends.items()}, **activations}
+    return replace(freedom, with_first=_sorted(groups, fixed, of_inputs))
+
+
+def _sorted(groups: Sequence[tuple[str, ...]], fixed: Mapping[str, LayerBits], activations: Mapping[str, int]) -> FreeLayers:
     spread = {name: bits for group in groups for name, bits in _pins_of_group(group, fixed).items()}
     free = tuple(group for group in groups if group[0] not in spread)
     of_group = {group: [activations[name] for name in group if name in activations] for group in free}

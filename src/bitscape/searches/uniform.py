@@ -69,7 +69,11 @@ def mixed(stated: Choices, low: int, high: int) -> Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """The largest uniform width that fits; pinned layers keep their bits."""
+    """The largest uniform width that fits; pinned layers keep their bits.
+
+    Under caps on weights alone, the weights of the first layer, which are pinned by default, take the uniform width where all
+    layers may then have a larger one: "4bit" is met by 4 bits in every layer.
+    """
 
     mix: bool = False
     """Fill the budget with the next larger width too: the layers with the most MACs get the lower one first."""
@@ -84,13 +88,20 @@ class Uniform:
         """The same of the choices alone: it needs neither network nor samples."""
         start = time.monotonic()
         columns = ladder(choices)
-        fitting = [at for at, column in enumerate(columns) if choices.holds(choices.uniform(column))]
+        fitting = self._fitting(choices, columns)
+        if len(self._fitting(choices.with_first_free, columns)) > len(fitting):
+            choices = choices.with_first_free
+            fitting = self._fitting(choices, columns)
+            provenance = {**provenance, **choices.provenance()}
         if not fitting:
             self._refuse(choices, columns[0])
         low, high = columns[fitting[-1]], columns[min(fitting[-1] + 1, len(columns) - 1)]
         choice = mixed(choices, low, high) if self.mix else choices.uniform(low)
         trace = tuple({"bits": str(choices.candidates[column]), "fits": at in fitting} for at, column in enumerate(columns))
         return SearchResult(choices.policy(choice, provenance), None, trace, time.monotonic() - start, choices)
+
+    def _fitting(self, choices: Choices, columns: Sequence[int]) -> list[int]:
+        return [at for at, column in enumerate(columns) if choices.holds(choices.uniform(column))]
 
     def _refuse(self, choices: Choices, narrowest: int) -> None:
         choices.first_feasible()

@@ -106,11 +106,9 @@ def export(
             raise BitscapeError(f"{name}={value!r}: unknown{nearest(str(value), allowed)}; use one of {', '.join(allowed)}")
     if not quantized_layers(network):
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
-    form = _form(path) if form is None else form
+    form = check_path(path) if form is None else form
     if data is None and form != "packed":
         raise BitscapeError(f"data is missing: samples set ranges in {path.suffix} files, and check them; pass some of the training data")
-    if not path.parent.is_dir():
-        raise BitscapeError(f"path {str(path)!r}: there is no folder {path.parent}; create it")
     read = [None if part is None else proxy_of(network, part, count=count, inputs=inputs, seed=seed) for part in (data, held_out)]
     if form == "packed":
         return _packed(network, path, policy, float_model, read[0])
@@ -126,12 +124,21 @@ def export(
     return write(_Comparison(on_cpu, integers, compared, classes), path, ranges, CONTAINERS if int2 else PORTABLE)
 
 
-def _form(path: Path) -> Form:
+def check_path(path: Path, also: str | None = None) -> Form | None:
+    """Return the form of a file by the end of its name; None for the suffix `also`, which is no form.
+
+    Raises BitscapeError for an unknown suffix, and for a folder that is not there.
+    """
+    if not path.parent.is_dir():
+        raise BitscapeError(f"path {str(path)!r}: there is no folder {path.parent}; create it")
     for suffix, form in SUFFIXES.items():
         if path.name.endswith(suffix):
             return form
+    if also is not None and path.suffix == also:
+        return None
+    more = "" if also is None else f", or {also} (the policy)"
     raise BitscapeError(
-        f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx, .xml (OpenVINO) or .qonnx.onnx (QONNX)"
+        f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx, .xml (OpenVINO), .qonnx.onnx (QONNX){more}"
     )
 
 

@@ -13,7 +13,7 @@ stored under the first. The metadata has one entry, "bitscape" (header.py). Equa
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.exporters.codes import StoredWeight, weight_codes
@@ -29,10 +30,11 @@ from bitscape.exporters.packed.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
 from bitscape.models.find import load_state
-from bitscape.models.layers import has_weight, layer_shapes, weight_layout, weighted_layers
+from bitscape.models.layers import has_weight, layer_shapes, output_channels, weight_layout, weighted_layers
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.models.products import product_names, products, split_products
+from bitscape.models.replace import replace_module
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
 from bitscape.quant.quantizers.base import Codes
@@ -107,7 +109,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     Args:
         path: what `save_packed` wrote.
         float_model: the float network that was quantized, with any weights; it stays as it is, and its device is kept.
-            Where norms were folded before saving, the folded one.
+            Its norms may be folded or not: those that the file does not hold were folded into their layers.
 
     Raises:
         PolicyError: layers of another network, with the nearest names.
@@ -133,6 +135,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
         for name, product in products(model).items():
             _quantize_product(product, header.policy.layers[name], header.layers[name])
+        _fold_as_saved(model, tensors.keys())
         _load_others(model, tensors)
     return in_eval_mode(model)
 
@@ -278,9 +281,21 @@ def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) 
     product.input_quantizer = stored.input_quantizer(bits.activation)
 
 
+def _fold_as_saved(model: nn.Module, saved: Set[str]) -> None:
+    """Take out the norms of which the file holds nothing, and give layers the biases that it holds: `fold_norms` left them so."""
+    for name, norm in list(model.named_modules()):
+        held = [f"{name}.{key}" for key in norm.state_dict()] if isinstance(norm, _BatchNorm) else []
+        if held and saved.isdisjoint(held):
+            replace_module(model, norm, nn.Identity())
+    for name, layer in weighted_layers(model).items():
+        if layer.bias is None and f"{name}.bias" in saved:
+            weight = layer.get_parameter("weight")
+            layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
+
+
 def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = _other_tensors(model)
-    advice = "build the network as the saved one was built, its norms folded if they were"
+    advice = "build the network as the saved one was built"
     for key in [key for key in expected if key not in tensors]:
         raise BitscapeError(f"tensor {key} of float_model is missing{nearest(key, tensors)}; {advice}")
     for key, tensor in tensors.items():

@@ -1,0 +1,132 @@
+"""`bitscape compress`: from a float network to checked files, with the float network and uniform bits beside them."""
+
+from pathlib import Path
+
+import click
+
+from bitscape.cli.latency import load_target
+from bitscape.cli.network import ImageSettings, draw_images, load_batches, load_network
+from bitscape.cli.options import (
+    COUNT,
+    budget_option,
+    data_options,
+    image_options,
+    keep_float_option,
+    latency_option,
+    network_options,
+    pin_option,
+    seed_option,
+    target_option,
+)
+from bitscape.cli.output import print_table
+from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
+from bitscape.cli.paths import SOURCE, OutputFile
+from bitscape.errors import BitscapeError
+
+FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json": ()})
+
+
+@click.command()
+@network_options
+@data_options
+@image_options
+@budget_option
+@click.option(
+    "--to",
+    required=True,
+    multiple=True,
+    type=FILES,
+    metavar="FILE",
+    help="File to write, repeatable: .onnx for ONNX Runtime, "
+    ".xml for OpenVINO, .qonnx.onnx for FINN and hls4ml, .safetensors packed, .json for the policy.",
+)
+@click.option(
+    "--test",
+    type=SOURCE,
+    metavar="SOURCE",
+    help="Labelled images to measure on. Default: how far outputs are from the float network's, on a quarter of --data.",
+)
+@click.option("--test-split", metavar="NAME", help="Split of --test, where it has several.  [default: the one for evaluation]")
+@click.option("--images", type=COUNT, help="Images drawn of --data.  [default: 256]")
+@click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable.")
+@click.option("--candidates", metavar="BITS", help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.")
+@click.option(
+    "--repair",
+    type=click.Choice(["compensate", "adaptive", "none"]),
+    default="compensate",
+    show_default=True,
+    help="How rounding is repaired: seconds, minutes, or not at all.",
+)
+@latency_option
+@target_option
+@pin_option
+@keep_float_option
+@seed_option
+def compress(
+    model: str,
+    weights: Path | None,
+    device: str | None,
+    data: str,
+    split: str | None,
+    input_size: int | None,
+    normalize: str | None,
+    budgets: tuple[str, ...],
+    to: tuple[Path, ...],
+    test: str | None,
+    test_split: str | None,
+    images: int | None,
+    method_name: str,
+    settings: tuple[str, ...],
+    candidates: str | None,
+    repair: str,
+    latency: Path | None,
+    target_name: str | None,
+    pins: tuple[str, ...],
+    keep_float: tuple[str, ...],
+    seed: int,
+) -> None:
+    """Find bits, quantize, measure beside float and uniform bits, and write checked files.
+
+    \b
+    Example:
+      bitscape compress --model timm:resnet18 --weights resnet18.safetensors \\
+        --data photos/ --input-size 224 --normalize imagenet --budget 4bit \\
+        --to resnet18.onnx --to policy.json
+    """
+    if not budgets:
+        raise BitscapeError("--budget is missing; give at least one, e.g. --budget 4bit, bitops=0.25x or weight_bytes=1.2MB")
+    from bitscape.data.splits import EVALUATION, TRAINING
+    from bitscape.verbs.compress import compress as compress_network
+
+    method, pinned = make_method(method_name, settings), parse_pins(pins)
+    offered = None if candidates is None else parse_candidates(candidates)
+    seen = ImageSettings.checked(input_size, normalize, data, test)
+    times, target = load_target(latency, target_name)
+    network = load_network(model, weights, device, seed)
+    seen = seen.of_model(network)
+    drawn = draw_images(data, split or TRAINING, images, seen, seed)
+    made = compress_network(
+        network,
+        parse_normalization(seen.normalize, data).apply(drawn.images),
+        budgets,
+        to,
+        method=method,
+        repair=None if repair == "none" else repair,  # type: ignore[arg-type]  # one of the choices
+        evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, 128),
+        count=len(drawn),
+        candidates=offered,
+        pinned=pinned,
+        keep_float=keep_float,
+        target=target,
+        latency=times,
+        seed=seed,
+    )
+    table = made.table()
+    click.echo(f"{table.title}\n")
+    print_table(table.columns, table.rows)
+    if made.result.gain is not None:
+        click.echo(f"\n{made.result.gain}")
+    click.echo(f"\n{table.note}" if table.note else "")
+    for path in to:
+        click.echo(f"written: {path}")
