@@ -1,15 +1,16 @@
 """tasks: networks of many kinds through the public verbs, without training: search, quantize, evaluate, export.
 
-    python -m benchmarks.tasks [--network resnet20 ...] [--threads 1] [--files]
+    python -m benchmarks.tasks [--network resnet20 ...] [--threads 1]
 
-Every policy is found on 256 samples without labels, its network repaired on the same ones, and measured on samples that
-neither has seen. Two budgets: the bytes of 4-bit weights in every layer beside 8-bit activations, and the BitOps of 6/6.
-With --files the fisher policy of the first budget is exported to packed, ONNX and OpenVINO files, which are checked.
+Every policy is found on 256 samples without labels (64 of large images), its network repaired on the same ones, and measured
+on samples that neither has seen. Two budgets: the bytes of 4-bit weights in every layer beside 8-bit activations, and the
+BitOps of 6/6. The fisher policy of the first budget is exported to packed, ONNX and OpenVINO files, which are checked.
 The networks of ONNX files need the extra `onnx-input`. The two networks of our own are trained once, to runs/tasks.
 """
 
 import argparse
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Subject:
     reading: Mapping[str, Any] = field(default_factory=dict)
     """How batches of `test` are read: arguments of `bs.evaluate`."""
     test_samples: int
+    images: int = IMAGES
+    """Of `calibration`, that search and repair see."""
 
 
 class Hmean:
@@ -134,6 +137,7 @@ def classifier(name: str, source: str, tests: int | None = None) -> Subject:
         task="classes",
         metric="top1",
         test_samples=len(test),
+        images=64 if source == "imagenet_sample1k" else IMAGES,
     )
 
 
@@ -176,6 +180,7 @@ def text_detector() -> Subject:
         metric="hmean",
         measure=Hmean,
         test_samples=len(images),
+        images=64,
     )
 
 
@@ -189,7 +194,7 @@ def detector() -> Subject:
 
     pixels = dataset("imagenet_sample1k").cropped(224).images
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    calibration = letterboxed(pixels[order[:128]])
+    calibration = letterboxed(pixels[order[:64]])
     images = letterboxed(pixels[order[IMAGES : IMAGES + 200]])
     with torch.no_grad():
         own = [model(images[at : at + 10]) for at in range(0, len(images), 10)]
@@ -202,6 +207,7 @@ def detector() -> Subject:
         metric="ap_against_float",
         measure=PrecisionAgainstFloat,
         test_samples=len(images),
+        images=64,
     )
 
 
@@ -266,7 +272,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mobilenetv2_tfslim": partial(classifier, "mobilenetv2_tfslim", "imagenet_sample1k"),
     "yolox_nano": detector,
 }
-METHODS = [("float", 0), ("fisher", 0), ("uniform", 0), *(("random", seed) for seed in range(5))]
+METHODS = [("float", 0), ("fisher", 0), ("uniform", 0), ("files", 0), *(("random", seed) for seed in range(5))]
 
 
 @cache
@@ -275,15 +281,11 @@ def subject(network: str) -> Subject:
     return SUBJECTS[network]()
 
 
-def wanted(networks: Sequence[str], files: bool) -> Iterator[dict[str, Any]]:
-    """Every run; files are those of the fisher policy at the first budget."""
-    for network in networks:
-        for variant in BUDGETS:
-            for method, seed in METHODS:
-                if method != "float" or variant == "4bit":
-                    yield {"network": network, "method": method, "variant": None if method == "float" else variant, "seed": seed}
-        if files:
-            yield {"network": network, "method": "files", "variant": "4bit", "seed": 0}
+def wanted(networks: Sequence[str] = tuple(SUBJECTS)) -> Iterator[dict[str, Any]]:
+    """Every run, random policies last; "files" are those of the fisher policy at the first budget."""
+    for (method, seed), network in itertools.product(METHODS, networks):
+        for variant in [None] if method == "float" else ["4bit"] if method == "files" else BUDGETS:
+            yield {"network": network, "method": method, "variant": variant, "seed": seed}
 
 
 def value(about: Subject, network: nn.Module) -> float:
@@ -303,9 +305,9 @@ def quantized(about: Subject, run: Mapping[str, Any]) -> tuple[bs.SearchResult, 
     started = time.process_time()
     method = "fisher" if run["method"] == "files" else run["method"]
     asked = BUDGETS[run["variant"]]
-    result = bs.search(about.model, about.calibration, method=method, task=about.task, count=IMAGES, seed=run["seed"], **asked)
+    result = bs.search(about.model, about.calibration, method=method, task=about.task, count=about.images, seed=run["seed"], **asked)
     searched = time.process_time()
-    network = bs.quantize(about.model, result.policy, about.calibration, count=IMAGES)
+    network = bs.quantize(about.model, result.policy, about.calibration, count=about.images)
     return result, network, {"search_s": searched - started, "quantize_s": time.process_time() - searched}
 
 
@@ -320,6 +322,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "test_images": about.test_samples,
         "float_value": float_value(run["network"]),
         "clock": "process",
+        "settings": {"images": about.images},
     }
     if run["method"] == "float":
         return {**shared, "value": shared["float_value"]}
@@ -352,11 +355,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=list(SUBJECTS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--files", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    runs = wanted(options.network or list(SUBJECTS), options.files)
-    do_missing(NAME, KEYS, runs, measure)
+    do_missing(NAME, KEYS, wanted(options.network or list(SUBJECTS)), measure)
 
 
 if __name__ == "__main__":
