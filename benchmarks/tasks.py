@@ -111,7 +111,7 @@ def absolute_degrees(outputs: Tensor, targets: Tensor) -> Tensor:
 def pictures(file: str) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
     """Each image of a parquet file as (h, w, 3) uint8, with its row."""
     for row in parquet.read_table(DATA / f"{file}.parquet").to_pylist():
-        yield np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")), row
+        yield np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]), formats=("JPEG", "PNG")).convert("RGB")), row
 
 
 def onnx_network(file: str) -> nn.Module:

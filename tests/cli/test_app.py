@@ -65,7 +65,7 @@ def test_a_missing_option_points_to_the_help(refused):
 
 
 def test_ctrl_c_ends_with_130_and_a_word(monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Fisher, "search", interrupt)

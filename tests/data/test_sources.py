@@ -645,9 +645,9 @@ def test_rows_of_a_parquet_file_come_in_any_order_from_groups_of_any_size():
 def test_a_dataset_prints_how_many_images_its_classes_have():
     named = Dataset("<mine>", images(4), torch.tensor([0, 2, 2, 2]), ("cat", "dog", "ship"))
     lines = [line.split() for line in repr(named).splitlines()]
-    assert " ".join(lines[0]) == "Dataset <mine>: 4 images of 3x3x3, 3 classes"
+    assert " ".join(lines[0]) == "Dataset <mine>: 4 images of 1x3x3, 3 classes"
     assert lines[1:] == [["class", "images"], ["cat", "1"], ["dog", "0"], ["ship", "3"]]
     assert named._repr_html_().startswith("<table><caption>Dataset &lt;mine&gt;: 4 images")
     many = Dataset("many", images(2), torch.tensor([0, 999]), tuple(map(str, range(1000))))
     assert len(repr(many).splitlines()) == 10
-    assert repr(Dataset("bare", images(1))) == "Dataset bare: 1 image of 3x3x3, no labels"
+    assert repr(Dataset("bare", images(1))) == "Dataset bare: 1 image of 1x3x3, no labels"

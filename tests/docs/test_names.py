@@ -29,6 +29,7 @@ PATH = re.compile(r"(?<![\w/.-])(?:docs|recipes|benchmarks|src|tests|tools)/[\w.
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 FILE = re.compile(r"(?<![\w/.<-])[\w-]+\.(?:md|py|toml|cfg)\b")
 FOREIGN = {
+    "output_size": "an argument of torch's transposed convolutions",
     "act_order": "an option of GPTQ's code",
     "KL": "the divergence, in a formula",
     "pack_to_int32": "a function of compressed-tensors",

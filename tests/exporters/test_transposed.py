@@ -13,6 +13,7 @@ from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.exporters.parity import check_parity
 from bitscape.runtimes.sessions import OnnxRuntime, OpenVino
 from tests.exporters.networks import made, quantized
+from tests.needs import runtime_or_skip
 
 
 def decoder(groups: int = 1) -> nn.Module:
@@ -36,7 +37,7 @@ def examples(dims: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
 def test_onnx_runtime_computes_them_as_the_integers_say(build, dims, tmp_path):
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     network, x = quantized(made(build), examples(dims)), examples(dims)
     integers, path = integer_network(network, x), tmp_path / "net.onnx"
     write_onnx(integers, path, x)
@@ -50,11 +51,11 @@ def test_onnx_runtime_computes_them_as_the_integers_say(build, dims, tmp_path):
 
 @pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
 def test_openvino_computes_them_as_the_integers_say(build, dims, tmp_path):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     network, x = quantized(made(build), examples(dims)), examples(dims)
     integers, path = integer_network(network, x), tmp_path / "net.xml"
     source = write_openvino(integers, path, x).source
-    report = check_openvino_parity(path, source, x)
+    report = check_openvino_parity(path, source, x.numpy())
     report.require(1e-3)
     assert len(report.layers) == len(integers.weights)
     (agreement,) = compare_outputs(integers, network, OpenVino().open(path), x)[0].values()

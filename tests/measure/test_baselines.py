@@ -149,14 +149,14 @@ def test_an_error_without_a_message_is_told_by_its_type(tmp_path):
 def test_images_go_to_the_device_of_the_network(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(baselines, "_folded", lambda network, images: seen.append(images.device.type) or network)
-    monkeypatch.setattr(baselines, "onnx_graph", lambda module, images, *_, **__: seen.append(images.device.type) or 1 / 0)
+    monkeypatch.setattr(baselines, "onnx_graph", lambda module, interface, images, *_, **__: seen.append(images.device.type) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_float_onnx(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta"), tmp_path / "no.onnx", IMAGES)
     assert seen == ["meta", "meta"]
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(BitscapeError, match="1 image; give two at least"):
+    with pytest.raises(BitscapeError, match="1 images; give two at least"):
         save_float_onnx(digits_net(), tmp_path / "no.onnx", IMAGES[:1])
     with pytest.raises(BitscapeError, match=r"torch\.export cannot follow its forward .* and with x\.shape\[0\] for len\(x\)$"):
         save_float_onnx(Branching(), tmp_path / "no.onnx", IMAGES)

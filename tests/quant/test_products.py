@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.graph import trace
 from bitscape.exporters.packed.file import load_packed, save_packed
@@ -71,7 +72,7 @@ def test_graphs_are_refused_by_name():
 
 
 def test_noise_is_that_of_either_operand():
-    noise = layer_noise(Squared(), ["product"], tokens(), (LayerBits(2, 4), LayerBits(4, 4)))["product"]
+    noise = layer_noise(Squared(), ["product"], Samples.of(tokens()), (LayerBits(2, 4), LayerBits(4, 4)))["product"]
     a, b = tokens(), tokens().transpose(1, 2)
     by_second, by_first = noise.output_changes(a, b)
     quantized = calibrate(quantize(Squared(), Policy({"product": LayerBits(2, 4)})), tokens())
@@ -84,7 +85,7 @@ def test_noise_is_that_of_either_operand():
 def test_fisher_scores_products():
     model = prepare(network(), attention_products=True)
     pairs = tuple(LayerBits(w, a) for w in (2, 8) for a in (2, 8))
-    problem = SearchProblem(model=model, images=tokens(12), budget="bitops=0.4x", candidates=pairs, pinned={})
+    problem = SearchProblem.of(model, tokens(12), budget="bitops=0.4x", candidates=pairs, pinned={})
     table = Fisher(batch_size=4).score(problem)
     row = table.values[table.layers.index("0.scores")]
     assert row[0] > row[-1] > 0

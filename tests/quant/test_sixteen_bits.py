@@ -19,6 +19,7 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
 from tests.exporters.networks import Applied, images
+from tests.needs import runtime_or_skip
 
 
 def net() -> nn.Module:
@@ -82,7 +83,7 @@ def test_the_integer_form_is_a_word():
 
 @pytest.mark.parametrize("bits", [(16, 16, 16, 16), (8, 16, 8, 16)])
 def test_onnx_runtime_computes_them_as_the_integers_say(bits, tmp_path):
-    pytest.importorskip("onnxruntime")
+    runtime_or_skip("onnxruntime")
     network = quantized(bits, LsqPlus())
     save_onnx(network, tmp_path / "net.onnx", images())
     report = check_parity(tmp_path / "net.onnx", images().numpy())
@@ -94,6 +95,6 @@ def test_onnx_runtime_computes_them_as_the_integers_say(bits, tmp_path):
 
 
 def test_openvino_files_are_refused_by_name(tmp_path):
-    pytest.importorskip("openvino")
+    runtime_or_skip("openvino")
     with pytest.raises(BitscapeError, match="layers b take 16-bit activations, and OpenVINO computes in 8"):
         save_openvino(quantized((8, 16, 8, 8)), tmp_path / "net.xml", images())

@@ -87,7 +87,7 @@ def _imported(path: Path) -> set[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module or "")
-        elif isinstance(node, ast.Call) and "importorskip" in ast.dump(node.func) and isinstance(node.args[0], ast.Constant):
+        elif isinstance(node, ast.Call) and "importorskip" in ast.dump(node.func) and node.args and isinstance(node.args[0], ast.Constant):
             names.append(str(node.args[0].value))
     return {name.partition(".")[0] for name in names}
 

@@ -129,7 +129,9 @@ def test_budgets_equal_to_the_cost_of_a_uniform_policy_are_feasible(seed: int, b
     budget = Budget({kind: cost(kind, measured, reference) for kind in kinds})
     policy = allocate(noise_scores(measured, square(2, 3, 4, 8), seed), measured, budget)
     assert fits(measured, policy, budget)
-    assert {name: policy.layers[name] for name in measured.ends} == pinned
+    first, last = measured.ends
+    assert policy.layers[first] == LayerBits(8, 8) and policy.layers[last].activation == 8
+    assert policy.layers[last].weight == 8 or not any("activation" in CAPS[kind].depends_on for kind in kinds)
 
 
 @given(st.integers(0, 10**6))

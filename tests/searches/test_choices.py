@@ -74,9 +74,10 @@ def test_float_is_no_candidate():
 def test_a_front_keeps_the_caps_on_other_costs():
     capped = Choices.of(NETWORK, "mean_activation_bits=7", candidates=square(2, 4, 8))
     scores = noise_scores(NETWORK, capped.candidates, 1)
-    front = pareto_front(scores, capped, "weight_bytes", points=6)
+    front = pareto_front(scores, capped, "weight_bytes", points=6).policies
     assert len(front) > 1 and all(policy.cost["mean_activation_bits"] <= 7 for policy in front)
-    free = pareto_front(scores, Choices.of(NETWORK, Budget(), candidates=square(2, 4, 8), along="bitops"), "weight_bytes", points=6)
+    uncapped = Choices.of(NETWORK, Budget(), candidates=square(2, 4, 8), along="bitops")
+    free = pareto_front(scores, uncapped, "weight_bytes", points=6).policies
     assert any(policy.cost["mean_activation_bits"] > 7 for policy in free)
 
 

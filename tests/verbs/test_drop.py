@@ -40,7 +40,7 @@ def by_bytes(monkeypatch):
 
 
 def front_of(result: bs.SearchResult) -> list[bs.Policy]:
-    return pareto_front(result.scores, result.choices, "weight_bytes", POINTS)
+    return pareto_front(result.scores, result.choices, "weight_bytes", POINTS).policies
 
 
 @pytest.mark.parametrize("allowed", [2.9, 4.0])

@@ -258,8 +258,9 @@ def epochs_of(
         size = BATCH_SIZE if batch_size is None else batch_size
         return Rows(data=data, reader=reader, batch_size=size, shuffle=shuffle, seed=seed)
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
+        kind = f"the class {data.__name__}" if isinstance(data, type) else type(data).__name__
         raise BitscapeError(
-            f"data: {type(data).__name__}; pass a tensor, an iterable of batches, a torch Dataset "
+            f"data: {kind}; pass a tensor, an iterable of batches, a torch Dataset "
             "or a DataLoader"
             f"{'; a name or path is read by bitscape.load_dataset' if isinstance(data, str) else ''}"
         )

@@ -35,7 +35,7 @@ def loop_forward(
 
     @functools.wraps(model.forward)
     def forward(*args: Any, **keywords: Any) -> Any:
-        inputs = [*args, *keywords.values()]
+        inputs: Inputs = args[0] if len(args) == 1 and not keywords else (*args, *keywords.values())
         with autocast_on(device, autocast), explained_forward(inputs):
             output = inner(*args, **keywords)
         return read(output, sample_count(inputs))

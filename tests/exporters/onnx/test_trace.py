@@ -64,7 +64,7 @@ def test_what_torch_and_onnxscript_print_is_kept_from_the_output(monkeypatch, ca
     monkeypatch.setattr(torch.onnx, "export", printing)
     images = torch.zeros(2, 3, 4, 4)
     module = torch.export.export(Mean(), (images,)).module(check_guards=False)
-    onnx_graph(module, images, {}, opset=18, free_batch=False)
+    onnx_graph(module, Interface.of(Mean(), Samples.of(images)), images, {}, opset=18, free_batch=False)
     assert capsys.readouterr().out == ""
 
 

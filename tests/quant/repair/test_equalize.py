@@ -21,6 +21,7 @@ def uneven(*modules: nn.Module) -> nn.Module:
 
 
 def depthwise() -> nn.Module:
+    torch.manual_seed(1)  # of channels none of which meets the limit of a scale
     return uneven(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 4, 1, groups=2),

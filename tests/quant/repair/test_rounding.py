@@ -70,7 +70,7 @@ def test_reported_errors_are_those_of_the_layer_on_the_images(rounding):
         reported = rounding(repaired, input_moments(model, images))["0"]
         assert reported.nearest == pytest.approx(before, rel=1e-3)
         assert reported.repaired == pytest.approx(error(), rel=1e-3)
-    assert reported.repaired < 0.7 * reported.nearest
+    assert reported.repaired < 0.9 * reported.nearest
 
 
 def test_it_lies_between_the_best_of_all_choices_and_nearest_rounding():
