@@ -14,6 +14,7 @@ from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
 from benchmarks.saq_summaries import saq
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
+from benchmarks.tasks_summaries import tasks
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
 from benchmarks.workers_summaries import workers
 from bitscape.report.records import identity, read_runs, value_of
@@ -132,6 +133,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "workers": workers,
     "first-policy": first_policy,
     "peer": peer,
+    "tasks": tasks,
 }
 """Name of the table and of its results file -> what makes it."""
 
