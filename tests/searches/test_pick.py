@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
@@ -48,7 +49,8 @@ class Probe:
         self.gaps: Iterator[float] = iter(gaps)
         self.asked: list[tuple[nn.Module, torch.Tensor, torch.Tensor, float]] = []
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float) -> SimpleNamespace:
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float, loss: object) -> SimpleNamespace:
+        assert loss is cross_entropy
         self.asked.append((model, images, labels, radius))
         return SimpleNamespace(gap=next(self.gaps), curvature=7.0)
 

@@ -5,11 +5,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bitscape.data.samples import Samples
+from bitscape.data.epochs import AS_READ, Rows
+from bitscape.data.samples import Minibatch, Samples
+from bitscape.engine.step import TaskLoss
+from bitscape.engine.task import CLASSES
 from bitscape.errors import BitscapeError
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
-from bitscape.searches.proxy_task import HEAD_RATE, FollowFloat, ProxyBatches, ProxyData, ProxyTask, new_head, proxy_task
+from bitscape.searches.proxy_task import HEAD_RATE, FollowFloat, ProxyTask, new_head, proxy_task
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net
 
@@ -39,7 +42,7 @@ class TestAuto:
         given = problem()
         stated = task(given)
         assert stated.name == "follow" and isinstance(stated.loss, FollowFloat)
-        assert torch.equal(stated.batches.dataset.labels, given.decisions(given.samples))
+        assert torch.equal(stated.data.targets, given.decisions(given.samples))
 
     @pytest.mark.parametrize(("right", "name"), [(1.0, "labels"), (0.8, "labels"), (0.3, "new-head")])
     def test_labels_that_the_network_predicts_are_its_own(self, right, name):
@@ -62,8 +65,8 @@ class TestAuto:
         labels = torch.arange(IMAGES) % 7
         stated = task(problem(labels))
         assert stated.name == "new-head" and stated.model(batch(2)[0]).shape == (2, 7)
-        assert torch.equal(stated.batches.dataset.labels, labels)
-        assert stated.loss.for_batch(batch(2)[0]) is cross_entropy
+        assert torch.equal(stated.data.targets, labels)
+        assert stated.loss == TaskLoss(CLASSES) and stated.task == CLASSES
 
     @pytest.mark.parametrize(("decided", "name"), [(1, "labels"), (0, "new-head")])
     def test_a_single_class_is_its_own_where_all_are_right(self, decided, name):
@@ -88,7 +91,7 @@ def test_the_prepared_network_is_left_alone():
     given = problem(torch.arange(IMAGES) % 7)
     before = {name: value.clone() for name, value in given.prepared.state_dict().items()}
     assert task(given, "new-head").model is not given.prepared
-    assert task(given, "labels").model is not given.prepared
+    assert task(given, "follow").model is not given.prepared
     assert all(torch.equal(given.prepared.state_dict()[name], value) for name, value in before.items())
     assert not given.prepared.training
 
@@ -175,43 +178,20 @@ def test_following_is_the_divergence_from_the_float_outputs():
     torch.testing.assert_close(loss(given.prepared(images), given.decisions(given.samples)[:6]), torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
-def numbered(images=20, batch_size=6, seed=0):
-    """Batches of images that hold their own number, which is their label too."""
-    data = ProxyData("numbers", torch.arange(float(images)).reshape(-1, 1, 1, 1), torch.arange(images))
-    return ProxyBatches(dataset=data, batch_size=batch_size, seed=seed)
-
-
-class TestBatches:
-    def test_they_depend_on_seed_epoch_and_number_alone(self):
-        whole = [labels.tolist() for _, labels in numbered().epoch(2)]
-        torch.manual_seed(7)
-        assert [labels.tolist() for _, labels in numbered().epoch(2)] == whole
-        assert [labels.tolist() for _, labels in numbered().epoch(2, start=1)] == whole[1:]
-        assert [labels.tolist() for _, labels in numbered().epoch(3)] != whole
-        assert [labels.tolist() for _, labels in numbered(seed=1).epoch(2)] != whole
-
-    def test_an_epoch_has_whole_batches_of_different_images_with_their_labels(self):
-        batches = list(numbered().epoch(0))
-        assert len(numbered()) == len(batches) == 3 and {len(labels) for _, labels in batches} == {6}
-        assert len({int(label) for _, labels in batches for label in labels}) == 18
-        assert all(torch.equal(images.flatten().long(), labels) for images, labels in batches)
-
-    def test_fewer_images_than_a_batch_make_one(self):
-        ((_, labels),) = numbered(4).epoch(0)
-        assert len(numbered(4)) == 1 and sorted(labels.tolist()) == [0, 1, 2, 3]
-
-
 class TestSplit:
     def stated(self, images=20, seed=0):
-        return ProxyTask(name="labels", model=nn.Identity(), batches=numbered(images, seed=seed))
+        """Of images that hold their own number, which is their label too."""
+        numbers = Minibatch(torch.arange(float(images)).reshape(-1, 1, 1, 1), torch.arange(images))
+        rows = Rows(data=numbers, reader=AS_READ, batch_size=6, seed=seed)
+        return ProxyTask(name="labels", model=nn.Identity(), batches=rows, task=CLASSES, loss=TaskLoss(CLASSES))
 
     def test_it_is_a_partition_drawn_by_the_seed(self):
         parts = [self.stated(seed=seed).split(0.3) for seed in (0, 0, 1)]
-        held_out = [sorted(part[1].batches.dataset.labels.tolist()) for part in parts]
+        held_out = [sorted(part[1].data.targets.tolist()) for part in parts]
         assert held_out[0] == held_out[1] != held_out[2] and len(held_out[0]) == 6
-        kept = parts[0][0].batches.dataset
-        assert sorted([*kept.labels.tolist(), *held_out[0]]) == list(range(20))
-        assert torch.equal(kept.images.flatten().long(), kept.labels)
+        kept = parts[0][0].data
+        assert sorted([*kept.targets.tolist(), *held_out[0]]) == list(range(20))
+        assert torch.equal(kept.inputs.flatten().long(), kept.targets)
         assert parts[0][1].batches.batch_size == 6
 
     def test_nothing_held_out_is_the_task_itself(self):

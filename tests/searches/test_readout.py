@@ -118,7 +118,7 @@ def own_loss(network, given, task, logits=None):
     if logits is not None:
         dict(model.named_parameters())[logits[0]].data.copy_(logits[1])
     with torch.no_grad():
-        return float(task.loss.for_batch(given.samples.parts[0].inputs)(model(given.samples.parts[0].inputs), task.batches.dataset.labels))
+        return float(task.loss.for_batch(given.samples.parts[0].inputs)(model(given.samples.parts[0].inputs), task.data.targets))
 
 
 def names_of_logits(network):

@@ -149,7 +149,7 @@ def ready(method=None, **settings):
     given = problem(**settings)
     task = proxy_task(given, "labels", batch_size=12, head_epochs=1, folder=None)
     network = mixed_network(given, task.model)
-    return (method or Seam()).step(network, task), network
+    return (method or Seam()).make_step(network, task), network
 
 
 def features_by_hand(model, images):
@@ -243,7 +243,7 @@ class TestSeamStep:
 def test_a_class_whose_only_image_is_held_out_is_a_class_all_the_same(centers):
     images, labels = batch(24)
     _, held_out = proxy_task(problem(), "labels", batch_size=8, head_epochs=1, folder=None).split(0.25)
-    only = next(at for at in range(24) if any(torch.equal(images[at], image) for image in held_out.batches.dataset.images))
+    only = next(at for at in range(24) if any(torch.equal(images[at], image) for image in held_out.data.inputs))
     labels = labels.clamp(max=1)
     labels[only] = 2
     method = Seam(epochs=1, batch_size=8, held_out=0.25, task="labels", centers=centers)

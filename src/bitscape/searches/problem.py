@@ -16,7 +16,7 @@ from bitscape.cost.budget import Budget, BudgetText
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.targets import Target
-from bitscape.data.samples import Samples
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import as_logits
 from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError
@@ -138,10 +138,10 @@ class SearchProblem:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The targets of all samples where they are labels of classes, int64 (n,), else None."""
+        """The targets of all samples where they are labels of classes, whole numbers (n,), as int64; else None."""
         targets = [part.targets for part in self.samples.parts]
-        labels = [t for t in targets if isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1]
-        return torch.cat(labels) if len(labels) == len(targets) else None
+        labels = [t for t in targets if isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 1]
+        return torch.cat(labels).long() if len(labels) == len(targets) else None
 
     @cached_property
     def meaning(self) -> Task:
@@ -225,18 +225,16 @@ def _of_cap(kind: str, budget: Mapping[str, float]) -> str:
     return f" (at most {cost_text(kind, budget[kind])})" if kind in budget else ""
 
 
-def only_tensor(samples: Samples) -> Tensor:
-    """Return the inputs of all samples as one tensor. Raises BitscapeError for several inputs, or samples of several shapes."""
-    first, *others = (part.inputs for part in samples.parts)
-    if isinstance(first, Mapping) and len(first) == 1:  # a network's only argument, by its name
-        (first,) = first.values()
-    if not isinstance(first, Tensor) or others:
-        what = "samples of several shapes" if others else f"a {type(first).__name__} of several inputs"
+def only_part(samples: Samples) -> Minibatch:
+    """Return all samples as one batch. Raises BitscapeError for samples of several shapes or structures."""
+    if len(samples.parts) > 1:
+        shapes = list(dict.fromkeys(str(Samples([part]).shapes) for part in samples.parts))
+        several = f"samples of several shapes, {shapes[0]} and {shapes[1]}" if len(shapes) > 1 else "samples whose targets do not stack"
         raise BitscapeError(
-            f"data: {what}, where this method needs one tensor (n, ...) with all samples; "
-            "use method fisher, hawq, kl or local with pick='best', which take inputs of any form"
+            f"data: {several}, where this method needs one batch of all samples; bring them to one form, or "
+            "use method fisher, hawq, kl or local with pick='best'"
         )
-    return first
+    return samples.parts[0]
 
 
 def name_of(method: Any) -> str:
