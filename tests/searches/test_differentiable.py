@@ -1,11 +1,9 @@
 import copy
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bitscape.data.samples import Samples
 from bitscape.engine import Batch, TrainResult
@@ -14,11 +12,12 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
-from bitscape.searches.mixed_network import Mixed, MixtureStep, mixed_network
+from bitscape.searches.mixed_network import MixtureStep, mixed_network
 from bitscape.searches.mixture_search import train_mixture
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
 from bitscape.searches.seam import Seam
+from tests.searches.planted import POLICY, Killed, kill_at, planted
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net, gradients
 
@@ -37,22 +36,6 @@ def problem(labelled=True, **settings):
 
 def trained(method, given, folder=None):
     return train_mixture(given, method, method.make_step, folder)
-
-
-class Killed(KeyboardInterrupt):
-    """The user's, not pytest's."""
-
-
-def kill_at(monkeypatch, step):
-    """Stop the search when a step begins for the n-th time (from 0)."""
-    keep_budget, calls = Mixed.keep_budget, itertools.count()
-
-    def counted(self):
-        if next(calls) == step:
-            raise Killed
-        keep_budget(self)
-
-    monkeypatch.setattr(Mixed, "keep_budget", counted)
 
 
 def comparable(trace):
@@ -209,41 +192,6 @@ def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
 
 
-LEVELS = 12
-
-
-class Planted(nn.Module):
-    """One half of the image tells the class by a value in fine steps, the other half is -1 or 1 and says little."""
-
-    def __init__(self, fine_first):
-        super().__init__()
-        self.fine_first = fine_first
-        for name in ("fine", "coarse") if fine_first else ("coarse", "fine"):
-            self.add_module(name, nn.Linear(8, LEVELS))
-        centers = (torch.arange(LEVELS) + 0.5) / LEVELS
-        with torch.no_grad():  # logits are 300 (2 v c - c^2): largest for the center c next to the value v
-            self.fine.weight.copy_((300 * 2 / 8 * centers)[:, None].expand(LEVELS, 8))
-            self.fine.bias.copy_(-300 * centers.square())
-            self.coarse.weight.mul_(0.1)
-
-    def forward(self, x):
-        value, sign = x.flatten(1).split(8, dim=1)
-        outputs = [layer(value if layer is self.fine else sign) for layer in self.children()]
-        return outputs[0] + outputs[1]
-
-
-def planted(fine_first):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(LEVELS, (128,), generator=generator)
-    value = ((labels + 0.25 + 0.5 * torch.rand(128, generator=generator)) / LEVELS)[:, None].expand(128, 8)
-    sign = torch.randint(2, (128, 8), generator=generator) * 2.0 - 1
-    pairs = (LayerBits(8, 2), LayerBits(8, 8))
-    images = torch.cat([value, sign], 1).reshape(128, 1, 4, 4)
-    return SearchProblem.of(
-        model=Planted(fine_first), samples=Samples.of(images, labels), budget="mean_activation_bits=5", candidates=pairs, pinned={}
-    )
-
-
 QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
 
 
@@ -263,7 +211,7 @@ QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
 def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine_first):
     given = planted(fine_first)
     assert torch.equal(given.decisions(given.samples), given.labels)
-    assert method.search(given).policy.layers == {"fine": LayerBits(8, 8), "coarse": LayerBits(8, 2)}
+    assert method.search(given).policy.layers == POLICY
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from bitscape.searches.sensitivity import Trace, at_least_one, finish
 
 _log = logging.getLogger("bitscape.searches")
 
+DIVERGED = 10.0
+"""How many times the first epoch's loss the last one's is where training has gone astray."""
 FEWEST_STEPS = 50
 """Below, logits have hardly moved and the policy is a guess."""
 
@@ -157,6 +159,7 @@ def train_mixture(
         after_epoch=Progress(problem, settings, mixed, folder).after_epoch,
         seed=problem.seed,
     )
+    _warn_if_diverged(result.records, settings)
     return TrainedMixture(mixed=mixed, task=whole, records=result.records)
 
 
@@ -176,4 +179,14 @@ def _warn_if_short(learned: ProxyTask, settings: MixtureSettings) -> None:
             "%d images / batch_size %d, epochs %d; "
             "raise images (2,000 are usual) or epochs, or lower batch_size, to at least %d steps",
             *(steps, len(learned.data), settings.batch_size, settings.epochs, FEWEST_STEPS),
+        )
+
+
+def _warn_if_diverged(records: Trace, settings: MixtureSettings) -> None:
+    first, last = (float(records[index]["loss"]) for index in (0, -1)) if records else (0.0, 0.0)
+    if last > DIVERGED * first:
+        _log.warning(
+            "the loss of the mixture search rose from %.3g in its first epoch to %.3g in its last, "
+            "so its bits mean little; lower lr = %g, or scale the loss down",
+            *(first, last, settings.lr),
         )

@@ -4,7 +4,7 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from bitscape.calling import Inputs, call, moved, sample_count
 from bitscape.data.epochs import AS_READ, Rows
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
+from bitscape.engine.dense import Dense
 from bitscape.engine.forward import device_of
+from bitscape.engine.outputs import spreads_of
 from bitscape.engine.step import Part, TaskLoss
-from bitscape.engine.task import CLASSES, Classes, Follow, Task
+from bitscape.engine.task import CLASSES, SAMPLE, Classes, Follow, Task
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError, explained_forward, first_line
 from bitscape.models.layers import quantizable_layers
@@ -32,7 +34,11 @@ HEAD_RATE = 0.01
 
 @dataclass(frozen=True)
 class FollowFloat:
-    """The task's divergence from the float network's outputs: learning without targets, on any inputs."""
+    """The task's divergence from the float network's outputs: learning without targets, on any inputs.
+
+    It is the mean over samples, and over the values of each where they are answers by themselves, as
+    losses of tasks are: sums over maps of outputs would need learning rates of their own.
+    """
 
     teacher: nn.Module
     task: Task
@@ -42,7 +48,12 @@ class FollowFloat:
         samples = sample_count(inputs)
         with evaluating(self.teacher):
             followed = self.task.outputs(call(self.teacher, inputs), samples)
-        return lambda outputs, _: self.task.divergence(self.task.outputs(outputs, samples), followed).mean()
+        answers = 1 if isinstance(self.task, Classes | Dense) else followed[0].numel()
+
+        def loss(outputs: Any, _: Any) -> Tensor:
+            return self.task.divergence(self.task.outputs(outputs, samples), followed).mean() / answers
+
+        return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +121,13 @@ def proxy_task(problem: SearchProblem, learned: Learned, *, batch_size: int, hea
         return _following(problem, samples, batch_size)
     if not problem.samples.labelled:
         raise BitscapeError(f"task={name!r} learns labels, and the problem has none; give labels, or task='follow'")
+    task = _in_units_of_targets(problem.meaning, samples)
     proxy = ProxyTask(
         name=name,
         model=copy.deepcopy(problem.prepared),
         batches=Rows(data=samples, reader=AS_READ, batch_size=batch_size, seed=problem.seed),
-        task=problem.meaning,
-        loss=TaskLoss(problem.meaning),
+        task=task,
+        loss=TaskLoss(task),
     )
     if name == "new-head":
         _warm_up(proxy, problem, head_epochs, folder)
@@ -152,6 +164,14 @@ def _following(problem: SearchProblem, samples: Minibatch, batch_size: int) -> P
         task=CLASSES if of_classes else User(name=problem.meaning.name),
         loss=FollowFloat(problem.prepared, problem.meaning),
     )
+
+
+def _in_units_of_targets(task: Task, samples: Minibatch) -> Task:
+    """Return the task; one that follows, with its differences in units of the spread of the targets."""
+    if not isinstance(task, Follow):
+        return task
+    targets, _ = Follow().read_targets(samples.rows(slice(0, SAMPLE)).targets)
+    return Follow(spreads_of(targets))
 
 
 def _check_targets(proxy: ProxyTask) -> None:
