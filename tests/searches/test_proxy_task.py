@@ -9,6 +9,7 @@ from bitscape.data.epochs import AS_READ, Rows
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.step import TaskLoss
 from bitscape.engine.task import CLASSES
+from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
@@ -74,6 +75,113 @@ class TestAuto:
         with torch.no_grad():
             model[6].bias[decided] = 100.0
         assert task(problem(torch.full((IMAGES,), 1), model)).name == name
+
+
+class Heads(nn.Module):
+    """Two outputs of different size and scale."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.body, self.map, self.value = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 1), nn.Linear(64, 1)
+
+    def forward(self, x):
+        features = self.body(x).relu()
+        return {"map": self.map(features), "value": 100 * self.value(features.flatten(1))}
+
+
+def answers(last):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 1), last)
+
+
+def dense():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+
+
+def of_task(model, targets, meaning="auto"):
+    samples = Samples.of(batch(IMAGES)[0], targets)
+    return SearchProblem.of(model=model, samples=samples, budget="bitops=w4a4", candidates=square(2, 8), pinned={}, task=meaning)
+
+
+LABELS = torch.arange(IMAGES) % 2
+
+
+class TestOtherTasks:
+    @pytest.mark.parametrize(
+        ("model", "targets", "meaning", "name", "read_as"),
+        [
+            (dense, torch.zeros(IMAGES, 4, 4, dtype=torch.int64), "dense", "labels", "dense"),
+            (dense, None, "dense", "follow", "dense"),
+            (lambda: answers(nn.Sigmoid()), LABELS, "auto", "labels", "binary"),
+            (lambda: answers(nn.Sigmoid()), None, "auto", "follow", "binary"),
+            (lambda: answers(nn.Identity()), LABELS, "binary", "labels", "binary"),
+            (lambda: answers(nn.Identity()), torch.zeros(IMAGES, 1), "auto", "follow", "follow"),
+            (Heads, None, "auto", "follow", "follow"),
+            (Heads, [{"boxes": torch.ones(2, 4)}] * IMAGES, "auto", "follow", "follow"),
+            (Heads, [{"boxes": torch.ones(2, 4)}] * IMAGES, User(lambda outputs, _: outputs["map"].mean()), "labels", "user"),
+            (Heads, None, User(lambda outputs, _: outputs["map"].mean()), "follow", "user"),
+            (float_net, torch.rand(IMAGES, 3), "auto", "follow", "classes"),  # values to regress look like logits
+            (float_net, torch.arange(IMAGES, dtype=torch.int32) % 7, "auto", "new-head", "classes"),
+        ],
+    )
+    def test_targets_are_learned_where_they_are_the_tasks(self, model, targets, meaning, name, read_as):
+        given = of_task(model().eval(), targets, meaning)
+        learned = task(given)
+        assert (learned.name, learned.task.name) == (name, read_as)
+        part = learned.parts(5)[0]
+        assert part.loss(learned.task.read(part.outputs(learned.model.eval()), 5), part.targets).isfinite()
+
+    def test_following_is_a_mean_over_the_values_of_all_outputs_in_their_own_units(self):
+        given = of_task(Heads().eval(), None)
+        images = given.samples.parts[0].inputs[:6]
+        with torch.no_grad():
+            expected, everything = given.prepared(images), given.prepared(batch(IMAGES)[0])
+        outputs = {"map": torch.randn(6, 3, 4, 4), "value": torch.randn(6, 1)}
+        spreads = {name: float(tensor.double().std(unbiased=False)) for name, tensor in everything.items()}
+        squares = [((outputs[name] - expected[name]) / spreads[name]).square().sum() for name in outputs]
+        loss = task(given).loss.for_batch(images)(outputs, None)
+        torch.testing.assert_close(loss, sum(squares) / 2 / (6 * 49), rtol=1e-4, atol=0)
+
+    def test_targets_to_follow_have_their_own_units(self):
+        targets = 1000 * torch.randn(IMAGES, 1, generator=torch.Generator().manual_seed(0))
+        learned = task(of_task(answers(nn.Identity()).eval(), targets), "labels")
+        spread = float(targets.double().std(unbiased=False))
+        assert learned.task.spreads == {"output0": pytest.approx(spread)}
+        outputs = learned.task.read(torch.zeros(IMAGES, 1), IMAGES)
+        aims, _ = learned.task.read_targets(targets)
+        assert float(learned.task.loss(outputs, aims)) == pytest.approx(float((targets / spread).square().mean() / 2))
+
+    @pytest.mark.parametrize(
+        ("model", "targets", "meaning", "name", "message"),
+        [
+            (dense, torch.full((IMAGES, 4, 4), 3), "dense", "auto", r"label 3.* outputs 0\.\.2.*task='follow', which needs no targets"),
+            (lambda: answers(nn.Sigmoid()), 4 * LABELS, "auto", "auto", "from 0 to 4; task 'binary' needs 0 or 1; .*task='follow'"),
+            (Heads, torch.zeros(IMAGES, 1), "auto", "labels", "the model returns map, value, and .*task='follow'"),
+            (Heads, torch.zeros(IMAGES, 1), "auto", "new-head", "learns classes, .* outputs are of task 'follow'; use task='labels'"),
+        ],
+    )
+    def test_targets_that_do_not_fit_are_refused(self, model, targets, meaning, name, message):
+        with pytest.raises(BitscapeError, match=message):
+            task(of_task(model().eval(), targets, meaning), name)
+
+
+def test_a_new_classifier_beside_another_head_is_refused():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Sequential(nn.Flatten(), nn.Linear(72, 3)) for _ in range(2))
+
+        def forward(self, x):
+            return self.one(x) + self.two(x)
+
+    message = r"layer two.1: the network does not work with a new classifier of 7 outputs in its place \(The size .*; use task='follow'"
+    with pytest.raises(BitscapeError, match=message):
+        task(of_task(Two().eval(), torch.arange(IMAGES) % 7), "new-head")
 
 
 @pytest.mark.parametrize("name", ["labels", "new-head"])
