@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bitscape.data.samples import Samples
+from bitscape.engine import BatchLoss
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.policy import LayerBits, Policy
@@ -50,8 +51,9 @@ class Probe:
         self.gaps: Iterator[float] = iter(gaps)
         self.asked: list[tuple[nn.Module, torch.Tensor, torch.Tensor, float]] = []
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float, loss: object) -> SimpleNamespace:
-        assert loss is cross_entropy
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float, loss: BatchLoss) -> SimpleNamespace:
+        logits = torch.randn(len(labels), 10)
+        assert torch.equal(loss(logits, labels), cross_entropy(logits, labels))
         self.asked.append((model, images, labels, radius))
         return SimpleNamespace(gap=next(self.gaps), curvature=7.0)
 

@@ -12,6 +12,7 @@ from bitscape.engine.task import CLASSES
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.kl import Kl
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import HEAD_RATE, FollowFloat, ProxyTask, new_head, proxy_task
 from tests.searches.small import square
@@ -168,6 +169,43 @@ class TestOtherTasks:
     def test_targets_that_do_not_fit_are_refused(self, model, targets, meaning, name, message):
         with pytest.raises(BitscapeError, match=message):
             task(of_task(model().eval(), targets, meaning), name)
+
+
+class Named(nn.Module):
+    """Logits in a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = float_net()
+
+    def forward(self, x):
+        return {"logits": self.net(x)}
+
+
+class TestLogitsInAMapping:
+    @pytest.mark.parametrize(("labels", "name"), [(None, "follow"), ("own", "labels"), (torch.arange(IMAGES) % 7, "new-head")])
+    def test_they_are_learned_as_those_of_a_tensor(self, labels, name):
+        labels = correct(problem(), 1.0, 3) if isinstance(labels, str) else labels
+        learned, expected = task(of_task(Named().eval(), labels, "classes")), task(of_task(float_net().eval(), labels))
+        assert learned.name == expected.name == name
+        assert torch.equal(learned.data.targets, expected.data.targets)
+        losses = [
+            [part.loss(each.task.read(part.outputs(each.model.eval()), 16), part.targets) for part in each.parts(32)]
+            for each in (learned, expected)
+        ]
+        assert losses[0] == losses[1]
+
+    def test_the_least_sharp_policy_is_that_of_a_tensor(self):
+        gaps = []
+        for model in (Named(), float_net()):
+            given = of_task(model.eval(), None, "classes")
+            gaps.append([record["gap"] for record in Kl().search(given, pick="least-sharp").trace])
+        assert gaps[0] == gaps[1] != []
+
+
+def test_labels_below_0_are_told():
+    with pytest.raises(BitscapeError, match="it has the label -1; labels count from 0"):
+        task(of_task(float_net(), torch.arange(IMAGES) % 3 - 1))
 
 
 def test_a_new_classifier_beside_another_head_is_refused():

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from torch.nn import functional
 
 from bitscape.calling import call, sample_count
 from bitscape.data.samples import Samples
@@ -87,7 +86,7 @@ def _aims(problem: SearchProblem, samples: Samples) -> tuple[Any, BatchLoss]:
     """What a quantized network should return for the samples, a row for each, and how far it is from that."""
     task, network = problem.meaning, problem.prepared
     if isinstance(task, Classes):
-        return problem.decisions(samples), functional.cross_entropy
+        return problem.decisions(samples), lambda output, labels: task.loss(task.read(output, len(labels)), labels)
     with evaluating(network):
         outputs = [task.outputs(call(network, inputs), sample_count(inputs)) for inputs in batches_of(samples, network)]
     return torch.cat(outputs), lambda output, aims: task.divergence(task.outputs(output, len(aims)), aims).mean()

@@ -17,8 +17,7 @@ from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.targets import Target
 from bitscape.data.samples import Minibatch, Samples
-from bitscape.engine.forward import as_logits
-from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
+from bitscape.engine.task import CLASSES, SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import quantizable_layers
@@ -157,7 +156,7 @@ class SearchProblem:
         """The float network's most likely class of each sample, int64 (n,)."""
         with evaluating(self.prepared):
             logits = [
-                as_logits(call(self.prepared, inputs), sample_count(inputs), highest_label=-1)
+                CLASSES.read(call(self.prepared, inputs), sample_count(inputs))
                 for inputs in batches_of(samples, self.prepared)
             ]
         return torch.cat(logits).argmax(1)

@@ -142,6 +142,7 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
         return "labels"
     if problem.labels is None:  # two or more values to regress look like logits
         return "follow"
+    problem.meaning.read_targets(problem.labels.cpu())  # labels count from 0
     right = int((problem.decisions(problem.samples) == problem.labels).sum())
     most_frequent = int(problem.labels.bincount().max())
     own = right >= min(2 * most_frequent, (len(problem.labels) + most_frequent) / 2)  # the second for few classes
@@ -218,15 +219,12 @@ def _with_new_head(model: nn.Module, name: str, classes: int, problem: SearchPro
     replace_module(model, old, head)
     try:
         with evaluating(model):
-            shape = tuple(call(model, problem.samples.example).shape)
-        failure = "" if shape == (1, classes) else f"it returns shape {shape} for one sample"
-    except RuntimeError as error:
-        failure = first_line(error)
-    if failure:
+            CLASSES.read(call(model, problem.samples.example), 1, classes - 1)
+    except (RuntimeError, BitscapeError) as error:
         raise BitscapeError(
-            f"layer {name}: the network does not work with a new classifier of {classes} outputs in its place ({failure}); "
+            f"layer {name}: the network does not work with a new classifier of {classes} outputs in its place ({first_line(error)}); "
             "use task='follow'"
-        )
+        ) from error
     return head
 
 
