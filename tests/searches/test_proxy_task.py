@@ -171,6 +171,33 @@ class TestOtherTasks:
             task(of_task(model().eval(), targets, meaning), name)
 
 
+def boxes(count):
+    """Samples from a loader, each with so many boxes as its number says."""
+    images, targets = batch(count)[0], [torch.full((row, 4), row) for row in range(count)]
+    return Samples(Minibatch(images[at : at + 4], targets[at : at + 4]) for at in range(0, count, 4))
+
+
+class TestTargetsThatDoNotStack:
+    def given(self, samples, meaning="auto"):
+        return SearchProblem.of(Heads().eval(), samples, "bitops=w4a4", candidates=square(2, 8), pinned={}, task=meaning)
+
+    def test_a_list_has_an_entry_for_each_sample(self):
+        learned = task(self.given(boxes(10), User(lambda outputs, targets: outputs["map"].mean() * len(targets))), batch_size=3)
+        (images, targets), *_ = learned.batches.epoch(0)
+        for image, target in zip(images, targets, strict=True):
+            assert torch.equal(image, batch(10)[0][len(target)])
+
+    def test_they_are_not_needed_to_follow(self):
+        learned = task(self.given(boxes(10)))
+        assert learned.name == "follow" and torch.equal(learned.data.inputs, batch(10)[0]) and learned.data.targets is None
+
+    def test_others_are_refused(self):
+        parts = [Minibatch(part.inputs, {"boxes": torch.cat(part.targets)}) for part in boxes(10).parts]
+        given = self.given(Samples(parts), User(lambda outputs, targets: outputs["map"].mean()))
+        with pytest.raises(BitscapeError, match=r"its targets do not stack into one batch; .*task='follow'"):
+            task(given)
+
+
 class Named(nn.Module):
     """Logits in a mapping."""
 

@@ -21,7 +21,7 @@ from bitscape.policy import Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, calibrate, quantize
 from bitscape.searches.allocation import allocate, near_best
-from bitscape.searches.problem import Pick, SearchProblem, only_part
+from bitscape.searches.problem import Pick, SearchProblem, inputs_alone
 from bitscape.searches.scores import ScoreTable
 from bitscape.sharpness import probe_sharpness
 
@@ -31,7 +31,7 @@ def check_pick(pick: Pick, samples: Samples) -> None:
     if pick not in get_args(Pick):
         raise BitscapeError(f"pick={pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
     if pick == "least-sharp":
-        only_part(samples)
+        inputs_alone(samples)
 
 
 def chosen(problem: SearchProblem, scores: ScoreTable, pick: Pick) -> tuple[Policy, tuple[dict[str, Any], ...]]:
@@ -69,7 +69,7 @@ def least_sharp(
     records = []
     for policy in track(policies, label="least sharp: policy"):
         model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
-        probed = probe_sharpness(model, only_part(proxy).inputs, aims, radius=radius, loss=loss)
+        probed = probe_sharpness(model, inputs_alone(proxy).inputs, aims, radius=radius, loss=loss)
         records.append(
             {
                 "score": policy.provenance["score"],

@@ -224,16 +224,29 @@ def _of_cap(kind: str, budget: Mapping[str, float]) -> str:
     return f" (at most {cost_text(kind, budget[kind])})" if kind in budget else ""
 
 
-def only_part(samples: Samples) -> Minibatch:
-    """Return all samples as one batch. Raises BitscapeError for samples of several shapes or structures."""
-    if len(samples.parts) > 1:
-        shapes = list(dict.fromkeys(str(Samples([part]).shapes) for part in samples.parts))
-        several = f"samples of several shapes, {shapes[0]} and {shapes[1]}" if len(shapes) > 1 else "samples whose targets do not stack"
+def inputs_alone(samples: Samples) -> Minibatch:
+    """Return all samples as one batch, without targets. Raises BitscapeError for samples of several shapes."""
+    whole = Samples(Minibatch(part.inputs) for part in samples.parts)
+    if len(whole.parts) == 1:
+        return whole.parts[0]
+    shapes = list(dict.fromkeys(str(Samples([part]).shapes) for part in whole.parts))
+    raise BitscapeError(
+        f"data: samples of shapes {' and '.join(shapes[:2])} do not stack into one batch, which this method needs; bring them to "
+        "one shape, or use method fisher, hawq, kl or local with pick='best'"
+    )
+
+
+def whole_batch(samples: Samples) -> Minibatch:
+    """Return all samples as one batch; targets stack, or are lists of one entry for each sample. Raises BitscapeError for others."""
+    whole, parts = inputs_alone(samples), samples.parts
+    if len(parts) == 1:
+        return parts[0]
+    if any(not isinstance(part.targets, list) or len(part.targets) != len(part) for part in parts):
         raise BitscapeError(
-            f"data: {several}, where this method needs one batch of all samples; bring them to one form, or "
-            "use method fisher, hawq, kl or local with pick='best'"
+            "data: its targets do not stack into one batch; pass targets=, a function from a batch to a tensor or to a list of one "
+            "entry for each sample, or set the method's task='follow', which needs none"
         )
-    return samples.parts[0]
+    return Minibatch(whole.inputs, [target for part in parts for target in part.targets])
 
 
 def name_of(method: Any) -> str:

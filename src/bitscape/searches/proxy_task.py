@@ -23,7 +23,7 @@ from bitscape.errors import BitscapeError, explained_forward, first_line
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.replace import replace_module
-from bitscape.searches.problem import SearchProblem, only_part
+from bitscape.searches.problem import SearchProblem, inputs_alone, whole_batch
 
 _log = logging.getLogger("bitscape.searches")
 
@@ -115,12 +115,12 @@ def proxy_task(problem: SearchProblem, learned: Learned, *, batch_size: int, hea
     Raises:
         BitscapeError: samples of several forms, and targets that are missing, or do not fit the network and its task.
     """
-    samples = only_part(problem.samples)
     name = _resolved(problem) if learned == "auto" else learned
     if name == "follow":
-        return _following(problem, samples, batch_size)
+        return _following(problem, batch_size)
     if not problem.samples.labelled:
         raise BitscapeError(f"task={name!r} learns labels, and the problem has none; give labels, or task='follow'")
+    samples = whole_batch(problem.samples)
     task = _in_units_of_targets(problem.meaning, samples)
     proxy = ProxyTask(
         name=name,
@@ -154,10 +154,10 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
     return "labels" if own else "new-head"
 
 
-def _following(problem: SearchProblem, samples: Minibatch, batch_size: int) -> ProxyTask:
+def _following(problem: SearchProblem, batch_size: int) -> ProxyTask:
     """Follow the float network; of classes, how often the decision is the same is recorded too."""
-    of_classes = isinstance(problem.meaning, Classes)
-    followed = Minibatch(samples.inputs, problem.decisions(problem.samples) if of_classes else None)
+    inputs, of_classes = inputs_alone(problem.samples).inputs, isinstance(problem.meaning, Classes)
+    followed = Minibatch(inputs, problem.decisions(problem.samples) if of_classes else None)
     return ProxyTask(
         name="follow",
         model=copy.deepcopy(problem.prepared),
