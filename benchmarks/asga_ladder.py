@@ -19,13 +19,14 @@ from bitscape.engine import evaluate
 from bitscape.searches.allocation import allocate
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.mixture_search import MixtureSettings, train_mixture
 from bitscape.searches.readout import probability_scores
 from bitscape.sharpness import probe_sharpness
 from recipes.networks import WEIGHTS
 
 NAME = "asga-ladder"
 KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.images", "epochs", "seed")
-LADDER: dict[str, Differentiable] = {
+LADDER: dict[str, MixtureSettings] = {
     "base": Differentiable(epochs=SEARCH_EPOCHS),
     "+ SAM": Asga(epochs=SEARCH_EPOCHS, radius="fixed", alignment=0.0, descent="perturbed"),
     "+ alignment, fixed radius": Asga(epochs=SEARCH_EPOCHS, radius="fixed"),
@@ -47,12 +48,13 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, probe the mixture, train at the policy, evaluate."""
     stated = problem(run)
     start = time.monotonic()
-    found = LADDER[run["variant"]].train_mixture(stated)
+    settings = LADDER[run["variant"]]
+    found = train_mixture(stated, settings, settings.make_step)
     scores = probability_scores(stated, run["method"], found.mixed)
     policy = allocate(scores, stated.choices)
     search_s = time.monotonic() - start
-    data = found.task.batches.dataset
-    probed = probe_sharpness(found.mixed.model, data.images[:PROBED], data.labels[:PROBED], radius=RADIUS)
+    data = found.task.data.rows(slice(0, PROBED))
+    probed = probe_sharpness(found.mixed.model, data.inputs, data.targets, radius=RADIUS)
     network, extra = trained(run, policy)
     accuracy = evaluate(network, tests(run["network"]))
     return {

@@ -138,7 +138,7 @@ def search_step(network: str, images: Tensor, *, kind: str, compiled: bool) -> S
     problem = SearchProblem.of(model=load(network, DATA), samples=images, budget="bitops=w4a4", candidates=candidates)
     learned = proxy_task(problem, "follow", batch_size=len(images), head_epochs=1, folder=None)
     mixed = mixed_network(problem, learned.model)
-    work = SEARCHES[kind].step(mixed, learned)
+    work = SEARCHES[kind].make_step(mixed, learned)
     model = mixed.model.train().to(memory_format=torch.channels_last)
     optimizer = MixtureSgd(sgd=Sgd(lr=1e-5), logit_lr=1e-5).build(model)
     forward = torch.compile(model) if compiled else model

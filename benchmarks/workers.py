@@ -40,7 +40,10 @@ from bitscape.engine.workers import rank
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
+from bitscape.searches.mixed_network import Mixed
+from bitscape.searches.mixture_search import MixtureSettings, mixture_search
 from bitscape.searches.problem import SearchProblem
+from bitscape.searches.proxy_task import ProxyTask
 from bitscape.steps import Plain, Saq
 from recipes.networks import WEIGHTS, load
 
@@ -49,7 +52,7 @@ KEYS = ("network", "method", "variant", "settings", "seed")
 NETWORK = "resnet20"
 BATCH_SIZE, STEPS, WARM_UP = 128, 9, 2
 TRAINING: dict[str, Step | StepSettings] = {"plain": Plain(), "saq": Saq(rho=0.02)}
-SEARCHES: dict[str, type[Differentiable]] = {"differentiable": Differentiable, "asga": Asga}
+SEARCHES: dict[str, type[MixtureSettings]] = {"differentiable": Differentiable, "asga": Asga}
 ROOT = Path(__file__).parents[1]
 Moments = list[tuple[float, float]]
 Seen = Mapping[str, Any]
@@ -92,16 +95,15 @@ def trained(method: str, device: torch.device, moments: Moments) -> Mapping[str,
 
 def searched(method: str, device: torch.device, moments: Moments) -> Mapping[str, Tensor]:
     """Search on images with their labels; the scores and the bits."""
-    kind = SEARCHES[method]
+    settings = SEARCHES[method](epochs=1, batch_size=BATCH_SIZE)
 
-    def step(self: Differentiable, *given: Any) -> Step:
-        return Clocked(step=kind.step(self, *given), moments=moments)
+    def clocked(mixed: Mixed, learned: ProxyTask) -> Step:
+        return Clocked(step=settings.make_step(mixed, learned), moments=moments)
 
     data = load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE)
     images = WEIGHTS[NETWORK].normalization.apply(data.images).to(device)
     problem = SearchProblem.of(model=load(NETWORK, DATA).to(device), samples=Samples.of(images, data.labels), budget="bitops=w4a4")
-    clocked: Differentiable = type(kind.__name__, (kind,), {"step": step})(epochs=1, batch_size=BATCH_SIZE)
-    result = clocked.search(problem)
+    result = mixture_search(problem, settings, clocked)
     assert result.scores is not None
     bits = [[layer.weight, layer.activation] for layer in result.policy.layers.values()]
     return {"scores": torch.tensor(result.scores.values), "bits": torch.tensor(bits)}

@@ -203,7 +203,7 @@ def test_the_policy_so_far_can_be_shown_on_its_network(cli, tmp_path, monkeypatc
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitscape.searches.differentiable.read_out", stop)
+    monkeypatch.setattr("bitscape.searches.mixture_search.read_out", stop)
     run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     shown = cli("policy", "show", tmp_path / "run" / "policy.json", *MODEL)
     assert "after epoch 2 of 2, by readout probability" in shown.out
@@ -213,7 +213,7 @@ def test_an_interrupted_search_says_how_to_go_on(cli, tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitscape.searches.differentiable.read_out", stop)
+    monkeypatch.setattr("bitscape.searches.mixture_search.read_out", stop)
     shown = run_cli(*SEARCH, *TRAINING, "--budget", "bitops=w3a3", "--folder", tmp_path / "run")
     assert shown.code == 130
     assert f"the policy so far is {tmp_path / 'run' / 'policy.json'}; run the same command to go on" in shown.err

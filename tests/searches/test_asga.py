@@ -29,7 +29,7 @@ def ready(dropout=0.0, **settings):
     task = proxy_task(given, "labels", batch_size=12, head_epochs=1, folder=None)
     network = mixed_network(given, task.model)
     network.model.train()
-    return Asga(**settings).step(network, task), network
+    return Asga(**settings).make_step(network, task), network
 
 
 def run(step, network, images=12):

@@ -1,11 +1,9 @@
 import copy
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bitscape.data.samples import Samples
 from bitscape.engine import Batch, TrainResult
@@ -14,10 +12,12 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
-from bitscape.searches.mixed_network import Mixed, MixtureStep, mixed_network
+from bitscape.searches.mixed_network import MixtureStep, mixed_network
+from bitscape.searches.mixture_search import train_mixture
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
 from bitscape.searches.seam import Seam
+from tests.searches.planted import POLICY, Killed, kill_at, planted
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net, gradients
 
@@ -34,20 +34,8 @@ def problem(labelled=True, **settings):
     return SearchProblem.of(**{"model": float_net(dropout=0.2), "samples": samples, **usual, **settings})
 
 
-class Killed(KeyboardInterrupt):
-    """The user's, not pytest's."""
-
-
-def kill_at(monkeypatch, step):
-    """Stop the search when a step begins for the n-th time (from 0)."""
-    keep_budget, calls = Mixed.keep_budget, itertools.count()
-
-    def counted(self):
-        if next(calls) == step:
-            raise Killed
-        keep_budget(self)
-
-    monkeypatch.setattr(Mixed, "keep_budget", counted)
+def trained(method, given, folder=None):
+    return train_mixture(given, method, method.make_step, folder)
 
 
 def comparable(trace):
@@ -120,7 +108,7 @@ def other_weights():
 def searched(tmp_path_factory):
     """The folder of a search, which those that are refused leave as it is."""
     folder = tmp_path_factory.mktemp("searched")
-    Differentiable(epochs=1, batch_size=6).train_mixture(problem(), folder=folder)
+    trained(Differentiable(epochs=1, batch_size=6), problem(), folder)
     return folder
 
 
@@ -133,7 +121,7 @@ class TestFolderOfAnotherSearch:
             (Differentiable(**SHORT), {"pinned": {"4": LayerBits(4, 2)}}, ".*pinned.4 was 'absent' and is '4/2';"),
             (Differentiable(**SHORT), {"tied": [("0", "4")]}, r"tied was \[\] and is \['0 4'\];"),
             (Differentiable(**SHORT), {"seed": 1}, "seed was 0 and is 1;"),
-            (Differentiable(**SHORT), {"labelled": False}, "labels.shape was"),
+            (Differentiable(**SHORT), {"labelled": False}, r"targets was \[.*\] and is \[None\]"),
             (Differentiable(**SHORT), {"model": other_weights()}, "model.sample_sha256 was"),
             (Differentiable(**SHORT, lr=0.02), {}, "settings.lr was 0.01 and is 0.02;"),
             (Seam(**SHORT), {}, "method was 'differentiable' and is 'seam'; settings.margin_weight was 'absent' and is 1.0;"),
@@ -174,9 +162,9 @@ class TestFolderOfAnotherSearch:
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 8), (12, 48), (13, 52)])
 def test_a_search_too_short_to_learn_says_so(epochs, steps, caplog, monkeypatch):
-    monkeypatch.setattr("bitscape.searches.differentiable.train", lambda *_, **__: TrainResult(records=(), ema=None))
+    monkeypatch.setattr("bitscape.searches.mixture_search.train", lambda *_, **__: TrainResult(records=(), ema=None))
     with caplog.at_level("WARNING", "bitscape.searches"):
-        Differentiable(epochs=epochs, batch_size=6).train_mixture(problem())
+        trained(Differentiable(epochs=epochs, batch_size=6), problem())
     said = [record.getMessage().partition("; raise images")[0] for record in caplog.records]
     warning = f"the mixture search makes {steps} steps in all, too few to learn bits from: 24 images / batch_size 6, epochs {epochs}"
     assert [text for text in said if "too few" in text] == [warning] * (steps < 50)
@@ -186,7 +174,7 @@ def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():
     method = Differentiable(epochs=1, batch_size=IMAGES, held_out=0.5, task="labels", logit_lr=0.25)
     given = problem()
     given.prepared[3].p = 0.0  # no dropout
-    trained = method.train_mixture(given).mixed
+    mixed = trained(method, given).mixed
     task = proxy_task(given, "labels", batch_size=IMAGES, head_epochs=1, folder=None)
     found = []
     for part in task.split(0.5):
@@ -195,48 +183,13 @@ def test_one_step_moves_weights_by_their_batch_and_logits_by_the_held_out_one():
         MixtureStep(mixed=fresh)(fresh.model.train(), Batch.of(*next(part.batches.epoch(0)), part.loss))
         found.append(gradients(fresh.model))
     on_weights, on_held_out = found
-    for name, parameter in trained.model.named_parameters():
+    for name, parameter in mixed.model.named_parameters():
         moved = before[name] - parameter.detach()
         # The first step with Nesterov's momentum of 0.9 is 1.9 times the gradient.
         expected = 1.9 * 0.25 * on_held_out[name] if name.endswith(".logits") else 1.9 * 0.01 * on_weights[name]
         if parameter.ndim > 1 and "quantizer" not in name:
             expected = expected + 1.9 * 0.01 * 1e-4 * before[name]
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
-
-
-LEVELS = 12
-
-
-class Planted(nn.Module):
-    """One half of the image tells the class by a value in fine steps, the other half is -1 or 1 and says little."""
-
-    def __init__(self, fine_first):
-        super().__init__()
-        self.fine_first = fine_first
-        for name in ("fine", "coarse") if fine_first else ("coarse", "fine"):
-            self.add_module(name, nn.Linear(8, LEVELS))
-        centers = (torch.arange(LEVELS) + 0.5) / LEVELS
-        with torch.no_grad():  # logits are 300 (2 v c - c^2): largest for the center c next to the value v
-            self.fine.weight.copy_((300 * 2 / 8 * centers)[:, None].expand(LEVELS, 8))
-            self.fine.bias.copy_(-300 * centers.square())
-            self.coarse.weight.mul_(0.1)
-
-    def forward(self, x):
-        value, sign = x.flatten(1).split(8, dim=1)
-        outputs = [layer(value if layer is self.fine else sign) for layer in self.children()]
-        return outputs[0] + outputs[1]
-
-
-def planted(fine_first):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(LEVELS, (128,), generator=generator)
-    value = ((labels + 0.25 + 0.5 * torch.rand(128, generator=generator)) / LEVELS)[:, None].expand(128, 8)
-    sign = torch.randint(2, (128, 8), generator=generator) * 2.0 - 1
-    pairs = (LayerBits(8, 2), LayerBits(8, 8))
-    images = torch.cat([value, sign], 1).reshape(128, 1, 4, 4)
-    return SearchProblem.of(
-        model=Planted(fine_first), samples=Samples.of(images, labels), budget="mean_activation_bits=5", candidates=pairs, pinned={}
-    )
 
 
 QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
@@ -258,7 +211,7 @@ QUICK = {"epochs": 1, "batch_size": 16, "lr": 1e-4}
 def test_the_layer_whose_input_holds_fine_information_gets_the_bits(method, fine_first):
     given = planted(fine_first)
     assert torch.equal(given.decisions(given.samples), given.labels)
-    assert method.search(given).policy.layers == {"fine": LayerBits(8, 8), "coarse": LayerBits(8, 2)}
+    assert method.search(given).policy.layers == POLICY
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bitscape.data.samples import Samples
+from bitscape.data.epochs import AS_READ, Rows
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine import Sgd
-from bitscape.engine.step import CrossEntropy
+from bitscape.engine.step import CrossEntropy, TaskLoss
+from bitscape.engine.task import CLASSES
 from bitscape.policy import LayerBits
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.mixture import Mixture
 from bitscape.searches.mixed_network import Alternating, MixtureSgd, MixtureStep, mixed_network
 from bitscape.searches.problem import SearchProblem
-from bitscape.searches.proxy_task import ProxyBatches, ProxyData, ProxyTask
+from bitscape.searches.proxy_task import ProxyTask
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net, gradients, same, whole
 
@@ -119,8 +122,8 @@ def test_the_step_is_the_gradient_of_the_loss_at_the_budgets_price():
 
 def held_out_task(network, batch_size=5, images=15):
     x, y = batch(40)
-    data = ProxyData("held out", x[-images:], y[-images:])
-    return ProxyTask(name="labels", model=network.model, batches=ProxyBatches(dataset=data, batch_size=batch_size, seed=3))
+    rows = Rows(data=Minibatch(x[-images:], y[-images:]), reader=AS_READ, batch_size=batch_size, seed=3)
+    return ProxyTask(name="labels", model=network.model, batches=rows, task=CLASSES, loss=TaskLoss(CLASSES))
 
 
 class TestAlternating:
@@ -193,7 +196,7 @@ class TestAlternating:
                 return lambda logits, labels: 0.0 * logits.sum()
 
         task = held_out_task(network)
-        task = ProxyTask(name="labels", model=task.model, batches=task.batches, loss=Noted())
+        task = replace(task, loss=Noted())
         Alternating(step=MixtureStep(mixed=network), held_out=task, mixed=network)(network.model, whole(images, labels))
         assert torch.equal(seen[0], next(task.batches.epoch(0))[0])
         assert not any(logits.grad.any() for logits in network.logits())

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
+from bitscape.data.samples import Samples
+from bitscape.engine import BatchLoss
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.policy import LayerBits, Policy
@@ -48,7 +51,9 @@ class Probe:
         self.gaps: Iterator[float] = iter(gaps)
         self.asked: list[tuple[nn.Module, torch.Tensor, torch.Tensor, float]] = []
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float) -> SimpleNamespace:
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float, loss: BatchLoss) -> SimpleNamespace:
+        logits = torch.randn(len(labels), 10)
+        assert torch.equal(loss(logits, labels), cross_entropy(logits, labels))
         self.asked.append((model, images, labels, radius))
         return SimpleNamespace(gap=next(self.gaps), curvature=7.0)
 
@@ -129,6 +134,44 @@ def test_the_probed_gap_is_that_of_the_quantized_network() -> None:
     for record, policy in zip(records, policies, strict=True):
         model = pick_file.calibrate(pick_file.quantize(given.prepared, policy), images)
         assert probe_sharpness(model, images, labels, radius=0.1).gap == record["gap"]
+
+
+def test_other_tasks_are_probed_by_their_divergence_from_the_float_outputs() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"value": self.head((self.one(left) + self.two(right)).relu())}
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20, 4, generator=generator), torch.randn(20, 3, generator=generator)
+    given = SearchProblem.of(
+        Net().eval(), Samples.of(inputs), "weight_bytes=w4", candidates=square(2, 4, 8), pinned={}, task="follow"
+    )
+    (policy,) = near_best(noise_scores(given.network, given.choices.candidates, 3), given.choices, count=1)
+    _, (record,) = least_sharp(given, [policy], radius=0.1)
+    model = pick_file.calibrate(pick_file.quantize(given.prepared, policy), Samples.of(inputs))
+    with torch.no_grad():
+        aims = given.prepared(*inputs)["value"]
+    spread = float(aims.double().std(unbiased=False))
+
+    def loss(outputs: dict[str, torch.Tensor], aims: torch.Tensor) -> torch.Tensor:
+        return ((outputs["value"] - aims) / spread).square().sum(1).mean() / 2
+
+    assert record["gap"] == pytest.approx(probe_sharpness(model, inputs, aims, radius=0.1, loss=loss).gap, rel=1e-4)
+    assert record["gap"] > 0
+
+
+def test_samples_of_several_shapes_are_refused_before_they_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = Samples([*Samples.of(torch.ones(2, 1, 8, 8)).parts, *Samples.of(torch.ones(2, 1, 8, 6)).parts])
+    given = SearchProblem.of(model=digits_net().eval(), samples=samples, budget="bitops=w4a4")
+    monkeypatch.setattr(Kl, "score", None)
+    with pytest.raises(BitscapeError, match=r"shapes \[\[1, 8, 8\]\] and \[\[1, 8, 6\]\] do not .*with pick='best'"):
+        Kl().search(given, pick="least-sharp")
 
 
 def test_the_choice_repeats_and_leaves_network_and_random_state_alone() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bitscape.data.samples import Samples
+from bitscape.engine.user_task import User
 from bitscape.policy import LayerBits, Policy
 from bitscape.searches.allocation import allocate
 from bitscape.searches.differentiable import Differentiable
@@ -26,8 +27,8 @@ IMAGES = 30
 
 def problem(**settings):
     images, labels = batch(IMAGES)
-    usual = {"budget": "bitops=1x", "candidates": square(*WIDTHS), "pinned": {}}
-    return SearchProblem.of(model=float_net(), samples=Samples.of(images, labels), **{**usual, **settings})
+    usual = {"samples": Samples.of(images, labels), "budget": "bitops=1x", "candidates": square(*WIDTHS), "pinned": {}}
+    return SearchProblem.of(model=float_net(), **{**usual, **settings})
 
 
 def case(name="labels", **settings):
@@ -118,7 +119,7 @@ def own_loss(network, given, task, logits=None):
     if logits is not None:
         dict(model.named_parameters())[logits[0]].data.copy_(logits[1])
     with torch.no_grad():
-        return float(task.loss.for_batch(given.samples.parts[0].inputs)(model(given.samples.parts[0].inputs), task.batches.dataset.labels))
+        return float(task.loss.for_batch(given.samples.parts[0].inputs)(model(given.samples.parts[0].inputs), task.data.targets))
 
 
 def names_of_logits(network):
@@ -168,6 +169,20 @@ class TestRescored:
         assert np.isfinite(rows).all() and rows[0, 2] == rows[0, :2].min()
         table = read_out(readout, given, "m", network, task)
         assert of(table, "0", 8, 8) <= of(table, "0", 8, 4)
+
+
+def test_the_loss_is_the_users_on_the_outputs_as_they_come():
+    images, labels = batch(IMAGES)
+    own = User(lambda outputs, targets: (outputs[:, 0] - targets["level"]).abs())
+    given, task, network = case(samples=Samples.of({"input": images}, {"level": labels.float()}), task=own)
+    rows, _ = _rescored("keep-one", network, task)
+    model = copy.deepcopy(network.model).eval()
+    with torch.no_grad():
+        whole = float((model(images)[:, 0] - labels).abs().mean())
+        model[0].weight_quantizer.logits[1:] = -torch.inf
+        other = float((model(images)[:, 0] - labels).abs().mean())
+    assert rows[0, 0] == pytest.approx(other - whole, abs=1e-6)
+    assert given.meaning is own and task.name == "labels"
 
 
 def test_a_single_allowed_width_has_nothing_to_lose():

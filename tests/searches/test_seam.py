@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from bitscape.data.samples import Samples
+from bitscape.engine import Batch
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import quantizable_layers
@@ -104,6 +105,16 @@ class TestFeatures:
         means = inputs[0].mean((2, 3)), inputs[1].mean(1), inputs[2]
         torch.testing.assert_close(seen, [mean / mean.norm(dim=1, keepdim=True) for mean in means])
 
+    def test_the_channels_are_those_of_the_layer(self):
+        """Of a convolution they are the second dimension, of a linear layer the last."""
+        layers = [nn.Conv1d(3, 2, 1), nn.Conv3d(3, 2, 1), nn.Linear(3, 2)]
+        inputs = torch.randn(4, 3, 5), torch.randn(4, 3, 2, 5, 5), torch.randn(4, 5, 6, 3)
+        with features_of(layers) as seen:
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+        means = inputs[0].mean(2), inputs[1].mean((2, 3, 4)), inputs[2].mean((1, 2))
+        torch.testing.assert_close(seen, [mean / mean.norm(dim=1, keepdim=True) for mean in means])
+
     def test_the_hooks_are_gone_afterwards(self):
         layer = nn.Linear(3, 2)
         with pytest.raises(KeyError), features_of([layer]) as seen:
@@ -140,8 +151,12 @@ class TestNetworkMargins:
 def problem(labels=None, **settings):
     images, usual_labels = batch(24)
     samples = Samples.of(images, usual_labels if labels is None else labels)
-    usual = {"model": float_net(), "budget": "bitops=w4a4", "candidates": square(2, 4, 8), "pinned": {}}
-    return SearchProblem.of(samples=samples, **{**usual, **settings})
+    usual = {"model": float_net(), "samples": samples, "budget": "bitops=w4a4", "candidates": square(2, 4, 8), "pinned": {}}
+    return SearchProblem.of(**{**usual, **settings})
+
+
+def next_batch(task):
+    return Batch.of(*next(task.batches.epoch(0)), task.loss, task=task.task)
 
 
 def ready(method=None, **settings):
@@ -149,7 +164,7 @@ def ready(method=None, **settings):
     given = problem(**settings)
     task = proxy_task(given, "labels", batch_size=12, head_epochs=1, folder=None)
     network = mixed_network(given, task.model)
-    return (method or Seam()).step(network, task), network
+    return (method or Seam()).make_step(network, task), network
 
 
 def features_by_hand(model, images):
@@ -230,6 +245,39 @@ class TestSeamStep:
         step(network.model.train(), whole(images, labels))
         assert torch.equal(step.fixed[0], before) and step.state_dict() == {}
 
+    def test_a_classifier_that_runs_twice_has_centers_of_both_its_inputs(self):
+        class Difference(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = float_net()
+
+            def forward(self, left, right):
+                return self.net(left) - self.net(right)
+
+        images, labels = batch(24)
+        given = problem(model=Difference().eval(), samples=Samples.of((images, images.flip(0)), labels))
+        task = proxy_task(given, "labels", batch_size=12, head_epochs=1, folder=None)
+        network = mixed_network(given, task.model)
+        step = Seam(centers="float").make_step(network, task)
+        for centers, inputs in zip(step.fixed, (images, images.flip(0)), strict=True):
+            features = normalize(given.prepared.net[:6](inputs).detach())
+            torch.testing.assert_close(centers, class_centers(features, labels, 3))
+        record = step(network.model.train(), next_batch(task))
+        assert record.loss.isfinite() and record.extras["margin_term"] > 0
+
+    def test_a_layer_with_rows_of_its_own_is_refused(self):
+        step, network = ready()
+        images, labels = batch(12)
+        with pytest.raises(BitscapeError, match="a layer is called with 12 rows for 6 samples; use method differentiable or asga"):
+            step(network.model.train(), whole(images, labels[:6]))
+
+    def test_probabilities_count_as_their_likeliest_label(self):
+        (soft, network), (hard, other) = ready(), ready()
+        images, labels = batch(12)
+        shares = 0.1 + 0.7 * torch.nn.functional.one_hot(labels, 3)
+        term = soft(network.model.train(), whole(images, shares)).extras["margin_term"]
+        assert torch.equal(term, hard(other.model.train(), whole(images, labels)).extras["margin_term"])
+
     def test_an_image_of_an_unseen_class_gets_no_term_but_a_loss(self):
         step, network = ready(Seam(centers="float"))
         step.fixed = [torch.full_like(step.fixed[0], NAN)]
@@ -243,7 +291,7 @@ class TestSeamStep:
 def test_a_class_whose_only_image_is_held_out_is_a_class_all_the_same(centers):
     images, labels = batch(24)
     _, held_out = proxy_task(problem(), "labels", batch_size=8, head_epochs=1, folder=None).split(0.25)
-    only = next(at for at in range(24) if any(torch.equal(images[at], image) for image in held_out.batches.dataset.images))
+    only = next(at for at in range(24) if any(torch.equal(images[at], image) for image in held_out.data.inputs))
     labels = labels.clamp(max=1)
     labels[only] = 2
     method = Seam(epochs=1, batch_size=8, held_out=0.25, task="labels", centers=centers)

@@ -6,7 +6,7 @@ import torch
 
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.policy import LayerBits, Policy
-from bitscape.searches import differentiable
+from bitscape.searches import mixture_search
 from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
@@ -175,6 +175,6 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(budget, candidate
     def never(*_, **__):
         raise AssertionError("trained for a budget that nothing fits")
 
-    monkeypatch.setattr(differentiable, "train", never)
+    monkeypatch.setattr(mixture_search, "train", never)
     with pytest.raises(InfeasibleBudget):
         Differentiable(task="follow").search(problem(budget, candidates))

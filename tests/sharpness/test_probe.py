@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from bitscape.errors import BitscapeError
 from bitscape.sharpness.curvature import top_eigenvalue
@@ -33,6 +34,24 @@ def test_at_a_minimum_the_curvature_is_the_hessians_along_the_gradient():
     model[1].weight.data.fill_(1 + 1e-4)
     found = probe_sharpness(model, images, images.flatten(), radius=0.5, loss=half_squared_error)
     assert found.curvature == pytest.approx(14 / 3, rel=2e-3)
+
+
+@pytest.mark.parametrize("measure", [probe_sharpness, top_eigenvalue])
+@pytest.mark.parametrize("pack", [lambda left, right: (left, right), lambda left, right: {"right": right, "left": left}])
+def test_several_inputs_and_nested_outputs_are_those_of_one_tensor(measure, pack):
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, left, right):
+            return {"logits": self.net(torch.cat([left, right], 3))}
+
+    model, (images, labels) = Halves(), batch()
+    expected = measure(model.net, images, labels, batch_size=5)
+    inputs, targets = pack(*images.split(3, dim=3)), {"labels": labels}
+    found = measure(model, inputs, targets, loss=lambda o, t: cross_entropy(o["logits"], t["labels"]), batch_size=5)
+    assert found == expected
 
 
 @pytest.mark.parametrize("measure", [probe_sharpness, top_eigenvalue])

@@ -139,16 +139,6 @@ def test_packed_files_are_read_back(tmp_path):
     assert torch.equal(bs.load_packed(report.path, model).eval()(IMAGES), network(IMAGES))
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = classifier()
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        difference: Tensor = self.body(left) - self.body(right)
-        return difference
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -156,12 +146,12 @@ class Pair(nn.Module):
         (lambda: bs.search(classifier(), IMAGES, "weight_bytes=w4", target="openvine"), "target='openvine': unknown; nearest: openvino"),
         (lambda: bs.search(classifier(), "photos/", "weight_bytes=w4"), "a name or path is read by bitscape.load_dataset"),
         (
-            lambda: bs.search(Pair(), [((IMAGES, IMAGES), LABELS)], "weight_bytes=w4", method="differentiable"),
-            "data: a tuple of several inputs, where this method needs one tensor .*use method fisher",
+            lambda: bs.search(Detector().eval(), IMAGES, "weight_bytes=w4", method="seam"),
+            "method seam needs logits of classes, whose margins it keeps, and the task is 'follow'; use method differentiable or asga",
         ),
         (
             lambda: bs.search(classifier(), [IMAGES, IMAGES[..., :6]], "weight_bytes=w4", pick="least-sharp"),
-            "data: samples of several shapes, where this method needs one tensor",
+            r"data: samples of shapes \[\[3, 8, 8\]\] and \[\[3, 8, 6\]\] do not stack .* use method fisher",
         ),
         (lambda: bs.export(classifier(), "x.onnx", IMAGES), "network: it has no quantized layer"),
     ],

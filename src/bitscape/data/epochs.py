@@ -28,6 +28,8 @@ from bitscape.nested import tensors_in
 
 BATCH_SIZE = 128
 """Samples of a batch, for data without batches."""
+AS_READ = BatchReader(inputs=attrgetter("inputs"), targets=attrgetter("targets"))
+"""Of data that are read already: a `Minibatch`."""
 _END = object()
 
 
@@ -240,7 +242,7 @@ def epochs_of(
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(data)
     elif isinstance(data, Samples):
-        reader = BatchReader(inputs=attrgetter("inputs"), targets=attrgetter("targets"))
+        reader = AS_READ
         if len(data.parts) > 1:
             return Loaded(list(data.batches(batch_size or BATCH_SIZE)), reader, seed)
         data = data.parts[0]

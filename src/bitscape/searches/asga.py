@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError
-from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.mixed_network import Mixed
+from bitscape.searches.mixture_search import MixtureSettings
 from bitscape.searches.proxy_task import ProxyTask
 from bitscape.sharpness import Ball, random_state, repeating
 
@@ -108,8 +108,8 @@ def _cosine(first: Gradients) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asga(Differentiable):
-    """The mixture search with sharpness-aware, aligned steps."""
+class Asga(MixtureSettings):
+    """Settings of the mixture search with sharpness-aware, aligned steps."""
 
     radius: Literal["adaptive", "fixed"] = "adaptive"
     """Whether the radius follows the gap."""
@@ -127,13 +127,14 @@ class Asga(Differentiable):
     """Move the weights after their quantizer, or before it."""
 
     def __post_init__(self) -> None:
+        """Check every field."""
         super().__post_init__()
         if not 0 < self.rho_min <= self.rho <= self.rho_max < math.inf:
             raise BitscapeError(f"rho = {self.rho}: it must lie between rho_min = {self.rho_min} and rho_max = {self.rho_max}, all above 0")
         if not 0 <= self.alignment < math.inf:
             raise BitscapeError(f"alignment = {self.alignment}: it must be at least 0; 0.001 is usual")
 
-    def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
+    def make_step(self, mixed: Mixed, learned: ProxyTask) -> Step:
         """Two passes a batch."""
         radius = Radius(adaptive=self.radius == "adaptive", start=self.rho, low=self.rho_min, high=self.rho_max)
         return AsgaStep(mixed=mixed, ball=Ball(weights=self.perturb), radius=radius, alignment=self.alignment, descent=self.descent)

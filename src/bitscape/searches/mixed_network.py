@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.cost.layers import NO_EFFECT
+from bitscape.data.epochs import Rows
 from bitscape.engine import Batch, Sgd, Step, StepRecord
+from bitscape.engine.feed import Feed, for_all_workers
+from bitscape.engine.forward import device_of
 from bitscape.engine.settings import sgd_with_rate
 from bitscape.engine.step import restore_step, step_state
-from bitscape.engine.workers import part
 from bitscape.quant.convert import batches_of, calibrate
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import Mixture, mix
@@ -101,12 +103,11 @@ class Alternating:
         return record
 
     def _on_held_out(self, model: nn.Module) -> None:
-        batches, device = self.held_out.batches, next(model.parameters()).device
+        task, batches = self.held_out.task, cast(Rows, for_all_workers(self.held_out.batches))
         epoch, batch = divmod(self.batch, len(batches))
-        images, labels = next(batches.epoch(epoch, start=batch))
-        rows = part(len(images))
-        images, labels = images[rows].to(device), labels[rows].to(device)
-        self.step(model, Batch.of(images, labels, self.held_out.loss))
+        feed = Feed(batches=batches, device=device_of(model), task=task)
+        part = next(feed.epoch(epoch, start=batch)).part
+        self.step(model, Batch.of(part.inputs, part.targets, self.held_out.loss, task=task))
         self.batch += 1
 
     def state_dict(self) -> dict[str, Tensor]:

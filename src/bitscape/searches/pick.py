@@ -9,20 +9,29 @@ import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import torch
+
+from bitscape.calling import call, sample_count
+from bitscape.data.samples import Samples
+from bitscape.engine import BatchLoss
+from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
+from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, calibrate, quantize
 from bitscape.searches.allocation import allocate, near_best
-from bitscape.searches.problem import Pick, SearchProblem, only_tensor
+from bitscape.searches.problem import Pick, SearchProblem, inputs_alone
 from bitscape.searches.scores import ScoreTable
 from bitscape.sharpness import probe_sharpness
 
 
-def check_pick(pick: Pick) -> None:
-    """Raise BitscapeError for a `pick` that is none."""
+def check_pick(pick: Pick, samples: Samples) -> None:
+    """Raise BitscapeError for a `pick` that is none, and for samples that it cannot probe with."""
     if pick not in get_args(Pick):
         raise BitscapeError(f"pick={pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
+    if pick == "least-sharp":
+        inputs_alone(samples)
 
 
 def chosen(problem: SearchProblem, scores: ScoreTable, pick: Pick) -> tuple[Policy, tuple[dict[str, Any], ...]]:
@@ -41,11 +50,12 @@ def least_sharp(
 ) -> tuple[Policy, list[dict[str, Any]]]:
     """Return the policy whose quantized, calibrated network has the smallest sharpness gap, and a record per policy.
 
-    Of equal gaps the first policy wins; a gap that is not a number loses. Labels are what the float network decides for
-    each image: they stand in for true ones, which a proxy may not have or may have of other classes.
+    Of equal gaps the first policy wins; a gap that is not a number loses. The loss of classes is that of the labels which the
+    float network decides for: they stand in for true ones, which a proxy may not have or may have of other classes. The loss
+    of any other task is its divergence from the float network's outputs.
 
     Args:
-        problem: the float network and the proxy images.
+        problem: the float network and the proxy samples, all of one shape.
         policies: at least one, by ascending score, as `near_best` returns them.
         images: proxy images to calibrate and to probe with, from 1.
         radius: of the probe; see `probe_sharpness`.
@@ -55,11 +65,11 @@ def least_sharp(
         layers its bits differ from the first policy's.
     """
     proxy = problem.samples.first(images)
-    inputs, labels = only_tensor(proxy), problem.decisions(proxy)
+    aims, loss = _aims(problem, proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
         model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
-        probed = probe_sharpness(model, inputs, labels, radius=radius)
+        probed = probe_sharpness(model, inputs_alone(proxy).inputs, aims, radius=radius, loss=loss)
         records.append(
             {
                 "score": policy.provenance["score"],
@@ -70,3 +80,13 @@ def least_sharp(
         )
     gaps = [math.inf if math.isnan(record["gap"]) else record["gap"] for record in records]
     return policies[gaps.index(min(gaps))], records
+
+
+def _aims(problem: SearchProblem, samples: Samples) -> tuple[Any, BatchLoss]:
+    """What a quantized network should return for the samples, a row for each, and how far it is from that."""
+    task, network = problem.meaning, problem.prepared
+    if isinstance(task, Classes):
+        return problem.decisions(samples), lambda output, labels: task.loss(task.read(output, len(labels)), labels)
+    with evaluating(network):
+        outputs = [task.outputs(call(network, inputs), sample_count(inputs)) for inputs in batches_of(samples, network)]
+    return torch.cat(outputs), lambda output, aims: task.divergence(task.outputs(output, len(aims)), aims).mean()

@@ -16,9 +16,8 @@ from bitscape.cost.budget import Budget, BudgetText
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.targets import Target
-from bitscape.data.samples import Samples
-from bitscape.engine.forward import as_logits
-from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
+from bitscape.data.samples import Minibatch, Samples
+from bitscape.engine.task import CLASSES, SAMPLE, Task, TaskName, task_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.layers import quantizable_layers
@@ -138,10 +137,10 @@ class SearchProblem:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The targets of all samples where they are labels of classes, int64 (n,), else None."""
+        """The targets of all samples where they are labels of classes, whole numbers (n,), as int64; else None."""
         targets = [part.targets for part in self.samples.parts]
-        labels = [t for t in targets if isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1]
-        return torch.cat(labels) if len(labels) == len(targets) else None
+        labels = [t for t in targets if isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 1]
+        return torch.cat(labels).long() if len(labels) == len(targets) else None
 
     @cached_property
     def meaning(self) -> Task:
@@ -157,7 +156,7 @@ class SearchProblem:
         """The float network's most likely class of each sample, int64 (n,)."""
         with evaluating(self.prepared):
             logits = [
-                as_logits(call(self.prepared, inputs), sample_count(inputs), highest_label=-1)
+                CLASSES.read(call(self.prepared, inputs), sample_count(inputs))
                 for inputs in batches_of(samples, self.prepared)
             ]
         return torch.cat(logits).argmax(1)
@@ -225,18 +224,29 @@ def _of_cap(kind: str, budget: Mapping[str, float]) -> str:
     return f" (at most {cost_text(kind, budget[kind])})" if kind in budget else ""
 
 
-def only_tensor(samples: Samples) -> Tensor:
-    """Return the inputs of all samples as one tensor. Raises BitscapeError for several inputs, or samples of several shapes."""
-    first, *others = (part.inputs for part in samples.parts)
-    if isinstance(first, Mapping) and len(first) == 1:  # a network's only argument, by its name
-        (first,) = first.values()
-    if not isinstance(first, Tensor) or others:
-        what = "samples of several shapes" if others else f"a {type(first).__name__} of several inputs"
+def inputs_alone(samples: Samples) -> Minibatch:
+    """Return all samples as one batch, without targets. Raises BitscapeError for samples of several shapes."""
+    whole = Samples(Minibatch(part.inputs) for part in samples.parts)
+    if len(whole.parts) == 1:
+        return whole.parts[0]
+    shapes = list(dict.fromkeys(str(Samples([part]).shapes) for part in whole.parts))
+    raise BitscapeError(
+        f"data: samples of shapes {' and '.join(shapes[:2])} do not stack into one batch, which this method needs; bring them to "
+        "one shape, or use method fisher, hawq, kl or local with pick='best'"
+    )
+
+
+def whole_batch(samples: Samples) -> Minibatch:
+    """Return all samples as one batch; targets stack, or are lists of one entry for each sample. Raises BitscapeError for others."""
+    whole, parts = inputs_alone(samples), samples.parts
+    if len(parts) == 1:
+        return parts[0]
+    if any(not isinstance(part.targets, list) or len(part.targets) != len(part) for part in parts):
         raise BitscapeError(
-            f"data: {what}, where this method needs one tensor (n, ...) with all samples; "
-            "use method fisher, hawq, kl or local with pick='best', which take inputs of any form"
+            "data: its targets do not stack into one batch; pass targets=, a function from a batch to a tensor or to a list of one "
+            "entry for each sample, or set the method's task='follow', which needs none"
         )
-    return first
+    return Minibatch(whole.inputs, [target for part in parts for target in part.targets])
 
 
 def name_of(method: Any) -> str:

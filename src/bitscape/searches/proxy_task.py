@@ -1,75 +1,59 @@
-"""What a network learns while its bits are searched: the proxy's labels, by its own or a new classifier, or its own float outputs."""
+"""What a network learns while its bits are searched: the targets of the proxy, by its own or a new classifier, or its own float outputs."""
 
 import copy
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs, call, moved, sample_count
+from bitscape.data.epochs import AS_READ, Rows
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
-from bitscape.engine.step import CrossEntropy
-from bitscape.engine.task import Classes
-from bitscape.engine.task import Task as Outputs
-from bitscape.errors import BitscapeError
+from bitscape.engine.dense import Dense
+from bitscape.engine.forward import device_of
+from bitscape.engine.outputs import spreads_of
+from bitscape.engine.step import Part, TaskLoss
+from bitscape.engine.task import CLASSES, SAMPLE, Classes, Follow, Task
+from bitscape.engine.user_task import User
+from bitscape.errors import BitscapeError, explained_forward, first_line
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.replace import replace_module
-from bitscape.searches.problem import SearchProblem, only_tensor
+from bitscape.searches.problem import SearchProblem, inputs_alone, whole_batch
 
 _log = logging.getLogger("bitscape.searches")
 
-Task = Literal["auto", "labels", "new-head", "follow"]
+Learned = Literal["auto", "labels", "new-head", "follow"]
 HEAD_RATE = 0.01
 """Learning rate of a new classifier's warm-up, with Adam, which takes features of any size."""
 
 
-@dataclass(frozen=True, eq=False)
-class ProxyData:
-    """Normalized proxy images, and a label for each."""
-
-    name: str
-    images: Tensor
-    """Float32, (n, c, h, w)."""
-    labels: Tensor
-    """Int64, (n,); what the float network decides where no label is learned."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyBatches:
-    """Shuffled batches of proxy images for the training loop; batch i of epoch e depends on (seed, e, i) alone."""
-
-    dataset: ProxyData
-    batch_size: int
-    seed: int
-
-    def __len__(self) -> int:
-        return max(1, len(self.dataset.labels) // self.batch_size)
-
-    def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of epoch `number` from batch `start`; a smaller last batch is left out."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**32)
-        order = torch.randperm(len(self.dataset.labels), generator=generator)
-        for batch in range(start, len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.dataset.images[rows], self.dataset.labels[rows]
-
-
 @dataclass(frozen=True)
 class FollowFloat:
-    """The task's divergence from the float network's outputs: learning without labels, on any images."""
+    """The task's divergence from the float network's outputs: learning without targets, on any inputs.
+
+    It is the mean over samples, and over the values of each where they are answers by themselves, as
+    losses of tasks are: sums over maps of outputs would need learning rates of their own.
+    """
 
     teacher: nn.Module
-    task: Outputs = field(default_factory=Classes)
+    task: Task
 
-    def for_batch(self, images: Tensor) -> BatchLoss:
-        """Run the float network once on `images` (n, c, h, w)."""
+    def for_batch(self, inputs: Inputs) -> BatchLoss:
+        """Run the float network once on `inputs`."""
+        samples = sample_count(inputs)
         with evaluating(self.teacher):
-            aim = self.task.outputs(self.teacher(images), len(images))
-        return lambda outputs, _: self.task.divergence(self.task.outputs(outputs, len(images)), aim).mean()
+            followed = self.task.outputs(call(self.teacher, inputs), samples)
+        answers = 1 if isinstance(self.task, Classes | Dense) else followed[0].numel()
+
+        def loss(outputs: Any, _: Any) -> Tensor:
+            return self.task.divergence(self.task.outputs(outputs, samples), followed).mean() / answers
+
+        return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,52 +63,86 @@ class ProxyTask:
     name: Literal["labels", "new-head", "follow"]
     model: nn.Module
     """A copy of the prepared network, perhaps with a new classifier."""
-    batches: ProxyBatches
-    loss: LossFunction = field(default_factory=CrossEntropy)
+    batches: Rows
+    """Of a `Minibatch` with all samples."""
+    task: Task
+    """How outputs and targets are read, and what is measured of them."""
+    loss: LossFunction
+    """On what the task reads."""
+
+    @property
+    def data(self) -> Minibatch:
+        """All samples, with their targets."""
+        data: Minibatch = self.batches.data
+        return data
 
     def split(self, held_out: float) -> "tuple[ProxyTask, ProxyTask | None]":
-        """Keep the share `held_out` of the images apart, drawn by the seed; all in the first part, and no second, for 0."""
+        """Keep the share `held_out` of the samples apart, drawn by the seed; all in the first part, and no second, for 0."""
         if not held_out:
             return self, None
-        data = self.batches.dataset
-        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(self.batches.seed))
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.batches.seed))
         cut = round(len(order) * held_out)
         if not 0 < cut < len(order):
             raise BitscapeError(f"held_out = {held_out} of {len(order)} images leaves nothing on one side; give more images, or 0.5")
         return self._on(order[cut:]), self._on(order[:cut])
 
     def _on(self, rows: Tensor) -> "ProxyTask":
-        data = self.batches.dataset
-        return replace(self, batches=replace(self.batches, dataset=ProxyData(data.name, data.images[rows], data.labels[rows])))
+        return replace(self, batches=replace(self.batches, data=self.data.rows(rows)))
+
+    def parts(self, count: int) -> list[Part]:
+        """Return the first `count` samples in order, in parts of a batch, on the model's device."""
+        first, device = self.data.rows(slice(0, count)), device_of(self.model)
+        batches = [batch.to(device) for batch in Samples([first]).batches(self.batches.batch_size)]
+        return [
+            Part(
+                inputs=batch.inputs,
+                targets=self.task.read_targets(batch.targets)[0],
+                loss=self.loss.for_batch(batch.inputs),
+                share=len(batch) / len(first),
+                task=self.task,
+            )
+            for batch in batches
+        ]
 
 
-def proxy_task(problem: SearchProblem, task: Task, *, batch_size: int, head_epochs: int, folder: Path | None) -> ProxyTask:
+def proxy_task(problem: SearchProblem, learned: Learned, *, batch_size: int, head_epochs: int, folder: Path | None) -> ProxyTask:
     """State what is learned of the problem's proxy; a new classifier is warmed up first, on the float network as it is.
 
-    "auto" learns the labels where the float network predicts them at least twice as often as the most frequent one would be right, or
-    errs at most half as often; by a new classifier where it does not, and the float network's outputs where there are no labels.
-    Raises BitscapeError for a task that needs labels when there are none.
+    "auto" learns the targets where there are some. Labels of classes are those of the float network where it predicts them at
+    least twice as often as the most frequent one would be right, or errs at most half as often; otherwise a new classifier learns
+    them. Without targets, and where the task is to follow, the float network's outputs are learned.
+
+    Raises:
+        BitscapeError: samples of several forms, and targets that are missing, or do not fit the network and its task.
     """
-    name = _resolved(problem) if task == "auto" else task
-    if problem.labels is None and name != "follow":
-        raise BitscapeError(f"task={name!r} learns labels, and the problem has none; give labels, or task='follow'")
-    model = copy.deepcopy(problem.prepared)
-    images = only_tensor(problem.samples)
-    labels = problem.decisions(problem.samples) if name == "follow" else problem.labels
-    assert labels is not None, "checked above"
-    batches = ProxyBatches(
-        dataset=ProxyData("proxy", images, labels.to(images.device)), batch_size=batch_size, seed=problem.seed
-    )
+    name = _resolved(problem) if learned == "auto" else learned
     if name == "follow":
-        return ProxyTask(name="follow", model=model, batches=batches, loss=FollowFloat(problem.prepared, problem.meaning))
+        return _following(problem, batch_size)
+    if not problem.samples.labelled:
+        raise BitscapeError(f"task={name!r} learns labels, and the problem has none; give labels, or task='follow'")
+    samples = whole_batch(problem.samples)
+    task = _in_units_of_targets(problem.meaning, samples)
+    proxy = ProxyTask(
+        name=name,
+        model=copy.deepcopy(problem.prepared),
+        batches=Rows(data=samples, reader=AS_READ, batch_size=batch_size, seed=problem.seed),
+        task=task,
+        loss=TaskLoss(task),
+    )
     if name == "new-head":
-        _warm_up(model, problem, batches, head_epochs, folder)
-    return ProxyTask(name=name, model=model, batches=batches)
+        _warm_up(proxy, problem, head_epochs, folder)
+    _check_targets(proxy)
+    return proxy
 
 
 def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]:
-    if problem.labels is None or problem.meaning.name != "classes":
+    if not problem.samples.labelled or isinstance(problem.meaning, Follow):
         return "follow"
+    if not isinstance(problem.meaning, Classes):
+        return "labels"
+    if problem.labels is None:  # two or more values to regress look like logits
+        return "follow"
+    problem.meaning.read_targets(problem.labels.cpu())  # labels count from 0
     right = int((problem.decisions(problem.samples) == problem.labels).sum())
     most_frequent = int(problem.labels.bincount().max())
     own = right >= min(2 * most_frequent, (len(problem.labels) + most_frequent) / 2)  # the second for few classes
@@ -136,19 +154,52 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
     return "labels" if own else "new-head"
 
 
-def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, epochs: int, folder: Path | None) -> None:
-    name = problem.network.ends[-1]
-    old = quantizable_layers(model)[name]
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(problem.seed)  # no GPU's random state is touched
-        head = new_head(name, old, int(batches.dataset.labels.max()) + 1)
-    replace_module(model, old, head)
+def _following(problem: SearchProblem, batch_size: int) -> ProxyTask:
+    """Follow the float network; of classes, how often the decision is the same is recorded too."""
+    inputs, of_classes = inputs_alone(problem.samples).inputs, isinstance(problem.meaning, Classes)
+    followed = Minibatch(inputs, problem.decisions(problem.samples) if of_classes else None)
+    return ProxyTask(
+        name="follow",
+        model=copy.deepcopy(problem.prepared),
+        batches=Rows(data=followed, reader=AS_READ, batch_size=batch_size, seed=problem.seed),
+        task=CLASSES if of_classes else User(name=problem.meaning.name),
+        loss=FollowFloat(problem.prepared, problem.meaning),
+    )
+
+
+def _in_units_of_targets(task: Task, samples: Minibatch) -> Task:
+    """Return the task; one that follows, with its differences in units of the spread of the targets."""
+    if not isinstance(task, Follow):
+        return task
+    targets, _ = Follow().read_targets(samples.rows(slice(0, SAMPLE)).targets)
+    return Follow(spreads_of(targets))
+
+
+def _check_targets(proxy: ProxyTask) -> None:
+    """Raise BitscapeError unless the task takes the targets, and the network has an output for each label."""
+    first = proxy.data.rows(slice(0, 2)).to(device_of(proxy.model))
+    try:
+        _, highest_label = proxy.task.read_targets(moved(proxy.data.targets, torch.device("cpu")))
+        with evaluating(proxy.model), explained_forward(first.inputs):
+            proxy.task.read(call(proxy.model, first.inputs), len(first), highest_label)
+    except BitscapeError as error:
+        raise BitscapeError(f"{error}; or set the method's task='follow', which needs no targets") from error
+
+
+def _warm_up(proxy: ProxyTask, problem: SearchProblem, epochs: int, folder: Path | None) -> None:
+    if not isinstance(problem.meaning, Classes) or problem.labels is None:
+        raise BitscapeError(
+            f"task='new-head' learns classes, labels (n,) of whole numbers, and the outputs are of task {problem.meaning.name!r}; "
+            "use task='labels' or task='follow'"
+        )
+    model = proxy.model
+    head = _with_new_head(model, problem.network.ends[-1], int(problem.labels.max()) + 1, problem)
     model.requires_grad_(False)
     head.requires_grad_(True)
     _log.info("warming the new classifier up, epochs: %d", epochs)
     train(
         model,
-        batches,
+        proxy.batches,
         step=_HeadStep(),
         optimizer=AdamW(lr=HEAD_RATE, weight_decay=0.0),
         epochs=epochs,
@@ -157,6 +208,24 @@ def _warm_up(model: nn.Module, problem: SearchProblem, batches: ProxyBatches, ep
         seed=problem.seed,
     )
     model.requires_grad_(True)
+
+
+def _with_new_head(model: nn.Module, name: str, classes: int, problem: SearchProblem) -> nn.Module:
+    """Put a new classifier in the place of the last layer, and return it."""
+    old = quantizable_layers(model)[name]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(problem.seed)  # no GPU's random state is touched
+        head = new_head(name, old, classes)
+    replace_module(model, old, head)
+    try:
+        with evaluating(model):
+            CLASSES.read(call(model, problem.samples.example), 1, classes - 1)
+    except (RuntimeError, BitscapeError) as error:
+        raise BitscapeError(
+            f"layer {name}: the network does not work with a new classifier of {classes} outputs in its place ({first_line(error)}); "
+            "use task='follow'"
+        ) from error
+    return head
 
 
 def new_head(name: str, old: nn.Module, classes: int) -> nn.Module:

@@ -3,18 +3,21 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from bitscape.engine.checkpoint import changes
 from bitscape.engine.describe import describe
+from bitscape.engine.step import Part
 from bitscape.engine.workers import is_first
 from bitscape.errors import BitscapeError
 from bitscape.files import parse_json, read_limited, write_atomic
@@ -75,13 +78,14 @@ def _leaning(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _rescored(readout: Readout, mixed: Mixed, task: ProxyTask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    whole, every = _loss(mixed, task), [*mixed.weights, *mixed.inputs]
-    rows = [_row(readout, mixture, mixed, task, whole) for mixture in track(every, label="readout: mixture")]
+    loss = partial(_loss, mixed.model, task.parts(READ_IMAGES))
+    whole, every = loss(), [*mixed.weights, *mixed.inputs]
+    rows = [_row(readout, mixture, loss, whole) for mixture in track(every, label="readout: mixture")]
     count = len(mixed.weights)
     return np.array(rows[:count]), np.array(rows[count:])
 
 
-def _row(readout: Readout, mixture: Mixture, mixed: Mixed, task: ProxyTask, whole: float) -> list[float]:
+def _row(readout: Readout, mixture: Mixture, loss: Callable[[], float], whole: float) -> list[float]:
     """Scores of a mixture's widths. Widths above those that a policy within the caps can have are as good as the best of them."""
     allowed = mixture.price.isfinite().tolist()
     row: list[float] = []
@@ -91,16 +95,12 @@ def _row(readout: Readout, mixture: Mixture, mixed: Mixed, task: ProxyTask, whol
             row.append(min(row, default=0.0))
         elif not others:
             row.append(0.0)
-        elif readout == "drop-one":
-            row.append(whole - _loss_without(mixture, [at], mixed, task))
         else:
-            row.append(_loss_without(mixture, others, mixed, task) - whole)
+            dropped = [at] if readout == "drop-one" else others
+            with _without(mixture, dropped):
+                change = loss() - whole
+            row.append(-change if readout == "drop-one" else change)
     return row
-
-
-def _loss_without(mixture: Mixture, dropped: list[int], mixed: Mixed, task: ProxyTask) -> float:
-    with _without(mixture, dropped):
-        return _loss(mixed, task)
 
 
 @contextmanager
@@ -116,13 +116,11 @@ def _without(mixture: Mixture, dropped: list[int]) -> Iterator[None]:
             mixture.logits.copy_(saved)
 
 
-def _loss(mixed: Mixed, task: ProxyTask) -> float:
+def _loss(model: nn.Module, parts: Sequence[Part]) -> float:
     """Mean proxy loss of the mixed network in eval mode, as it stands."""
-    data, size, device = task.batches.dataset, task.batches.batch_size, next(mixed.model.parameters()).device
-    images, labels = (values[:READ_IMAGES].to(device).split(size) for values in (data.images, data.labels))
-    with evaluating(mixed.model):
-        losses = [float(task.loss.for_batch(x)(mixed.model(x), y)) * len(x) for x, y in zip(images, labels, strict=True)]
-    return sum(losses) / min(READ_IMAGES, len(data.labels))
+    with evaluating(model):
+        losses = [part.loss(part.task.read(part.outputs(model), len(part)), part.targets) for part in parts]
+    return sum(float(loss) * part.share for loss, part in zip(losses, parts, strict=True))
 
 
 def keep_policy(policy: Policy, folder: Path | None) -> None:
@@ -173,7 +171,8 @@ def _asked(problem: SearchProblem, method: Any) -> dict[str, Any]:
         "budget": about["budget"],
         "model": describe(problem.prepared),
         "images": describe([part.inputs for part in problem.samples.parts]),
-        "labels": describe(problem.labels),
+        "targets": [describe(part.targets) for part in problem.samples.parts],
+        "task": describe(problem.task),
     }
 
 

@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.calling import call
+from bitscape.data.samples import Samples
 from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.step import Part, sum_of
+from bitscape.engine.task import Classes
 from bitscape.engine.workers import total
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import CONVOLUTIONS, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.quant.convert import batches_of
-from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.mixed_network import Mixed
+from bitscape.searches.mixture_search import MixtureSettings
 from bitscape.searches.proxy_task import ProxyTask
 
 Features = Literal["last", "stages"]
@@ -37,14 +40,21 @@ KEPT = 0.9
 """Share of a class's center that is kept at each step in which the class occurs."""
 
 
+def labels_of(targets: Tensor) -> Tensor:
+    """Return the labels (n,), the likeliest ones where the targets are probabilities (n, classes)."""
+    return targets.argmax(1) if targets.is_floating_point() else targets.long()
+
+
 @contextmanager
 def features_of(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
     """Within the block each forward pass leaves the pooled, L2-normalized inputs (n, d) of `layers`, which run in this order."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def keep(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = args[0] if args else named["input"]
-        pooled = x.flatten(2).mean(2) if x.ndim == 4 else x.flatten(1, -2).mean(1) if x.ndim == 3 else x
+        if isinstance(layer, nn.Linear):
+            x = x.movedim(-1, 1)
+        pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
         seen.append(functional.normalize(pooled.float(), dim=1))
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
@@ -132,10 +142,11 @@ class SeamStep:
         return sum_of([self._of_part(model, part) for part in batch.parts])
 
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
-        labels = part.targets
+        labels = labels_of(part.targets)
         with features_of(self.layers) as features:
             logits = part.outputs(model)
-        value = part.loss(logits, labels)
+        _check_rows(features, labels)
+        value = part.loss(logits, part.targets)
         centers = [self._moved(at, each.detach(), labels) for at, each in enumerate(features)] if self.fixed is None else self.fixed
         terms = [self._term(each, labels, about) for each, about in zip(features, centers, strict=True)]
         regularizer = torch.stack(terms).mean()
@@ -179,8 +190,8 @@ def _finite_mean(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seam(Differentiable):
-    """The mixture search with a large-margin term."""
+class Seam(MixtureSettings):
+    """Settings of the mixture search with a large-margin term."""
 
     margin_weight: float = 1.0
     """Weight of the margin term beside the loss."""
@@ -194,15 +205,22 @@ class Seam(Differentiable):
     """Class centers of the network as it changes, or those of the float network, fixed."""
 
     def __post_init__(self) -> None:
+        """Check every field."""
         super().__post_init__()
         if not 0 < self.margin_weight < math.inf:
             raise BitscapeError(f"margin_weight = {self.margin_weight}: it must be above 0 and finite")
         if not 0 < self.margin <= 2:
             raise BitscapeError(f"margin = {self.margin}: it must be above 0 and at most 2; features have length 1")
 
-    def step(self, mixed: Mixed, learned: ProxyTask) -> Step:
-        """The mixture's step with the margin term."""
-        classes = int(learned.batches.dataset.labels.max()) + 1
+    def make_step(self, mixed: Mixed, learned: ProxyTask) -> Step:
+        """The mixture's step with the margin term. Raises BitscapeError for outputs that are not logits of classes."""
+        if not isinstance(learned.task, Classes):
+            raise BitscapeError(
+                f"method seam needs logits of classes, whose margins it keeps, and the task is {learned.task.name!r}; "
+                "use method differentiable or asga"
+            )
+        labels = labels_of(learned.data.targets)
+        classes = int(labels.max()) + 1
         return SeamStep(
             mixed=mixed,
             layers=feature_layers(mixed.model, mixed.head, self.features),
@@ -215,9 +233,23 @@ class Seam(Differentiable):
 
 
 def _float_centers(learned: ProxyTask, head: str, which: Features, classes: int) -> list[Tensor]:
-    data, layers = learned.batches.dataset, feature_layers(learned.model, head, which)
-    with evaluating(learned.model), features_of(layers) as seen:
-        for batch in batches_of(data.images, learned.model, 128):
-            learned.model(batch)
-    labels = data.labels.to(seen[0].device)
-    return [class_centers(torch.cat(seen[at :: len(layers)]), labels, classes) for at in range(len(layers))]
+    """Centers (K, d) of every input of the feature layers, in the order in which these run."""
+    runs = []
+    with evaluating(learned.model):
+        for inputs in batches_of(Samples([learned.data]), learned.model, 128):
+            with features_of(feature_layers(learned.model, head, which)) as features:
+                call(learned.model, inputs)
+            runs.append(features)
+    labels = labels_of(learned.data.targets).to(runs[0][0].device)
+    columns = [torch.cat(parts) for parts in zip(*runs, strict=True)]
+    _check_rows(columns, labels)
+    return [class_centers(column, labels, classes) for column in columns]
+
+
+def _check_rows(features: list[Tensor], labels: Tensor) -> None:
+    rows = {len(values) for values in features} - {len(labels)}
+    if rows:
+        raise BitscapeError(
+            f"method seam needs one feature for each sample, and a layer is called with {min(rows)} rows for {len(labels)} samples; "
+            "use method differentiable or asga"
+        )

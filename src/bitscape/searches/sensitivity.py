@@ -272,7 +272,7 @@ def finish(
     problem: SearchProblem, method: Any, scored: Callable[[], tuple[ScoreTable, Trace]], pick: Pick, **about: Any
 ) -> SearchResult:
     """Run `scored`, then choose the policy within the budget by `pick`; say where it comes from, and what else is known `about` it."""
-    check_pick(pick)
+    check_pick(pick, problem.samples)
     started, choices = time.perf_counter(), problem.choices
     provenance = {**problem.provenance(method), "pick": pick, **about}
     if not problem.free_layers:

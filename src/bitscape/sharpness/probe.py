@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.calling import Inputs, call, sample_count
+from bitscape.data.samples import Minibatch
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.dtypes import check_float32, check_images
+from bitscape.models.dtypes import check_float32, check_inputs
 from bitscape.models.modes import evaluating
+from bitscape.nested import tensors_in
 from bitscape.sharpness.ball import Ball
 
 BatchLoss = Callable[[Any, Any], Tensor]
@@ -35,8 +38,8 @@ class Sharpness:
 
 def probe_sharpness(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Inputs,
+    labels: Any,
     *,
     radius: float = 0.05,
     ball: Ball = DEFAULT_BALL,
@@ -47,8 +50,8 @@ def probe_sharpness(
 
     Args:
         model: float or quantized network, quantizers as they are.
-        images: (n, c, h, w), normalized; moved to the model's device batch by batch.
-        labels: (n,).
+        images: what the network is called with, e.g. normalized images (n, c, h, w); moved to the model's device batch by batch.
+        labels: (n,), or what else the loss compares outputs with.
         radius: L2 length of the step over all members of the ball; compare networks at one radius only.
 
     Raises:
@@ -82,19 +85,25 @@ class FullBatch:
     """
 
     model: nn.Module
-    images: Tensor
-    labels: Tensor
+    images: Inputs
+    labels: Any
     loss: BatchLoss
     batch_size: int
 
     def __post_init__(self) -> None:
         check_float32(self.model)
-        check_images(self.images)
-        if len(self.images) != len(self.labels) or not len(self.images) or self.batch_size < 1:
+        check_inputs(self.images, model=self.model)
+        labels = sample_count(self.labels)
+        if self.count != labels or self.batch_size < 1:
             raise BitscapeError(
-                f"{len(self.images)} images, {len(self.labels)} labels, batch_size = {self.batch_size}: give one label an image, at least "
-                "one image, and a batch_size of at least 1"
+                f"{self.count} images, {labels} labels, batch_size = {self.batch_size}: give one label an image, "
+                "and a batch_size of at least 1"
             )
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return sample_count(self.images)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -119,8 +128,11 @@ class FullBatch:
 
     def parts(self) -> Iterator[Tensor]:
         """Each mini-batch's share of the mean loss."""
-        device = next((p.device for p in self.model.parameters()), self.images.device)
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            with explained_forward(images):
-                logits = self.model(images.to(device))
-            yield self.loss(logits.float(), labels.to(device)) * (len(images) / len(self.images))
+        whole = Minibatch(self.images, self.labels)
+        device = next((p.device for p in self.model.parameters()), next(tensors_in(self.images)).device)
+        for start in range(0, self.count, self.batch_size):
+            part = whole.rows(slice(start, start + self.batch_size)).to(device)
+            with explained_forward(part.inputs):
+                outputs = call(self.model, part.inputs)
+            outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
+            yield self.loss(outputs, part.targets) * (len(part) / self.count)
