@@ -23,7 +23,7 @@ from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CASES, WIDTHS, images_of
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.batches import Batches
-from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, mixed_quality
+from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, randomly_corrupted
 from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.dynamic import (
@@ -42,7 +42,7 @@ from bitscape.dynamic.decision import Decision, joined
 from bitscape.engine import Batch, Sgd, StepRecord, train
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import read_runs
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
@@ -110,13 +110,13 @@ def wanted(seeds: int, images: int, epochs: int, variants: bool) -> Iterator[dic
 @cache
 def tests() -> tuple[Dataset, Quality]:
     """The test set, each image clean or under one of the seen or held-out corruptions."""
-    return mixed_quality(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT))
+    return randomly_corrupted(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT))
 
 
 @cache
 def homogeneous() -> Dataset:
     """The test set, all images of a batch in one quality."""
-    return mixed_quality(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT), together=BATCH)[0]
+    return randomly_corrupted(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT), together=BATCH)[0]
 
 
 @cache
@@ -124,7 +124,7 @@ def training(seed: int, images: int) -> tuple[Dataset, Dataset, Quality]:
     """Training images of mixed quality, and others, held out of training, on which the oracle chooses."""
     source = images_of(CASES[NETWORK].training)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    mixed, quality = mixed_quality(source.subset(order[: images + ORACLE]), seed=100 * seed)
+    mixed, quality = randomly_corrupted(source.subset(order[: images + ORACLE]), seed=100 * seed)
     others = Quality(quality.names, quality.corruption[images:], quality.severity[images:])
     return mixed.subset(torch.arange(images)), mixed.subset(torch.arange(images, images + ORACLE)), others
 
@@ -224,7 +224,7 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
             seed=run["seed"],
         )
         policy = Fisher(images=SCORED).search(problem, for_training=True).policy
-    network = calibrate(quantize(load(NETWORK, DATA), policy), normalized(data.subset(torch.arange(CALIBRATION))))
+    network = calibrate(with_quantizers(load(NETWORK, DATA), policy), normalized(data.subset(torch.arange(CALIBRATION))))
     seconds = trained(network, run, Plain(), Sgd(lr=0.01))
     hits, _, _ = right(network, tests()[0])
     cost = policy_cost(reference(), policy)

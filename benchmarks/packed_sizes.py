@@ -25,7 +25,7 @@ from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.choices import Choices
@@ -105,7 +105,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Quantize, pack, load, compare."""
     network = run["network"]
     model, inputs, policy = folded(network), images(network), policy_of(run)
-    quantized = calibrate(quantize(model, policy), inputs)
+    quantized = calibrate(with_quantizers(model, policy), inputs)
     cost = policy_cost(measure_layers(model, tuple(inputs.shape[1:])), policy)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -30,7 +30,7 @@ from bitscape.data.batches import Batches
 from bitscape.engine import evaluate
 from bitscape.models.find import import_torchvision
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.report.records import missing, read_runs
@@ -95,7 +95,7 @@ def ours(method: Uniform | Fisher, widths: tuple[int, ...], calibration: Tensor)
     candidates = tuple(LayerBits(width, 8) for width in widths)
     problem = SearchProblem.of(model=folded, samples=calibration, budget=BUDGET, candidates=candidates, pinned={})
     policy = method.search(problem).policy
-    quantized = calibrate(quantize(folded, policy), calibration)
+    quantized = calibrate(with_quantizers(folded, policy), calibration)
     return repair(quantized, folded, calibration), policy
 
 

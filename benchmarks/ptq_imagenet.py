@@ -22,7 +22,7 @@ from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, rec
 from bitscape.data.sources import Dataset
 from bitscape.engine import evaluate
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.repair import input_moments, repair
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.fisher import Fisher
@@ -105,7 +105,7 @@ def search(run: dict[str, Any]) -> SearchResult:
 def accuracies(run: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """Top-1 before and after repair, and the seconds that repair took."""
     network, proxy = run["network"], None if run["variant"] == POLICY_ONLY else run["proxy"]
-    quantized = calibrate(quantize(float_network(network), policy), images(network, proxy))
+    quantized = calibrate(with_quantizers(float_network(network), policy), images(network, proxy))
     # Of the twenty random policies only the repaired accuracy, which the comparison is about.
     plain = None if run["method"] == "random" else top1(network, quantized)
     shared = moments(network, proxy)

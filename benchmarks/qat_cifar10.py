@@ -20,7 +20,7 @@ from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, evaluate, train
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
@@ -129,7 +129,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, calibrate, train, evaluate."""
     stated = problem(run)
     policy, seconds = find(run, stated)
-    network = calibrate(quantize(load(NETWORK, DATA), policy), stated.samples.parts[0].inputs[:256])
+    network = calibrate(with_quantizers(load(NETWORK, DATA), policy), stated.samples.parts[0].inputs[:256])
     before = evaluate(network, tests()).top1
     train_s = trained(run, network, run["settings"]["images"])
     return {

@@ -19,7 +19,7 @@ from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CALIBRATION, CASES, METHODS, images_of, problem, proxy_of, trained
 from bitscape.data.proxy import draw_proxy
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import identity, read_runs
 from bitscape.searches.seam import network_margins
 from recipes.networks import WEIGHTS, load
@@ -76,7 +76,7 @@ def network_of(run: dict[str, Any], policy: Policy | None) -> nn.Module:
     if run["epochs"]:
         return trained(run, policy)[0]
     own = proxy_of(NETWORK, None, run["seed"]).images[:CALIBRATION]
-    return calibrate(quantize(load(NETWORK, DATA), policy), WEIGHTS[NETWORK].normalization.apply(own))
+    return calibrate(with_quantizers(load(NETWORK, DATA), policy), WEIGHTS[NETWORK].normalization.apply(own))
 
 
 def measure(run: dict[str, Any], epochs: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from bitscape.engine.forward import autocast_on
 from bitscape.engine.step import CrossEntropy
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.allocation import allocate
 from bitscape.searches.asga import Asga
@@ -112,7 +112,7 @@ def quantized(network: str, images: Tensor) -> nn.Module:
     """LSQ with 4-bit weights and activations, first and last layer at 8."""
     model = load(network, DATA)
     pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, LayerBits.EIGHT)
-    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
+    return calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
 
 
 def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None, compiled: bool) -> Step:

@@ -25,7 +25,7 @@ from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.quantizers import Lsq, Quantizer
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
@@ -165,7 +165,7 @@ def trained(
     """Quantize, calibrate on the target, train by the one recipe; plainly and by LSQ if nothing else is given."""
     entry, seed, images = WEIGHTS[run["network"]], run["seed"], images_of(CASES[run["network"]].training)
     own = proxy_of(run["network"], None, seed)
-    quantized = quantize(load(run["network"], DATA), policy, quantizer=quantizer or Lsq())
+    quantized = with_quantizers(load(run["network"], DATA), policy, quantizer=quantizer or Lsq())
     network = calibrate(quantized, entry.normalization.apply(own.images[:CALIBRATION]))
     before = evaluate(network, tests(run["network"]))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

@@ -33,7 +33,7 @@ from bitscape.data.sources import Dataset, load_dataset
 from bitscape.engine import evaluate
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import quantize, record_inputs
+from bitscape.quant.convert import record_inputs, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import Mse
 from bitscape.report.records import identity, read_runs
@@ -185,7 +185,7 @@ def layer_inputs(network: str) -> dict[str, Tensor]:
 
 def quantized(network: str, policy: Policy) -> nn.Module:
     """The network at the policy's bits, calibrated."""
-    model = quantize(float_network(network), policy)
+    model = with_quantizers(float_network(network), policy)
     for name, layer in quantized_layers(model).items():
         layer.input_quantizer.initialize(layer_inputs(network)[name], Mse())
     return model

@@ -27,7 +27,7 @@ from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import identity, read_runs
 from bitscape.searches.problem import SearchProblem
 from recipes.networks import WEIGHTS
@@ -47,7 +47,7 @@ def network(*_: object) -> nn.Module:
 
 def quantized(_: str, images: Tensor) -> nn.Module:
     model = network()
-    return calibrate(quantize(model, Policy(dict.fromkeys(quantizable_layers(model), LayerBits(4, 4)))), images)
+    return calibrate(with_quantizers(model, Policy(dict.fromkeys(quantizable_layers(model), LayerBits(4, 4)))), images)
 
 
 @pytest.fixture

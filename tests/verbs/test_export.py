@@ -13,8 +13,7 @@ from bitscape.data.samples import Samples
 from bitscape.exporters.packed.file import load_packed
 from bitscape.models.layers import layer_shapes
 from bitscape.nested import tensors_in
-from bitscape.quant.convert import calibrate
-from bitscape.quant.convert import quantize as with_quantizers
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.runtimes.sessions import OpenVino

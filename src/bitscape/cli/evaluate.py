@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from bitscape.cost.latency import LatencyTable
     from bitscape.data.batches import Batches
     from bitscape.engine.evaluate import Accuracy
-    from bitscape.engine.quality_grid import Cell, QualityGrid
+    from bitscape.engine.quality_table import Cell, QualityTable
 
 calibration_options = all_of(
     click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
@@ -55,13 +55,13 @@ calibration_options = all_of(
 
 
 def _check_beside(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse to replace a file that is no grid: policy.svg would go over policy.json."""
+    """Refuse to replace a file that is no table of qualities: policy.svg would go over policy.json."""
     if value is None or not (cells := value.with_suffix(".json")).exists():
         return value
-    from bitscape.report.documents import load_grid
+    from bitscape.report.documents import load_quality
 
     try:
-        load_grid(cells)
+        load_quality(cells)
     except BitscapeError:
         option = f"{parameter.opts[0]} {str(value)!r}"
         raise BitscapeError(f"{option}: its cells go to {cells}, which holds something else; give another name") from None
@@ -226,27 +226,27 @@ def _write(
 
 
 def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:
-    from bitscape.engine.quality_grid import quality_grid
+    from bitscape.engine.quality_table import quality_table
     from bitscape.files import write_atomic
-    from bitscape.report.documents import save_grid
+    from bitscape.report.documents import save_quality
     from bitscape.report.heat_map import heat_map
 
-    grid = quality_grid(network, batches, seed=seed)
+    table = quality_table(network, batches, seed=seed)
     cells = file.with_suffix(".json")
-    file.unlink(missing_ok=True)  # never beside the cells of another grid
-    save_grid(grid, cells)
-    write_atomic(file, heat_map(grid))
-    _print_grid("top-1, %, at severity", grid, lambda cell: cell.top1)
-    if grid.clean.bits is not None:
-        _print_grid("mean activation bits at severity", grid, lambda cell: cell.bits)
+    file.unlink(missing_ok=True)  # never beside the cells of another table
+    save_quality(table, cells)
+    write_atomic(file, heat_map(table))
+    _print_quality("top-1, %, at severity", table, lambda cell: cell.top1)
+    if table.clean.bits is not None:
+        _print_quality("mean activation bits at severity", table, lambda cell: cell.bits)
     click.echo(f"\nheat map: {file}; its cells: {cells}")
 
 
-def _print_grid(title: str, grid: "QualityGrid", value: "Callable[[Cell], float | None]") -> None:
+def _print_quality(title: str, table: "QualityTable", value: "Callable[[Cell], float | None]") -> None:
     """Print a line for each corruption; the last column is the mean over the severities."""
-    rows = [[grid.clean.corruption, *("" for _ in grid.severities), f"{value(grid.clean):.2f}"]]
-    for name in grid.corruptions:
-        values = [number for cell in grid.cells if cell.corruption == name and (number := value(cell)) is not None]
+    rows = [[table.clean.corruption, *("" for _ in table.severities), f"{value(table.clean):.2f}"]]
+    for name in table.corruptions:
+        values = [number for cell in table.cells if cell.corruption == name and (number := value(cell)) is not None]
         rows.append([name, *(f"{number:.2f}" for number in (*values, sum(values) / len(values)))])
     click.echo()
-    print_table([title, *map(str, grid.severities), "mean"], rows)
+    print_table([title, *map(str, table.severities), "mean"], rows)

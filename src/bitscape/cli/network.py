@@ -165,14 +165,14 @@ def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_
     return batches.normalization.apply(drawn.images)
 
 
-def with_mixed_quality(dataset: "Dataset", source: str, seed: int) -> "Dataset":
+def with_random_corruptions(dataset: "Dataset", source: str, seed: int) -> "Dataset":
     """Each image clean or corrupted; `source` is what --data said."""
-    from bitscape.data.corruptions import mixed_quality
+    from bitscape.data.corruptions import randomly_corrupted
 
     channels = dataset.images.shape[1]
     if channels != 3:
         raise BitscapeError(f"--mixed-quality needs images of three channels; --data {source!r} has {channels}")
-    return mixed_quality(dataset, seed=seed)[0]
+    return randomly_corrupted(dataset, seed=seed)[0]
 
 
 def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkProfile":
@@ -221,7 +221,7 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
     """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
     from bitscape.models.find import load_weights
     from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import quantize
+    from bitscape.quant.convert import with_quantizers
 
     if (folder / DYNAMIC_FILE).is_file():
         raise BitscapeError(f"{folder}: bits depend on the image; make static networks of it: bitscape tiers --checkpoint {folder} ...")
@@ -231,7 +231,7 @@ def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy 
     if not weights.is_file():
         raise BitscapeError(f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} --resume ...")
     policy = Policy.load(saved) if saved.is_file() else None
-    trained = model if policy is None else quantize(model, policy)
+    trained = model if policy is None else with_quantizers(model, policy)
     load_weights(trained, weights)
     return in_eval_mode(trained), policy
 
@@ -261,12 +261,12 @@ def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]
 def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
     """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
     from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import calibrate, quantize
+    from bitscape.quant.convert import calibrate, with_quantizers
     from bitscape.quant.repair import repair as repaired
 
     if repair:
         model = folded(model, tuple(images.shape[1:]), images.device)
-    quantized = calibrate(quantize(model, policy), images)
+    quantized = calibrate(with_quantizers(model, policy), images)
     return in_eval_mode(repaired(quantized, model, images) if repair else quantized)
 
 

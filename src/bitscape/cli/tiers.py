@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_network, with_mixed_quality
+from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_network, with_random_corruptions
 from bitscape.cli.options import MOST, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
@@ -71,7 +71,7 @@ def tiers(
     settings = settings.of_model(float_network)
     dataset = draw_images(data, split or TRAINING, images, settings, seed, usual=IMAGES)
     if mixed_quality:
-        dataset = with_mixed_quality(dataset, data, seed)
+        dataset = with_random_corruptions(dataset, data, seed)
     normalized = parse_normalization(settings.normalize, data).apply(dataset.images)
     network = _dynamic(checkpoint, float_network, tuple(dataset.images.shape[1:]))
     made = distill_tiers(network, normalized, count)

@@ -13,7 +13,7 @@ from bitscape.cli.network import (
     load_batches,
     load_images,
     load_network,
-    with_mixed_quality,
+    with_random_corruptions,
 )
 from bitscape.cli.options import (
     COUNT,
@@ -161,11 +161,11 @@ class StaticTraining:
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
         """A copy of the float network, or the network at the policy's bits with scales from training images."""
         from bitscape.models.copies import copied
-        from bitscape.quant.convert import calibrate, quantize
+        from bitscape.quant.convert import calibrate, with_quantizers
 
         if self.policy is None:
             return copied(float_model)
-        return calibrate(quantize(float_model, self.policy), calibration_images(batches, seed))
+        return calibrate(with_quantizers(float_model, self.policy), calibration_images(batches, seed))
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
         """The step, the same for every network."""
@@ -212,7 +212,7 @@ def _training_batches(data: str, split: "Split", settings: ImageSettings, recipe
 
     dataset = load_images(data, split, settings)
     return Batches(
-        dataset=with_mixed_quality(dataset, data, recipe["seed"]) if recipe["mixed_quality"] else dataset,
+        dataset=with_random_corruptions(dataset, data, recipe["seed"]) if recipe["mixed_quality"] else dataset,
         normalization=parse_normalization(settings.normalize, data),
         batch_size=recipe["batch_size"],
         shuffle=True,

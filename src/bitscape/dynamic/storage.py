@@ -23,7 +23,7 @@ from bitscape.files import write_atomic
 from bitscape.folders import DYNAMIC_FILE, GATE_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.models.find import load_weights, save_weights
 from bitscape.policy import Policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
 from bitscape.quant.storage import save_static
@@ -168,7 +168,7 @@ def load_tiers(model: nn.Module, folder: Path) -> TieredNetwork:
     networks = []
     for own, policy in zip(folders, policies, strict=True):
         with prefixed(own / POLICY_FILE):
-            networks.append(quantize(model, policy))
+            networks.append(with_quantizers(model, policy))
     gate = Gate(len(folders))
     for made, file in [*zip(networks, [own / WEIGHTS_FILE for own in folders], strict=True), (gate, folder / GATE_FILE)]:
         load_weights(made, file)

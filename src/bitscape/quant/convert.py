@@ -33,7 +33,7 @@ _DEFAULT_QUANTIZER = Lsq()
 _DEFAULT_OBSERVER = Mse()
 
 
-def quantize(
+def with_quantizers(
     model: nn.Module,
     policy: Policy,
     quantizer: Quantizer = _DEFAULT_QUANTIZER,
@@ -116,7 +116,7 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
     """Set the activation scales of a quantized `model` from `data`, in place; no labels are needed.
 
     Args:
-        model: what `quantize` returned.
+        model: what `with_quantizers` returned.
         data: samples, a tensor (n, ...), or batches of inputs, gone through once; a few hundred samples are enough.
         observer: how a range is chosen from the values seen.
 

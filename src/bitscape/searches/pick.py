@@ -12,7 +12,7 @@ from typing import Any, get_args
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, calibrate, quantize
+from bitscape.quant.convert import batches_of, calibrate, with_quantizers
 from bitscape.searches.allocation import allocate, near_best
 from bitscape.searches.problem import Pick, SearchProblem, only_tensor
 from bitscape.searches.scores import ScoreTable
@@ -58,7 +58,7 @@ def least_sharp(
     inputs, labels = only_tensor(proxy), problem.decisions(proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
-        model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
+        model = calibrate(with_quantizers(problem.prepared, policy), batches_of(proxy, problem.prepared))
         probed = probe_sharpness(model, inputs, labels, radius=radius)
         records.append(
             {
