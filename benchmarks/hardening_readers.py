@@ -26,7 +26,6 @@ from benchmarks.hardening_mutations import (
     metadata_only,
 )
 from bitscape.cli.app import commands
-from bitscape.cli.packed import load_packed_network
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.data.batches import DIGITS, Batches
@@ -37,7 +36,7 @@ from bitscape.dynamic.storage import load_dynamic, load_tiers, save_dynamic, sav
 from bitscape.engine import Batch, Sgd, StepRecord, train
 from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
-from bitscape.exporters.packed.file import save_packed
+from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.files import UNSEALED, sealed
 from bitscape.models.digits import digits_net
 from bitscape.models.find import load_weights, save_weights
@@ -146,7 +145,7 @@ def _latency(folder: Path) -> Use:
 
 @torch.no_grad()
 def _packed(folder: Path) -> Use:
-    found, _ = load_packed_network(folder / "packed.safetensors", network(), SHAPE)
+    found = load_packed(folder / "packed.safetensors", network())
     outputs = found(images())
     need(outputs.dtype == torch.float32 and outputs.isfinite().all(), "outputs that are not finite float32")
     return lambda: None

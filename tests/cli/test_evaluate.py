@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitscape.cli.packed import load_packed_network
 from bitscape.cost.latency import LatencyTable
 from bitscape.data.batches import DIGITS
 from bitscape.data.corruptions import CORRUPTIONS
 from bitscape.data.sources import load_dataset
+from bitscape.exporters.packed.file import load_packed
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
@@ -59,14 +59,12 @@ def test_float_then_quantized_then_packed(cli, trained, weights, tmp_path):
 def test_a_packed_file_that_reads_back_otherwise_is_not_kept(
     refused, trained, weights, tmp_path, monkeypatch
 ):
-    from bitscape.cli import export
-
     def altered(*args):
-        network, policy = load_packed_network(*args)
+        network = load_packed(*args)
         next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).bias.add_(1)
-        return network, policy
+        return network
 
-    monkeypatch.setattr(export, "load_packed_network", torch.no_grad()(altered))
+    monkeypatch.setattr("bitscape.verbs.export.load_packed", torch.no_grad()(altered))
     file = tmp_path / "packed.safetensors"
     file.write_text("of an earlier export")
     policy = ("--policy", trained / "mixed.json", *CALIBRATION)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+import bitscape as bs
 from bitscape.cli.network import (
     CALIBRATION_IMAGES,
     ImageSettings,
-    calibrated,
     load_batches,
     load_folder,
     load_latency,
@@ -31,7 +31,7 @@ from bitscape.cli.options import (
     seed_option,
 )
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.packed import load_packed_network
+from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from bitscape.cost.latency import LatencyTable
     from bitscape.data.batches import Batches
-    from bitscape.engine.evaluate import Accuracy
+    from bitscape.engine.evaluate import Evaluation
     from bitscape.engine.quality_table import Cell, QualityTable
 
 calibration_options = all_of(
@@ -135,9 +135,9 @@ def evaluate(
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = calibrated(network, policy, images, repair=repair)
+        network = bs.quantize(network, policy, images, for_training=not repair, count=len(images))
     elif packed is not None:
-        network, policy = load_packed_network(packed, network, shape)
+        network, policy = bs.load_packed(packed, network), packed_policy(packed)
     elif checkpoint is not None:
         network, policy = load_folder(network, checkpoint, shape)
     _set_decisions(network, decisions)
@@ -169,11 +169,10 @@ def _report(
     shape: tuple[int, ...],
     times: "LatencyTable | None",
     channels_last: bool | None,
-) -> "tuple[Accuracy, Mapping[str, float]]":
+) -> "tuple[Evaluation, Mapping[str, float]]":
     """Print accuracy and costs, and return them."""
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
-    from bitscape.engine import evaluate as accuracy_of
     from bitscape.engine.spending import noting_spent
 
     timed = None
@@ -181,8 +180,9 @@ def _report(
         timed = with_latency(measure_network(network, shape), times)
         policy_cost(timed, policy)
     with noting_spent(network) as noted:
-        accuracy = accuracy_of(network, batches, channels_last=channels_last)
-    click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
+        accuracy = bs.evaluate(network, batches, task="classes", channels_last=channels_last)
+    top1, top5, loss = (accuracy.numbers[name] for name in ("top1", "top5", "loss"))
+    click.echo(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {accuracy.samples} images")
     if print_spent(network, noted):
         return accuracy, {}
     profile = timed or measure_network(network, shape)
@@ -199,7 +199,7 @@ def _report(
 
 def _write(
     path: Path,
-    accuracy: "Accuracy",
+    accuracy: "Evaluation",
     cost: Mapping[str, float],
     policy: Policy | None,
     model: str,
@@ -215,9 +215,9 @@ def _write(
         model=model,
         data=data,
         metric="top-1 %",
-        value=accuracy.top1,
-        others={"top-5 %": accuracy.top5, "loss": accuracy.loss},
-        samples=accuracy.images,
+        value=accuracy.value,
+        others={"top-5 %": accuracy.numbers["top5"], "loss": accuracy.numbers["loss"]},
+        samples=accuracy.samples,
         cost=dict(cost),
         fingerprint=None if policy is None else policy.fingerprint,
     )

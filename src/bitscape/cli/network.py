@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.parsing import parse_normalization
-from bitscape.errors import BitscapeError, explained_forward, prefixed
+from bitscape.errors import BitscapeError, prefixed
 from bitscape.folders import DYNAMIC_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.policy import LayerBits, Policy
 
@@ -256,29 +256,3 @@ def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]
     if made_for != shape:
         own, given = ("x".join(map(str, sizes)) for sizes in (made_for, shape))
         raise BitscapeError(f"{folder} was made for images of {own}, --data has {given}; choose the data or --input-size to match")
-
-
-def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
-    """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
-    from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import calibrate, with_quantizers
-    from bitscape.quant.repair import repair as repaired
-
-    if repair:
-        model = folded(model, tuple(images.shape[1:]), images.device)
-    quantized = calibrate(with_quantizers(model, policy), images)
-    return in_eval_mode(repaired(quantized, model, images) if repair else quantized)
-
-
-def folded(model: "nn.Module", shape: tuple[int, ...], device: "torch.device") -> "nn.Module":
-    """Fold norms, by the same two drawn images of `shape` when a network is packed and when it is read back.
-
-    Drawn, not zeros: networks that divide by the deviation of an image have none for those.
-    """
-    import torch
-
-    from bitscape.quant.fold import fold_norms
-
-    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with explained_forward(example):
-        return fold_norms(model, example)

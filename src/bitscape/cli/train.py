@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+import bitscape as bs
 from bitscape.cli.network import (
     ImageSettings,
-    calibration_images,
     load_batches,
     load_images,
     load_network,
@@ -161,11 +161,10 @@ class StaticTraining:
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
         """A copy of the float network, or the network at the policy's bits with scales from training images."""
         from bitscape.models.copies import copied
-        from bitscape.quant.convert import calibrate, with_quantizers
 
         if self.policy is None:
             return copied(float_model)
-        return calibrate(with_quantizers(float_model, self.policy), calibration_images(batches, seed))
+        return bs.quantize(float_model, self.policy, batches, for_training=True, seed=seed)
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
         """The step, the same for every network."""
@@ -240,11 +239,10 @@ def _train(
 ) -> "TrainResult":
     import torch
 
-    from bitscape.engine import train as run
-
-    return run(
+    return bs.train(
         student,
         batches,
+        task="classes",
         step=training.step(student),
         optimizer=training.optimizer,
         epochs=recipe["epochs"],

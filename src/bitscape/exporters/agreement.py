@@ -155,7 +155,7 @@ def require_equal(saved: nn.Module, loaded: nn.Module, data: Samples | Inputs, p
         for batch in as_samples(data).batches(BATCH):
             pairs = [list(tensors_in(call(network, batch.inputs))) for network in (saved, loaded)]
             if len(pairs[0]) != len(pairs[1]) or not all(map(torch.equal, *pairs)):
-                raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; do not use it")
+                raise BitscapeError(f"{path}: read back, its outputs differ from the network's that was saved; the file is not kept")
 
 
 def require_same(exact: Mapping[str, Agreement], runtime: str) -> None:

@@ -158,7 +158,7 @@ def test_networks_that_cannot_be_traced_are_refused():
     float_network = small()
     with pytest.raises(BitscapeError, match=r"no quantized layer; call bitscape\.quantize"):
         trace(float_network, images(2))
-    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
+    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.quantize"):
         trace(with_quantizers(float_network, policy_for(float_network)), images(2))
     network = quantized(small())
     with pytest.raises(BitscapeError, match="example: 1 images; give two at least"):

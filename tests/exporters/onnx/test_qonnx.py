@@ -282,7 +282,7 @@ def test_a_missing_package_a_missing_scale_and_a_float_network_are_errors(monkey
     with pytest.raises(BitscapeError, match="no quantized layer"):
         save_qonnx(build(chain), path, images())
     uncalibrated = with_quantizers(build(chain), mixed_policy(build(chain)))
-    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
+    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.quantize"):
         save_qonnx(uncalibrated, path, images())
     with pytest.raises(BitscapeError, match="give two at least"):
         save_qonnx(quantized(build(chain)), path, images(1))

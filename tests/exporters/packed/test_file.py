@@ -297,10 +297,27 @@ def test_a_network_whose_norms_are_folded_after_training_comes_back(tmp_path):
     train_a_little(model)
     folded = fold_norms(model.eval(), images())
     save_packed(folded, tmp_path / "net")
-    loaded = load_packed(tmp_path / "net", fold_norms(small_net().eval(), images()))
-    assert torch.equal(loaded(images(9)), folded(images(9)))
-    with pytest.raises(BitscapeError, match=r"tensor 1.weight of float_model is missing.*folded"):
-        load_packed(tmp_path / "net", small_net())
+    for float_model in (fold_norms(small_net().eval(), images()), small_net()):
+        loaded = load_packed(tmp_path / "net", float_model)
+        assert torch.equal(loaded(images(9)), folded(images(9)))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
+
+
+def test_norms_that_a_file_lacks_without_a_bias_for_each_are_missing(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self, norms):
+            super().__init__()
+            self.layer, self.norms = nn.Linear(3, 3), nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(norms)))
+
+        def forward(self, x):
+            return self.norms(self.layer(x))
+
+    x = torch.randn(8, 3)
+    q = calibrate(with_quantizers(Normed(0).eval(), Policy({"layer": LayerBits(4, 8)})), x).eval()
+    save_packed(q, tmp_path / "net")
+    assert torch.equal(load_packed(tmp_path / "net", Normed(1))(x), q(x))  # as if its norm had been folded
+    with pytest.raises(BitscapeError, match=r"tensor norms.0.weight of float_model is missing.*build the network as"):
+        load_packed(tmp_path / "net", Normed(2))
 
 
 def test_a_resnet18_takes_hardly_more_than_its_payload(tmp_path):

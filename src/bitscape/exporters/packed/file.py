@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.exporters.codes import StoredWeight, weight_codes
@@ -33,6 +34,7 @@ from bitscape.models.layers import has_weight, layer_shapes, weight_layout, weig
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.models.products import product_names, products, split_products
+from bitscape.models.replace import replace_module
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
 from bitscape.quant.quantizers.base import Codes
@@ -71,9 +73,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     """
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     if not any(getattr(layer.input_quantizer, "initialized", True) for layer in layers.values()):
-        raise BitscapeError("model: no activation scale is set; call bitscape.calibrate(model, images) before saving")
+        raise BitscapeError("model: no activation scale is set; call bitscape.quantize(model, policy, data), which sets them")
     stored, codes = {}, {}
     for name, layer in layers.items():
         with prefixed(f"layer {name}"):
@@ -107,7 +109,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     Args:
         path: what `save_packed` wrote.
         float_model: the float network that was quantized, with any weights; it stays as it is, and its device is kept.
-            Where norms were folded before saving, the folded one.
+            Norms that were folded before saving may be folded in it or not.
 
     Raises:
         PolicyError: layers of another network, with the nearest names.
@@ -133,6 +135,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
         for name, product in products(model).items():
             _quantize_product(product, header.policy.layers[name], header.layers[name])
+        _drop_folded_norms(model, tensors)
         _load_others(model, tensors)
     return in_eval_mode(model)
 
@@ -278,9 +281,31 @@ def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) 
     product.input_quantizer = stored.input_quantizer(bits.activation)
 
 
+def _drop_folded_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Drop the norms that the saved network had folded, and give their layers the biases.
+
+    A folded norm leaves no tensor in the file, and a bias in its layer. Files with other gaps are
+    left to `_load_others`, which names them.
+    """
+    norms = [module for name, module in model.named_modules() if isinstance(module, _BatchNorm) and _is_absent(name, module, tensors)]
+    biases = {name: tensors[key] for name in weighted_layers(model) if (key := _key(name, "bias")) in tensors}
+    layers = {name: layer for name, layer in weighted_layers(model).items() if name in biases and layer.bias is None}
+    if not len(layers) <= len(norms) <= len(biases):
+        return
+    for norm in norms:
+        replace_module(model, norm, nn.Identity())
+    for name, layer in layers.items():
+        layer.bias = nn.Parameter(torch.empty_like(biases[name], device=layer.get_parameter("weight").device))
+
+
+def _is_absent(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    keys = [_key(name, key) for key in module.state_dict()]
+    return bool(keys) and not any(key in tensors for key in keys)
+
+
 def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = _other_tensors(model)
-    advice = "build the network as the saved one was built, its norms folded if they were"
+    advice = "build the network as the saved one was built"
     for key in [key for key in expected if key not in tensors]:
         raise BitscapeError(f"tensor {key} of float_model is missing{nearest(key, tensors)}; {advice}")
     for key, tensor in tensors.items():
