@@ -75,7 +75,8 @@ class Journey:
 
     def search(self) -> Mapping[str, Any]:
         """Search among the widths that ONNX files store."""
-        offered = ("--budget", BUDGET, "--candidates", "w=2,4,8;a=8")
+        pins = [word for name in self.layers.ends for word in ("--pin", f"{name}=8/8")]
+        offered = ("--budget", BUDGET, "--candidates", "w=2,4,8;a=8", *pins)
         self._run("search", *self._data("--data"), *offered, "--images", IMAGES, "--out", self.folder / "policy.json")
         policy = Policy.load(self.folder / "policy.json")
         budget = parse_budget(BUDGET, self.layers, dict.fromkeys(self.layers.ends, LayerBits(8, 8)))

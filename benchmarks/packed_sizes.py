@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks.common import DATA, RESULTS, bits_of, record
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError
-from bitscape.exporters.packed.file import load_packed, save_packed
+from bitscape.exporters.packed.file import save_packed
 from bitscape.policy import LayerBits, Policy, uniform_policy
 from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
@@ -76,11 +77,12 @@ def policy_of(run: dict[str, Any]) -> Policy:
     """Uniform weight bits with first and last layer at 8, or random ones at the bytes of uniform 4 bits."""
     network = run["network"]
     layers = measure_layers(folded(network), tuple(images(network).shape[1:]))
+    ends = dict.fromkeys(layers.ends, LayerBits(8, 8))
     if run["method"] == "random":
         candidates = tuple(LayerBits(bits, ACTIVATION_BITS) for bits in range(2, 9))
-        return Random().choose(Choices.of(layers, "weight_bytes=w4", candidates=candidates), run["seed"], {}).policy
+        return Random().choose(Choices.of(layers, "weight_bytes=w4", candidates=candidates, pinned=ends), run["seed"], {}).policy
     bits = LayerBits(int(run["variant"].removeprefix("w")), ACTIVATION_BITS)
-    return uniform_policy(layers.by_name, bits, dict.fromkeys(layers.ends, LayerBits(8, 8)))
+    return uniform_policy(layers.by_name, bits, ends)
 
 
 def check_same_outputs(saved: nn.Module, loaded: nn.Module, inputs: Tensor) -> None:
@@ -96,7 +98,7 @@ def load_seconds(path: Path, model: nn.Module) -> list[float]:
     seconds = []
     for _ in range(LOADS):
         started = time.perf_counter()
-        load_packed(path, model)
+        bs.load_packed(path, model)
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -111,7 +113,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         info = save_packed(quantized, Path(folder) / "packed.safetensors")
         save_s = time.perf_counter() - started
-        check_same_outputs(quantized, load_packed(info.path, model), inputs)
+        check_same_outputs(quantized, bs.load_packed(info.path, model), inputs)
         seconds = load_seconds(info.path, model)
     float_bytes = sum(tensor.nbytes for tensor in published(network).state_dict().values())
     return {

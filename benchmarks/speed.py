@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
+from benchmarks.common import DATA, RESULTS, both_ends, dataset, proxy_images, record
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import LayerCost, NetworkProfile, measure
@@ -231,9 +231,10 @@ def search_images(network: str) -> Tensor:
 def measure_search(run: dict[str, Any]) -> Clocks:
     """From a float network and images to a policy: one dry pass for costs, ranges, scores, allocation."""
     model, images = load(run["network"], DATA), search_images(run["network"])
+    pinned, candidates = both_ends(model, images), CANDIDATES[run["variant"]]
 
     def search() -> None:
-        problem = SearchProblem.of(model=model, samples=images, budget="weight_bytes=w4", candidates=CANDIDATES[run["variant"]])
+        problem = SearchProblem.of(model, images, "weight_bytes=w4", candidates=candidates, pinned=pinned)
         Fisher(images=IMAGES).search(problem)
 
     return clocked(search)

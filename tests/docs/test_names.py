@@ -38,6 +38,7 @@ FOREIGN = {
     "_top1": "the end of a name",
     "photos": "a folder of the user",
     "opt_in_out": "a command of OpenVINO's telemetry",
+    "output_size": "an argument of torch's transposed convolutions",
     "pth": "the end of a file name",
     "_s4": "the end of a name",
     "_s8": "the end of a name",

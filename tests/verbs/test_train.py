@@ -573,7 +573,7 @@ def foreign() -> torch.optim.Optimizer:
     [
         ({"network": "resnet"}, "network is a str; it must be a torch.nn.Module"),
         ({"data": "photos/"}, "a name or path is read by bitscape.load_dataset"),
-        ({"data": bs.Batches}, "data: type; pass a tensor"),
+        ({"data": bs.Batches}, "data: ABCMeta; pass a tensor"),
         ({"data": []}, "data: it holds no batch"),
         ({"data": (LEFT[:0], LABELS[:0])}, "data: it holds no batch"),
         ({"data": (LEFT, LABELS[:20])}, "data: its tensors have 20 and 22 rows"),

@@ -2,7 +2,7 @@
 
 Paper     none
 Idea      The largest width that fits the budget, everywhere. With `mix`, two neighbouring widths fill what is left.
-Computes  width ladder -> widths; largest that fits -> search; two widths -> mixed
+Computes  width ladder -> uniform_columns; largest that fits -> search; two widths -> mixed
 Departs   nothing
 Costs     no forward passes; milliseconds.
 Measured  docs/results: ptq-imagenet, qat-cifar10.
