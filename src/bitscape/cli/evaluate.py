@@ -14,7 +14,6 @@ from bitscape.cli.network import (
     CALIBRATION_IMAGES,
     ImageSettings,
     load_batches,
-    load_folder,
     load_latency,
     load_network,
     measure_network,
@@ -139,6 +138,8 @@ def evaluate(
     elif packed is not None:
         network, policy = bs.load_packed(packed, network), packed_policy(packed)
     elif checkpoint is not None:
+        from bitscape.dynamic.storage import load_folder
+
         network, policy = load_folder(network, checkpoint, shape)
     _set_decisions(network, decisions)
     if times is not None and policy is None:

@@ -8,7 +8,7 @@ import click
 
 import bitscape as bs
 from bitscape.cli.evaluate import calibration_options
-from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network, load_trained
+from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network
 from bitscape.cli.options import all_of, image_options, network_options
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER
@@ -114,7 +114,9 @@ def _quantized(
             raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
         return bs.load_packed(packed, network), packed_policy(packed)
     assert checkpoint is not None
-    quantized, found = load_trained(network, checkpoint)
-    if found is None:
+    from bitscape.quant.storage import load_static
+
+    quantized, saved = load_static(network, checkpoint)
+    if saved is None:
         raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
-    return quantized, found
+    return quantized, saved

@@ -9,7 +9,6 @@ import click
 
 from bitscape.cli.parsing import parse_normalization
 from bitscape.errors import BitscapeError, prefixed
-from bitscape.folders import DYNAMIC_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
@@ -215,44 +214,3 @@ def uniform_cost(network: "NetworkProfile", bits: int) -> dict[str, float]:
     from bitscape.policy import uniform_policy
 
     return policy_cost(network, uniform_policy(network.by_name, LayerBits(bits, bits)))
-
-
-def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
-    """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
-    from bitscape.models.find import load_weights
-    from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import with_quantizers
-
-    if (folder / DYNAMIC_FILE).is_file():
-        raise BitscapeError(f"{folder}: bits depend on the image; make static networks of it: bitscape tiers --checkpoint {folder} ...")
-    if (folder / TIERS_FILE).is_file():
-        raise BitscapeError(f"{folder}: it holds several networks; name one of them, e.g. {folder / 'tier1'}")
-    weights, saved = folder / WEIGHTS_FILE, folder / POLICY_FILE
-    if not weights.is_file():
-        raise BitscapeError(f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} --resume ...")
-    policy = Policy.load(saved) if saved.is_file() else None
-    trained = model if policy is None else with_quantizers(model, policy)
-    load_weights(trained, weights)
-    return in_eval_mode(trained), policy
-
-
-def load_folder(model: "nn.Module", folder: Path, shape: tuple[int, ...]) -> tuple["nn.Module", Policy | None]:
-    """Return the network of a folder: static as `load_trained` does, dynamic, or tiers; only static ones have a policy.
-
-    The costs of the others are those of images of one shape: BitscapeError for another `shape`.
-    """
-    from bitscape.dynamic.storage import load_dynamic, load_tiers, read_dynamic, read_tiers
-
-    if (folder / DYNAMIC_FILE).is_file():
-        _check_shape(folder, read_dynamic(folder).input_shape, shape)
-        return load_dynamic(model, folder), None
-    if (folder / TIERS_FILE).is_file():
-        _check_shape(folder, read_tiers(folder).input_shape, shape)
-        return load_tiers(model, folder), None
-    return load_trained(model, folder)
-
-
-def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if made_for != shape:
-        own, given = ("x".join(map(str, sizes)) for sizes in (made_for, shape))
-        raise BitscapeError(f"{folder} was made for images of {own}, --data has {given}; choose the data or --input-size to match")

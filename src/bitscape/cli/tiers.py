@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_network, with_random_corruptions
+from bitscape.cli.network import ImageSettings, draw_images, load_network, with_random_corruptions
 from bitscape.cli.options import MOST, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
 from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER, keep_locked
-from bitscape.cli.spending import print_tiers, shares_of
+from bitscape.cli.spending import print_tiers
 from bitscape.errors import BitscapeError
 from bitscape.folders import results_in
 
@@ -60,7 +60,7 @@ def tiers(
     from bitscape.cost.policy_cost import bitops
     from bitscape.data.splits import TRAINING
     from bitscape.dynamic.storage import save_tiers
-    from bitscape.dynamic.tiers import distill_tiers
+    from bitscape.dynamic.tiers import distill_tiers, shares_of
     from bitscape.quant.convert import batches_of
 
     if held := results_in(out):
@@ -87,6 +87,7 @@ def tiers(
 
 def _dynamic(checkpoint: Path, float_network: "nn.Module", shape: tuple[int, ...]) -> "DynamicNetwork":
     from bitscape.dynamic import DynamicNetwork
+    from bitscape.dynamic.storage import load_folder
 
     network, _ = load_folder(float_network, checkpoint, shape)
     if not isinstance(network, DynamicNetwork):
