@@ -36,7 +36,7 @@ from bitscape.exporters.openvino.parity import check_openvino_parity
 from bitscape.exporters.parity import check_parity
 from bitscape.measure.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.models.layers import quantizable_layers
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import uniform_policy
 from bitscape.report.records import missing, read_runs
 from bitscape.runtimes.packages import runtime_module
 from bitscape.runtimes.sessions import RUNTIMES, OpenVino, Runtime, Session, time_alternately
@@ -82,12 +82,12 @@ def normalized(name: str, images: Tensor) -> Tensor:
 
 
 @cache
-def policy(name: str, runtime: str, variant: str) -> Policy:
+def policy(name: str, runtime: str, variant: str) -> bs.Policy:
     """Bits of a row of ours."""
     if variant == UNIFORM[1]:
-        return uniform_policy(quantizable_layers(network(name)), LayerBits(8, 8))
+        return uniform_policy(quantizable_layers(network(name)), bs.LayerBits(8, 8))
     stored = TARGETS[PROFILE[runtime]]
-    pairs = tuple(LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
+    pairs = tuple(bs.LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
     budget = "weight_bytes=w4" if variant == MIXED[1] else "bitops=w4a4"
     images = normalized(name, data(name)[0].images)
     method = bs.Fisher() if name in WEIGHTS else Random()
@@ -106,7 +106,7 @@ class Made:
     integers: IntegerNetwork | None = None
     source: Any = None
     """The graph that an OpenVINO file of ours was made of."""
-    policy: Policy | None = None
+    policy: bs.Policy | None = None
 
 
 def make(name: str, runtime: str, method: tuple[str, str], folder: Path) -> Made:
