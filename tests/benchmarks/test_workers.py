@@ -56,9 +56,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8, generator=generator)
     data = Dataset("drawn", images, torch.randint(0, 3, (24,), generator=generator), tuple("abc"))
-    replaced = {"load": network, "quantized": quantized, "load_dataset": lambda *_, **__: data, "BATCH_SIZE": 6, "STEPS": 4}
+    replaced = {"load": network, "quantized": quantized, "BATCH_SIZE": 6, "STEPS": 4}
     for name, value in replaced.items():
         monkeypatch.setattr(workers, name, value)
+    monkeypatch.setattr("bitscape.load_dataset", lambda *_, **__: data)
     return data
 
 
