@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+import bitscape as bs
 from benchmarks.common import DATA, dataset, do_missing, proxy_images
 from benchmarks.speed import clocked, random_scores
 from bitscape.cost.budget import Budget
 from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.cost.policy_cost import cost
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import uniform_policy
 from bitscape.searches.allocation import allocate
 from bitscape.searches.choices import DEFAULT_CANDIDATES, Choices
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.scores import ScoreTable
 from recipes.networks import load
@@ -83,10 +83,10 @@ def scored(network: str) -> tuple[SearchProblem, ScoreTable]:
     source, images = REAL[network]
     proxy = proxy_images(dataset(source), network, images, 0)
     problem = SearchProblem.of(model=load(network, DATA), samples=proxy, budget="bitops=w4a4")
-    return problem, Fisher(images=images).score(problem)
+    return problem, bs.Fisher(images=images).score(problem)
 
 
-def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkProfile, dict[str, LayerBits]]:
+def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkProfile, dict[str, bs.LayerBits]]:
     """Scores, costs and pinned layers of a run."""
     if run["network"] in REAL:
         problem, scores = scored(run["network"])
@@ -94,7 +94,7 @@ def stated(run: dict[str, Any]) -> tuple[ScoreTable, NetworkProfile, dict[str, L
     settings = run["settings"]
     network = made_network(run["network"], settings["layers"], run["seed"])
     widths = (2, 3, 4, 6, 8)
-    few = tuple(LayerBits(weight, activation) for weight in widths for activation in widths)
+    few = tuple(bs.LayerBits(weight, activation) for weight in widths for activation in widths)
     candidates = few if settings["pairs"] == len(few) else DEFAULT_CANDIDATES
     return random_scores(tuple(network.by_name), candidates, run["seed"]), network, {}
 
@@ -103,10 +103,10 @@ def measure(run: dict[str, Any], time_limit_s: float) -> dict[str, Any]:
     """Allocate once and tell the time and the gap."""
     scores, network, pinned = stated(run)
     bits, share = TIGHTNESS[run["seed"]]
-    reference = uniform_policy(network.by_name, LayerBits(bits, bits), pinned)
+    reference = uniform_policy(network.by_name, bs.LayerBits(bits, bits), pinned)
     budget = Budget({kind: share * cost(kind, network, reference) for kind in KINDS[: run["settings"]["caps"]]})
     choices = Choices.of(network, budget, candidates=scores.candidates, pinned=pinned)
-    policies: list[Policy] = []
+    policies: list[bs.Policy] = []
     before = os.getloadavg()[0]
     clocks = clocked(lambda: policies.append(allocate(scores, choices, time_limit_s=time_limit_s)))
     extra = {"wall_s": clocks["wall_s"], "gap": policies[0].provenance["gap"], "score": policies[0].provenance["score"]}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+import bitscape as bs
 from benchmarks.common import bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CASES, SEARCH_EPOCHS, problem, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.engine import evaluate
 from bitscape.searches.allocation import allocate
-from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.mixture_search import MixtureSettings, train_mixture
 from bitscape.searches.readout import probability_scores
@@ -28,9 +28,9 @@ NAME = "asga-ladder"
 KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.images", "epochs", "seed")
 LADDER: dict[str, MixtureSettings] = {
     "base": Differentiable(epochs=SEARCH_EPOCHS),
-    "+ SAM": Asga(epochs=SEARCH_EPOCHS, radius="fixed", alignment=0.0, descent="perturbed"),
-    "+ alignment, fixed radius": Asga(epochs=SEARCH_EPOCHS, radius="fixed"),
-    "+ adaptive radius": Asga(epochs=SEARCH_EPOCHS),
+    "+ SAM": bs.Asga(epochs=SEARCH_EPOCHS, radius="fixed", alignment=0.0, descent="perturbed"),
+    "+ alignment, fixed radius": bs.Asga(epochs=SEARCH_EPOCHS, radius="fixed"),
+    "+ adaptive radius": bs.Asga(epochs=SEARCH_EPOCHS),
 }
 PROBED = 512
 RADIUS = 0.05

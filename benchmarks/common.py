@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitscape.data.batches import Batches, Normalization
+import bitscape as bs
+from bitscape.cost.layers import measure
 from bitscape.data.proxy import draw_proxy
-from bitscape.data.sources import Dataset, load_dataset
-from bitscape.policy import Policy
+from bitscape.data.sources import Dataset
 from bitscape.report.records import append_run, missing, read_runs
 from recipes.networks import WEIGHTS
 
@@ -25,7 +25,7 @@ DATA = Path(os.environ.get("BITSCAPE_DATA", Path(__file__).parents[2] / "shared"
 
 def dataset(name: str, size: int | None = None) -> Dataset:
     """A parquet file of the data folder, such as "cifar10_train", in memory."""
-    return load_dataset(str(DATA / f"{name}.parquet"), size=size)
+    return bs.load_dataset(str(DATA / f"{name}.parquet"), size=size)
 
 
 def proxy_images(source: Dataset, network: str, images: int, seed: int) -> Tensor:
@@ -37,12 +37,17 @@ def proxy_images(source: Dataset, network: str, images: int, seed: int) -> Tenso
     return entry.normalization.apply(drawn.images)
 
 
-def test_batches(data: Dataset, normalization: Normalization, batch_size: int = 250) -> Batches:
+def test_batches(data: Dataset, normalization: bs.Normalization, batch_size: int = 250) -> bs.Batches:
     """Batches in order, without augmentation."""
-    return Batches(dataset=data, normalization=normalization, batch_size=batch_size)
+    return bs.Batches(dataset=data, normalization=normalization, batch_size=batch_size)
 
 
-def bits_of(policy: Policy) -> dict[str, list[int]]:
+def both_ends(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """First layer and heads at 8/8: the pins of recorded rows whose budget caps bytes alone."""
+    return dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, "8/8")
+
+
+def bits_of(policy: bs.Policy) -> dict[str, list[int]]:
     """Layer -> [weight bits, activation bits]: how a run record holds a policy."""
     return {name: [bits.weight, bits.activation] for name, bits in policy.layers.items()}
 

@@ -27,16 +27,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import bitscape as bs
 from benchmarks.common import RESULTS, record
 from benchmarks.zoo import ENTRIES, IMAGES, build, images
 from bitscape.cli.app import commands
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.errors import BitscapeError
 from bitscape.models.find import save_weights
 from bitscape.models.prepare import as_prepared
-from bitscape.policy import LayerBits, Policy
 from bitscape.report.records import missing, read_runs
 
 NAME = "compatibility"
@@ -75,10 +74,11 @@ class Journey:
 
     def search(self) -> Mapping[str, Any]:
         """Search among the widths that ONNX files store."""
-        offered = ("--budget", BUDGET, "--candidates", "w=2,4,8;a=8")
+        pins = [word for name in self.layers.ends for word in ("--pin", f"{name}=8/8")]
+        offered = ("--budget", BUDGET, "--candidates", "w=2,4,8;a=8", *pins)
         self._run("search", *self._data("--data"), *offered, "--images", IMAGES, "--out", self.folder / "policy.json")
-        policy = Policy.load(self.folder / "policy.json")
-        budget = parse_budget(BUDGET, self.layers, dict.fromkeys(self.layers.ends, LayerBits(8, 8)))
+        policy = bs.Policy.load(self.folder / "policy.json")
+        budget = parse_budget(BUDGET, self.layers, dict.fromkeys(self.layers.ends, bs.LayerBits(8, 8)))
         if exceeded := budget.exceeded(self.layers, policy):
             raise RuntimeError(f"the policy costs {exceeded}, over {budget}")
         return {"mean_weight_bits": policy_cost(self.layers, policy)["mean_weight_bits"]}
@@ -143,7 +143,7 @@ def travel(name: str) -> Iterator[dict[str, Any]]:
 def _outcome(part: Callable[[], Mapping[str, Any]], folder: str) -> dict[str, Any]:
     try:
         return {"outcome": WORKS, **part()}
-    except BitscapeError as error:
+    except bs.BitscapeError as error:
         return {"outcome": REFUSED, "reason": str(error).replace(folder, "")}
     except Exception as error:
         return {"outcome": FAILS, "reason": f"{type(error).__name__}: {error}".replace(folder, "")}

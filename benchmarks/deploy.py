@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DATA, RESULTS, bits_of, dataset, record
-from bitscape.cli.network import calibrated
+import bitscape as bs
+from benchmarks.common import DATA, RESULTS, bits_of, both_ends, dataset, record
 from bitscape.cost.targets import TARGETS
 from bitscape.data.sources import Dataset
 from bitscape.exporters.agreement import Comparison
@@ -36,14 +36,12 @@ from bitscape.exporters.openvino.parity import check_openvino_parity
 from bitscape.exporters.parity import check_parity
 from bitscape.measure.baselines import save_float_onnx, save_onnxruntime_int8
 from bitscape.models.layers import quantizable_layers
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import uniform_policy
 from bitscape.report.records import missing, read_runs
 from bitscape.runtimes.packages import runtime_module
 from bitscape.runtimes.sessions import RUNTIMES, OpenVino, Runtime, Session, time_alternately
 from bitscape.searches.choices import DEFAULT_CANDIDATES
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.random_policy import Random
-from bitscape.verbs.search import search
 from recipes.networks import WEIGHTS, load, resnet18, resnet50
 
 NAME = "deploy"
@@ -84,16 +82,18 @@ def normalized(name: str, images: Tensor) -> Tensor:
 
 
 @cache
-def policy(name: str, runtime: str, variant: str) -> Policy:
+def policy(name: str, runtime: str, variant: str) -> bs.Policy:
     """Bits of a row of ours."""
     if variant == UNIFORM[1]:
-        return uniform_policy(quantizable_layers(network(name)), LayerBits(8, 8))
+        return uniform_policy(quantizable_layers(network(name)), bs.LayerBits(8, 8))
     stored = TARGETS[PROFILE[runtime]]
-    pairs = tuple(LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
+    pairs = tuple(bs.LayerBits(bits, 8) for bits in stored.weight_bits) if variant == MIXED[1] else DEFAULT_CANDIDATES
     budget = "weight_bytes=w4" if variant == MIXED[1] else "bitops=w4a4"
     images = normalized(name, data(name)[0].images)
-    method = Fisher() if name in WEIGHTS else Random()
-    return search(network(name), images, budget, method=method, count=len(images), candidates=pairs).policy
+    method = bs.Fisher() if name in WEIGHTS else Random()
+    model = network(name)
+    pinned = both_ends(model, images)
+    return bs.search(model, images, budget, method=method, count=len(images), candidates=pairs, pinned=pinned).policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Made:
     integers: IntegerNetwork | None = None
     source: Any = None
     """The graph that an OpenVINO file of ours was made of."""
-    policy: Policy | None = None
+    policy: bs.Policy | None = None
 
 
 def make(name: str, runtime: str, method: tuple[str, str], folder: Path) -> Made:
@@ -115,7 +115,8 @@ def make(name: str, runtime: str, method: tuple[str, str], folder: Path) -> Made
     if method in (FLOAT, OWN):
         return _baseline(name, runtime, method, folder, images)
     found = policy(name, runtime, method[1])
-    integers = integer_network(calibrated(network(name), found, images, repair=name in WEIGHTS), images)
+    quantized = bs.quantize(network(name), found, images, for_training=name not in WEIGHTS, count=len(images))
+    integers = integer_network(quantized, images)
     stem = f"{method[0]}-{method[1]}".replace(" ", "-")
     write: Callable[..., OnnxInfo] = write_onnx if runtime == "onnxruntime" else write_openvino
     info = write(integers, folder / f"{stem}{'.onnx' if runtime == 'onnxruntime' else '.xml'}", images)

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CASES, WIDTHS, images_of
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.data.batches import Batches
-from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, mixed_quality
+from bitscape.data.corruptions import HELD_OUT, TRAINED, Quality, randomly_corrupted
 from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.dynamic import (
@@ -39,12 +39,10 @@ from bitscape.dynamic import (
     keep_bitops,
 )
 from bitscape.dynamic.decision import Decision, joined
-from bitscape.engine import Batch, Sgd, StepRecord, train
+from bitscape.engine import Batch, StepRecord, train
 from bitscape.models.modes import evaluating
-from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.policy import uniform_policy
 from bitscape.report.records import read_runs
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
@@ -110,13 +108,13 @@ def wanted(seeds: int, images: int, epochs: int, variants: bool) -> Iterator[dic
 @cache
 def tests() -> tuple[Dataset, Quality]:
     """The test set, each image clean or under one of the seen or held-out corruptions."""
-    return mixed_quality(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT))
+    return randomly_corrupted(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT))
 
 
 @cache
 def homogeneous() -> Dataset:
     """The test set, all images of a batch in one quality."""
-    return mixed_quality(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT), together=BATCH)[0]
+    return randomly_corrupted(images_of(CASES[NETWORK].test), seed=TEST_SEED, corruptions=(*TRAINED, *HELD_OUT), together=BATCH)[0]
 
 
 @cache
@@ -124,7 +122,7 @@ def training(seed: int, images: int) -> tuple[Dataset, Dataset, Quality]:
     """Training images of mixed quality, and others, held out of training, on which the oracle chooses."""
     source = images_of(CASES[NETWORK].training)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    mixed, quality = mixed_quality(source.subset(order[: images + ORACLE]), seed=100 * seed)
+    mixed, quality = randomly_corrupted(source.subset(order[: images + ORACLE]), seed=100 * seed)
     others = Quality(quality.names, quality.corruption[images:], quality.severity[images:])
     return mixed.subset(torch.arange(images)), mixed.subset(torch.arange(images, images + ORACLE)), others
 
@@ -134,16 +132,16 @@ def normalized(data: Dataset) -> Tensor:
     return WEIGHTS[NETWORK].normalization.apply(data.images)
 
 
-def uniform(budget: str) -> Policy:
+def uniform(budget: str) -> bs.Policy:
     """First and last layer at 8 bits, the rest at the budget's."""
     names = [name for name, layer in load(NETWORK, DATA).named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    return uniform_policy(names, LayerBits(*BUDGETS[budget]), dict.fromkeys(("conv1", "linear"), LayerBits(8, 8)))
+    return uniform_policy(names, bs.LayerBits(*BUDGETS[budget]), dict.fromkeys(("conv1", "linear"), bs.LayerBits(8, 8)))
 
 
-def batches_of(data: Dataset, seed: int) -> Batches:
+def batches_of(data: Dataset, seed: int) -> bs.Batches:
     """Batches of training images."""
     normalization = WEIGHTS[NETWORK].normalization
-    return Batches(dataset=data, normalization=normalization, shuffle=True, augment="crop-flip", seed=seed, drop_last=True)
+    return bs.Batches(dataset=data, normalization=normalization, shuffle=True, augment="crop-flip", seed=seed, drop_last=True)
 
 
 @torch.no_grad()
@@ -203,12 +201,12 @@ def reference() -> Any:
     return measure(load(NETWORK, DATA), (3, 32, 32))
 
 
-def candidates(run: dict[str, Any]) -> tuple[LayerBits, ...]:
+def candidates(run: dict[str, Any]) -> tuple[bs.LayerBits, ...]:
     """Bits that a static policy may choose from: those of the searches, or the weights' fixed and the activations' those of DQMQ."""
     low = LOW.get(run["settings"]["budget"], 2)
     if (run["method"], run["variant"]) == ACTIVATIONS:
-        return tuple(LayerBits(BUDGETS[run["settings"]["budget"]][0], bits) for bits in range(low, MOST + 1))
-    return tuple(LayerBits(weight, activation) for weight in WIDTHS for activation in sorted({low, *WIDTHS}))
+        return tuple(bs.LayerBits(BUDGETS[run["settings"]["budget"]][0], bits) for bits in range(low, MOST + 1))
+    return tuple(bs.LayerBits(weight, activation) for weight in WIDTHS for activation in sorted({low, *WIDTHS}))
 
 
 def static(run: dict[str, Any]) -> dict[str, Any]:
@@ -223,9 +221,10 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
             candidates=candidates(run),
             seed=run["seed"],
         )
-        policy = Fisher(images=SCORED).search(problem, for_training=True).policy
-    network = calibrate(quantize(load(NETWORK, DATA), policy), normalized(data.subset(torch.arange(CALIBRATION))))
-    seconds = trained(network, run, Plain(), Sgd(lr=0.01))
+        policy = bs.Fisher(images=SCORED).search(problem, for_training=True).policy
+    images = normalized(data.subset(torch.arange(CALIBRATION)))
+    network = bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, count=CALIBRATION)
+    seconds = trained(network, run, Plain(), bs.Sgd(lr=0.01))
     hits, _, _ = right(network, tests()[0])
     cost = policy_cost(reference(), policy)
     return {"top1": percent(hits), "policy": bits_of(policy), "cost": cost, "train_s": seconds, "extra": by_quality(hits)}
@@ -255,7 +254,7 @@ def learned(run: dict[str, Any]) -> dict[str, Any]:
     if variant.begins_at_budget:
         begin_at(network, limit)
     step = Dqmq(bitops=limit, **variant.step)
-    seconds = trained(network, run, step, DqmqSgd(sgd=Sgd(lr=0.01), head_lr=variant.head_lr))
+    seconds = trained(network, run, step, DqmqSgd(sgd=bs.Sgd(lr=0.01), head_lr=variant.head_lr))
     data, _, _ = training(run["seed"], run["settings"]["images"])
     kept = normalized(data.subset(torch.arange(KEPT)))
     before = float(decide(network, kept).bitops(network.cost).mean()) + network.decision_bitops
@@ -364,7 +363,7 @@ def random_bits(run: dict[str, Any]) -> dict[str, Any]:
     key = {**run, "method": LEARNED[0], "variant": LEARNED[1]}
     (twin,) = [each for each in read_runs(RESULTS / f"{NAME}.jsonl") if all(each[name] == value for name, value in key.items())]
     network, step = made(run, DynamicBits(low=LOW.get(run["settings"]["budget"], 2))), RandomBits(twin["extra"]["marginals"])
-    seconds = trained(network, run, step, Sgd(lr=0.01))
+    seconds = trained(network, run, step, bs.Sgd(lr=0.01))
     torch.manual_seed(run["seed"])
     drawn = step.drawn(network, len(tests()[0]))
     hits, _, bitops = right(network, tests()[0], drawn)

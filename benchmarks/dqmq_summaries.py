@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.dqmq import LEARNED, LONGER, NETWORK, RANDOM, STATIC
 from benchmarks.summaries_common import Run, compared, groups, with_schedule
 from bitscape.data.corruptions import CORRUPTIONS
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
 from bitscape.report.differences import difference
 from bitscape.report.heat_map import heat_map
@@ -43,7 +43,7 @@ def figure(runs: Sequence[Run]) -> str:
     learned = groups([with_schedule(run, LONGER) for run in runs if (run["method"], run["variant"]) == LEARNED], GROUP)
     if not learned:
         raise BitscapeError("dqmq.jsonl holds no run of the plain method; python -m benchmarks.dqmq makes one")
-    return heat_map(QualityGrid(tuple(_cells(next(iter(learned.values()))))))
+    return heat_map(QualityTable(tuple(_cells(next(iter(learned.values()))))))
 
 
 def _with_share(run: Run) -> Run:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
+import bitscape as bs
 from benchmarks.summaries_common import Run, groups
 from benchmarks.transfer_summaries import text
-from bitscape.errors import BitscapeError
 from bitscape.sharpness import LossSlice
 
 SIDE, LEFT, TOP, ACROSS, DOWN = 240, 66, 84, 290, 326
@@ -68,7 +68,7 @@ def _edges(slices: Mapping[str, LossSlice]) -> list[float]:
     """Natural logarithms of the losses at which the color changes, the ends of the scale among them."""
     drawn = [math.log(loss) for each in slices.values() for row in each.losses for loss in row if 0 < loss < math.inf]
     if not drawn:
-        raise BitscapeError(f"slices = {list(slices)}: give at least one slice with losses above 0, from loss_slice")
+        raise bs.BitscapeError(f"slices = {list(slices)}: give at least one slice with losses above 0, from loss_slice")
     low, high = min(drawn), max(drawn)
     return [low + (high - low) * at / BANDS for at in range(BANDS + 1)]
 
@@ -161,7 +161,7 @@ def equal_bytes(runs: Sequence[Run]) -> str:
         drawn.append(_panel_of_rows(y, network, group))
         y += 66 + LINE * len(_rows(group))
     if not drawn:
-        raise BitscapeError("ptq-imagenet.jsonl holds no run at 8-bit activations; python -m benchmarks.ptq_imagenet makes them")
+        raise bs.BitscapeError("ptq-imagenet.jsonl holds no run at 8-bit activations; python -m benchmarks.ptq_imagenet makes them")
     width, height = HUNDRED + 46, y - 26
     legend = [_ring(ZERO, 40), text(ZERO + 10, 44, "before repair", "start", 11)]
     legend += [_disc(ZERO + 108, 40, MIXED), _disc(ZERO + 124, 40, CONTROL)]

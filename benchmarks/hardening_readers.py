@@ -26,7 +26,6 @@ from benchmarks.hardening_mutations import (
     metadata_only,
 )
 from bitscape.cli.app import commands
-from bitscape.cli.packed import load_packed_network
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.data.batches import DIGITS, Batches
@@ -35,16 +34,16 @@ from bitscape.dynamic import distill_tiers, dynamic_network
 from bitscape.dynamic.heads import Head
 from bitscape.dynamic.storage import load_dynamic, load_tiers, save_dynamic, save_tiers
 from bitscape.engine import Batch, Sgd, StepRecord, train
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
-from bitscape.exporters.packed.file import save_packed
+from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.files import UNSEALED, sealed
 from bitscape.models.digits import digits_net
 from bitscape.models.find import load_weights, save_weights
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
-from bitscape.report.documents import save_grid
+from bitscape.quant.convert import calibrate, with_quantizers
+from bitscape.report.documents import save_quality
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.searches.allocation import allocate
@@ -146,7 +145,7 @@ def _latency(folder: Path) -> Use:
 
 @torch.no_grad()
 def _packed(folder: Path) -> Use:
-    found, _ = load_packed_network(folder / "packed.safetensors", network(), SHAPE)
+    found = load_packed(folder / "packed.safetensors", network())
     outputs = found(images())
     need(outputs.dtype == torch.float32 and outputs.isfinite().all(), "outputs that are not finite float32")
     return lambda: None
@@ -243,7 +242,7 @@ def _make_report(folder: Path) -> None:
     _trained(folder / "run")
     pairs = (("clean", 0), ("contrast", 1), ("contrast", 3))
     cells = [Cell(corruption=name, severity=severity, top1=80.0 - severity, loss=0.5, images=100) for name, severity in pairs]
-    save_grid(QualityGrid(tuple(cells)), folder / "grid.json")
+    save_quality(QualityTable(tuple(cells)), folder / "grid.json")
     row = {"runtime": "onnxruntime 1.31", "batch_size": 1, "file_bytes": 10, "float_layers": 0, "cpu_ms": 0.5, "wall_ms": 0.5}
     rows = [{**row, "file": name, "images_per_s": 2000.0, "times_faster": 1.0, "top1": 90.0} for name in ("float", "w4.onnx")]
     about = {"format": 1, "machine": "a processor", "threads": 1, "rounds": 15, "input_shape": SHAPE, "rows": rows}
@@ -269,7 +268,7 @@ def _make_scores(folder: Path) -> None:
 
 def _make_packed(folder: Path) -> None:
     policy = replace(mixed_policy(cost().shapes), provenance={"images": [16, *SHAPE]})
-    save_packed(calibrate(quantize(network(), policy), images()), folder / "packed.safetensors", policy=policy)
+    save_packed(calibrate(with_quantizers(network(), policy), images()), folder / "packed.safetensors", policy=policy)
 
 
 PACKED: tuple[Damage, ...] = (*SAFETENSORS, resealed(metadata_only), resealed(damaged_structure))

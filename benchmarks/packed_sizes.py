@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks.common import DATA, RESULTS, bits_of, record
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.errors import BitscapeError
-from bitscape.exporters.packed.file import load_packed, save_packed
-from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.exporters.packed.file import save_packed
+from bitscape.policy import uniform_policy
 from bitscape.quant.fold import fold_norms
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.choices import Choices
@@ -72,15 +71,16 @@ def folded(network: str) -> nn.Module:
     return fold_norms(model, images(network)[:1]) if has_norms else model
 
 
-def policy_of(run: dict[str, Any]) -> Policy:
+def policy_of(run: dict[str, Any]) -> bs.Policy:
     """Uniform weight bits with first and last layer at 8, or random ones at the bytes of uniform 4 bits."""
     network = run["network"]
     layers = measure_layers(folded(network), tuple(images(network).shape[1:]))
+    ends = dict.fromkeys(layers.ends, bs.LayerBits(8, 8))
     if run["method"] == "random":
-        candidates = tuple(LayerBits(bits, ACTIVATION_BITS) for bits in range(2, 9))
-        return Random().choose(Choices.of(layers, "weight_bytes=w4", candidates=candidates), run["seed"], {}).policy
-    bits = LayerBits(int(run["variant"].removeprefix("w")), ACTIVATION_BITS)
-    return uniform_policy(layers.by_name, bits, dict.fromkeys(layers.ends, LayerBits(8, 8)))
+        candidates = tuple(bs.LayerBits(bits, ACTIVATION_BITS) for bits in range(2, 9))
+        return Random().choose(Choices.of(layers, "weight_bytes=w4", candidates=candidates, pinned=ends), run["seed"], {}).policy
+    bits = bs.LayerBits(int(run["variant"].removeprefix("w")), ACTIVATION_BITS)
+    return uniform_policy(layers.by_name, bits, ends)
 
 
 def check_same_outputs(saved: nn.Module, loaded: nn.Module, inputs: Tensor) -> None:
@@ -88,7 +88,7 @@ def check_same_outputs(saved: nn.Module, loaded: nn.Module, inputs: Tensor) -> N
     with torch.no_grad():
         before, after = saved.eval()(inputs), loaded.eval()(inputs)
     if not torch.equal(before, after):
-        raise BitscapeError(f"loaded network: outputs differ by up to {(before - after).abs().max()}; the packed format is broken")
+        raise bs.BitscapeError(f"loaded network: outputs differ by up to {(before - after).abs().max()}; the packed format is broken")
 
 
 def load_seconds(path: Path, model: nn.Module) -> list[float]:
@@ -96,7 +96,7 @@ def load_seconds(path: Path, model: nn.Module) -> list[float]:
     seconds = []
     for _ in range(LOADS):
         started = time.perf_counter()
-        load_packed(path, model)
+        bs.load_packed(path, model)
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -105,13 +105,13 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Quantize, pack, load, compare."""
     network = run["network"]
     model, inputs, policy = folded(network), images(network), policy_of(run)
-    quantized = calibrate(quantize(model, policy), inputs)
+    quantized = bs.quantize(model, policy, inputs, for_training=True)
     cost = policy_cost(measure_layers(model, tuple(inputs.shape[1:])), policy)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         info = save_packed(quantized, Path(folder) / "packed.safetensors")
         save_s = time.perf_counter() - started
-        check_same_outputs(quantized, load_packed(info.path, model), inputs)
+        check_same_outputs(quantized, bs.load_packed(info.path, model), inputs)
         seconds = load_seconds(info.path, model)
     float_bytes = sum(tensor.nbytes for tensor in published(network).state_dict().values())
     return {

@@ -22,19 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import NetworkProfile, measure
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.data.batches import Batches
-from bitscape.engine import evaluate
 from bitscape.models.find import import_torchvision
-from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.report.records import missing, read_runs
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.uniform import Uniform
 from recipes.networks import WEIGHTS, load
@@ -78,7 +75,7 @@ def network_cost() -> NetworkProfile:
 
 
 @cache
-def tests() -> Batches:
+def tests() -> bs.Batches:
     """The complete test set."""
     return test_batches(dataset("cifar10_test"), WEIGHTS[NETWORK].normalization)
 
@@ -89,17 +86,17 @@ def images(seed: int) -> Tensor:
     return proxy_images(dataset("cifar10_train"), NETWORK, IMAGES, seed=seed)
 
 
-def ours(method: Uniform | Fisher, widths: tuple[int, ...], calibration: Tensor) -> tuple[nn.Module, Policy]:
+def ours(method: Uniform | bs.Fisher, widths: tuple[int, ...], calibration: Tensor) -> tuple[nn.Module, bs.Policy]:
     """Search and quantize with this package."""
     folded = fold_norms(float_network(), calibration[:8])
-    candidates = tuple(LayerBits(width, 8) for width in widths)
+    candidates = tuple(bs.LayerBits(width, 8) for width in widths)
     problem = SearchProblem.of(model=folded, samples=calibration, budget=BUDGET, candidates=candidates, pinned={})
     policy = method.search(problem).policy
-    quantized = calibrate(quantize(folded, policy), calibration)
+    quantized = calibrate(with_quantizers(folded, policy), calibration)
     return repair(quantized, folded, calibration), policy
 
 
-def peers(widths: tuple[int, ...], calibration: Tensor) -> tuple[nn.Module, Policy]:
+def peers(widths: tuple[int, ...], calibration: Tensor) -> tuple[nn.Module, bs.Policy]:
     """Search and quantize with MCT."""
     import model_compression_toolkit as mct
 
@@ -129,11 +126,11 @@ def platform_of(widths: tuple[int, ...]) -> Any:
     return tpc.generate_tpc(default_config=others, base_config=layers, mixed_precision_cfg_list=mixed, name="any widths")
 
 
-def policy_of(quantized: nn.Module) -> Policy:
+def policy_of(quantized: nn.Module) -> bs.Policy:
     """The weight bits that MCT chose, under our layer names: it writes layer1_0_conv1_bn for layer1.0.conv1."""
     wrapped = {name: module for name, module in quantized.named_modules() if hasattr(module, "weights_quantizers")}
     found = {name.removesuffix("_bn"): module.weights_quantizers["weight"].num_bits for name, module in wrapped.items()}
-    return Policy({name: LayerBits(found[name.replace(".", "_")], 8) for name in network_cost().by_name})
+    return bs.Policy({name: bs.LayerBits(found[name.replace(".", "_")], 8) for name in network_cost().by_name})
 
 
 def peer_versions() -> dict[str, str]:
@@ -141,20 +138,20 @@ def peer_versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PEER_PACKAGES}
 
 
-def find(run: dict[str, Any]) -> tuple[nn.Module, Policy]:
+def find(run: dict[str, Any]) -> tuple[nn.Module, bs.Policy]:
     """Search and quantize."""
     calibration = images(run["seed"])
     if run["method"] == "uniform":
         return ours(Uniform(), (4,), calibration)
     widths = WIDTHS[run["variant"]]
-    return peers(widths, calibration) if run["method"] == "mct" else ours(Fisher(images=IMAGES), widths, calibration)
+    return peers(widths, calibration) if run["method"] == "mct" else ours(bs.Fisher(images=IMAGES), widths, calibration)
 
 
 def measured(run: dict[str, Any]) -> dict[str, Any]:
     """Do one run and return its fields."""
     shared = {**run, "network": NETWORK, "weights": WEIGHTS[NETWORK].file, "target": "cifar10", "test_images": len(tests().dataset)}
     if run["method"] == "float":
-        return {**shared, "top1": evaluate(float_network(), tests()).top1}
+        return {**shared, "top1": bs.evaluate(float_network(), tests()).value}
     images(run["seed"])  # loaded before the clock starts
     wall, process = time.perf_counter(), time.process_time()
     quantized, policy = find(run)
@@ -166,7 +163,7 @@ def measured(run: dict[str, Any]) -> dict[str, Any]:
         "policy": bits_of(policy),
         "budget": dict(parse_budget(BUDGET, network_cost(), {}).caps),
         "cost": policy_cost(network_cost(), policy),
-        "top1": evaluate(quantized, tests()).top1,
+        "top1": bs.evaluate(quantized, tests()).value,
         "float_top1": WEIGHTS[NETWORK].float_top1,
         "search_s": process,
         "clock": "process",

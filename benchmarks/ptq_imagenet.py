@@ -18,20 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DATA, RESULTS, bits_of, dataset, proxy_images, record, test_batches
+import bitscape as bs
+from benchmarks.common import DATA, RESULTS, bits_of, both_ends, dataset, proxy_images, record, test_batches
 from bitscape.data.sources import Dataset
-from bitscape.engine import evaluate
-from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.repair import input_moments, repair
 from bitscape.report.records import missing, read_runs
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
-from bitscape.searches.problem import SearchResult
 from bitscape.searches.random_policy import Random
 from bitscape.searches.uniform import Uniform
-from bitscape.verbs.search import search as search_bits
 from recipes.networks import WEIGHTS, load
 
 NAME = "ptq-imagenet"
@@ -40,7 +36,7 @@ POLICY_ONLY = "policy only"
 """Variant: the proxy gives the policy, the target's own images ranges and repair."""
 IMAGES = 256
 PROXIES = {"cifar10:256": "cifar10_train", "tiny_imagenet:256": "tiny_imagenet_train8k"}
-METHODS = {"fisher": Fisher(), "local": Local(), "kl": Kl(images=32), "uniform": Uniform(), "random": Random()}
+METHODS = {"fisher": bs.Fisher(), "local": Local(), "kl": Kl(images=32), "uniform": Uniform(), "random": Random()}
 
 
 def wanted(networks: list[str], widths: list[int]) -> Iterator[dict[str, Any]]:
@@ -85,27 +81,30 @@ def moments(network: str, proxy: str | None) -> dict[str, Tensor]:
 
 def top1(network: str, model: nn.Module) -> float:
     """Percent correct on the test images."""
-    return evaluate(model, test_batches(split(network)[1], WEIGHTS[network].normalization, batch_size=32)).top1
+    batches = test_batches(split(network)[1], WEIGHTS[network].normalization, batch_size=32)
+    return bs.evaluate(model, batches, task="classes").value
 
 
-def search(run: dict[str, Any]) -> SearchResult:
+def search(run: dict[str, Any]) -> bs.SearchResult:
     """Find the run's policy."""
     width = run["settings"]["activation_bits"]
-    return search_bits(
-        float_network(run["network"]),
-        images(run["network"], run["proxy"]),
+    model, proxy = float_network(run["network"]), images(run["network"], run["proxy"])
+    return bs.search(
+        model,
+        proxy,
         "weight_bytes=w4",
         method=METHODS[run["method"]],
         count=IMAGES,
-        candidates=tuple(LayerBits(bits, width) for bits in (2, 3, 4, 5, 6, 8)),
+        candidates=tuple(bs.LayerBits(bits, width) for bits in (2, 3, 4, 5, 6, 8)),
+        pinned=both_ends(model, proxy),
         seed=run["seed"],
     )
 
 
-def accuracies(run: dict[str, Any], policy: Policy) -> dict[str, Any]:
+def accuracies(run: dict[str, Any], policy: bs.Policy) -> dict[str, Any]:
     """Top-1 before and after repair, and the seconds that repair took."""
     network, proxy = run["network"], None if run["variant"] == POLICY_ONLY else run["proxy"]
-    quantized = calibrate(quantize(float_network(network), policy), images(network, proxy))
+    quantized = calibrate(with_quantizers(float_network(network), policy), images(network, proxy))
     # Of the twenty random policies only the repaired accuracy, which the comparison is about.
     plain = None if run["method"] == "random" else top1(network, quantized)
     shared = moments(network, proxy)

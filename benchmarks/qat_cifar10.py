@@ -13,22 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+import bitscape as bs
 from benchmarks.common import DATA, bits_of, dataset, do_missing, proxy_images, recipe_parser, test_batches
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset
-from bitscape.engine import Sgd, evaluate, train
-from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
-from bitscape.searches.fisher import Fisher
+from bitscape.policy import uniform_policy
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.random_policy import Random
 from bitscape.searches.uniform import Uniform
-from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME, NETWORK = "qat-cifar10", "resnet20"
@@ -38,8 +34,8 @@ SCORED = 512
 METHODS = {
     ("uniform", "one width"): Uniform(),
     ("uniform", "two widths"): Uniform(mix=True),
-    ("fisher", "not for training"): Fisher(images=SCORED),
-    ("fisher", "for training"): Fisher(images=SCORED),
+    ("fisher", "not for training"): bs.Fisher(images=SCORED),
+    ("fisher", "for training"): bs.Fisher(images=SCORED),
     ("local", ""): Local(images=SCORED),
     ("kl", ""): Kl(images=128),
     ("random", ""): Random(),
@@ -76,7 +72,7 @@ def training_images() -> Dataset:
 
 
 @cache
-def tests() -> Batches:
+def tests() -> bs.Batches:
     """The complete test set."""
     return test_batches(dataset("cifar10_test"), WEIGHTS[NETWORK].normalization)
 
@@ -92,19 +88,19 @@ def problem(run: dict[str, Any]) -> SearchProblem:
     )
 
 
-def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> SearchResult:
+def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> bs.SearchResult:
     """Search with a method; fisher has a variant for networks that are trained afterwards."""
-    if isinstance(method, Fisher):
+    if isinstance(method, bs.Fisher):
         return method.search(stated, for_training=run["variant"] == "for training")
     return method.search(stated)
 
 
-def find(run: dict[str, Any], stated: SearchProblem) -> tuple[Policy, float]:
+def find(run: dict[str, Any], stated: SearchProblem) -> tuple[bs.Policy, float]:
     """The run's policy, and the seconds of its search."""
     if run["variant"] in FIXED_PAIRS[run["settings"]["budget"]]:
         weight, activation = (int(digit) for digit in run["variant"][1::2])
         names = list(stated.network.by_name)
-        policy = uniform_policy(names, LayerBits(weight, activation), stated.choices.freedom.pinned)
+        policy = uniform_policy(names, bs.LayerBits(weight, activation), stated.choices.freedom.pinned)
         return policy, 0.0
     result = searched(METHODS[run["method"], run["variant"]], stated, run)
     return result.policy, result.seconds
@@ -113,7 +109,7 @@ def find(run: dict[str, Any], stated: SearchProblem) -> tuple[Policy, float]:
 def trained(run: dict[str, Any], network: nn.Module, images: int) -> float:
     """Train by the one recipe; return the seconds of all steps."""
     order = torch.randperm(len(training_images()), generator=torch.Generator().manual_seed(run["seed"]))
-    batches = Batches(
+    batches = bs.Batches(
         dataset=training_images().subset(order[:images]),
         normalization=WEIGHTS[NETWORK].normalization,
         shuffle=True,
@@ -121,7 +117,9 @@ def trained(run: dict[str, Any], network: nn.Module, images: int) -> float:
         seed=run["seed"],
         drop_last=True,
     )
-    result = train(network, batches, step=Plain(), optimizer=Sgd(lr=0.01), epochs=run["epochs"], seed=run["seed"])
+    result = bs.train(
+        network, batches, task="classes", optimizer=bs.Sgd(lr=0.01), epochs=run["epochs"], seed=run["seed"]
+    )
     return float(result.records[-1]["train_s"])
 
 
@@ -129,8 +127,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, calibrate, train, evaluate."""
     stated = problem(run)
     policy, seconds = find(run, stated)
-    network = calibrate(quantize(load(NETWORK, DATA), policy), stated.samples.parts[0].inputs[:256])
-    before = evaluate(network, tests()).top1
+    network = bs.quantize(load(NETWORK, DATA), policy, stated.samples.first(256), for_training=True)
+    before = bs.evaluate(network, tests()).value
     train_s = trained(run, network, run["settings"]["images"])
     return {
         **run,
@@ -142,7 +140,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "budget": dict(stated.choices.budget.caps),
         "cost": policy_cost(stated.network, policy),
         "step": "plain",
-        "top1": evaluate(network, tests()).top1,
+        "top1": bs.evaluate(network, tests()).value,
         "float_top1": WEIGHTS[NETWORK].float_top1,
         "test_images": len(tests().dataset),
         "search_s": seconds,

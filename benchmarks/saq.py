@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+import bitscape as bs
 from benchmarks.common import bits_of, do_missing, recipe_parser, test_batches
 from benchmarks.transfer_policies import CASES, images_of, problem, proxy_of, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.corruptions import CORRUPTIONS, corrupted
 from bitscape.engine import Step, StepSettings, evaluate
-from bitscape.policy import Policy
 from bitscape.quant.quantizers import Dorefa, Liq, LsqPlus, Pact, Quantizer
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.uniform import Uniform
 from bitscape.sharpness import Ball, probe_sharpness, top_eigenvalue
 from bitscape.steps.plain import Plain
 from bitscape.steps.sam import Sam, SharpSettings
-from bitscape.steps.saq import Saq
 from recipes.networks import WEIGHTS
 
 NAME = "saq"
@@ -35,12 +33,12 @@ RHO = 0.003
 SWEEP, SWEEP_SEED = (0.0003, 0.001, 0.003, 0.01, 0.03), 100
 STEPS: dict[tuple[str, str], SharpSettings] = {
     ("sam", "case 2"): Sam(),
-    ("saq", "case 1"): Saq(case=1),
-    ("saq", "case 3"): Saq(),
-    ("saq", "case 3, interval 5"): Saq(interval=5),
-    ("saq", "case 3, interval 5, reuse in proportion"): Saq(interval=5, reuse="orthogonal"),
-    ("saq", "case 3, interval 10"): Saq(interval=10),
-    ("saq", "case 3, interval 10, reuse in proportion"): Saq(interval=10, reuse="orthogonal"),
+    ("saq", "case 1"): bs.Saq(case=1),
+    ("saq", "case 3"): bs.Saq(),
+    ("saq", "case 3, interval 5"): bs.Saq(interval=5),
+    ("saq", "case 3, interval 5, reuse in proportion"): bs.Saq(interval=5, reuse="orthogonal"),
+    ("saq", "case 3, interval 10"): bs.Saq(interval=10),
+    ("saq", "case 3, interval 10, reuse in proportion"): bs.Saq(interval=10, reuse="orthogonal"),
 }
 PLAIN, LONGER, FULL = ("plain", ""), ("plain", "twice the epochs"), ("saq", "case 3")
 CORRUPTED = (PLAIN, LONGER, FULL)
@@ -96,14 +94,14 @@ def step_of(run: dict[str, Any]) -> Step | StepSettings:
     return type(given)(**{**vars(given), "rho": run["settings"]["rho"]})
 
 
-def policy_of(run: dict[str, Any]) -> tuple[Policy, dict[str, float]]:
+def policy_of(run: dict[str, Any]) -> tuple[bs.Policy, dict[str, float]]:
     """Uniform bits, or those that a search on 4 % of the target's images finds at the cost of w3a3."""
     budget, own = run["settings"]["budget"], f"{CASES[run['network']].target}:2000"
     searched = budget == "searched"
     variant = "for training" if searched else ""
     about = {"network": run["network"], "proxy": own if searched else None, "variant": variant, "seed": run["seed"]}
     stated = problem({**about, "settings": {"budget": "w3a3" if searched else budget}})
-    found = Fisher(images=PROBED).search(stated, for_training=True) if searched else Uniform().search(stated)
+    found = bs.Fisher(images=PROBED).search(stated, for_training=True) if searched else Uniform().search(stated)
     return found.policy, policy_cost(stated.network, found.policy)
 
 
@@ -125,7 +123,7 @@ def on_corrupted(network: nn.Module, name: str) -> dict[str, float]:
     found = {}
     for corruption in CORRUPTIONS:
         graded = [corrupted(data, corruption, severity, seed=severity) for severity in SEVERITIES]
-        scores = [evaluate(network, test_batches(each, WEIGHTS[name].normalization)).top1 for each in graded]
+        scores = [bs.evaluate(network, test_batches(each, WEIGHTS[name].normalization)).value for each in graded]
         found[corruption] = sum(scores) / len(scores)
     return {**found, "mean": sum(found.values()) / len(found)}
 

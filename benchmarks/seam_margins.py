@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks import transfer_policies
 from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
 from benchmarks.transfer_policies import CALIBRATION, CASES, METHODS, images_of, problem, proxy_of, trained
 from bitscape.data.proxy import draw_proxy
-from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
 from bitscape.report.records import identity, read_runs
 from bitscape.searches.seam import network_margins
 from recipes.networks import WEIGHTS, load
@@ -60,23 +59,24 @@ def looked_at() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (normalization.apply(data.images), data.labels) for name, data in sets.items() if data.labels is not None}
 
 
-def policy_of(run: dict[str, Any], epochs: int) -> Policy:
+def policy_of(run: dict[str, Any], epochs: int) -> bs.Policy:
     """The run's policy: that of transfer-policies, or searched."""
     same = {**run, "epochs": epochs}
     for row in read_runs(RESULTS / f"{transfer_policies.NAME}.jsonl"):
         if identity(row, transfer_policies.KEYS) == identity(same, transfer_policies.KEYS):
-            return Policy({name: LayerBits(*bits) for name, bits in row["policy"].items()})
+            return bs.Policy({name: bs.LayerBits(*bits) for name, bits in row["policy"].items()})
     return METHODS[run["method"], run["variant"]].search(problem(run)).policy
 
 
-def network_of(run: dict[str, Any], policy: Policy | None) -> nn.Module:
+def network_of(run: dict[str, Any], policy: bs.Policy | None) -> nn.Module:
     """The network in float, or at the policy's bits: calibrated, and trained where the run says so."""
     if policy is None:
         return load(NETWORK, DATA)
     if run["epochs"]:
         return trained(run, policy)[0]
     own = proxy_of(NETWORK, None, run["seed"]).images[:CALIBRATION]
-    return calibrate(quantize(load(NETWORK, DATA), policy), WEIGHTS[NETWORK].normalization.apply(own))
+    images = WEIGHTS[NETWORK].normalization.apply(own)
+    return bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, count=len(images))
 
 
 def measure(run: dict[str, Any], epochs: int) -> dict[str, Any]:

@@ -31,22 +31,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DATA, RESULTS, dataset, proxy_images, record
+import bitscape as bs
+from benchmarks.common import DATA, RESULTS, both_ends, dataset, proxy_images, record
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import LayerCost, NetworkProfile, measure
-from bitscape.engine import Batch, Sgd
+from bitscape.engine import Batch
 from bitscape.engine.forward import autocast_on
 from bitscape.engine.step import CrossEntropy
 from bitscape.models.layers import layer_shapes
-from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.policy import uniform_policy
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.allocation import allocate
-from bitscape.searches.asga import Asga
 from bitscape.searches.choices import DEFAULT_CANDIDATES, Choices
 from bitscape.searches.differentiable import Differentiable
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.mixed_network import MixtureSgd, mixed_network
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
@@ -57,13 +56,13 @@ NAME = "speed"
 KEYS = ("method", "network", "variant", "dtype", "settings", "threads")
 BATCH = {"resnet20": 128, "mobilenetv2_tfslim": 8}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(LayerBits(bits, 8) for bits in (2, 3, 4, 5, 6, 8))}
+CANDIDATES = {"36 pairs": DEFAULT_CANDIDATES, "6 weight widths": tuple(bs.LayerBits(bits, 8) for bits in (2, 3, 4, 5, 6, 8))}
 IMAGES = 256
 ALLOCATION = {"layers": 60, "pairs": 25, "caps": 2, "instances": 8}
 
 WIDTHS = (2, 3, 4, 6, 8)
 """Candidates of a mixture, for weights and for inputs."""
-SEARCHES = {"mixture": Differentiable(), "asga": Asga()}
+SEARCHES = {"mixture": Differentiable(), "asga": bs.Asga()}
 SEARCH_BATCH = {"resnet20": 128, "mobilenetv2_tfslim": 16}
 
 KEPT = "glibc, freed memory kept"
@@ -111,14 +110,14 @@ def synthetic_images(network: str, images: int) -> Tensor:
 def quantized(network: str, images: Tensor) -> nn.Module:
     """LSQ with 4-bit weights and activations, first and last layer at 8."""
     model = load(network, DATA)
-    pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, LayerBits.EIGHT)
-    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 4), pinned)), images)
+    pinned = dict.fromkeys(measure(model, tuple(images.shape[1:])).ends, bs.LayerBits.EIGHT)
+    return calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), bs.LayerBits(4, 4), pinned)), images)
 
 
 def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None, compiled: bool) -> Step:
     """A function that does one step: forward, backward, SGD."""
     model = model.train().to(memory_format=torch.channels_last)
-    optimizer = Sgd(lr=1e-5).build(model)
+    optimizer = bs.Sgd(lr=1e-5).build(model)
     forward = torch.compile(model) if compiled else model
     labels = torch.arange(len(images)) % 10
 
@@ -134,13 +133,13 @@ def training_step(model: nn.Module, images: Tensor, *, dtype: torch.dtype | None
 
 def search_step(network: str, images: Tensor, *, kind: str, compiled: bool) -> Step:
     """A function that does one step of a search in SEARCHES: price of bits, passes, SGD."""
-    candidates = tuple(LayerBits(*pair) for pair in product(WIDTHS, WIDTHS))
+    candidates = tuple(bs.LayerBits(*pair) for pair in product(WIDTHS, WIDTHS))
     problem = SearchProblem.of(model=load(network, DATA), samples=images, budget="bitops=w4a4", candidates=candidates)
     learned = proxy_task(problem, "follow", batch_size=len(images), head_epochs=1, folder=None)
     mixed = mixed_network(problem, learned.model)
     work = SEARCHES[kind].make_step(mixed, learned)
     model = mixed.model.train().to(memory_format=torch.channels_last)
-    optimizer = MixtureSgd(sgd=Sgd(lr=1e-5), logit_lr=1e-5).build(model)
+    optimizer = MixtureSgd(sgd=bs.Sgd(lr=1e-5), logit_lr=1e-5).build(model)
     forward = torch.compile(model) if compiled else model
     labels = torch.arange(len(images)) % 10
 
@@ -231,10 +230,11 @@ def search_images(network: str) -> Tensor:
 def measure_search(run: dict[str, Any]) -> Clocks:
     """From a float network and images to a policy: one dry pass for costs, ranges, scores, allocation."""
     model, images = load(run["network"], DATA), search_images(run["network"])
+    pinned, candidates = both_ends(model, images), CANDIDATES[run["variant"]]
 
     def search() -> None:
-        problem = SearchProblem.of(model=model, samples=images, budget="weight_bytes=w4", candidates=CANDIDATES[run["variant"]])
-        Fisher(images=IMAGES).search(problem)
+        problem = SearchProblem.of(model, images, "weight_bytes=w4", candidates=candidates, pinned=pinned)
+        bs.Fisher(images=IMAGES).search(problem)
 
     return clocked(search)
 
@@ -259,7 +259,7 @@ def random_costs(seed: int) -> NetworkProfile:
     return NetworkProfile(layers=tuple(layers), input_shape=(3, 32, 32))
 
 
-def random_scores(names: tuple[str, ...], candidates: tuple[LayerBits, ...], seed: int) -> ScoreTable:
+def random_scores(names: tuple[str, ...], candidates: tuple[bs.LayerBits, ...], seed: int) -> ScoreTable:
     """Scores that fall with bits as quantization noise does, layers differing over several magnitudes."""
     rng = np.random.default_rng(seed)
     weight, activation = np.exp(rng.normal(0, 2, (2, len(names), 1)))
@@ -270,7 +270,7 @@ def random_scores(names: tuple[str, ...], candidates: tuple[LayerBits, ...], see
 
 def allocation_clocks(seed: int) -> Clocks:
     """One instance; tightness goes round from 3 to 5 bits."""
-    network, candidates = random_costs(seed), tuple(LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), repeat=2))
+    network, candidates = random_costs(seed), tuple(bs.LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), repeat=2))
     bits = 3 + seed % 3
     budget = parse_budget([f"bitops=w{bits}a{bits}", f"weight_bytes=w{bits}"], network, {})
     scores = random_scores(tuple(network.by_name), candidates, seed)

@@ -30,6 +30,7 @@ from torch.nn import functional
 import bitscape as bs
 from benchmarks.boxes import average_precision, hmean, text_boxes, yolox_boxes
 from benchmarks.common import DATA, bits_of, dataset, do_missing
+from bitscape.models.find import find_model
 from recipes.networks import WEIGHTS, load
 from recipes.networks.own import MOST_DEGREES, RotationRegressor, SameClass, pair_batch, rotation_batch, train_own
 
@@ -116,7 +117,7 @@ def pictures(file: str) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
 
 def onnx_network(file: str) -> nn.Module:
     """A network of the data folder's ONNX files."""
-    return bs.find_model(f"onnx:{DATA / 'weights' / file}").eval()
+    return find_model(f"onnx:{DATA / 'weights' / file}").eval()
 
 
 def classifier(name: str, source: str, tests: int | None = None) -> Subject:

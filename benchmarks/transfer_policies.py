@@ -17,32 +17,26 @@ from typing import Any
 import torch
 from torch import nn
 
+import bitscape as bs
 from benchmarks.common import DATA, bits_of, dataset, do_missing, recipe_parser, test_batches
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
-from bitscape.engine import Sgd, Step, StepSettings, evaluate, train
-from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.engine import Step, StepSettings, evaluate
 from bitscape.quant.quantizers import Lsq, Quantizer
-from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import SearchProblem, SearchResult
+from bitscape.searches.problem import SearchProblem
 from bitscape.searches.random_policy import Random
-from bitscape.searches.seam import Seam
 from bitscape.searches.uniform import Uniform
-from bitscape.steps.plain import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME = "transfer-policies"
 KEYS = ("network", "method", "variant", "proxy", "settings.budget", "settings.images", "epochs", "seed")
 WIDTHS = (2, 3, 4, 5, 6)
-CANDIDATES = tuple(LayerBits(weight, activation) for weight, activation in product(WIDTHS, WIDTHS))
+CANDIDATES = tuple(bs.LayerBits(weight, activation) for weight, activation in product(WIDTHS, WIDTHS))
 SEARCH_EPOCHS = 3
 SCORED_IMAGES = 512
 CALIBRATION = 256
@@ -51,12 +45,12 @@ METHODS: dict[tuple[str, str], SearchMethod] = {
     ("uniform", "two widths"): Uniform(mix=True),
     ("random", ""): Random(),
     ("local", ""): Local(images=SCORED_IMAGES),
-    ("fisher", ""): Fisher(images=SCORED_IMAGES),
-    ("fisher", "for training"): Fisher(images=SCORED_IMAGES),
+    ("fisher", ""): bs.Fisher(images=SCORED_IMAGES),
+    ("fisher", "for training"): bs.Fisher(images=SCORED_IMAGES),
     ("differentiable", ""): Differentiable(epochs=SEARCH_EPOCHS),
     ("differentiable", "follow"): Differentiable(epochs=SEARCH_EPOCHS, task="follow"),
-    ("seam", ""): Seam(epochs=SEARCH_EPOCHS),
-    ("asga", ""): Asga(epochs=SEARCH_EPOCHS),
+    ("seam", ""): bs.Seam(epochs=SEARCH_EPOCHS),
+    ("asga", ""): bs.Asga(epochs=SEARCH_EPOCHS),
 }
 CONTROLS, SCORED, TRAINED = ("uniform", "random"), ("local", "fisher"), ("differentiable", "seam", "asga")
 PLAIN = tuple((name, "") for name in TRAINED)
@@ -134,7 +128,7 @@ def images_of(file: str) -> Dataset:
 
 
 @cache
-def tests(network: str) -> Batches:
+def tests(network: str) -> bs.Batches:
     """The complete test set."""
     return test_batches(images_of(CASES[network].test), WEIGHTS[network].normalization)
 
@@ -160,16 +154,17 @@ def problem(run: dict[str, Any]) -> SearchProblem:
 
 
 def trained(
-    run: dict[str, Any], policy: Policy, step: Step | StepSettings | None = None, quantizer: Quantizer | None = None
+    run: dict[str, Any], policy: bs.Policy, step: Step | StepSettings | None = None, quantizer: Quantizer | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Quantize, calibrate on the target, train by the one recipe; plainly and by LSQ if nothing else is given."""
     entry, seed, images = WEIGHTS[run["network"]], run["seed"], images_of(CASES[run["network"]].training)
     own = proxy_of(run["network"], None, seed)
-    quantized = quantize(load(run["network"], DATA), policy, quantizer=quantizer or Lsq())
-    network = calibrate(quantized, entry.normalization.apply(own.images[:CALIBRATION]))
+    images = entry.normalization.apply(own.images[:CALIBRATION])
+    settings: dict[str, Any] = {"for_training": True, "quantizer": quantizer or Lsq(), "count": CALIBRATION}
+    network = bs.quantize(load(run["network"], DATA), policy, images, **settings)
     before = evaluate(network, tests(run["network"]))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches = Batches(
+    batches = bs.Batches(
         dataset=images.subset(order[: run["settings"]["images"]]),
         normalization=entry.normalization,
         shuffle=True,
@@ -178,15 +173,17 @@ def trained(
         drop_last=True,
     )
     start = time.process_time()
-    result = train(network, batches, step=step or Plain(), optimizer=Sgd(lr=0.01), epochs=run["epochs"], seed=seed)
+    result = bs.train(
+        network, batches, task="classes", step=step, optimizer=bs.Sgd(lr=0.01), epochs=run["epochs"], seed=seed
+    )
     step_s = (time.process_time() - start) / (run["epochs"] * len(batches))
     train_s = float(result.records[-1]["train_s"])
     return network, {"before_training_top1": before.top1, "train_s": train_s, "step_process_s": step_s}
 
 
-def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> SearchResult:
+def searched(method: SearchMethod, stated: SearchProblem, run: dict[str, Any]) -> bs.SearchResult:
     """Search with a method; fisher has a variant for networks that are trained afterwards."""
-    if isinstance(method, Fisher):
+    if isinstance(method, bs.Fisher):
         return method.search(stated, for_training=run["variant"] == "for training")
     return method.search(stated)
 

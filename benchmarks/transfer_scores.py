@@ -25,19 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import bitscape as bs
 from benchmarks import ptq_imagenet, qat_cifar10
 from benchmarks.common import DATA, RESULTS, bits_of, dataset, do_missing, proxy_images, test_batches
-from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
-from bitscape.data.sources import Dataset, load_dataset
+from bitscape.data.sources import Dataset
 from bitscape.engine import evaluate
 from bitscape.models.layers import quantizable_layers
-from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import quantize, record_inputs
+from bitscape.quant.convert import record_inputs, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import Mse
 from bitscape.report.records import identity, read_runs
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
@@ -93,11 +91,11 @@ MAP_SIDE = "map side"
 Run = Mapping[str, Any]
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats, Floats, Floats], Floats]
-Score = Fisher | Local | Kl | Hawq | Topological
+Score = bs.Fisher | Local | Kl | Hawq | Topological
 SCORES: dict[tuple[str, str | None], Score] = {
-    ("fisher", None): Fisher(images=IMAGES),
-    ("fisher", "directional"): Fisher(images=IMAGES, variant="directional"),
-    ("fisher", "for training"): Fisher(images=IMAGES),
+    ("fisher", None): bs.Fisher(images=IMAGES),
+    ("fisher", "directional"): bs.Fisher(images=IMAGES, variant="directional"),
+    ("fisher", "for training"): bs.Fisher(images=IMAGES),
     ("local", None): Local(images=IMAGES),
     ("hawq", None): Hawq(images=IMAGES),
     ("topological", None): Topological(),
@@ -138,7 +136,7 @@ def float_network(network: str) -> nn.Module:
 
 
 @cache
-def tests(network: str) -> Batches:
+def tests(network: str) -> bs.Batches:
     """The test images of the case."""
     case = CASES[network]
     data = ptq_imagenet.split(network)[1] if case.target == "imagenet_sample1k" else dataset("cifar10_test")
@@ -150,7 +148,7 @@ def source(network: str, proxy: str | None) -> Dataset:
     """The data set of a proxy, in its own size; of CIFAR-10 as target all training images."""
     name = (proxy or "").partition(":")[0]
     if name == "digits":
-        digits = load_dataset("digits")
+        digits = bs.load_dataset("digits")
         return dataclasses.replace(digits, images=digits.images.expand(-1, 3, -1, -1).contiguous())
     if name:
         return dataset(FOREIGN[name], size=224 if name == "pets37" else None)  # its images differ in size
@@ -183,9 +181,9 @@ def layer_inputs(network: str) -> dict[str, Tensor]:
     return record_inputs(model, quantizable_layers(model), images(network, None))
 
 
-def quantized(network: str, policy: Policy) -> nn.Module:
+def quantized(network: str, policy: bs.Policy) -> nn.Module:
     """The network at the policy's bits, calibrated."""
-    model = quantize(float_network(network), policy)
+    model = with_quantizers(float_network(network), policy)
     for name, layer in quantized_layers(model).items():
         layer.input_quantizer.initialize(layer_inputs(network)[name], Mse())
     return model
@@ -199,7 +197,7 @@ def problem(run: dict[str, Any]) -> SearchProblem:
         model=float_network(network),
         samples=(class_images if run["method"] == "topological" else images)(network, run["proxy"]),
         budget=case.budget,
-        candidates=tuple(LayerBits(*pair) for pair in product(case.widths, case.widths)),
+        candidates=tuple(bs.LayerBits(*pair) for pair in product(case.widths, case.widths)),
         seed=run["seed"],
     )
 
@@ -217,7 +215,7 @@ def searched(run: dict[str, Any]) -> dict[str, Any]:
     """Fields of a run that its search gives."""
     stated, method = problem(run), method_of(run)
     training = run["variant"] == "for training"
-    result = method.search(stated, for_training=training) if isinstance(method, Fisher) else method.search(stated)
+    result = method.search(stated, for_training=training) if isinstance(method, bs.Fisher) else method.search(stated)
     return {
         "settings": dataclasses.asdict(method),
         "policy": bits_of(result.policy),
@@ -235,7 +233,7 @@ def _scores(table: ScoreTable) -> dict[str, Any]:
 
 def evaluated(run: dict[str, Any]) -> dict[str, Any]:
     """Measured fields of a run that has its policy."""
-    policy = Policy({name: LayerBits(*pair) for name, pair in run["policy"].items()})
+    policy = bs.Policy({name: bs.LayerBits(*pair) for name, pair in run["policy"].items()})
     model, found = quantized(run["network"], policy), {}
     if run["epochs"]:
         # One data order for all policies, whatever seed drew them.

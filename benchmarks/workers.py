@@ -28,31 +28,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bitscape as bs
 from benchmarks.common import DATA, RESULTS, record
 from benchmarks.speed import quantized
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.network import pick_device
-from bitscape.data.batches import Batches
 from bitscape.data.samples import Samples
-from bitscape.data.sources import load_dataset
-from bitscape.engine import Batch, Sgd, Step, StepRecord, StepSettings, train
+from bitscape.engine import Batch, Step, StepRecord, StepSettings
 from bitscape.engine.workers import rank
 from bitscape.report.records import missing, read_runs
-from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.mixed_network import Mixed
 from bitscape.searches.mixture_search import MixtureSettings, mixture_search
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import ProxyTask
-from bitscape.steps import Plain, Saq
+from bitscape.steps import Plain
 from recipes.networks import WEIGHTS, load
 
 NAME = "workers"
 KEYS = ("network", "method", "variant", "settings", "seed")
 NETWORK = "resnet20"
 BATCH_SIZE, STEPS, WARM_UP = 128, 9, 2
-TRAINING: dict[str, Step | StepSettings] = {"plain": Plain(), "saq": Saq(rho=0.02)}
-SEARCHES: dict[str, type[MixtureSettings]] = {"differentiable": Differentiable, "asga": Asga}
+TRAINING: dict[str, Step | StepSettings] = {"plain": Plain(), "saq": bs.Saq(rho=0.02)}
+SEARCHES: dict[str, type[MixtureSettings]] = {"differentiable": Differentiable, "asga": bs.Asga}
 ROOT = Path(__file__).parents[1]
 Moments = list[tuple[float, float]]
 Seen = Mapping[str, Any]
@@ -84,12 +82,12 @@ class Clocked:
 
 def trained(method: str, device: torch.device, moments: Moments) -> Mapping[str, Tensor]:
     """Train a quantized network; what its weights became."""
-    data, normalization = load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE), WEIGHTS[NETWORK].normalization
-    batches = Batches(dataset=data, normalization=normalization, batch_size=BATCH_SIZE, shuffle=True, augment="crop-flip")
+    data, normalization = bs.load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE), WEIGHTS[NETWORK].normalization
+    batches = bs.Batches(dataset=data, normalization=normalization, batch_size=BATCH_SIZE, shuffle=True, augment="crop-flip")
     network = quantized(NETWORK, normalization.apply(data.images[:BATCH_SIZE])).to(device)
     given = TRAINING[method]
     step = Clocked(step=given if callable(given) else given.build(), moments=moments)
-    train(network, batches, step=step, optimizer=Sgd(lr=0.01), epochs=1)
+    bs.train(network, batches, task="classes", step=step, optimizer=bs.Sgd(lr=0.01), epochs=1)
     return network.state_dict()
 
 
@@ -100,7 +98,7 @@ def searched(method: str, device: torch.device, moments: Moments) -> Mapping[str
     def clocked(mixed: Mixed, learned: ProxyTask) -> Step:
         return Clocked(step=settings.make_step(mixed, learned), moments=moments)
 
-    data = load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE)
+    data = bs.load_dataset(str(DATA / "cifar10_train.parquet"), limit=STEPS * BATCH_SIZE)
     images = WEIGHTS[NETWORK].normalization.apply(data.images).to(device)
     problem = SearchProblem.of(model=load(NETWORK, DATA).to(device), samples=Samples.of(images, data.labels), budget="bitops=w4a4")
     result = mixture_search(problem, settings, clocked)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bitscape.data.batches import IMAGENET, Normalization
-from bitscape.errors import BitscapeError
+import bitscape as bs
+from bitscape.data.batches import IMAGENET
 from bitscape.models.find import find_model, import_torchvision
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.preprocessing import image_config
@@ -163,13 +163,13 @@ def _fit(head: nn.Module, features: Tensor) -> None:
     bias[n:] -= 1
 
 
-def normalization_of(network: nn.Module) -> Normalization:
+def normalization_of(network: nn.Module) -> bs.Normalization:
     """What the network's own configuration says, else ImageNet's."""
     try:
         own = image_config(network)
-    except BitscapeError:
+    except bs.BitscapeError:
         return IMAGENET
-    return Normalization(own.mean, own.std)
+    return bs.Normalization(own.mean, own.std)
 
 
 def images(size: int) -> Tensor:
@@ -182,7 +182,7 @@ def images(size: int) -> Tensor:
 
 def _configured(kind: str, entry: Entry, folder: Path) -> str:
     """Save a network of a Hugging Face configuration as the hub has them, and return its name."""
-    with suppress(BitscapeError):  # where it is installed, transformers imports it
+    with suppress(bs.BitscapeError):  # where it is installed, transformers imports it
         import_torchvision()
     import transformers
 

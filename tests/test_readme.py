@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from bitscape.data.batches import DIGITS
 from bitscape.data.sources import load_dataset
@@ -23,8 +24,12 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = digits_net().eval()
-    names = {"model": model, "dataset": dataset, "normalization": DIGITS, "images": DIGITS.apply(dataset.images[:64])}
+    images = DIGITS.apply(dataset.images[:64])
+    loader = DataLoader(TensorDataset(images, dataset.labels[:64]), batch_size=16, shuffle=True)
+    names = {"model": model, "images": images, "loader": loader, "test_loader": loader}
     code = python_blocks()
+    first = [line for line in code[0].splitlines() if line and not line.startswith("#")]
+    assert len(first) == 4  # budget, policy, quantized network, file
     assert sum(block.count("epochs=30") for block in code) == 1
     for block in code:
         exec(compile(block.replace("epochs=30", "epochs=1"), str(README), "exec"), names)

@@ -23,7 +23,7 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.runtimes.sessions import RUNTIMES
 from bitscape.searches.scores import ScoreTable
 from tests.dynamic.small import float_net
@@ -125,7 +125,7 @@ def test_layer_names_are_no_paths(name: str, tmp_path: Path, opened: list[str]) 
     ScoreTable((name,), (LayerBits(4, 4),), [[1.0]], name).save(tmp_path / "scores.json")
     assert ScoreTable.load(tmp_path / "scores.json").layers == (name,)
     with pytest.raises(BitscapeError, match="the network has no layer"):
-        quantize(float_net(), policy)
+        with_quantizers(float_net(), policy)
     assert any(path.endswith("scores.json") for path in opened) and _outside(opened) == []
     assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "scores.json"}
 
@@ -141,7 +141,7 @@ def test_names_in_packed_files_are_no_paths(tmp_path: Path, opened: list[str]) -
             return found
 
     policy = uniform_policy(layer_shapes(Odd()), LayerBits(4, 4))
-    made = calibrate(quantize(Odd(), policy), torch.randn(8, 4))
+    made = calibrate(with_quantizers(Odd(), policy), torch.randn(8, 4))
     save_packed(made, tmp_path / "net.safetensors")
     assert torch.equal(load_packed(tmp_path / "net.safetensors", Odd())(torch.ones(1, 4)), made.eval()(torch.ones(1, 4)))
     assert _outside(opened) == []

@@ -1,8 +1,9 @@
-"""Mixed-precision quantization for vision networks: find the bits of each layer on a few samples, train, export.
+"""Mixed-precision quantization for vision networks: find the bits of each layer on a few samples,
+train, export.
 
     import bitscape as bs
 
-    policy = bs.search(model, data, "weight_bytes=w4").policy
+    policy = bs.search(model, data, "4bit").policy
     network = bs.quantize(model, policy, data)
     bs.export(network, "network.onnx", data)
 

@@ -67,8 +67,8 @@ LISTED = [*METHODS.values(), *training_steps().values(), *get_args(Quantizer)]
 def test_a_page_shows_every_field_of_the_class_that_is_listed_and_no_other_class(kind: type):
     card = card_of(sys.modules[kind.__module__])
     assert card is not None
-    names = [field.name for field in fields(kind)]
-    expected = {kind.__name__: names} if names else {}
+    settings = [field.name for field in fields(kind)]  # class variables are none
+    expected = {kind.__name__: settings} if settings else {}
     assert {name: [re.split("[= ]", row[0])[0] for row in rows] for name, rows in card.settings.items()} == expected
     assert all(len(meaning) > 10 for rows in card.settings.values() for _, meaning in rows)
     assert all(f"## Settings of `{name}`\n\n| field=default | meaning |" in page(card) for name in expected)

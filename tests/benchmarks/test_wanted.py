@@ -18,6 +18,7 @@ ARGUMENTS = {
     "epochs": 2,
     "threads": 1,
     "allocator": "default",
+    "files": True,
 }
 """What `wanted` of some script needs, as its command line would give it."""
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))

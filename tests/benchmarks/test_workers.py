@@ -27,7 +27,7 @@ from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.report.records import identity, read_runs
 from bitscape.searches.problem import SearchProblem
 from recipes.networks import WEIGHTS
@@ -47,7 +47,7 @@ def network(*_: object) -> nn.Module:
 
 def quantized(_: str, images: Tensor) -> nn.Module:
     model = network()
-    return calibrate(quantize(model, Policy(dict.fromkeys(quantizable_layers(model), LayerBits(4, 4)))), images)
+    return calibrate(with_quantizers(model, Policy(dict.fromkeys(quantizable_layers(model), LayerBits(4, 4)))), images)
 
 
 @pytest.fixture
@@ -56,9 +56,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8, generator=generator)
     data = Dataset("drawn", images, torch.randint(0, 3, (24,), generator=generator), tuple("abc"))
-    replaced = {"load": network, "quantized": quantized, "load_dataset": lambda *_, **__: data, "BATCH_SIZE": 6, "STEPS": 4}
+    replaced = {"load": network, "quantized": quantized, "BATCH_SIZE": 6, "STEPS": 4}
     for name, value in replaced.items():
         monkeypatch.setattr(workers, name, value)
+    monkeypatch.setattr("bitscape.load_dataset", lambda *_, **__: data)
     return data
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitscape.data.batches import UNIT
-from bitscape.data.corruptions import mixed_quality
+from bitscape.data.corruptions import randomly_corrupted
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import load_dataset
 from bitscape.dynamic import dynamic_network
@@ -213,7 +213,7 @@ def _datasets(folder: Path) -> list[dict[str, object]]:
 
 def test_mixed_quality_is_for_training_images_alone_static_or_dynamic(given, tmp_path, monkeypatch):
     plain = [load_dataset(str(given.folder / f"{name}.npz")) for name in ("train", "test")]
-    mixed, _ = mixed_quality(plain[0], seed=3)
+    mixed, _ = randomly_corrupted(plain[0], seed=3)
     extra = ("--mixed-quality", "--seed", 3, "--epochs", 1, "--validation", given.folder / "test.npz")
     expected = [describe(mixed.images), describe(plain[1].images)]
     succeed(*given.train, *extra, "--out", tmp_path / "static")

@@ -59,14 +59,12 @@ def test_float_then_quantized_then_packed(cli, trained, weights, tmp_path):
 def test_a_packed_file_that_reads_back_otherwise_is_not_kept(
     refused, trained, weights, tmp_path, monkeypatch
 ):
-    from bitscape.verbs import export
-
     def altered(*args):
         network = load_packed(*args)
         next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).bias.add_(1)
         return network
 
-    monkeypatch.setattr(export, "load_packed", torch.no_grad()(altered))
+    monkeypatch.setattr("bitscape.verbs.export.load_packed", torch.no_grad()(altered))
     file = tmp_path / "packed.safetensors"
     file.write_text("of an earlier export")
     policy = ("--policy", trained / "mixed.json", *CALIBRATION)

@@ -23,7 +23,7 @@ def source() -> ExportSource:
 
 def source_of(network: nn.Module, held_out: Tensor | None) -> ExportSource:
     policy, ready = policy_for(network, [(4, 8)]), quantized(network, bits=[(4, 8)])
-    return ExportSource(float_network=network, network=ready, policy=policy, images=images(), held_out=held_out, folded=False)
+    return ExportSource(float_network=network, network=ready, policy=policy, images=images(), held_out=held_out)
 
 
 def agreement(**changed: object) -> Agreement:

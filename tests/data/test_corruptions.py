@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import poisson
 
 from bitscape.data import corruptions
-from bitscape.data.corruptions import CORRUPTIONS, HELD_OUT, TRAINED, corrupt, corrupted, mixed_quality
+from bitscape.data.corruptions import CORRUPTIONS, HELD_OUT, TRAINED, corrupt, corrupted, randomly_corrupted
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError
 
@@ -236,9 +236,9 @@ def test_corrupted_keeps_the_labels():
 
 
 @pytest.mark.parametrize("chosen", [TRAINED, HELD_OUT])
-def test_mixed_quality_tells_what_each_image_got(chosen):
+def test_randomly_corrupted_tells_what_each_image_got(chosen):
     clean = dataset(random_images(60))
-    mixed, quality = mixed_quality(clean, seed=3, corruptions=chosen)
+    mixed, quality = randomly_corrupted(clean, seed=3, corruptions=chosen)
     assert torch.equal(mixed.labels, clean.labels)
     assert quality.names == ("clean", *chosen)
     for row, (kind, severity) in enumerate(zip(quality.corruption.tolist(), quality.severity.tolist(), strict=True)):
@@ -248,8 +248,8 @@ def test_mixed_quality_tells_what_each_image_got(chosen):
     assert set(quality.corruption.tolist()) == set(range(len(chosen) + 1))
 
 
-def test_mixed_quality_draws_kinds_and_severities_evenly():
-    _, quality = mixed_quality(dataset(random_images(3000, 1, 2)), seed=0)
+def test_randomly_corrupted_draws_kinds_and_severities_evenly():
+    _, quality = randomly_corrupted(dataset(random_images(3000, 1, 2)), seed=0)
     kinds = torch.bincount(quality.corruption, minlength=6)
     assert (kinds - 500).abs().max() < 80  # 4 standard deviations of a binomial count of mean 500
     severities = torch.bincount(quality.severity, minlength=6)
@@ -259,23 +259,23 @@ def test_mixed_quality_draws_kinds_and_severities_evenly():
 
 def test_images_kept_together_share_their_quality_and_are_what_the_corruption_makes_of_them():
     clean = dataset(random_images(70, 4, 4))
-    mixed, quality = mixed_quality(clean, seed=2, together=32)
+    mixed, quality = randomly_corrupted(clean, seed=2, together=32)
     kinds = list(zip(quality.corruption.tolist(), quality.severity.tolist(), strict=True))
     assert [len(set(kinds[start : start + 32])) for start in (0, 32, 64)] == [1, 1, 1] and len(set(kinds)) > 1
     name, severity = quality.names[kinds[40][0]], kinds[40][1]
     expected = clean.images if severity == 0 else corrupted(clean, name, severity, seed=2).images
     assert torch.equal(mixed.images[32:64], expected[32:64])
     with pytest.raises(BitscapeError, match="together is 0"):
-        mixed_quality(clean, seed=2, together=0)
+        randomly_corrupted(clean, seed=2, together=0)
 
 
-def test_mixed_quality_of_fewer_images_is_a_prefix_and_seeds_differ():
+def test_randomly_corrupted_of_fewer_images_is_a_prefix_and_seeds_differ():
     images = random_images(40)
-    mixed, quality = mixed_quality(dataset(images), seed=1)
-    fewer, prefix = mixed_quality(dataset(images[:17]), seed=1)
+    mixed, quality = randomly_corrupted(dataset(images), seed=1)
+    fewer, prefix = randomly_corrupted(dataset(images[:17]), seed=1)
     assert torch.equal(fewer.images, mixed.images[:17])
     assert torch.equal(prefix.severity, quality.severity[:17])
-    _, other = mixed_quality(dataset(images), seed=2)
+    _, other = randomly_corrupted(dataset(images), seed=2)
     assert not torch.equal(other.corruption, quality.corruption)
 
 
@@ -299,8 +299,8 @@ def test_errors_name_the_argument_and_what_is_allowed():
             corrupt(images, "jpeg", 1, seed=0, rows=rows)
     for chosen in ((), ("jpeg", "jpeg")):
         with pytest.raises(BitscapeError, match=r"corruptions is .* allowed are one or more of"):
-            mixed_quality(dataset(images), seed=0, corruptions=chosen)
+            randomly_corrupted(dataset(images), seed=0, corruptions=chosen)
     with pytest.raises(BitscapeError, match="corruptions: no corruption 'jpg'; nearest: jpeg"):
-        mixed_quality(dataset(images), seed=0, corruptions=("jpg",))
+        randomly_corrupted(dataset(images), seed=0, corruptions=("jpg",))
     with pytest.raises(BitscapeError, match=r"must be uint8 \(n, 3, h, w\)"):
-        mixed_quality(dataset(images[:, :1]), seed=0)
+        randomly_corrupted(dataset(images[:, :1]), seed=0)

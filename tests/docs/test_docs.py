@@ -18,6 +18,7 @@ from bitscape.cost.policy_cost import CAPS
 from bitscape.engine import Batch, Sgd, train
 from bitscape.engine.step import Part
 from bitscape.models.digits import digits_net
+from bitscape.models.products import products
 from bitscape.policy import Policy
 from bitscape.searches.methods import METHODS
 from bitscape.searches.problem import SearchProblem
@@ -27,6 +28,8 @@ from tests.engine.tiny import tiny_batches, tiny_net
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = ("relative", "damped", "webhook", "similarity")
+"""Of the examples of docs/extending.md, as files."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -87,10 +90,10 @@ def test_the_pipeline_of_the_index_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModuleType]]:
-    """The method, the step and the tracker of docs/extending.md, as files."""
+    """The method, the step, the tracker and the product of docs/extending.md, as files."""
     folder, blocks = tmp_path_factory.mktemp("examples"), _blocks("extending.md", "python")
     with pytest.MonkeyPatch.context() as patch:
-        yield [_module(folder / f"{name}.py", text, patch) for name, text in zip(("relative", "damped", "webhook"), blocks, strict=False)]
+        yield [_module(folder / f"{name}.py", text, patch) for name, text in zip(NAMES, blocks, strict=True)]
 
 
 def _module(path: Path, text: str, patch: pytest.MonkeyPatch) -> ModuleType:
@@ -120,6 +123,12 @@ def test_the_example_tracker_posts_a_line_for_each_epoch(examples: list[ModuleTy
     )
     epochs = [f"epoch {record['epoch']}: loss {record['loss']:.3f}" for record in result.records]
     assert lines == ["2 epochs, 0 done before", *epochs, "end"]
+
+
+def test_the_example_product_takes_bits(examples: list[ModuleType]):
+    model = examples[3].Similarity().eval()
+    assert list(products(model)) == ["product"]
+    assert model(torch.ones(2, 3, 4)).tolist() == torch.full((2, 3, 3), 4.0).tolist()
 
 
 def test_the_example_method_searches_within_its_budget(relative: ModuleType):

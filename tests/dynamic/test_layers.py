@@ -16,7 +16,7 @@ from bitscape.dynamic.layers import (
 from bitscape.dynamic.widths import Widths
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import QuantizedLayer, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Lsq
@@ -61,11 +61,11 @@ def of_case(case: str) -> tuple[nn.Module, Tensor]:
 
 
 def static(layer: nn.Module, x: Tensor, bits: LayerBits) -> nn.Module:
-    return calibrate(quantize(layer, Policy({"": bits}), observer=MinMax()), x, MinMax())
+    return calibrate(with_quantizers(layer, Policy({"": bits}), observer=MinMax()), x, MinMax())
 
 
 def with_dynamic_inputs(layer: nn.Module, x: Tensor, weight_bits: int = 4) -> QuantizedLayer:
-    made = quantize(layer, Policy({"": LayerBits(weight_bits, 8)}), observer=MinMax())
+    made = with_quantizers(layer, Policy({"": LayerBits(weight_bits, 8)}), observer=MinMax())
     assert isinstance(made, QuantizedLayer)
     made.input_quantizer = DynamicActivation(Lsq().for_activation, LOW, HIGH)
     calibrate(made, x, MinMax())

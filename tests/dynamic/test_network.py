@@ -20,7 +20,7 @@ from bitscape.dynamic.widths import Widths
 from bitscape.engine.spending import Spending
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import QuantConv2d, QuantLinear, quantized_layers, static_bits
 from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of, set_heads, vary_heads, whole_widths
 from tests.networks import resnet20
@@ -317,7 +317,7 @@ def test_one_width_for_all_is_the_ordinary_quantized_network(bits: int) -> None:
     net, images = float_net(), mixed_images()
     policy = policy_of(net)
     ordinary = Policy({**policy.layers, **{name: LayerBits(4, bits) for name in NAMES[1:-1]}})
-    expected = calibrate(quantize(net, ordinary), images).eval()(images)
+    expected = calibrate(with_quantizers(net, ordinary), images).eval()(images)
     network = fresh()
     with network.using(network.level(bits, 16)):
         assert torch.equal(network(images), expected)

@@ -11,7 +11,7 @@ from bitscape.dynamic.tiers import distill_tiers
 from bitscape.errors import BitscapeError
 from bitscape.models.find import load_weights
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import Pact
 from tests.dynamic.small import NAMES, dynamic, float_net, mixed_images, policy_of
 
@@ -122,7 +122,7 @@ def test_each_tier_is_the_folder_of_a_static_network(tiered):
     for at, network in enumerate(tiers.networks):
         own = folder / f"tier{at + 1}"
         assert {path.name for path in own.iterdir()} == {"policy.json", "model.safetensors"}
-        read = quantize(float_net(seed=9), Policy.load(own / "policy.json"))
+        read = with_quantizers(float_net(seed=9), Policy.load(own / "policy.json"))
         load_weights(read, own / "model.safetensors")
         with torch.no_grad():
             assert torch.equal(read.eval()(IMAGES), network(IMAGES))

@@ -7,7 +7,7 @@ from bitscape.dynamic import DynamicBits
 from bitscape.engine import Sgd
 from bitscape.engine.describe import bits_of, describe
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.mixture import Mixture
 from tests.dynamic.small import dynamic
 from tests.engine.tiny import tiny_batches, tiny_net
@@ -36,7 +36,7 @@ def test_large_tensors_are_sampled_along_their_whole_length() -> None:
 def test_bits_of_every_quantized_layer_and_all_of_one_that_has_several() -> None:
     assert bits_of(tiny_net()) == {}
     policy = Policy({"0": LayerBits(8, 8), "4": LayerBits(2, 3), "7": LayerBits(4, 5)})
-    assert bits_of(quantize(tiny_net(), policy)) == {
+    assert bits_of(with_quantizers(tiny_net(), policy)) == {
         "0": {"weight": 8, "activation": 8},
         "4": {"weight": 2, "activation": 3},
         "7": {"weight": 4, "activation": 5},
@@ -49,7 +49,7 @@ def test_bits_of_every_quantized_layer_and_all_of_one_that_has_several() -> None
 def test_mixtures_of_other_widths_differ_and_are_json() -> None:
     found = []
     for widths in ((2, 4), (2, 4), (2, 8)):
-        network = quantize(nn.Sequential(nn.Linear(2, 2)), Policy({"0": LayerBits(8, 8)}))
+        network = with_quantizers(nn.Sequential(nn.Linear(2, 2)), Policy({"0": LayerBits(8, 8)}))
         network[0].weight_quantizer = Mixture(widths, signed=True)
         found.append(bits_of(network))
     assert found[0] == found[1] != found[2]

@@ -40,7 +40,7 @@ from bitscape.engine.step import CrossEntropy
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.steps import Loss, Plain, Saq
 from tests.engine.tiny import TinyBatches, same_state, tiny_batches, tiny_net
 
@@ -407,7 +407,7 @@ def test_convolutions_are_laid_out_as_the_network_takes_it(model: Any, asked: bo
 def test_rounded_activations_do_not_decide_on_the_memory_format(bits: int) -> None:
     images = tiny_batches().dataset.images
     policy = uniform_policy(layer_shapes(tiny_net()), LayerBits(bits, bits))
-    network = calibrate(quantize(tiny_net(), policy), images)
+    network = calibrate(with_quantizers(tiny_net(), policy), images)
     train(network, tiny_batches(), **USUAL)
     assert next(network.parameters()).is_contiguous(memory_format=torch.channels_last)
 
@@ -464,7 +464,7 @@ def test_bits_of_another_policy_are_refused(tmp_path: Path) -> None:
     # The state dicts have the same names and shapes.
     def quantized(weight: int) -> nn.Module:
         bits = {"0": LayerBits(8, 8), "4": LayerBits(weight, 4), "7": LayerBits(8, 8)}
-        return calibrate(quantize(tiny_net(), Policy(bits)), tiny_batches().dataset.images)
+        return calibrate(with_quantizers(tiny_net(), Policy(bits)), tiny_batches().dataset.images)
 
     train(quantized(4), tiny_batches(), **USUAL, folder=tmp_path)
     refused = r"other settings: bits\.4\.weight was 4 and is 2; pass those settings, or start over in another folder"

@@ -22,7 +22,7 @@ from bitscape.engine.workers import rank
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import quantizable_layers
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.searches.asga import Asga
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.problem import SearchProblem
@@ -91,7 +91,7 @@ def trained(step: Any, *, norm: bool = False, bits: int | None = None, folder: P
     model = network(norm=norm, seed=3 + rank())  # all start from the first one's
     if bits is not None:
         layers = dict.fromkeys(quantizable_layers(model), LayerBits(bits, bits))
-        calibrate(quantize(model, Policy(layers)), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        calibrate(with_quantizers(model, Policy(layers)), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     model.register_buffer("constant", torch.tensor([0.1, torch.inf, -torch.inf]))
     hooked: list[int] = []
 

@@ -16,7 +16,7 @@ from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.quantizers import Lsq, Quantizer
 from tests.networks import Residual, conv_norm, inverted_residual
 
@@ -55,7 +55,7 @@ def quantized(
 ) -> nn.Module:
     """`model` quantized by a policy of `bits` in turn and calibrated on `x`."""
     model = lively(model).eval()
-    return calibrate(quantize(model, policy_for(model, bits), quantizer or Lsq()), images() if x is None else x)
+    return calibrate(with_quantizers(model, policy_for(model, bits), quantizer or Lsq()), images() if x is None else x)
 
 
 def made(build: Callable[[], nn.Module]) -> nn.Module:

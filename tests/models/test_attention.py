@@ -14,7 +14,7 @@ from bitscape.models.find import import_torchvision
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 
 N, L, S, E, HEADS = 2, 5, 7, 8, 2
 
@@ -328,7 +328,7 @@ def test_layers_that_are_called_compute_with_their_quantized_weights():
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(E, E), ShiftedWindowAttention())
     x = torch.randn(64, L, E)
-    quantized = calibrate(quantize(original, uniform_policy(quantizable_layers(original), LayerBits(2, 8))), x)
+    quantized = calibrate(with_quantizers(original, uniform_policy(quantizable_layers(original), LayerBits(2, 8))), x)
     with torch.no_grad():
         at_two_bits = quantized(x)
         quantized[1].qkv.weight_quantizer = nn.Identity()

@@ -21,7 +21,7 @@ from bitscape.models.attention import split_attention
 from bitscape.models.find import find_model, import_torchvision, load_weights, save_weights
 from bitscape.models.preprocessing import ImageConfig, image_config
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.searches.fisher import Fisher
 from bitscape.searches.problem import SearchProblem
 
@@ -147,7 +147,7 @@ def test_a_folder_of_hugging_face_is_searched_and_quantized(hugging_face):
     model = find_model(f"hf:{hugging_face}").eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     policy = Fisher().search(SearchProblem.of(model=model, samples=images, budget="bitops=w4a4")).policy
-    quantized = calibrate(quantize(model, policy), images).eval()
+    quantized = calibrate(with_quantizers(model, policy), images).eval()
     assert quantized(images).shape == (4, 4) and "resnet.embedder.embedder.convolution" in policy.layers
 
 
@@ -284,7 +284,7 @@ def test_modules_that_ask_for_the_version_of_a_state_dict_load(tmp_path):
 
 def test_modules_that_ask_for_the_version_of_a_state_dict_are_read_from_packed_files(tmp_path):
     source, x = nn.Sequential(nn.Linear(2, 2), Versioned(2, 2)), torch.randn(8, 2)
-    quantized = calibrate(quantize(source, uniform_policy(["0", "1"], LayerBits(4, 8))), x).eval()
+    quantized = calibrate(with_quantizers(source, uniform_policy(["0", "1"], LayerBits(4, 8))), x).eval()
     info = save_packed(quantized, tmp_path / "p.safetensors")
     assert torch.equal(load_packed(info.path, source).eval()(x), quantized(x))
 
@@ -298,7 +298,7 @@ def test_half_precision_weights_load(tmp_path):
 
 
 def test_the_state_of_a_quantizer_has_one_shape(tmp_path):
-    made = quantize(_network(), uniform_policy(["0"], LayerBits(4, 4)))
+    made = with_quantizers(_network(), uniform_policy(["0"], LayerBits(4, 4)))
     state = {key: value.clone() for key, value in made.state_dict().items()}
     name = next(key for key in state if key.endswith("_extra_state"))
     for wrong in (torch.zeros(1, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)):

@@ -9,6 +9,7 @@ import bitscape as bs
 from bitscape.errors import BitscapeError
 from bitscape.models.find import find_model
 from bitscape.models.layers import quantizable_layers
+from bitscape.policy import uniform_policy
 
 onnx = pytest.importorskip("onnx")
 if importlib.util.find_spec("onnx2torch") is None:  # imported by `read_onnx`, behind torchvision
@@ -56,7 +57,7 @@ def test_a_network_from_a_file_is_quantized_and_exported_under_its_names(tmp_pat
     small_file(tmp_path / "small.onnx")
     model = find_model(f"onnx:{tmp_path / 'small.onnx'}")
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    network = bs.quantize(model, bs.uniform_policy(["stem", "head"], bs.LayerBits(4, 8)), images)
+    network = bs.quantize(model, uniform_policy(["stem", "head"], bs.LayerBits(4, 8)), images)
     report = bs.export(network, tmp_path / "int.onnx", images)
     assert set(report.exact) == {"features", "scores"}
     assert [entry.name for entry in onnx.load(tmp_path / "int.onnx").graph.input] == ["pixels"]

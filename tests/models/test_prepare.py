@@ -13,7 +13,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.models.prepare import as_prepared, prepare
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import equalize, input_moments
 from bitscape.searches.problem import SearchProblem
@@ -79,7 +79,7 @@ def with_weight_as_buffer(layer: nn.Module) -> nn.Module:
         prepare,
         layer_shapes,
         lambda model: measure(model, (3, 6, 6)),
-        lambda model: quantize(model, uniform_policy(["0", "1", "3"], LayerBits(4, 4))),
+        lambda model: with_quantizers(model, uniform_policy(["0", "1", "3"], LayerBits(4, 4))),
         lambda model: SearchProblem.of(model=model, samples=IMAGES, budget="bitops=0.5x"),
         lambda model: fold_norms(model, IMAGES),
         lambda model: fold_norms(model, IMAGES, inplace=True),
@@ -118,7 +118,7 @@ def test_a_forward_set_on_a_layer_is_refused_with_the_layers_name(patch, inplace
     model = net()
     patch(model[1])
     with pytest.raises(BitscapeError, match=r"layer '1' has a forward of its own.*del layer\.forward"):
-        quantize(model, uniform_policy(["0", "1", "3"], LayerBits(2, 2)), inplace=inplace)
+        with_quantizers(model, uniform_policy(["0", "1", "3"], LayerBits(2, 2)), inplace=inplace)
     del model[1].forward
     assert list(layer_shapes(prepare(model))) == ["0", "1", "3"]
 
@@ -155,5 +155,5 @@ def test_every_public_function_takes_the_policy_of_a_network_with_attention():
     tokens = 9
     layers = tokens * 8 * 12 + 4 * tokens * 8 * 8 + 8 * 5
     assert policy_cost(cost, policy)["bitops"] == 16 * layers
-    network = calibrate(quantize(model, policy), IMAGES)
+    network = calibrate(with_quantizers(model, policy), IMAGES)
     assert measure(network, (3, 6, 6)).layers == cost.layers

@@ -12,7 +12,7 @@ from bitscape.models.layers import layer_shapes
 from bitscape.models.modes import evaluating
 from bitscape.nested import tensors_in
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize, recalibrate_norms, record_inputs, without_single_samples
+from bitscape.quant.convert import bypassed, calibrate, recalibrate_norms, record_inputs, with_quantizers, without_single_samples
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -44,7 +44,7 @@ def policy(model: nn.Module, bits: LayerBits = FOUR) -> Policy:
 
 def quantized(**settings) -> nn.Module:
     model = small_net()
-    return quantize(model, policy(model), **settings)
+    return with_quantizers(model, policy(model), **settings)
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -72,9 +72,9 @@ def test_a_float_checkpoint_loads_into_the_quantized_network():
 
 def test_the_float_network_is_copied_unless_in_place():
     model = small_net()
-    assert quantize(model, policy(model)) is not model
+    assert with_quantizers(model, policy(model)) is not model
     assert not quantized_layers(model)
-    assert quantize(model, policy(model), inplace=True) is model
+    assert with_quantizers(model, policy(model), inplace=True) is model
     assert set(quantized_layers(model)) == {"0", "3", "9"}
 
 
@@ -82,7 +82,7 @@ def test_the_float_network_is_copied_unless_in_place():
 def test_8_bits_change_little(quantizer):
     model = small_net().eval()
     x = images()
-    q = calibrate(quantize(model, policy(model, LayerBits(8, 8)), quantizer), x)
+    q = calibrate(with_quantizers(model, policy(model, LayerBits(8, 8)), quantizer), x)
     if isinstance(quantizer, Liq):  # leaves out the mean of the weights
         with torch.no_grad():
             for layer in (model[0], model[3], model[9]):
@@ -94,7 +94,7 @@ def test_8_bits_change_little(quantizer):
 
 def test_every_layer_gets_the_bits_of_the_policy():
     layers = {"0": LayerBits(8, 7), "3": LayerBits(1, 2), "9": LayerBits(5, 6)}
-    model = quantize(small_net(), Policy(layers))
+    model = with_quantizers(small_net(), Policy(layers))
     assert {name: static_bits(layer) for name, layer in quantized_layers(model).items()} == layers
 
 
@@ -103,7 +103,7 @@ def test_hooks_and_shared_references_stay():
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
     first = model[0]
-    quantize(model, policy(model), inplace=True)
+    with_quantizers(model, policy(model), inplace=True)
     assert model[0] is first
     with bypassed(model):
         model(images(2))
@@ -113,7 +113,7 @@ def test_hooks_and_shared_references_stay():
 def test_a_layer_used_twice_stays_one_layer():
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    q = calibrate(quantize(model, policy(model)), torch.randn(8, 6))
+    q = calibrate(with_quantizers(model, policy(model)), torch.randn(8, 6))
     assert q[0] is q[2]
     assert q(torch.randn(2, 6)).shape == (2, 6)
 
@@ -121,7 +121,7 @@ def test_a_layer_used_twice_stays_one_layer():
 def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight
-    q = calibrate(quantize(model, policy(model)), torch.randn(8, 6))
+    q = calibrate(with_quantizers(model, policy(model)), torch.randn(8, 6))
     assert q[0].weight is q[1].weight
     q(torch.randn(2, 6)).sum().backward()
     assert q[0].weight_quantizer is q[1].weight_quantizer  # else training would pull their codes apart
@@ -133,7 +133,7 @@ def test_projections_of_attention_are_quantized():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
     names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")] + ["linear1", "linear2"]
     x = torch.randn(4, 5, 8)
-    q = calibrate(quantize(model, Policy(dict.fromkeys(names, LayerBits(8, 8)))), x)
+    q = calibrate(with_quantizers(model, Policy(dict.fromkeys(names, LayerBits(8, 8)))), x)
     assert set(quantized_layers(q)) == set(names)
     assert all(layer.input_quantizer.initialized for layer in quantized_layers(q).values())
     with torch.no_grad():
@@ -151,20 +151,20 @@ def test_a_policy_of_another_network_is_an_error(change, message):
     layers = dict(policy(small_net()).layers)
     change(layers)
     with pytest.raises(PolicyError, match=message):
-        quantize(small_net(), Policy(layers))
+        with_quantizers(small_net(), Policy(layers))
 
 
 def test_a_quantized_network_is_an_error():
     model = quantized()
     with pytest.raises(BitscapeError, match="quantized already"):
-        quantize(model, policy(model))
+        with_quantizers(model, policy(model))
 
 
 def test_weights_of_nan_are_an_error_with_the_layers_name():
     model = small_net()
     model[3].weight.data[0] = float("nan")
     with pytest.raises(BitscapeError, match="layer 3, weight: 9 of 72 values are NaN"):
-        quantize(model, policy(model))
+        with_quantizers(model, policy(model))
 
 
 def test_inputs_of_nan_are_an_error_with_the_layers_name():
@@ -184,7 +184,7 @@ def test_calibrating_a_network_that_uses_a_weight_elsewhere_too_is_an_error():
             return self.head(nn.functional.linear(self.encoder(x), self.encoder.weight.t()))
 
     model = Tied()
-    network = quantize(model, policy(model))
+    network = with_quantizers(model, policy(model))
     before = snapshot(network)
     with pytest.raises(BitscapeError, match="the weight of layer 'encoder' is used outside of the layer too"):
         calibrate(network, torch.randn(8, 12))
@@ -236,7 +236,7 @@ def test_calibrate_sets_input_ranges_and_nothing_else():
 
 def test_ranges_are_those_of_the_float_network():
     model, x = small_net().eval(), images()
-    q = calibrate(quantize(model, policy(model)), x, MinMax())
+    q = calibrate(with_quantizers(model, policy(model)), x, MinMax())
     with torch.no_grad():
         assert q[3].input_quantizer.scale.item() == pytest.approx(model[:3](x).max().item() / 15)
         assert q[9].input_quantizer.scale.item() == pytest.approx(model[:9](x).max().item() / 15)
@@ -274,7 +274,7 @@ def test_a_layer_that_never_ran_is_named(caplog):
     model = small_net()
     model[7].unused = nn.Linear(2, 2)
     with caplog.at_level(logging.WARNING, "bitscape.quant"):
-        q = calibrate(quantize(model, policy(model)), images())
+        q = calibrate(with_quantizers(model, policy(model)), images())
     assert "layer 7.unused never ran" in caplog.text
     assert not q[7].unused.input_quantizer.initialized
 
@@ -366,12 +366,12 @@ def test_an_error_in_place_leaves_no_layer_quantized():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight.data[0, 0] = float("nan")
     with pytest.raises(BitscapeError, match="layer 1, weight"):
-        quantize(model, policy(model), inplace=True)
+        with_quantizers(model, policy(model), inplace=True)
     assert not quantized_layers(model)
 
 
 def test_batches_with_labels_are_no_images():
-    model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
+    model = with_quantizers(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
     with pytest.raises(BitscapeError, match=r"takes 2 positional arguments but 3 were given; a tuple .* labels are neither"):
         calibrate(model, iter([(torch.randn(2, 3), torch.tensor([0, 1]))]))
 
@@ -433,7 +433,7 @@ def test_a_network_that_is_not_float32_is_refused_with_the_next_step(kind):
     with pytest.raises(BitscapeError, match=advice):
         calibrate(model.to(kind), images())
     with pytest.raises(BitscapeError, match=advice):
-        quantize(nn.Sequential(nn.Linear(3, 3)).to(kind), policy(nn.Sequential(nn.Linear(3, 3))))
+        with_quantizers(nn.Sequential(nn.Linear(3, 3)).to(kind), policy(nn.Sequential(nn.Linear(3, 3))))
 
 
 @pytest.mark.parametrize(
@@ -457,8 +457,9 @@ def test_a_network_that_autocasts_within_its_forward_is_calibrated_as_in_float32
             with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
                 return self.second(self.first(x).relu()).float()
 
+    bits = policy(Autocasting(False))
     plain, cast = (
-        calibrate(quantize(Autocasting(enabled), policy(Autocasting(False)), quantizer), images()).eval() for enabled in (False, True)
+        calibrate(with_quantizers(Autocasting(enabled), bits, quantizer), images()).eval() for enabled in (False, True)
     )
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(cast.state_dict()[name], value, rtol=0.1, atol=0.02)
@@ -469,10 +470,10 @@ def test_a_network_that_autocasts_within_its_forward_is_calibrated_as_in_float32
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_default_type_of_torch_changes_nothing(quantizer):
     model, images = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(64, 4)
-    expected = calibrate(quantize(model, policy(model), quantizer), images).state_dict()
+    expected = calibrate(with_quantizers(model, policy(model), quantizer), images).state_dict()
     torch.set_default_dtype(torch.float64)
     try:
-        state = calibrate(quantize(model, policy(model), quantizer), images).state_dict()
+        state = calibrate(with_quantizers(model, policy(model), quantizer), images).state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
     assert state.keys() == expected.keys() and all(value.dtype == expected[name].dtype for name, value in state.items())
@@ -497,13 +498,13 @@ def test_statistics_that_are_not_finite_are_refused_and_the_former_ones_stay():
 def test_what_holds_no_image_is_refused(images, message):
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(BitscapeError, match=message):
-        calibrate(quantize(model, policy(model)), images)
+        calibrate(with_quantizers(model, policy(model)), images)
 
 
 @pytest.mark.parametrize("name", CALLED)
 def test_calibration_sees_the_same_values_in_any_batches_of_any_inputs(name):
     network = CALLED[name].network()
-    ready = quantize(network, policy(network))
+    ready = with_quantizers(network, policy(network))
     inputs = CALLED[name].inputs(12)
     samples = Samples.of(inputs)
     values = [record_inputs(ready, quantized_layers(ready), data) for data in (samples, [inputs], iter([inputs]))]
@@ -517,7 +518,7 @@ def test_calibration_sees_the_same_values_in_any_batches_of_any_inputs(name):
 
 
 def test_labels_beside_the_images_are_named_whatever_holds_them():
-    model = quantize(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
+    model = with_quantizers(nn.Sequential(nn.Linear(3, 3)), policy(nn.Sequential(nn.Linear(3, 3))))
     with pytest.raises(BitscapeError, match=r"inputs: the network fails on a batch of list \(0: shape \(2, 3\).*labels are neither"):
         calibrate(model, [[torch.randn(2, 3), torch.tensor([0, 1])]])
 
@@ -551,7 +552,7 @@ class Counted:
 def test_memory_does_not_grow_with_the_number_of_batches(look, batches):
     float_network = CALLED["two images"].network()
     data = Counted(batches)
-    look(quantize(float_network, policy(float_network)), float_network, data)
+    look(with_quantizers(float_network, policy(float_network)), float_network, data)
     assert 0 < data.most <= 4  # the first one, those that `without_single_samples` looks ahead to, and the one at work
 
 

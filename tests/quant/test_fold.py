@@ -7,7 +7,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
 from tests.networks import Residual, conv_norm, mobilenetv2, resnet20
@@ -131,7 +131,7 @@ def small() -> nn.Module:
 
 def quantized(model: nn.Module, images: torch.Tensor, bits: int, quantizer=None) -> nn.Module:
     policy = uniform_policy(layer_shapes(model), LayerBits(bits, 8))
-    return calibrate(quantize(model, policy, quantizer or Lsq()), images)
+    return calibrate(with_quantizers(model, policy, quantizer or Lsq()), images)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import bypassed, calibrate, quantize
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.quant.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -58,7 +58,7 @@ def made(case: str, bits: LayerBits = FEW) -> tuple[nn.Module, nn.Module, torch.
     """The float layer, its quantized form, calibrated, and an input."""
     layer, shape, _ = CASES[case]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return layer, calibrate(quantize(layer, Policy({"": bits})), x), x
+    return layer, calibrate(with_quantizers(layer, Policy({"": bits})), x), x
 
 
 @every_case
@@ -85,7 +85,7 @@ class ScaledConv2d(nn.Conv2d):
 def test_a_layers_own_attributes_stay_its_own():
     torch.manual_seed(0)
     layer, x = ScaledConv2d(3, 4, 3), torch.randn(8, 3, 6, 6)
-    quantized = calibrate(quantize(layer, Policy({"": LayerBits(8, 8)})), x)
+    quantized = calibrate(with_quantizers(layer, Policy({"": LayerBits(8, 8)})), x)
     assert (quantized.bits, quantized.scale) == (3, 0.5)
     assert static_bits(quantized) == LayerBits(8, 8)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_layer_that_has_a_quantizer_of_its_own_is_refused_by_name(name, value)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     setattr(model[1], name, value)
     with pytest.raises(BitscapeError, match=rf"model: its layer '1' \(Conv2d\) has an attribute {name} of its own.*rename it"):
-        quantize(model, Policy(dict.fromkeys("01", LayerBits(4, 4))))
+        with_quantizers(model, Policy(dict.fromkeys("01", LayerBits(4, 4))))
     with pytest.raises(BitscapeError, match=rf"float_model: .*{name}"):
         require_float(model, "float_model")
 
@@ -156,7 +156,7 @@ def test_copies_and_state_dicts_work(case):
     twin = copy.deepcopy(quantized)
     twin.weight.data.zero_()
     assert torch.equal(quantized(x), y)
-    fresh = quantize(layer, Policy({"": LayerBits(3, 4)}))
+    fresh = with_quantizers(layer, Policy({"": LayerBits(3, 4)}))
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(x), y)
 
@@ -180,7 +180,7 @@ def test_a_subclass_keeps_its_helpers():
 
     kind = quantized_class(Helpful)
     assert issubclass(kind, QuantLinear) and kind.forward is QuantLinear.forward
-    assert quantize(nn.Sequential(Helpful(3, 2)), Policy({"0": LayerBits(4, 4)}))[0].rows() == 2
+    assert with_quantizers(nn.Sequential(Helpful(3, 2)), Policy({"0": LayerBits(4, 4)}))[0].rows() == 2
 
 
 def test_other_layers_are_an_error():
@@ -190,7 +190,7 @@ def test_other_layers_are_an_error():
 
 def test_a_shared_layer_is_listed_once_under_its_first_name():
     shared = nn.Linear(3, 3)
-    model = quantize(nn.Sequential(shared, nn.ReLU(), shared), Policy({"0": LayerBits(4, 4)}))
+    model = with_quantizers(nn.Sequential(shared, nn.ReLU(), shared), Policy({"0": LayerBits(4, 4)}))
     assert list(quantized_layers(model)) == ["0"]
     assert model[0] is model[2]
 
@@ -202,7 +202,7 @@ def test_a_compiled_network_gives_the_same_results():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     x = torch.randn(2, 3, 6, 6)
-    model = calibrate(quantize(model, Policy({"0": LayerBits(3, 8), "3": LayerBits(1, 4)})), x)
+    model = calibrate(with_quantizers(model, Policy({"0": LayerBits(3, 8), "3": LayerBits(1, 4)})), x)
     compiled = torch.compile(model)
     results = []
     for network in (model, compiled):

@@ -7,7 +7,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant import mixture as module
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.functional import _plain_fake_quantize, fake_quantize
 from bitscape.quant.grid import grid
 from bitscape.quant.layers import quantized_layers, static_bits
@@ -262,7 +262,7 @@ class TestMix:
 
     @pytest.mark.parametrize("bits", WIDTHS)
     def test_each_candidates_scale_is_what_lsq_of_that_width_gets(self, bits):
-        network = quantize(net(), uniform_policy(("0", "3", "5"), LayerBits(bits, 8)), Lsq())
+        network = with_quantizers(net(), uniform_policy(("0", "3", "5"), LayerBits(bits, 8)), Lsq())
         alone = quantized_layers(calibrate(network, images()))
         layers = quantized_layers(mixed_net([["0"], ["3"], ["5"]], ()))
         for name, layer in layers.items():
@@ -275,7 +275,7 @@ class TestMix:
         for layer in quantized_layers(network).values():
             layer.weight_quantizer.price[[0, 1, 3]] = torch.inf
             layer.input_quantizer.price[0] = torch.inf
-        alone = calibrate(quantize(net(), uniform_policy(("0", "3", "5"), LayerBits(4, 8))), images())
+        alone = calibrate(with_quantizers(net(), uniform_policy(("0", "3", "5"), LayerBits(4, 8))), images())
         assert torch.equal(network.eval()(images()), alone.eval()(images()))
 
     def test_the_layers_of_a_group_share_logits_and_price_but_not_scales(self):

@@ -10,7 +10,7 @@ from bitscape.models.layers import layer_shapes
 from bitscape.models.prepare import prepare
 from bitscape.models.products import MatMul
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import static_bits
 from bitscape.quant.repair import equalize, repair
@@ -36,7 +36,7 @@ def network() -> nn.Module:
 
 
 def test_both_operands_are_quantized_each_at_its_width():
-    model = calibrate(quantize(Squared(), Policy({"product": LayerBits(2, 8)})), tokens())
+    model = calibrate(with_quantizers(Squared(), Policy({"product": LayerBits(2, 8)})), tokens())
     assert static_bits(model.product) == LayerBits(2, 8)
     first, second = model.product.input_quantizer, model.product.weight_quantizer
     x = tokens()
@@ -47,18 +47,18 @@ def test_both_operands_are_quantized_each_at_its_width():
 def test_a_policy_that_names_products_quantizes_them_and_others_do_not():
     model = network()
     names = layer_shapes(prepare(model, attention_products=True))
-    with_products = quantize(model, uniform_policy(names, LayerBits(8, 8)))
+    with_products = with_quantizers(model, uniform_policy(names, LayerBits(8, 8)))
     assert static_bits(with_products[0].scores) == LayerBits(8, 8)
-    without = quantize(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)))
+    without = with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)))
     assert not hasattr(without[0], "scores")
     with pytest.raises(PolicyError, match=r"0\.scoers"):
-        quantize(model, uniform_policy([*layer_shapes(model), "0.scoers"], LayerBits(8, 8)))
+        with_quantizers(model, uniform_policy([*layer_shapes(model), "0.scoers"], LayerBits(8, 8)))
 
 
 def test_packed_files_hold_the_scales_of_both_operands(tmp_path):
     model = network()
     names = layer_shapes(prepare(model, attention_products=True))
-    quantized = calibrate(quantize(model, uniform_policy(names, LayerBits(3, 5))), tokens(16))
+    quantized = calibrate(with_quantizers(model, uniform_policy(names, LayerBits(3, 5))), tokens(16))
     save_packed(quantized, tmp_path / "net.safetensors")
     loaded = load_packed(tmp_path / "net.safetensors", model)
     assert torch.equal(loaded(tokens()), quantized(tokens()))
@@ -66,7 +66,7 @@ def test_packed_files_hold_the_scales_of_both_operands(tmp_path):
 
 
 def test_graphs_are_refused_by_name():
-    quantized = calibrate(quantize(Squared(), Policy({"product": LayerBits(8, 8)})), tokens())
+    quantized = calibrate(with_quantizers(Squared(), Policy({"product": LayerBits(8, 8)})), tokens())
     with pytest.raises(BitscapeError, match=r"product are products of two activations .*use a packed file"):
         trace(quantized, tokens())
 
@@ -75,7 +75,7 @@ def test_noise_is_that_of_either_operand():
     noise = layer_noise(Squared(), ["product"], Samples.of(tokens()), (LayerBits(2, 4), LayerBits(4, 4)))["product"]
     a, b = tokens(), tokens().transpose(1, 2)
     by_second, by_first = noise.output_changes(a, b)
-    quantized = calibrate(quantize(Squared(), Policy({"product": LayerBits(2, 4)})), tokens())
+    quantized = calibrate(with_quantizers(Squared(), Policy({"product": LayerBits(2, 4)})), tokens())
     with torch.no_grad():
         torch.testing.assert_close(by_second[0], a @ (quantized.product.weight_quantizer(b) - b))
         torch.testing.assert_close(by_first[0], (quantized.product.input_quantizer(a) - a) @ b)
@@ -97,5 +97,5 @@ def test_norms_and_equal_channels_pass_products_by():
     folded = fold_norms(model, tokens())
     assert isinstance(folded[3], nn.BatchNorm1d)
     assert equalize(model, tokens()).pairs == ()
-    network = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), tokens())
+    network = calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), tokens())
     assert repair(network, model, tokens())(tokens()).shape == (3, 5, 3)

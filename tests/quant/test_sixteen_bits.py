@@ -14,7 +14,7 @@ from bitscape.exporters.openvino.ir import save_openvino
 from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.exporters.parity import check_parity
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import MinMax
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact
@@ -35,7 +35,7 @@ def net() -> nn.Module:
 
 def quantized(bits: tuple[int, ...], quantizer=None) -> nn.Module:
     policy = Policy({name: LayerBits(8, width) for name, width in zip("abcd", bits, strict=True)})
-    return calibrate(quantize(net(), policy, quantizer or Lsq()), images())
+    return calibrate(with_quantizers(net(), policy, quantizer or Lsq()), images())
 
 
 def test_the_grid_has_65536_codes():

@@ -6,7 +6,7 @@ from torch import nn
 
 from bitscape.models.layers import layer_shapes, outputs_first, weight_layout
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.mixture import mix
 from bitscape.quant.repair import equalize, repair
@@ -47,7 +47,7 @@ def test_rows_hold_the_weights_of_one_output(groups):
 @pytest.mark.parametrize(("groups", "shape"), [(1, (1, 8, 1, 1)), (2, (1, 4, 1, 1)), (4, (4, 1, 1, 1))])
 def test_scales_lie_along_output_channels_and_groups_share_them(groups, shape):
     model = nn.Sequential(transposed(groups=groups))
-    layer = quantize(model, uniform_policy(["0"], LayerBits(8, 8)))[0]
+    layer = with_quantizers(model, uniform_policy(["0"], LayerBits(8, 8)))[0]
     assert tuple(layer.weight_quantizer.scale.shape) == shape
     error = (layer.weight_quantizer(layer.weight) - layer.weight).detach()
     assert float(error.norm() / layer.weight.detach().norm()) < 0.01
@@ -96,7 +96,7 @@ def test_a_norm_behind_a_quantized_one_folds_into_its_scales():
     model, x = decoder(), examples()
     with torch.no_grad():
         model[1].weight.abs_()  # the code -128 has no opposite
-    quantized = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), x)
+    quantized = calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(4, 8))), x)
     folded = fold_norms(quantized, x)
     assert isinstance(folded[1], nn.Identity)
     torch.testing.assert_close(folded(x), quantized(x), rtol=1e-3, atol=1e-4)
@@ -105,7 +105,7 @@ def test_a_norm_behind_a_quantized_one_folds_into_its_scales():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_repair_comes_nearer_to_the_float_network(groups):
     folded, x = fold_norms(decoder(groups), examples(n=8)), examples(n=8)
-    quantized = calibrate(quantize(folded, uniform_policy(layer_shapes(folded), LayerBits(3, 8))), x)
+    quantized = calibrate(with_quantizers(folded, uniform_policy(layer_shapes(folded), LayerBits(3, 8))), x)
     before = float((quantized(x) - folded(x)).detach().norm())
     repair(quantized, folded, x)
     assert float((quantized(x) - folded(x)).detach().norm()) < 0.8 * before
@@ -116,11 +116,11 @@ def test_a_mixture_has_scales_of_output_channels():
     network = calibrate(mix(model, (4, 8), (8,), [["0"]], {}), x)
     quantizer = network[0].weight_quantizer
     assert quantizer.scale.shape == (2, 8)
-    plain = [quantize(model, uniform_policy(["0"], LayerBits(bits, 8)))[0].weight_quantizer(model[0].weight) for bits in (4, 8)]
+    plain = [with_quantizers(model, uniform_policy(["0"], LayerBits(bits, 8)))[0].weight_quantizer(model[0].weight) for bits in (4, 8)]
     torch.testing.assert_close(quantizer(model[0].weight), (plain[0] + plain[1]) / 2)
 
 
 def test_output_size_still_chooses_among_sizes():
     model = nn.Sequential(nn.ConvTranspose2d(4, 2, 3, stride=2))
-    layer = calibrate(quantize(model, uniform_policy(["0"], LayerBits(8, 8))), examples())[0]
+    layer = calibrate(with_quantizers(model, uniform_policy(["0"], LayerBits(8, 8))), examples())[0]
     assert layer(examples(), output_size=[10, 10]).shape == (3, 2, 10, 10)

@@ -3,28 +3,28 @@ from pathlib import Path
 
 import pytest
 
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
-from bitscape.report.documents import load_bench, load_grid, save_grid
+from bitscape.report.documents import load_bench, load_quality, save_quality
 from tests.report.made import bench
 
 PAIRS = [("clean", 0), ("jpeg", 1), ("jpeg", 5)]
 
 
-def grid(bits: float | None = None) -> QualityGrid:
+def grid(bits: float | None = None) -> QualityTable:
     made = (Cell(corruption=name, severity=at, top1=90.5 - at, loss=0.25, images=10, bits=bits, bitops=bits) for name, at in PAIRS)
-    return QualityGrid(tuple(made))
+    return QualityTable(tuple(made))
 
 
 @pytest.mark.parametrize("bits", [None, 3.5])
 def test_a_grid_comes_back_as_it_was(tmp_path: Path, bits: float | None) -> None:
-    save_grid(grid(bits), tmp_path / "grid.json")
-    assert load_grid(tmp_path / "grid.json").cells == grid(bits).cells
+    save_quality(grid(bits), tmp_path / "grid.json")
+    assert load_quality(tmp_path / "grid.json").cells == grid(bits).cells
 
 
 def test_a_grid_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
-    save_grid(grid(), path)
+    save_quality(grid(), path)
     good = json.loads(path.read_text())
     cells = good["cells"]
     wrong = {
@@ -38,7 +38,7 @@ def test_a_grid_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     for message, document in wrong.items():
         path.write_text(json.dumps(document))
         with pytest.raises(BitscapeError, match=r"grid\.json: ") as raised:
-            load_grid(path)
+            load_quality(path)
         assert message in str(raised.value)
 
 

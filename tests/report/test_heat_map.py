@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from bitscape.data.corruptions import CORRUPTIONS
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
 from bitscape.report.heat_map import BLUES, GAP, HIGH, REDS, WIDE, heat_map, panel
 
@@ -13,10 +13,10 @@ Element = ElementTree.Element
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
-def made(corruptions: Sequence[str] = tuple(CORRUPTIONS), severities: Sequence[int] = range(1, 6), bits: bool = False) -> QualityGrid:
+def made(corruptions: Sequence[str] = tuple(CORRUPTIONS), severities: Sequence[int] = range(1, 6), bits: bool = False) -> QualityTable:
     """Top-1 is 90 minus ten times the severity minus the number of the corruption; bits are 2 plus the severity."""
     pairs = [("clean", 0), *((name, severity) for name in corruptions for severity in severities)]
-    return QualityGrid(
+    return QualityTable(
         tuple(
             Cell(
                 corruption=name,
@@ -104,7 +104,7 @@ def test_the_heading_tells_clean_and_mean() -> None:
 
 
 @pytest.mark.parametrize("grid", [made(), made(bits=True), made(("jpeg",), (3,))])
-def test_everything_lies_on_the_page_and_no_cell_on_another(grid: QualityGrid) -> None:
+def test_everything_lies_on_the_page_and_no_cell_on_another(grid: QualityTable) -> None:
     root = ElementTree.fromstring(heat_map(grid))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     corners = []

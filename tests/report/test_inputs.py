@@ -7,7 +7,7 @@ import pytest
 from bitscape.dynamic.storage import DynamicDocument, TiersDocument, TierSummary
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.report.documents import save_evaluation, save_grid
+from bitscape.report.documents import save_evaluation, save_quality
 from bitscape.report.inputs import read_inputs
 from tests.report.made import bench, evaluation, latency, policy, run, scores, searched
 from tests.report.test_documents import grid
@@ -17,7 +17,7 @@ def test_every_kind_is_told_by_its_content_whatever_its_name(tmp_path: Path) -> 
     files = [tmp_path / f"{at}.json" for at in range(6)]
     searched().save(files[0])
     scores().save(files[1])
-    save_grid(grid(), files[2])
+    save_quality(grid(), files[2])
     bench(files[3])
     latency().save(files[4])
     save_evaluation(evaluation(), files[5])
@@ -26,7 +26,7 @@ def test_every_kind_is_told_by_its_content_whatever_its_name(tmp_path: Path) -> 
     assert read.names == ("0.json", "1.json", "2.json", "3.json", "4.json", "5.json", "run")
     assert read.evaluations == {"5.json": evaluation()}
     assert list(read.policies) == ["0.json", "run"]
-    assert [list(kind) for kind in (read.scores, read.grids, read.benches, read.latencies)] == [
+    assert [list(kind) for kind in (read.scores, read.quality_tables, read.benches, read.latencies)] == [
         ["1.json"],
         ["2.json"],
         ["3.json"],

@@ -9,7 +9,7 @@ import pytest
 from bitscape.cost.policy_cost import layer_cost, policy_cost
 from bitscape.errors import BitscapeError, printable
 from bitscape.policy import LayerBits, Policy
-from bitscape.report.documents import save_evaluation, save_grid
+from bitscape.report.documents import save_evaluation, save_quality
 from bitscape.report.inputs import read_inputs
 from bitscape.report.page import report_page
 from bitscape.report.reproduce_section import _as_given, search_command
@@ -35,7 +35,7 @@ def everything(tmp_path: Path) -> list[Path]:
     searched().save(tmp_path / "policy.json")
     scores().save(tmp_path / "scores.json")
     latency().save(tmp_path / "latency.json")
-    save_grid(grid(), tmp_path / "grid.json")
+    save_quality(grid(), tmp_path / "grid.json")
     bench(tmp_path / "bench.json")
     uniform = searched("3/3", "3/3", "uniform")
     runs = [run(tmp_path / f"uniform{seed}", policy=uniform, seed=seed, top1=90.0) for seed in range(3)]

@@ -15,7 +15,7 @@ from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.fisher import Fisher
@@ -192,7 +192,7 @@ def test_a_model_on_the_meta_device_has_no_values_to_check() -> None:
 
 def test_a_quantized_model_is_refused() -> None:
     with pytest.raises(BitscapeError, match=r"model: its layer '0' is quantized already.*float network"):
-        problem(model=quantize(net(), uniform_policy(layer_shapes(net()), LayerBits(4, 4))))
+        problem(model=with_quantizers(net(), uniform_policy(layer_shapes(net()), LayerBits(4, 4))))
 
 
 class NoReturn(nn.Sequential):

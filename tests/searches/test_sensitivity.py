@@ -22,7 +22,7 @@ from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.problem import SearchProblem
-from bitscape.searches.sensitivity import calls, calls_with_gradients, layer_noise, monotone, score_table, widths
+from bitscape.searches.sensitivity import calls, calls_with_gradients, candidate_widths, layer_noise, monotone, score_table
 from tests.searches.small import layer, network
 
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
@@ -46,7 +46,7 @@ def images(n: int = 6) -> torch.Tensor:
 
 
 def test_widths_are_those_of_the_candidates() -> None:
-    assert widths(PAIRS) == ([2, 4, 8], [2, 8])
+    assert candidate_widths(PAIRS) == ([2, 4, 8], [2, 8])
 
 
 def test_noise_falls_with_bits_and_the_input_of_a_relu_is_unsigned() -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional
 from bitscape.engine import Batch, BatchLoss
 from bitscape.engine.step import Part
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.quantizers import Lsq, PerTensor, Quantizer
 
 
@@ -32,7 +32,7 @@ def float_net(*, norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
 def quantized(net: nn.Module, *, bits: int = 3, quantizer: Quantizer | None = None, images: Tensor | None = None) -> nn.Module:
     names = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     policy = Policy({name: LayerBits(bits, bits) for name in names})
-    return calibrate(quantize(net, policy, quantizer or Lsq()), batch()[0] if images is None else images)
+    return calibrate(with_quantizers(net, policy, quantizer or Lsq()), batch()[0] if images is None else images)
 
 
 def small_net(*, norm: bool = True, dropout: float = 0.0, bits: int = 3, quantizer: Quantizer | None = None) -> nn.Module:

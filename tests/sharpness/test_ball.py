@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from bitscape.engine.forward import as_logits, loop_forward
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import bypassed, quantize
+from bitscape.quant.convert import bypassed, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import mix
 from bitscape.quant.quantizers import Liq, Lsq, Pact, PerTensor
@@ -165,7 +165,7 @@ def test_runs_and_layers_that_share_a_weight_share_one_member():
 
 def test_a_bypassed_quantizer_of_a_layer_that_runs_twice_counts_each_run_once():
     torch.manual_seed(0)
-    model = quantize(Twice(), Policy(dict.fromkeys(("first", "tied", "head"), LayerBits(4, 4))))
+    model = with_quantizers(Twice(), Policy(dict.fromkeys(("first", "tied", "head"), LayerBits(4, 4))))
     with bypassed(model):
         ascent, _ = first_pass(model, Ball(biases=False))
     # Bypassed layers have a stand-in each: the uses of the one weight are two members.

@@ -13,8 +13,8 @@ from bitscape.data.samples import Samples
 from bitscape.exporters.packed.file import load_packed
 from bitscape.models.layers import layer_shapes
 from bitscape.nested import tensors_in
-from bitscape.quant.convert import calibrate
-from bitscape.quant.convert import quantize as with_quantizers
+from bitscape.policy import uniform_policy
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.runtimes.sessions import OpenVino
@@ -33,7 +33,7 @@ def samples_of(name: str) -> Samples:
 
 
 def policy_of(network: nn.Module) -> bs.Policy:
-    return bs.uniform_policy(layer_shapes(network), bs.LayerBits(4, 8))
+    return uniform_policy(layer_shapes(network), bs.LayerBits(4, 8))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bitscape as bs
+from bitscape.policy import uniform_policy
 from bitscape.quant.layers import quantized_layers
 
 
@@ -36,7 +37,7 @@ def made(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         parts = [Padded(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
         model = nn.Sequential(*parts).eval()
-    policy = bs.uniform_policy(["0", "3", "6"], bs.LayerBits(3, 4))
+    policy = uniform_policy(["0", "3", "6"], bs.LayerBits(3, 4))
     return bs.quantize(model, policy, data()[0], for_training=True).train()
 
 
@@ -151,7 +152,7 @@ def test_saq_of_a_data_parallel_network(alone: None) -> None:
 def test_torch_compile() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).eval()
-    network = bs.quantize(model, bs.uniform_policy(["1"], bs.LayerBits(3, 4)), data()[0], for_training=True).train()
+    network = bs.quantize(model, uniform_policy(["1"], bs.LayerBits(3, 4)), data()[0], for_training=True).train()
     twin = copy.deepcopy(network)
     trained(torch.compile(network, backend="aot_eager"))
     torch.testing.assert_close(outputs(network), outputs(trained(twin)), rtol=1e-3, atol=1e-3)

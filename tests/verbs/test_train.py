@@ -22,7 +22,9 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import bitscape as bs
-from bitscape.engine import Batch, CheckpointError, NonFiniteError, StepRecord, TrainResult
+from bitscape.engine import AdamW, Batch, CheckpointError, Cosine, NonFiniteError, StepRecord, TrainResult
+from bitscape.policy import uniform_policy
+from bitscape.steps import Loss, Plain
 
 DRAWN = torch.Generator().manual_seed(0)
 LEFT, RIGHT = torch.randn(22, 4, generator=DRAWN), torch.randn(22, 3, generator=DRAWN)
@@ -119,7 +121,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "a dataset of rows with noise, settings, warm restarts": {
         "data": Noisy,
         "batch_size": 8,
-        "optimizer": bs.AdamW(lr=0.01),
+        "optimizer": AdamW(lr=0.01),
         "schedule": lambda optimizer: CosineAnnealingWarmRestarts(optimizer, 2),
     },
     "tensors, RMSprop": {"data": lambda: (LEFT, RIGHT, SUMS), "batch_size": 8, "optimizer": torch.optim.RMSprop},
@@ -202,7 +204,7 @@ def test_our_schedule_falls_by_batch_or_by_epoch_where_there_is_no_length() -> N
     for data in (list(Stream()), Stream()):
         network = two()
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-        bs.train(network, data, epochs=2, optimizer=optimizer, schedule=bs.Cosine(), step=noted, **PAIRS)
+        bs.train(network, data, epochs=2, optimizer=optimizer, schedule=Cosine(), step=noted, **PAIRS)
     cosine = [0.5 * (1 + np.cos(np.pi * step / 6)) for step in range(6)]
     assert rates == pytest.approx([*cosine, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
 
@@ -278,7 +280,7 @@ def test_a_loss_of_ones_own_for_classes_keeps_top1_and_a_metric_is_recorded() ->
 
     own, ours = classifier(), classifier()
     first = bs.train(own, (LEFT, LABELS), epochs=2, loss=smooth)
-    second = bs.train(ours, (LEFT, LABELS), epochs=2, loss=bs.Loss(label_smoothing=0.1))
+    second = bs.train(ours, (LEFT, LABELS), epochs=2, loss=Loss(label_smoothing=0.1))
     assert same(own, ours) and without_times(first) == without_times(second) and "top1" in first.records[0]
 
     def share_right(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -373,7 +375,7 @@ def test_outputs_follow_those_of_a_reference_in_units_of_their_spread() -> None:
 
 def test_a_regression_follows_its_targets() -> None:
     network = two()
-    result = bs.train(network, THREE, epochs=40, optimizer=bs.AdamW(lr=0.03, weight_decay=0.0), **PAIRS)
+    result = bs.train(network, THREE, epochs=40, optimizer=AdamW(lr=0.03, weight_decay=0.0), **PAIRS)
     assert result.records[-1]["relative_error"] < 0.6 * result.records[0]["relative_error"]
 
 
@@ -402,7 +404,7 @@ def generated() -> Iterator[tuple[Tensor, Tensor]]:
 def test_a_generator_serves_one_epoch() -> None:
     once, from_list = classifier(), classifier()
     result = bs.train(once, generated(), epochs=1)
-    bs.train(from_list, list(generated()), epochs=1, schedule=bs.Cosine(final=1.0))
+    bs.train(from_list, list(generated()), epochs=1, schedule=Cosine(final=1.0))
     assert same(once, from_list) and result.records[0]["images"] == 22
     with pytest.raises(bs.BitscapeError, match="data: a generator gives its batches once, and they are needed in every epoch"):
         bs.train(classifier(), generated(), epochs=2)
@@ -477,7 +479,7 @@ def test_rows_that_come_one_by_one_are_put_into_batches() -> None:
 
 def test_a_quantized_network_is_trained_by_saq_on_a_loader() -> None:
     model = classifier().eval()
-    policy = bs.uniform_policy(["0", "2"], bs.LayerBits(4, 4))
+    policy = uniform_policy(["0", "2"], bs.LayerBits(4, 4))
     network = bs.quantize(model, policy, LEFT, for_training=True)
     result = bs.train(network, DataLoader(TensorDataset(LEFT, LABELS), batch_size=11), epochs=2, step=bs.Saq())
     assert {"top1", "rho", "gap"} <= result.records[0].keys()
@@ -490,7 +492,7 @@ def test_batches_stay_the_fast_way() -> None:
     batches = bs.Batches(dataset=bs.load_dataset("digits", limit=40), normalization=DIGITS, batch_size=16, shuffle=True)
     networks = [seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))) for _ in range(2)]
     first = bs.train(networks[0], batches, epochs=2, validation=batches)
-    second = by_engine(networks[1], batches, epochs=2, validation=batches, step=bs.Plain(), optimizer=bs.Sgd())
+    second = by_engine(networks[1], batches, epochs=2, validation=batches, step=Plain(), optimizer=bs.Sgd())
     assert same(*networks) and without_times(first) == without_times(second)
     names = ["epoch", "loss", "top1", "gradient_norm", "lr", "images"]
     assert list(without_times(first)[0]) == [*names, "validation_top1", "validation_top5", "validation_loss"]
@@ -593,12 +595,12 @@ def foreign() -> torch.optim.Optimizer:
         ({"optimizer": torch.optim.Adam, "schedule": one_cycle, "epochs": 10}, "the OneCycleLR ends after 9 steps, and the run has 10"),
         ({"loss": lambda outputs, targets: outputs.detach().square()}, "loss: what it returns has no gradient"),
         ({"schedule": "cosine"}, "schedule is 'cosine'; it must be Cosine"),
-        ({"schedule": bs.Cosine}, "schedule is <class 'bitscape.engine.settings.Cosine'>; it must be Cosine"),
+        ({"schedule": Cosine}, "schedule is <class 'bitscape.engine.settings.Cosine'>; it must be Cosine"),
         ({"schedule": lambda optimizer: 3}, "schedule: the function returns int"),
         ({"loss": "mse"}, "loss is 'mse'; it must be a function"),
         ({"loss": nn.MSELoss}, "loss is <class .*MSELoss'>; it must be a function"),
         ({"loss": lambda outputs, targets: 3.0}, "loss: it returns float; it must return a floating-point tensor"),
-        ({"loss": bs.Loss(), "task": "follow", "reference": classifier()}, r"Loss\(...\) is for task 'classes', and the task is 'follow'"),
+        ({"loss": Loss(), "task": "follow", "reference": classifier()}, r"Loss\(...\) is for task 'classes', and the task is 'follow'"),
         ({"metric": lambda outputs, targets: "good"}, "metric: it returns str"),
         ({"metric": 3}, "metric is 3; it must be a function"),
         ({"task": "clases"}, "task='clases': allowed are 'auto', 'classes', 'dense', 'binary', 'follow'; nearest: classes"),
@@ -630,7 +632,7 @@ def test_a_step_of_dqmq_names_an_estimator_for_other_tasks() -> None:
 
     model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3))).eval()
     images = torch.randn(8, 2, 6, 6)
-    network = dynamic_network(model, bs.uniform_policy(["0", "2", "4"], bs.LayerBits(4, 4)), images, DynamicBits(static=()))
+    network = dynamic_network(model, uniform_policy(["0", "2", "4"], bs.LayerBits(4, 4)), images, DynamicBits(static=()))
     said = "estimator='both' needs the loss of each label, and the task is 'user'; use estimator='pathwise'"
     with pytest.raises(bs.BitscapeError, match=said):
         bs.train(network, [images], epochs=1, step=Dqmq(bitops=1e9, estimator="both"), loss=lambda o, _: o.square().mean(1))

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitscape as bs
 from bitscape.engine.forward import device_of
+from bitscape.policy import uniform_policy
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.searches.problem import SearchProblem
 
@@ -78,7 +79,7 @@ def test_the_verb_searches_as_the_method_does():
 def test_the_quantized_network_has_the_bits_of_its_policy_and_the_model_is_left_alone():
     model = classifier()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    policy = bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8))
+    policy = uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8))
     network = bs.quantize(model, policy, IMAGES)
     assert {name: static_bits(layer) for name, layer in quantized_layers(network).items()} == policy.layers
     assert not network.training and device_of(network).type == "cpu"
@@ -89,7 +90,7 @@ def test_the_quantized_network_has_the_bits_of_its_policy_and_the_model_is_left_
 
 
 def test_repair_brings_outputs_nearer_to_those_of_the_float_network():
-    model, policy = classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
+    model, policy = classifier(), uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
     with torch.no_grad():
         expected = model(IMAGES)
         errors = [float((bs.quantize(model, policy, IMAGES, repair=repair)(IMAGES) - expected).norm()) for repair in ("compensate", None)]
@@ -133,7 +134,7 @@ def test_files_are_written_checked_and_told_of(build, suffix, runtime, tmp_path)
 
 def test_packed_files_are_read_back(tmp_path):
     model = classifier()
-    network = bs.quantize(model, bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES, for_training=True)
+    network = bs.quantize(model, uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES, for_training=True)
     report = bs.export(network, tmp_path / "network.safetensors")
     assert report.file_bytes == report.path.stat().st_size
     assert torch.equal(bs.load_packed(report.path, model).eval()(IMAGES), network(IMAGES))
@@ -162,7 +163,7 @@ def test_mistakes_are_named(call, said):
 
 
 def test_a_file_needs_a_known_suffix_and_samples(tmp_path):
-    network = bs.quantize(classifier(), bs.uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES)
+    network = bs.quantize(classifier(), uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES)
     with pytest.raises(bs.BitscapeError, match=r"unknown suffix; use .safetensors \(packed\), .onnx, .xml"):
         bs.export(network, tmp_path / "network.pt", IMAGES)
     with pytest.raises(bs.BitscapeError, match=r"data is missing: samples set ranges in .onnx files"):

@@ -69,7 +69,7 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
         --weights resnet18.safetensors --data val/ --input-size 224 \\
         --normalize imagenet --accuracy 1000
     """
-    from bitscape.measure.bench import measure_files
+    from bitscape.measure.bench import figures, measure_files
 
     if not files and given["model"] is None:
         raise BitscapeError("FILE is missing; give exported files, or --model to time a float network")
@@ -87,11 +87,12 @@ def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json
             images = random_images(given["images"] or IMAGES, shape, given["seed"])
         contenders = _contenders(files, runtimes, threads, network, images, folder)
         _check_batches(contenders, batch_sizes)
-        found = measure_files(contenders, shape, batch_sizes, rounds=given["rounds"], test=None if test is None else test.numpy())
-        rows = [row for size in batch_sizes for row in _rows(found, size, 0 if test is None else len(test), labels)]
+        measured = measure_files(contenders, shape, batch_sizes, rounds=given["rounds"], test=None if test is None else test.numpy())
+        right = None if labels is None else labels.numpy()
+        rows = [row for size in batch_sizes for row in figures(measured, size, 0 if test is None else len(test), right)]
     if json_file is not None:
         _write(json_file, rows, threads, given["rounds"], shape)
-    _print(rows, found, threads, given["rounds"])
+    _print(rows, measured, threads, given["rounds"])
     if test is not None:
         compared = f"top-1 and agreement with {rows[0]['file']}" if "agreement" in rows[0] else f"difference from {rows[0]['file']}"
         split = f", split {given['split']}" if given["split"] else ""  # else the log says which one was taken
@@ -181,47 +182,7 @@ def _check_batches(contenders: "Sequence[Contender]", batch_sizes: Sequence[int]
             )
 
 
-def _rows(found: "Sequence[Measured]", batch_size: int, images: int, labels: "Tensor | None") -> list[dict[str, Any]]:
-    """Figures of each file at one batch size, beside what the first row runs, in the same runtime."""
-    first = found[0]
-    rows = []
-    for measured in found:
-        timing, beside = measured.timings[batch_size], _beside(first, measured, found)
-        row = {
-            "file": measured.contender.name,
-            "runtime": measured.contender.runtime.version,
-            "batch_size": batch_size,
-            "file_bytes": measured.contender.file_bytes,
-            "float_layers": len(measured.float_layers),
-            "cpu_ms": timing.cpu_ms,
-            "cpu_spread": timing.spread,
-            "wall_ms": timing.wall_ms,
-            "images_per_s": measured.images_per_s(batch_size),
-            "times_faster": None if beside is None else beside.ms(batch_size) / measured.ms(batch_size),
-        }
-        rows.append(row | _results(measured, first, images, labels))
-    return rows
-
-
-def _results(measured: "Measured", first: "Measured", images: int, labels: "Tensor | None") -> dict[str, Any]:
-    """What a file computes of so many test images, beside the first one, in percent."""
-    figures: dict[str, Any] = {"images": images} if images else {}
-    if measured.difference is not None:
-        figures["difference"] = 100 * measured.difference
-    if measured.classes is not None and first.classes is not None:
-        figures["agreement"] = 100 * float((measured.classes == first.classes).mean())
-        if labels is not None:
-            figures["top1"] = 100 * float((measured.classes == labels.numpy()).mean())
-    return figures
-
-
-def _beside(first: "Measured", measured: "Measured", found: "Sequence[Measured]") -> "Measured | None":
-    """What the first row runs, in the runtime of `measured`: float, or the first file; None where it was not timed there."""
-    name, runtime = first.contender.name, measured.contender.runtime.version
-    return next((each for each in found if (each.contender.name, each.contender.runtime.version) == (name, runtime)), None)
-
-
-def _print(rows: Sequence[dict[str, Any]], found: "Sequence[Measured]", threads: int, rounds: int) -> None:
+def _print(rows: Sequence[dict[str, Any]], measured: "Sequence[Measured]", threads: int, rounds: int) -> None:
     from bitscape.report.records import environment
 
     first, names = rows[0], short_names([row["file"] for row in rows])

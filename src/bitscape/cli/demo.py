@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import calibrated
+import bitscape as bs
 from bitscape.cli.output import amount, print_table, size_ratio
-from bitscape.cli.packed import check_same_outputs
+from bitscape.cli.packed import report_same
 from bitscape.cli.paths import OUTPUT_FOLDER
 from bitscape.errors import BitscapeError
-from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, replaced_if_good, results_in
-from bitscape.policy import Policy
+from bitscape.folders import CHECKPOINT, POLICY_FILE, WEIGHTS_FILE, locked, results_in
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from bitscape.data.batches import Batches
-    from bitscape.searches.methods import SearchMethod
-    from bitscape.searches.problem import SearchProblem
 
 MODEL = "bitscape.models.digits:digits_net"
 BUDGET = ("bitops=w3a3", "weight_bytes=w3")
@@ -61,9 +57,6 @@ def demo(out: Path) -> None:
 
 def _run(out: Path) -> None:
     from bitscape.models.find import save_weights
-    from bitscape.searches.fisher import Fisher
-    from bitscape.searches.random_policy import Random
-    from bitscape.searches.uniform import Uniform
 
     click.echo("training the float network ...", err=True)
     digits = Digits.load()
@@ -72,8 +65,8 @@ def _run(out: Path) -> None:
     click.echo(f"float network trained: top-1 {float_top1:.2f} % of {len(digits.test.dataset)} test images")
     click.echo(f"budget {' and '.join(BUDGET)}, first and last layer at 8/8; {PROXY_IMAGES} training images, labels unused\n")
     click.echo("searching; training at uniform and at mixed bits ...", err=True)
-    uniform, fisher = (digits.trained(digits.policy(method)) for method in (Uniform(), Fisher()))
-    randoms = [digits.policy(Random(), seed) for seed in SEEDS]
+    uniform, fisher = (digits.trained(digits.policy(method)) for method in ("uniform", "fisher"))
+    randoms = [digits.policy("random", seed) for seed in SEEDS]
     _print_table(digits, float_top1, uniform, fisher, randoms)
     click.echo(f"\n{_verdict(uniform, fisher, len(digits.test.dataset))}\n")
     fisher.policy.save(out / POLICY_FILE)
@@ -84,7 +77,7 @@ def _run(out: Path) -> None:
 class Trained:
     """A policy, and the accuracy of the network at its bits."""
 
-    policy: Policy
+    policy: bs.Policy
     calibrated: float
     """Top-1 in percent, calibrated only."""
     repaired: float
@@ -101,8 +94,8 @@ class Digits:
 
     network: "nn.Module"
     """Trained, in eval mode."""
-    train: "Batches"
-    test: "Batches"
+    train: "bs.Batches"
+    test: "bs.Batches"
     images: "Tensor"
     """Normalized proxy images, for search and calibration alike."""
 
@@ -111,39 +104,32 @@ class Digits:
         """Train the float network."""
         import torch
 
-        from bitscape.data.batches import DIGITS, Batches
+        from bitscape.data.batches import DIGITS
         from bitscape.data.proxy import draw_proxy
-        from bitscape.data.sources import load_dataset
         from bitscape.models.digits import digits_net
 
-        dataset, test = load_dataset("digits"), load_dataset("digits", split="test")
+        dataset, test = bs.load_dataset("digits"), bs.load_dataset("digits", split="test")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = digits_net()
-        batches = Batches(dataset=dataset, normalization=DIGITS, batch_size=64, shuffle=True)
+        batches = bs.Batches(dataset=dataset, normalization=DIGITS, batch_size=64, shuffle=True)
         _train(network, batches, epochs=6, lr=0.1, seed=0)
         return cls(
             network=network.eval(),
             train=batches,
-            test=Batches(dataset=test, normalization=DIGITS, batch_size=len(test)),
+            test=bs.Batches(dataset=test, normalization=DIGITS, batch_size=len(test)),
             images=DIGITS.apply(draw_proxy(dataset, images=PROXY_IMAGES, seed=0).images),
         )
 
-    def problem(self, seed: int) -> "SearchProblem":
-        """The search problem under the demo's budget."""
-        from bitscape.searches.problem import SearchProblem
-
-        return SearchProblem.of(self.network, self.images, BUDGET, seed=seed)
-
-    def policy(self, method: "SearchMethod", seed: int = 0) -> Policy:
+    def policy(self, method: str, seed: int = 0) -> bs.Policy:
         """Search with `method`."""
-        return method.search(self.problem(seed)).policy
+        return bs.search(self.network, self.images, BUDGET, method=method, seed=seed).policy
 
-    def quantized(self, policy: Policy, *, repair: bool = False) -> "nn.Module":
+    def quantized(self, policy: bs.Policy, *, repair: bool = False) -> "nn.Module":
         """The network at the policy's bits, without training."""
-        return calibrated(self.network, policy, self.images, repair=repair)
+        return bs.quantize(self.network, policy, self.images, for_training=not repair)
 
-    def trained(self, policy: Policy) -> Trained:
+    def trained(self, policy: bs.Policy) -> Trained:
         """Train the network at the policy's bits, once with each seed."""
         networks = [self.quantized(policy) for _ in SEEDS]
         before = self.top1(networks[0])
@@ -159,19 +145,14 @@ class Digits:
 
     def top1(self, network: "nn.Module") -> float:
         """Percent of the test images that `network` gets right."""
-        from bitscape.engine import evaluate
-
-        return evaluate(network, self.test).top1
+        return bs.evaluate(network, self.test).value
 
 
-def _train(network: "nn.Module", batches: "Batches", *, epochs: int, lr: float, seed: int) -> None:
-    from bitscape.engine import Sgd, train
-    from bitscape.steps import Plain
-
-    train(network, replace(batches, seed=seed), step=Plain(), optimizer=Sgd(lr=lr), epochs=epochs, seed=seed)
+def _train(network: "nn.Module", batches: "bs.Batches", *, epochs: int, lr: float, seed: int) -> None:
+    bs.train(network, replace(batches, seed=seed), optimizer=bs.Sgd(lr=lr), epochs=epochs, seed=seed)
 
 
-def _print_table(digits: Digits, float_top1: float, uniform: Trained, fisher: Trained, randoms: list[Policy]) -> None:
+def _print_table(digits: Digits, float_top1: float, uniform: Trained, fisher: Trained, randoms: list[bs.Policy]) -> None:
     rows = [["float", "", "", f"{float_top1:.2f}", "", ""]]
     for name, one in (("uniform", uniform), ("fisher", fisher)):
         rows.append(_row(name, one.policy, [one.calibrated], [one.repaired], one.trained))
@@ -184,7 +165,7 @@ def _print_table(digits: Digits, float_top1: float, uniform: Trained, fisher: Tr
     print_table(["weight/activation bits", "uniform", "fisher"], bits)
 
 
-def _row(name: str, policy: Policy, *top1: Sequence[float]) -> list[str]:
+def _row(name: str, policy: bs.Policy, *top1: Sequence[float]) -> list[str]:
     costs = [amount(policy.cost["bitops"]), amount(policy.cost["weight_bytes"], "B")]
     return [name, *costs, *(_spread(values) for values in top1)]
 
@@ -216,15 +197,11 @@ def _compared(when: str, uniform: float, fisher: float, images: int) -> str:
 
 
 def _pack(digits: Digits, fisher: Trained, path: Path, float_bytes: int) -> None:
-    from bitscape.exporters.packed.file import load_packed, save_packed
-
-    with replaced_if_good(path) as draft:
-        info = save_packed(fisher.network, draft, policy=fisher.policy)
-        check_same_outputs(fisher.network, load_packed(draft, digits.network), digits.images, path)
-    weights = info.weight_bytes
+    report = bs.export(fisher.network, path, digits.images, policy=fisher.policy, float_model=digits.network)
+    report_same(report.compared)
     click.echo(
-        f"packed file {amount(info.file_bytes, 'B')}, float file {amount(float_bytes, 'B')}: "
-        f"{size_ratio(float_bytes / info.file_bytes, digits=1)}; {amount(weights, 'B')} of it are weights and scales"
+        f"packed file {amount(report.file_bytes, 'B')}, float file {amount(float_bytes, 'B')}: "
+        f"{size_ratio(float_bytes / report.file_bytes, digits=1)}; {amount(report.info.weight_bytes, 'B')} of it are weights and scales"
     )
 
 

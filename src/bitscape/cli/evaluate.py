@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+import bitscape as bs
 from bitscape.cli.network import (
     CALIBRATION_IMAGES,
     ImageSettings,
-    calibrated,
     load_batches,
-    load_folder,
     load_latency,
     load_network,
     measure_network,
@@ -31,7 +30,7 @@ from bitscape.cli.options import (
     seed_option,
 )
 from bitscape.cli.output import amount, print_table
-from bitscape.cli.packed import load_packed_network
+from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
@@ -44,8 +43,8 @@ if TYPE_CHECKING:
 
     from bitscape.cost.latency import LatencyTable
     from bitscape.data.batches import Batches
-    from bitscape.engine.evaluate import Accuracy
-    from bitscape.engine.quality_grid import Cell, QualityGrid
+    from bitscape.engine.evaluate import Evaluation
+    from bitscape.engine.quality_table import Cell, QualityTable
 
 calibration_options = all_of(
     click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
@@ -55,13 +54,13 @@ calibration_options = all_of(
 
 
 def _check_beside(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse to replace a file that is no grid: policy.svg would go over policy.json."""
+    """Refuse to replace a file that is no table of qualities: policy.svg would go over policy.json."""
     if value is None or not (cells := value.with_suffix(".json")).exists():
         return value
-    from bitscape.report.documents import load_grid
+    from bitscape.report.documents import load_quality
 
     try:
-        load_grid(cells)
+        load_quality(cells)
     except BitscapeError:
         option = f"{parameter.opts[0]} {str(value)!r}"
         raise BitscapeError(f"{option}: its cells go to {cells}, which holds something else; give another name") from None
@@ -135,10 +134,12 @@ def evaluate(
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = calibrated(network, policy, images, repair=repair)
+        network = bs.quantize(network, policy, images, for_training=not repair, count=len(images))
     elif packed is not None:
-        network, policy = load_packed_network(packed, network, shape)
+        network, policy = bs.load_packed(packed, network), packed_policy(packed)
     elif checkpoint is not None:
+        from bitscape.dynamic.storage import load_folder
+
         network, policy = load_folder(network, checkpoint, shape)
     _set_decisions(network, decisions)
     if times is not None and policy is None:
@@ -169,11 +170,10 @@ def _report(
     shape: tuple[int, ...],
     times: "LatencyTable | None",
     channels_last: bool | None,
-) -> "tuple[Accuracy, Mapping[str, float]]":
+) -> "tuple[Evaluation, Mapping[str, float]]":
     """Print accuracy and costs, and return them."""
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
-    from bitscape.engine import evaluate as accuracy_of
     from bitscape.engine.spending import noting_spent
 
     timed = None
@@ -181,8 +181,9 @@ def _report(
         timed = with_latency(measure_network(network, shape), times)
         policy_cost(timed, policy)
     with noting_spent(network) as noted:
-        accuracy = accuracy_of(network, batches, channels_last=channels_last)
-    click.echo(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, loss {accuracy.loss:.4f}, {accuracy.images} images")
+        accuracy = bs.evaluate(network, batches, task="classes", channels_last=channels_last)
+    top1, top5, loss = (accuracy.numbers[name] for name in ("top1", "top5", "loss"))
+    click.echo(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {accuracy.samples} images")
     if print_spent(network, noted):
         return accuracy, {}
     profile = timed or measure_network(network, shape)
@@ -199,7 +200,7 @@ def _report(
 
 def _write(
     path: Path,
-    accuracy: "Accuracy",
+    accuracy: "Evaluation",
     cost: Mapping[str, float],
     policy: Policy | None,
     model: str,
@@ -215,9 +216,9 @@ def _write(
         model=model,
         data=data,
         metric="top-1 %",
-        value=accuracy.top1,
-        others={"top-5 %": accuracy.top5, "loss": accuracy.loss},
-        samples=accuracy.images,
+        value=accuracy.value,
+        others={"top-5 %": accuracy.numbers["top5"], "loss": accuracy.numbers["loss"]},
+        samples=accuracy.samples,
         cost=dict(cost),
         fingerprint=None if policy is None else policy.fingerprint,
     )
@@ -226,27 +227,27 @@ def _write(
 
 
 def _report_corruptions(network: "nn.Module", batches: "Batches", file: Path, seed: int) -> None:
-    from bitscape.engine.quality_grid import quality_grid
+    from bitscape.engine.quality_table import quality_table
     from bitscape.files import write_atomic
-    from bitscape.report.documents import save_grid
+    from bitscape.report.documents import save_quality
     from bitscape.report.heat_map import heat_map
 
-    grid = quality_grid(network, batches, seed=seed)
+    table = quality_table(network, batches, seed=seed)
     cells = file.with_suffix(".json")
-    file.unlink(missing_ok=True)  # never beside the cells of another grid
-    save_grid(grid, cells)
-    write_atomic(file, heat_map(grid))
-    _print_grid("top-1, %, at severity", grid, lambda cell: cell.top1)
-    if grid.clean.bits is not None:
-        _print_grid("mean activation bits at severity", grid, lambda cell: cell.bits)
+    file.unlink(missing_ok=True)  # never beside the cells of another table
+    save_quality(table, cells)
+    write_atomic(file, heat_map(table))
+    _print_quality("top-1, %, at severity", table, lambda cell: cell.top1)
+    if table.clean.bits is not None:
+        _print_quality("mean activation bits at severity", table, lambda cell: cell.bits)
     click.echo(f"\nheat map: {file}; its cells: {cells}")
 
 
-def _print_grid(title: str, grid: "QualityGrid", value: "Callable[[Cell], float | None]") -> None:
+def _print_quality(title: str, table: "QualityTable", value: "Callable[[Cell], float | None]") -> None:
     """Print a line for each corruption; the last column is the mean over the severities."""
-    rows = [[grid.clean.corruption, *("" for _ in grid.severities), f"{value(grid.clean):.2f}"]]
-    for name in grid.corruptions:
-        values = [number for cell in grid.cells if cell.corruption == name and (number := value(cell)) is not None]
+    rows = [[table.clean.corruption, *("" for _ in table.severities), f"{value(table.clean):.2f}"]]
+    for name in table.corruptions:
+        values = [number for cell in table.cells if cell.corruption == name and (number := value(cell)) is not None]
         rows.append([name, *(f"{number:.2f}" for number in (*values, sum(values) / len(values)))])
     click.echo()
-    print_table([title, *map(str, grid.severities), "mean"], rows)
+    print_table([title, *map(str, table.severities), "mean"], rows)

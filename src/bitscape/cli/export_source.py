@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import bitscape as bs
 from bitscape.cli.evaluate import calibration_options
-from bitscape.cli.network import ImageSettings, calibrated, calibration_and_held_out, folded, load_network, load_trained
+from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network
 from bitscape.cli.options import all_of, image_options, network_options
-from bitscape.cli.packed import load_packed_network, with_note
+from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -44,9 +45,6 @@ class ExportSource:
     """Of --calibration, normalized; they set ranges."""
     held_out: "Tensor | None"
     """Others of --calibration, HELD_OUT at most, which set no range."""
-    folded: bool
-    """Whether the quantized network's norms were folded before it was quantized."""
-
     @classmethod
     def of(cls, options: dict[str, Any]) -> "ExportSource":
         """Load the network and quantize it. Raises BitscapeError for options that do not go together."""
@@ -65,32 +63,20 @@ class ExportSource:
         if options["calibration"] is not None:
             count, seed = options["calibration_images"], options["seed"]
             images, held_out = calibration_and_held_out(options["calibration"], count, settings, seed, network, further=HELD_OUT)
-        quantized, policy, folded = _quantized(network, images, given, checkpoint, packed, options["repair"])
-        return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out, folded=folded)
+        quantized, policy = _quantized(network, images, given, checkpoint, packed, options["repair"])
+        return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out)
 
     def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
         """Write and check a file for a runtime, as `bitscape.export` does."""
-        from bitscape.verbs.export import export
-
         images, compared = self.required_images(), self.compared_images
         count = max(len(images), len(compared))
-        return export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
+        return bs.export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
 
     def write_packed(self, out: Path) -> "ExportReport":
         """Write a packed file as `bitscape.export` does; where there are images, it is read back and compared."""
-        from bitscape.verbs.export import export
-
-        images, float_network = self.images, self.float_network
-        if images is not None and self.folded:
-            float_network = folded(float_network, tuple(images.shape[1:]), images.device)
-        return export(
-            self.network,
-            out,
-            images,
-            form="packed",
-            policy=with_note(self.policy, folded=self.folded),
-            float_model=float_network,
-            count=1 if images is None else len(images),
+        count = 1 if self.images is None else len(self.images)
+        return bs.export(
+            self.network, out, self.images, form="packed", policy=self.policy, float_model=self.float_network, count=count
         )
 
     def required_images(self) -> "Tensor":
@@ -118,17 +104,19 @@ class ExportSource:
 
 def _quantized(
     network: "nn.Module", images: "Tensor | None", policy: Policy | None, checkpoint: Path | None, packed: Path | None, repair: bool
-) -> tuple["nn.Module", Policy, bool]:
-    """The quantized network, its policy, and whether norms were folded."""
+) -> tuple["nn.Module", Policy]:
+    """The quantized network and its policy."""
     if policy is not None:
         assert images is not None
-        return calibrated(network, policy, images, repair=repair), policy, repair
+        return bs.quantize(network, policy, images, for_training=not repair, count=len(images)), policy
     if packed is not None:
         if images is None:
             raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
-        return (*load_packed_network(packed, network, tuple(images.shape[1:])), False)
+        return bs.load_packed(packed, network), packed_policy(packed)
     assert checkpoint is not None
-    quantized, found = load_trained(network, checkpoint)
-    if found is None:
+    from bitscape.quant.storage import load_static
+
+    quantized, saved = load_static(network, checkpoint)
+    if saved is None:
         raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
-    return quantized, found, False
+    return quantized, saved

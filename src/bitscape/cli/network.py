@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bitscape.cli.parsing import parse_normalization
-from bitscape.errors import BitscapeError, explained_forward, prefixed
-from bitscape.folders import DYNAMIC_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
+from bitscape.errors import BitscapeError, prefixed
 from bitscape.policy import LayerBits, Policy
 
 if TYPE_CHECKING:
@@ -165,14 +164,14 @@ def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_
     return batches.normalization.apply(drawn.images)
 
 
-def with_mixed_quality(dataset: "Dataset", source: str, seed: int) -> "Dataset":
+def with_random_corruptions(dataset: "Dataset", source: str, seed: int) -> "Dataset":
     """Each image clean or corrupted; `source` is what --data said."""
-    from bitscape.data.corruptions import mixed_quality
+    from bitscape.data.corruptions import randomly_corrupted
 
     channels = dataset.images.shape[1]
     if channels != 3:
         raise BitscapeError(f"--mixed-quality needs images of three channels; --data {source!r} has {channels}")
-    return mixed_quality(dataset, seed=seed)[0]
+    return randomly_corrupted(dataset, seed=seed)[0]
 
 
 def measure_network(model: "nn.Module", shape: tuple[int, ...]) -> "NetworkProfile":
@@ -215,70 +214,3 @@ def uniform_cost(network: "NetworkProfile", bits: int) -> dict[str, float]:
     from bitscape.policy import uniform_policy
 
     return policy_cost(network, uniform_policy(network.by_name, LayerBits(bits, bits)))
-
-
-def load_trained(model: "nn.Module", folder: Path) -> tuple["nn.Module", Policy | None]:
-    """Return the network of a finished `bitscape train --out FOLDER`, with its policy if it is quantized."""
-    from bitscape.models.find import load_weights
-    from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import quantize
-
-    if (folder / DYNAMIC_FILE).is_file():
-        raise BitscapeError(f"{folder}: bits depend on the image; make static networks of it: bitscape tiers --checkpoint {folder} ...")
-    if (folder / TIERS_FILE).is_file():
-        raise BitscapeError(f"{folder}: it holds several networks; name one of them, e.g. {folder / 'tier1'}")
-    weights, saved = folder / WEIGHTS_FILE, folder / POLICY_FILE
-    if not weights.is_file():
-        raise BitscapeError(f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} --resume ...")
-    policy = Policy.load(saved) if saved.is_file() else None
-    trained = model if policy is None else quantize(model, policy)
-    load_weights(trained, weights)
-    return in_eval_mode(trained), policy
-
-
-def load_folder(model: "nn.Module", folder: Path, shape: tuple[int, ...]) -> tuple["nn.Module", Policy | None]:
-    """Return the network of a folder: static as `load_trained` does, dynamic, or tiers; only static ones have a policy.
-
-    The costs of the others are those of images of one shape: BitscapeError for another `shape`.
-    """
-    from bitscape.dynamic.storage import load_dynamic, load_tiers, read_dynamic, read_tiers
-
-    if (folder / DYNAMIC_FILE).is_file():
-        _check_shape(folder, read_dynamic(folder).input_shape, shape)
-        return load_dynamic(model, folder), None
-    if (folder / TIERS_FILE).is_file():
-        _check_shape(folder, read_tiers(folder).input_shape, shape)
-        return load_tiers(model, folder), None
-    return load_trained(model, folder)
-
-
-def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if made_for != shape:
-        own, given = ("x".join(map(str, sizes)) for sizes in (made_for, shape))
-        raise BitscapeError(f"{folder} was made for images of {own}, --data has {given}; choose the data or --input-size to match")
-
-
-def calibrated(model: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
-    """Quantize without training: scales from `images`; with `repair` norms are folded, rounding and biases repaired."""
-    from bitscape.models.modes import in_eval_mode
-    from bitscape.quant.convert import calibrate, quantize
-    from bitscape.quant.repair import repair as repaired
-
-    if repair:
-        model = folded(model, tuple(images.shape[1:]), images.device)
-    quantized = calibrate(quantize(model, policy), images)
-    return in_eval_mode(repaired(quantized, model, images) if repair else quantized)
-
-
-def folded(model: "nn.Module", shape: tuple[int, ...], device: "torch.device") -> "nn.Module":
-    """Fold norms, by the same two drawn images of `shape` when a network is packed and when it is read back.
-
-    Drawn, not zeros: networks that divide by the deviation of an image have none for those.
-    """
-    import torch
-
-    from bitscape.quant.fold import fold_norms
-
-    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with explained_forward(example):
-        return fold_norms(model, example)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import bitscape as bs
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_images, load_network
 from bitscape.cli.options import (
@@ -130,7 +131,6 @@ def search(
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
     from bitscape.cost.budget import check_form, split_drop
     from bitscape.data.splits import TRAINING
-    from bitscape.verbs.search import search as search_bits
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
     offered = None if candidates is None else parse_candidates(candidates)
@@ -149,7 +149,7 @@ def search(
     samples = _normalized(draw_images(data, split or TRAINING, images, seen, seed), seen.normalize, data)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:
-        result = search_bits(
+        result = bs.search(
             network,
             samples,
             budgets,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def print_spent(network: "nn.Module", noted: "Sequence[Spent]") -> bool:
     """Print what images cost on a dynamic network or on tiers, as `noting_spent` noted it; False, and nothing printed, for any other."""
     from bitscape.dynamic import DynamicNetwork, TieredNetwork
+    from bitscape.dynamic.tiers import shares_of
 
     if isinstance(network, DynamicNetwork):
         _print_costs(noted, network.decision_bitops, network.cost)
@@ -47,15 +48,6 @@ def _print_costs(noted: "Sequence[Spent]", deciding: float, cost: "NetworkProfil
 
 def _spread(values: "Tensor") -> tuple[float, float, float]:
     return float(values.mean()), float(values.min()), float(values.max())
-
-
-def shares_of(tiers: "Sequence[Tensor]", count: int) -> list[float]:
-    """Share of the images, given by batches of their tiers, that each of `count` tiers gets."""
-    import torch
-
-    chosen = torch.cat(list(tiers))
-    shares: list[float] = (chosen.bincount(minlength=count).double() / len(chosen)).tolist()
-    return shares
 
 
 def print_tiers(policies: "Sequence[Policy]", cost: "NetworkProfile", shares: Sequence[float]) -> None:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitscape.cli.network import ImageSettings, draw_images, load_folder, load_network, with_mixed_quality
+from bitscape.cli.network import ImageSettings, draw_images, load_network, with_random_corruptions
 from bitscape.cli.options import MOST, data_options, image_options, mixed_option, network_options, seed_option
 from bitscape.cli.output import amount
 from bitscape.cli.parsing import parse_normalization
 from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER, keep_locked
-from bitscape.cli.spending import print_tiers, shares_of
+from bitscape.cli.spending import print_tiers
 from bitscape.errors import BitscapeError
 from bitscape.folders import results_in
 
@@ -60,7 +60,7 @@ def tiers(
     from bitscape.cost.policy_cost import bitops
     from bitscape.data.splits import TRAINING
     from bitscape.dynamic.storage import save_tiers
-    from bitscape.dynamic.tiers import distill_tiers
+    from bitscape.dynamic.tiers import distill_tiers, shares_of
     from bitscape.quant.convert import batches_of
 
     if held := results_in(out):
@@ -71,7 +71,7 @@ def tiers(
     settings = settings.of_model(float_network)
     dataset = draw_images(data, split or TRAINING, images, settings, seed, usual=IMAGES)
     if mixed_quality:
-        dataset = with_mixed_quality(dataset, data, seed)
+        dataset = with_random_corruptions(dataset, data, seed)
     normalized = parse_normalization(settings.normalize, data).apply(dataset.images)
     network = _dynamic(checkpoint, float_network, tuple(dataset.images.shape[1:]))
     made = distill_tiers(network, normalized, count)
@@ -87,6 +87,7 @@ def tiers(
 
 def _dynamic(checkpoint: Path, float_network: "nn.Module", shape: tuple[int, ...]) -> "DynamicNetwork":
     from bitscape.dynamic import DynamicNetwork
+    from bitscape.dynamic.storage import load_folder
 
     network, _ = load_folder(float_network, checkpoint, shape)
     if not isinstance(network, DynamicNetwork):

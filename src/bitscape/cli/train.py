@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+import bitscape as bs
 from bitscape.cli.network import (
     ImageSettings,
-    calibration_images,
     load_batches,
     load_images,
     load_network,
-    with_mixed_quality,
+    with_random_corruptions,
 )
 from bitscape.cli.options import (
     COUNT,
@@ -161,11 +161,10 @@ class StaticTraining:
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
         """A copy of the float network, or the network at the policy's bits with scales from training images."""
         from bitscape.models.copies import copied
-        from bitscape.quant.convert import calibrate, quantize
 
         if self.policy is None:
             return copied(float_model)
-        return calibrate(quantize(float_model, self.policy), calibration_images(batches, seed))
+        return bs.quantize(float_model, self.policy, batches, for_training=True, seed=seed)
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
         """The step, the same for every network."""
@@ -212,7 +211,7 @@ def _training_batches(data: str, split: "Split", settings: ImageSettings, recipe
 
     dataset = load_images(data, split, settings)
     return Batches(
-        dataset=with_mixed_quality(dataset, data, recipe["seed"]) if recipe["mixed_quality"] else dataset,
+        dataset=with_random_corruptions(dataset, data, recipe["seed"]) if recipe["mixed_quality"] else dataset,
         normalization=parse_normalization(settings.normalize, data),
         batch_size=recipe["batch_size"],
         shuffle=True,
@@ -240,11 +239,10 @@ def _train(
 ) -> "TrainResult":
     import torch
 
-    from bitscape.engine import train as run
-
-    return run(
+    return bs.train(
         student,
         batches,
+        task="classes",
         step=training.step(student),
         optimizer=training.optimizer,
         epochs=recipe["epochs"],

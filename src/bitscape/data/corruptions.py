@@ -125,7 +125,7 @@ HELD_OUT = ("shot_noise", "defocus_blur", "pixelate")
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """What happened to each image of `mixed_quality`."""
+    """What happened to each image of `randomly_corrupted`."""
 
     names: tuple[str, ...]
     """ "clean", then the corruptions."""
@@ -165,7 +165,7 @@ def corrupted(dataset: Dataset, name: str, severity: int, *, seed: int) -> Datas
     return Dataset(f"{dataset.name} {name} {severity}", images, dataset.labels, dataset.class_names)
 
 
-def mixed_quality(dataset: Dataset, *, seed: int, corruptions: Sequence[str] = TRAINED, together: int = 1) -> tuple[Dataset, Quality]:
+def randomly_corrupted(dataset: Dataset, *, seed: int, corruptions: Sequence[str] = TRAINED, together: int = 1) -> tuple[Dataset, Quality]:
     """Each image clean or under one of `corruptions`, all equally likely; a corruption in any of its five severities.
 
     together: as many images in a row share corruption and severity: with the batch size, and without shuffling, batches are

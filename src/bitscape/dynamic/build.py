@@ -14,7 +14,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import scale_axis
 from bitscape.models.products import refuse_products
 from bitscape.policy import Policy
-from bitscape.quant.convert import bypassed, calibrate, quantize
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers import Lsq, Quantizer
@@ -64,7 +64,7 @@ def _with_dynamic_inputs(
     model: nn.Module, policy: Policy, input_shape: tuple[int, ...], bits: DynamicBits, quantizer: Quantizer
 ) -> tuple[nn.Module, NetworkProfile]:
     refuse_products(model, "a network of dynamic bits")
-    network = quantize(model, policy, quantizer)
+    network = with_quantizers(model, policy, quantizer)
     with bypassed(network):
         cost = measure(network, input_shape)
     _check_images(cost)

@@ -23,10 +23,10 @@ from bitscape.files import write_atomic
 from bitscape.folders import DYNAMIC_FILE, GATE_FILE, POLICY_FILE, TIERS_FILE, WEIGHTS_FILE
 from bitscape.models.find import load_weights, save_weights
 from bitscape.policy import Policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
-from bitscape.quant.storage import save_static
+from bitscape.quant.storage import load_static, save_static
 from bitscape.schema import Document, read_document
 
 FORMAT: Final = 1
@@ -168,7 +168,7 @@ def load_tiers(model: nn.Module, folder: Path) -> TieredNetwork:
     networks = []
     for own, policy in zip(folders, policies, strict=True):
         with prefixed(own / POLICY_FILE):
-            networks.append(quantize(model, policy))
+            networks.append(with_quantizers(model, policy))
     gate = Gate(len(folders))
     for made, file in [*zip(networks, [own / WEIGHTS_FILE for own in folders], strict=True), (gate, folder / GATE_FILE)]:
         load_weights(made, file)
@@ -212,3 +212,28 @@ def _read(kind: type[Document], path: Path) -> Document:
     if not path.is_file():
         raise BitscapeError(f"{path.parent}: no {path.name}; give a folder that holds one")
     return read_document(kind, path, format=FORMAT)
+
+
+def load_folder(
+    model: nn.Module, folder: Path, shape: tuple[int, ...]
+) -> tuple[nn.Module, Policy | None]:
+    """Return the network of a folder, static, dynamic or tiers; only static ones have a policy.
+
+    The costs of the others are those of images of one shape: BitscapeError for another `shape`.
+    """
+    if (folder / DYNAMIC_FILE).is_file():
+        _check_shape(folder, read_dynamic(folder).input_shape, shape)
+        return load_dynamic(model, folder), None
+    if (folder / TIERS_FILE).is_file():
+        _check_shape(folder, read_tiers(folder).input_shape, shape)
+        return load_tiers(model, folder), None
+    return load_static(model, folder)
+
+
+def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if made_for != shape:
+        expected, actual = ("x".join(map(str, sizes)) for sizes in (made_for, shape))
+        raise BitscapeError(
+            f"{folder} was made for images of {expected}, --data has {actual}; choose the data or "
+            "--input-size to match"
+        )

@@ -181,3 +181,10 @@ def _rounded_within(network: DynamicNetwork, means: Decision, routed: Tensor, li
             break
         widths.view(-1)[lowered.argmax()] -= 1
     return Decision(widths[1], widths[0])
+
+
+def shares_of(tiers: Sequence[Tensor], count: int) -> list[float]:
+    """Return the share of the images, given by batches of their tiers, of each of `count` tiers."""
+    chosen = torch.cat(list(tiers))
+    shares: list[float] = (chosen.bincount(minlength=count).double() / len(chosen)).tolist()
+    return shares

@@ -3,7 +3,7 @@
 from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.evaluate import Accuracy, evaluate
 from bitscape.engine.nonfinite import NonFiniteError
-from bitscape.engine.quality_grid import QualityGrid, quality_grid
+from bitscape.engine.quality_table import QualityTable, quality_table
 from bitscape.engine.settings import AdamW, Cosine, OptimizerSettings, Sgd
 from bitscape.engine.spending import Spending, Spent
 from bitscape.engine.step import Batch, LossFunction, Step, StepRecord, StepSettings
@@ -21,7 +21,7 @@ __all__ = [
     "LossFunction",
     "NonFiniteError",
     "OptimizerSettings",
-    "QualityGrid",
+    "QualityTable",
     "Sgd",
     "Spending",
     "Spent",
@@ -32,6 +32,6 @@ __all__ = [
     "Tracker",
     "TrainResult",
     "evaluate",
-    "quality_grid",
+    "quality_table",
     "train",
 ]

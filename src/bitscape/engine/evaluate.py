@@ -15,7 +15,7 @@ from bitscape.engine.feed import followed, own_part
 from bitscape.engine.forward import autocast_on, check_autocast, device_of, lay_out
 from bitscape.engine.metrics import Collected
 from bitscape.engine.nonfinite import NonFiniteError, diagnose
-from bitscape.engine.task import CLASSES, Task
+from bitscape.engine.task import CLASSES, Classes, Task
 from bitscape.engine.user_task import User
 from bitscape.engine.workers import part, total
 from bitscape.errors import BitscapeError, explained_forward
@@ -141,6 +141,15 @@ def highest_label(batches: "Batches") -> int:
             "from 0: drop its images"
         )
     return int(labels.max())
+
+
+def known_labels(task: Task, *datasets: Any) -> int:
+    """Return the highest label of classes, of data that hold all labels; -1 for others, whose labels
+    are looked at batch by batch.
+    """
+    if not isinstance(task, Classes):
+        return -1
+    return max((highest_label(data) for data in datasets if hasattr(data, "dataset")), default=-1)
 
 
 def _read(data: Epochs, together: bool) -> Iterator[Minibatch]:

@@ -16,7 +16,7 @@ from bitscape.data.epochs import Epochs, batches_in, first_of
 from bitscape.engine import workers
 from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.ema import Ema
-from bitscape.engine.evaluate import highest_label
+from bitscape.engine.evaluate import known_labels
 from bitscape.engine.feed import Feed, check_shared, for_all_workers
 from bitscape.engine.forward import check_autocast, device_of, lay_out, loop_forward
 from bitscape.engine.loop import Loop
@@ -24,7 +24,7 @@ from bitscape.engine.rates import Rates, Schedule, check_schedule, describe_sche
 from bitscape.engine.settings import Cosine, OptimizerSettings, check_optimizer, describe_optimizer
 from bitscape.engine.state import RunState
 from bitscape.engine.step import LossFunction, Step, StepSettings, TaskLoss
-from bitscape.engine.task import CLASSES, Classes, Task
+from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
 from bitscape.folders import locked
@@ -169,7 +169,7 @@ def train(
         epochs=epochs,
         loss=loss,
         autocast=autocast,
-        highest_label=_known_labels(task, batches, validation),
+        highest_label=known_labels(task, batches, validation),
         accumulate=accumulate,
         clip_norm=clip_norm,
         folder=None if folder is None else Path(folder),
@@ -190,12 +190,6 @@ def train(
         loop.run()
     return TrainResult(records=tuple(state.records), ema=None if state.ema is None else state.ema.values)
 
-
-def _known_labels(task: Task, *datasets: Any) -> int:
-    """The highest label of classes, of data that hold all labels; -1 for others, whose labels are looked at batch by batch."""
-    if not isinstance(task, Classes):
-        return -1
-    return max((highest_label(data) for data in datasets if hasattr(data, "dataset")), default=-1)
 
 
 @contextmanager

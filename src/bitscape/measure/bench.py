@@ -104,6 +104,53 @@ def measure_files(
     ]
 
 
+def figures(
+    measured: Sequence[Measured], batch_size: int, images: int, labels: Array | None
+) -> list[dict[str, Any]]:
+    """Return the figures of each file at one batch size, beside what the first contender runs, in
+    the same runtime; of `images` test images in percent, where there are any.
+    """
+    first = measured[0]
+    rows = []
+    for one in measured:
+        timing, beside = one.timings[batch_size], _beside(first, one, measured)
+        row = {
+            "file": one.contender.name,
+            "runtime": one.contender.runtime.version,
+            "batch_size": batch_size,
+            "file_bytes": one.contender.file_bytes,
+            "float_layers": len(one.float_layers),
+            "cpu_ms": timing.cpu_ms,
+            "cpu_spread": timing.spread,
+            "wall_ms": timing.wall_ms,
+            "images_per_s": one.images_per_s(batch_size),
+            "times_faster": None
+            if beside is None
+            else beside.ms(batch_size) / one.ms(batch_size),
+        }
+        rows.append(row | _of_test_images(one, first, images, labels))
+    return rows
+
+
+def _of_test_images(one: Measured, first: Measured, images: int, labels: Array | None) -> dict[str, Any]:
+    """What a file computes of the test images, beside the first one, in percent."""
+    results: dict[str, Any] = {"images": images} if images else {}
+    if one.difference is not None:
+        results["difference"] = 100 * one.difference
+    if one.classes is not None and first.classes is not None:
+        results["agreement"] = 100 * float((one.classes == first.classes).mean())
+        if labels is not None:
+            results["top1"] = 100 * float((one.classes == labels).mean())
+    return results
+
+
+def _beside(first: Measured, one: Measured, measured: Sequence[Measured]) -> Measured | None:
+    """What the first contender runs, in the runtime of `one`; None where it was not timed there."""
+    name, runtime = first.contender.name, one.contender.runtime.version
+    same = (m for m in measured if (m.contender.name, m.contender.runtime.version) == (name, runtime))
+    return next(same, None)
+
+
 def _advance(ticks: Iterator[int]) -> None:
     next(ticks, None)
 

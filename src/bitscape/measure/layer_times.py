@@ -35,7 +35,7 @@ from bitscape.models.modes import evaluating, in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.progress import track
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.runtimes.sessions import OnnxRuntime, Runtime, Session, time_alternately
 
 _log = logging.getLogger("bitscape.exporters")
@@ -136,7 +136,7 @@ def _models(
 
 def _network_times(network: nn.Module, samples: Samples, batch: Inputs, runtime: Runtime, rounds: int) -> dict[str, float]:
     """Milliseconds of the whole network at 8/8 and in float."""
-    uniform = calibrate(quantize(network, uniform_policy(layer_shapes(network), EIGHT)), samples)
+    uniform = calibrate(with_quantizers(network, uniform_policy(layer_shapes(network), EIGHT)), samples)
     feed = Interface.of(network, samples).feed(batch)
     with scratch_folder() as folder:
         eight, plain = folder / "8.onnx", folder / "float.onnx"

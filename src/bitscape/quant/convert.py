@@ -33,7 +33,7 @@ _DEFAULT_QUANTIZER = Lsq()
 _DEFAULT_OBSERVER = Mse()
 
 
-def quantize(
+def with_quantizers(
     model: nn.Module,
     policy: Policy,
     quantizer: Quantizer = _DEFAULT_QUANTIZER,
@@ -60,7 +60,9 @@ def quantize(
     require_float(model)
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
-        raise BitscapeError(f"policy: {kind} is no Policy; read a file with Policy.load(path), or use uniform_policy(names, bits)")
+        raise BitscapeError(
+            f"policy: {kind} is no Policy; read a file with Policy.load(path), or use bitscape.policy.uniform_policy(names, bits)"
+        )
     model = prepare(model, inplace=inplace)
     if not policy.layers.keys().isdisjoint(product_names(model)):
         model = split_products(model)
@@ -116,7 +118,7 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
     """Set the activation scales of a quantized `model` from `data`, in place; no labels are needed.
 
     Args:
-        model: what `quantize` returned.
+        model: what `with_quantizers` returned.
         data: samples, a tensor (n, ...), or batches of inputs, gone through once; a few hundred samples are enough.
         observer: how a range is chosen from the values seen.
 
@@ -126,7 +128,7 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
     """
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     batches = batches_of(data, model)
     first = list(islice(batches, 1))
     for batch in first:

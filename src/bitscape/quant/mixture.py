@@ -19,7 +19,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import scale_axis
 from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.functional import (
     EDGE,
     MINIMUM_SCALE,
@@ -234,7 +234,7 @@ def mix(
     refuse_products(model, "a search with mixtures of widths")
     widest = LayerBits(max(weight_bits), max(activation_bits))
     policy = Policy({**pinned, **{name: widest for group in groups for name in group}})
-    network = quantize(model, policy)
+    network = with_quantizers(model, policy)
     layers = quantized_layers(network)
     for group in groups:
         _share_a_choice([layers[name] for name in group], weight_bits, activation_bits)

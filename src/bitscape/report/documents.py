@@ -8,7 +8,7 @@ from typing import Final, Literal
 from pydantic import ConfigDict, with_config
 
 from bitscape.data.corruptions import CLEAN
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
 from bitscape.files import json_text, write_atomic
 from bitscape.schema import read_document
@@ -19,7 +19,7 @@ FORMAT: Final = 1
 
 @with_config(ConfigDict(extra="forbid", strict=True))
 @dataclass(frozen=True, kw_only=True)
-class GridDocument:
+class QualityDocument:
     """What `bitscape evaluate --corruptions` writes beside its heat map."""
 
     format: Literal[1]
@@ -121,20 +121,20 @@ def load_evaluation(path: str | os.PathLike[str]) -> EvaluationDocument:
     return read_document(EvaluationDocument, path, format=FORMAT)
 
 
-def save_grid(grid: QualityGrid, path: str | os.PathLike[str]) -> None:
-    """Write the cells of a grid as JSON; a crash leaves the old file or the new one."""
-    cells = [asdict(cell) for cell in grid.cells]
+def save_quality(table: QualityTable, path: str | os.PathLike[str]) -> None:
+    """Write the cells of a table as JSON; a crash leaves the old file or the new one."""
+    cells = [asdict(cell) for cell in table.cells]
     write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", "cells": cells}))
 
 
-def load_grid(path: str | os.PathLike[str]) -> QualityGrid:
-    """Read a grid. Raises BitscapeError, naming the file, for a damaged one and for cells that make no grid."""
-    cells = read_document(GridDocument, path, format=FORMAT).cells
+def load_quality(path: str | os.PathLike[str]) -> QualityTable:
+    """Read a table. Raises BitscapeError, naming the file, for a damaged one and for cells that make no table."""
+    cells = read_document(QualityDocument, path, format=FORMAT).cells
     pairs = Counter((cell.corruption, cell.severity) for cell in cells)
     clean = [cell for cell in cells if cell.corruption == CLEAN]
     if len(clean) != 1 or len(cells) < 2 or max(pairs.values()) > 1:
-        raise BitscapeError(f"{os.fspath(path)}: a grid has one cell of clean images, and of each corruption one for each severity")
-    return QualityGrid(cells)
+        raise BitscapeError(f"{os.fspath(path)}: a table has one cell of clean images, and of each corruption one for each severity")
+    return QualityTable(cells)
 
 
 def load_bench(path: str | os.PathLike[str]) -> BenchDocument:

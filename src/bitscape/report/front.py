@@ -16,7 +16,7 @@ from bitscape.searches.choices import Choices
 from bitscape.searches.knapsack import reachable
 from bitscape.searches.random_policy import LARGEST_SHORTFALL, usage, walk
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.uniform import widths
+from bitscape.searches.uniform import uniform_columns
 
 RANDOM_POLICIES = 20
 POINTS = 20
@@ -103,7 +103,7 @@ def _point(name: str, scores: ScoreTable, network: NetworkProfile, policy: Polic
 def _uniform(scores: ScoreTable, choices: Choices, kind: str) -> list[Point]:
     """Uniform policies; without caps, each of them fits."""
     try:
-        columns = widths(scores.candidates, list(choices.budget.caps) or [kind])
+        columns = uniform_columns(scores.candidates, list(choices.budget.caps) or [kind])
     except BitscapeError:  # no pair of equal widths among the candidates
         return []
     points = []

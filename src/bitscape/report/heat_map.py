@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from bitscape.data.corruptions import CLEAN, HELD_OUT, TRAINED
-from bitscape.engine.quality_grid import Cell, QualityGrid
+from bitscape.engine.quality_table import Cell, QualityTable
 from bitscape.errors import BitscapeError
 
 Color = tuple[int, int, int]
@@ -22,33 +22,33 @@ BANDS = 27
 """Colors of the scale below a panel; ten pixels each."""
 
 
-def heat_map(grid: QualityGrid) -> str:
+def heat_map(table: QualityTable) -> str:
     """An SVG of top-1 and, where the network reports them, of mean bits: corruptions down, severities across.
 
     Clean images are the first row, one cell; then come the corruptions of TRAINED, those of HELD_OUT, and the others.
     """
-    width, height, body = grid_panels(grid, y=48)
-    return _page(heading(grid), max(width, 520), height, body)
+    width, height, body = quality_panels(table, y=48)
+    return _page(heading(table), max(width, 520), height, body)
 
 
-def heading(grid: QualityGrid) -> str:
+def heading(table: QualityTable) -> str:
     """What the heat map says in a line."""
-    return f"Top-1 {grid.clean.top1:.2f} % clean, {grid.mean():.2f} % in the mean of all corruptions"
+    return f"Top-1 {table.clean.top1:.2f} % clean, {table.mean():.2f} % in the mean of all corruptions"
 
 
-def grid_panels(grid: QualityGrid, *, y: float) -> tuple[float, float, list[str]]:
-    """Width and height that the panels of a grid take from the top of a picture, and the panels, whose upper edge is at `y`."""
-    groups = _groups(grid)
-    panels = [("top-1, %", BLUES, 1, _values(grid, lambda cell: cell.top1))]
-    if any(cell.bits is not None for cell in grid.cells):
-        panels.append(("mean activation bits", REDS, 2, _values(grid, lambda cell: cell.bits)))
-    columns = list(map(str, grid.severities))
+def quality_panels(table: QualityTable, *, y: float) -> tuple[float, float, list[str]]:
+    """Width and height that the panels of a table take from the top of a picture, and the panels, whose upper edge is at `y`."""
+    groups = _groups(table)
+    panels = [("top-1, %", BLUES, 1, _values(table, lambda cell: cell.top1))]
+    if any(cell.bits is not None for cell in table.cells):
+        panels.append(("mean activation bits", REDS, 2, _values(table, lambda cell: cell.bits)))
+    columns = list(map(str, table.severities))
     across = LABELS + len(columns) * WIDE + 40
     body = [
         panel(values, x=16 + at * across, y=y, title=title, axis="severity", columns=columns, ramp=ramp, digits=digits, groups=groups)
         for at, (title, ramp, digits, values) in enumerate(panels)
     ]
-    height = HEADING + (1 + len(grid.corruptions)) * HIGH + len(groups) * GAP + 46
+    height = HEADING + (1 + len(table.corruptions)) * HIGH + len(groups) * GAP + 46
     return 16 + len(panels) * across - 24, y + height + 12, body
 
 
@@ -98,20 +98,20 @@ def panel(
     return "\n".join(parts)
 
 
-def _values(grid: QualityGrid, value: Callable[[Cell], float | None]) -> dict[str, list[float | None]]:
-    found = {(cell.corruption, cell.severity): value(cell) for cell in grid.cells}
-    rows: dict[str, list[float | None]] = {CLEAN: [value(grid.clean)]}
-    return rows | {_shown(name): [found.get((name, severity)) for severity in grid.severities] for name in _ordered(grid)}
+def _values(table: QualityTable, value: Callable[[Cell], float | None]) -> dict[str, list[float | None]]:
+    found = {(cell.corruption, cell.severity): value(cell) for cell in table.cells}
+    rows: dict[str, list[float | None]] = {CLEAN: [value(table.clean)]}
+    return rows | {_shown(name): [found.get((name, severity)) for severity in table.severities] for name in _ordered(table)}
 
 
-def _ordered(grid: QualityGrid) -> list[str]:
-    return sorted(grid.corruptions, key=_group)  # stable: within a group they stay as they are
+def _ordered(table: QualityTable) -> list[str]:
+    return sorted(table.corruptions, key=_group)  # stable: within a group they stay as they are
 
 
-def _groups(grid: QualityGrid) -> dict[str, str]:
+def _groups(table: QualityTable) -> dict[str, str]:
     """The first row of each group -> what the group is called."""
     titles = ("in the training mix", "held out", "others")
-    first = {_group(name): _shown(name) for name in reversed(_ordered(grid))}
+    first = {_group(name): _shown(name) for name in reversed(_ordered(table))}
     return {row: titles[group] for group, row in first.items()}
 
 

@@ -14,12 +14,12 @@ from bitscape.dynamic.storage import (
     read_tiers,
     tier_folder,
 )
-from bitscape.engine.quality_grid import QualityGrid
+from bitscape.engine.quality_table import QualityTable
 from bitscape.errors import BitscapeError
 from bitscape.files import parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
 from bitscape.policy import Policy
-from bitscape.report.documents import BenchDocument, EvaluationDocument, load_bench, load_evaluation, load_grid
+from bitscape.report.documents import BenchDocument, EvaluationDocument, load_bench, load_evaluation, load_quality
 from bitscape.searches.scores import ScoreTable
 
 READS = (
@@ -32,7 +32,7 @@ _READERS: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
     ("layers", "policies", Policy.load),
     ("evaluated", "evaluations", load_evaluation),
     ("scores", "scores", ScoreTable.load),
-    ("cells", "grids", load_grid),
+    ("cells", "quality_tables", load_quality),
     ("rows", "benches", load_bench),
 )
 """An entry that only this kind of file has -> where it goes, what reads it."""
@@ -101,7 +101,7 @@ class Inputs:
     scores: Mapping[str, ScoreTable]
     tiers: Mapping[str, TiersDocument]
     evaluations: Mapping[str, EvaluationDocument]
-    grids: Mapping[str, QualityGrid]
+    quality_tables: Mapping[str, QualityTable]
     benches: Mapping[str, BenchDocument]
     latencies: Mapping[str, LatencyTable]
     names: tuple[str, ...]
@@ -117,7 +117,7 @@ def read_inputs(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
     found = list(dict.fromkeys(Path(path) for path in paths))
     if not found:
         raise BitscapeError(f"RUN is missing; give at least one of: {READS}")
-    names_of_kinds = ("runs", "policies", "scores", "tiers", "evaluations", "grids", "benches", "latencies")
+    names_of_kinds = ("runs", "policies", "scores", "tiers", "evaluations", "quality_tables", "benches", "latencies")
     kinds: dict[str, dict[str, Any]] = {kind: {} for kind in names_of_kinds}
     names = _names(found)
     for path, name in zip(found, names, strict=True):

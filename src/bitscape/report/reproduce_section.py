@@ -15,7 +15,7 @@ from bitscape.version import __version__
 from bitscape.words import NONE, listed
 
 MIXED = " of mixed quality"
-"""What `mixed_quality` appends to the name of a data set."""
+"""What `randomly_corrupted` appends to the name of a data set."""
 
 
 HOW = (

@@ -7,7 +7,7 @@ from bitscape.report.blocks import Block, Figure, Missing, Section, Table, Text
 from bitscape.report.charts import SERIES, curve_panel, interval_chart, time_chart
 from bitscape.report.compare import verdict, why_none
 from bitscape.report.documents import BenchDocument
-from bitscape.report.heat_map import grid_panels, heading
+from bitscape.report.heat_map import heading, quality_panels
 from bitscape.report.inputs import TrainedRun
 from bitscape.report.material import Material
 from bitscape.report.policies import group_of
@@ -61,13 +61,13 @@ def curves(material: Material) -> Section | Missing:
 def corruptions(material: Material) -> Section | Missing:
     """Section 8."""
     title = "Images of lesser quality"
-    if not material.inputs.grids:
+    if not material.inputs.quality_tables:
         return Missing(title=title, reason="Needs the .json that `bitscape evaluate --corruptions` writes")
     figures = []
-    for name, grid in material.inputs.grids.items():
-        width, height, body = grid_panels(grid, y=8)
-        drawn = picture(f"Corruptions of {name}", heading(grid), width, height, body)
-        figures.append(Figure(caption=f"{name}: {heading(grid)}; {grid.clean.images:,} images in each cell", pictures=[drawn]))
+    for name, quality in material.inputs.quality_tables.items():
+        width, height, body = quality_panels(quality, y=8)
+        drawn = picture(f"Corruptions of {name}", heading(quality), width, height, body)
+        figures.append(Figure(caption=f"{name}: {heading(quality)}; {quality.clean.images:,} images in each cell", pictures=[drawn]))
     return Section(anchor="corruptions", title=title, blocks=figures)
 
 

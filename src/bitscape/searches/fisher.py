@@ -33,11 +33,11 @@ from bitscape.searches.sensitivity import (
     LayerNoise,
     at_least_one,
     calls_with_gradients,
+    candidate_widths,
     finish,
     layer_noise,
     score_table,
     tracked_batches,
-    widths,
 )
 
 Variant = Literal["elementwise", "directional"]
@@ -104,7 +104,7 @@ class Fisher:
         samples = problem.samples.first(self.images)
         noise = layer_noise(model, names, samples, problem.choices.candidates)
         generator = torch.Generator().manual_seed(problem.seed)
-        weight_bits, activation_bits = widths(problem.choices.candidates)
+        weight_bits, activation_bits = candidate_widths(problem.choices.candidates)
         weight_share = self.weight_share_for_training if for_training else 1.0
         totals = {name: np.zeros((len(weight_bits), len(activation_bits))) for name in names}
         for batch in tracked_batches(samples, model, self.batch_size, label="fisher: batch"):

@@ -36,7 +36,7 @@ from bitscape.searches.sensitivity import (
     layer_noise,
     outputs_of,
     score_table,
-    solve,
+    search_by_scores,
     tracked_batches,
 )
 
@@ -83,7 +83,7 @@ class Hawq:
 
     def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self, pick)
+        return search_by_scores(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""

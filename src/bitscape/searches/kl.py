@@ -27,7 +27,7 @@ from bitscape.progress import track
 from bitscape.quant.convert import batches_of
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, solve
+from bitscape.searches.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, search_by_scores
 
 
 def _outputs(task: Task, model: nn.Module, samples: Samples) -> list[Tensor]:
@@ -73,7 +73,7 @@ class Kl:
 
     def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self, pick)
+        return search_by_scores(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""

@@ -20,7 +20,16 @@ from bitscape.quant.fold import fold_norms
 from bitscape.quant.functional import power_of_two
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import LayerCall, LayerNoise, at_least_one, calls, layer_noise, score_table, solve, tracked_batches
+from bitscape.searches.sensitivity import (
+    LayerCall,
+    LayerNoise,
+    at_least_one,
+    calls,
+    layer_noise,
+    score_table,
+    search_by_scores,
+    tracked_batches,
+)
 
 
 def relative_errors(call: LayerCall, noise: LayerNoise) -> Tensor:
@@ -57,7 +66,7 @@ class Local:
 
     def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self, pick)
+        return search_by_scores(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""

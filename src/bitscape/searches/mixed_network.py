@@ -18,7 +18,7 @@ from bitscape.quant.layers import quantized_layers
 from bitscape.quant.mixture import Mixture, mix
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import ProxyTask
-from bitscape.searches.sensitivity import widths
+from bitscape.searches.sensitivity import candidate_widths
 from bitscape.searches.soft_cost import SoftCost, soft_cost
 
 CALIBRATION_IMAGES = 256
@@ -122,7 +122,7 @@ class Alternating:
 
 def mixed_network(problem: SearchProblem, model: nn.Module) -> Mixed:
     """Mix every free layer of the float network `model` among the problem's widths; pinned layers take their bits."""
-    weight_bits, activation_bits = widths(problem.choices.candidates)
+    weight_bits, activation_bits = candidate_widths(problem.choices.candidates)
     freedom = problem.choices.freedom
     groups = freedom.groups
     idle = dict.fromkeys(problem.network.uncalled, NO_EFFECT)

@@ -19,7 +19,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, calibrate, quantize
+from bitscape.quant.convert import batches_of, calibrate, with_quantizers
 from bitscape.searches.allocation import allocate, near_best
 from bitscape.searches.problem import Pick, SearchProblem, inputs_alone
 from bitscape.searches.scores import ScoreTable
@@ -68,7 +68,7 @@ def least_sharp(
     aims, loss = _aims(problem, proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
-        model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
+        model = calibrate(with_quantizers(problem.prepared, policy), batches_of(proxy, problem.prepared))
         probed = probe_sharpness(model, inputs_alone(proxy).inputs, aims, radius=radius, loss=loss)
         records.append(
             {

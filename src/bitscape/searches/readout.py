@@ -31,7 +31,7 @@ from bitscape.searches.mixed_network import Mixed
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import ProxyTask
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import score_table, widths
+from bitscape.searches.sensitivity import candidate_widths, score_table
 
 _log = logging.getLogger("bitscape.searches")
 
@@ -178,7 +178,7 @@ def _asked(problem: SearchProblem, method: Any) -> dict[str, Any]:
 
 def _offered(candidates: Sequence[LayerBits]) -> str:
     """Widths where all their pairs are offered, as the command line takes them, else the pairs."""
-    by_weight, by_input = widths(tuple(candidates))
+    by_weight, by_input = candidate_widths(tuple(candidates))
     if len(candidates) < len(by_weight) * len(by_input):
         return " ".join(sorted(map(str, candidates)))
     return f"w={','.join(map(str, by_weight))};a={','.join(map(str, by_input))}"

@@ -101,7 +101,7 @@ def at_least_one(**counts: int) -> None:
             raise BitscapeError(f"{name} = {count}: it must be at least 1")
 
 
-def widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
+def candidate_widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
     """The different weight bits and activation bits among the candidates, ascending."""
     return sorted({c.weight for c in candidates}), sorted({c.activation for c in candidates})
 
@@ -114,7 +114,7 @@ def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates
         model: float network, eval mode.
         samples: the first 64 are used for the input ranges.
     """
-    weight_bits, activation_bits = widths(candidates)
+    weight_bits, activation_bits = candidate_widths(candidates)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
     inputs = record_inputs(model, layers, batches_of(samples.first(RANGE_SAMPLES), model))
     noise = {}
@@ -233,7 +233,7 @@ def score_table(
 ) -> ScoreTable:
     """Make the table from each layer's scores (R_w, R_a) of width pairs, repaired to fall with either width; repairs are counted."""
     candidates = choices.candidates
-    weight_bits, activation_bits = widths(candidates)
+    weight_bits, activation_bits = candidate_widths(candidates)
     at = [(weight_bits.index(c.weight), activation_bits.index(c.activation)) for c in candidates]
     raw = np.array([[scores[pair] for pair in at] for scores in by_layer.values()]).reshape(len(by_layer), len(at))
     values = monotone(raw, candidates)
@@ -263,7 +263,7 @@ class Scoring(Protocol):
 Trace = tuple[Mapping[str, Any], ...]
 
 
-def solve(problem: SearchProblem, method: Scoring, pick: Pick) -> SearchResult:
+def search_by_scores(problem: SearchProblem, method: Scoring, pick: Pick) -> SearchResult:
     """Score every free layer and candidate with `method`, then allocate bits exactly within the problem's budget."""
     return finish(problem, method, lambda: (method.score(problem), ()), pick)
 

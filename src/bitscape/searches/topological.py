@@ -29,7 +29,7 @@ from bitscape.data.samples import Samples
 from bitscape.quant.fold import fold_norms
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import at_least_one, calls, score_table, solve, tracked_batches, widths
+from bitscape.searches.sensitivity import at_least_one, calls, candidate_widths, score_table, search_by_scores, tracked_batches
 
 LEAST_BIRTHS = 0.1
 """Share of images below which a channel without holes is left out."""
@@ -133,7 +133,7 @@ class Topological:
 
     def search(self, problem: SearchProblem, *, pick: Pick = "best") -> SearchResult:
         """Score every free layer and candidate, then allocate bits exactly within the budget."""
-        return solve(problem, self, pick)
+        return search_by_scores(problem, self, pick)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone."""
@@ -141,7 +141,7 @@ class Topological:
         # Folded, a layer's output is what its norm hands on.
         model, names = fold_norms(problem.prepared, samples.first(2).parts[0].inputs), list(problem.free_layers)
         values = _log_sides(model, names, samples.example) if self.map_side_only else self._entropies(model, names, samples)
-        weight_bits, activation_bits = (np.array(bits) for bits in widths(problem.choices.candidates))
+        weight_bits, activation_bits = (np.array(bits) for bits in candidate_widths(problem.choices.candidates))
         scores = {name: -value * (weight_bits[:, None] + activation_bits) / 2 for name, value in values.items()}
         return score_table("topological", problem.choices, scores)
 

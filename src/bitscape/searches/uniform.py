@@ -2,7 +2,7 @@
 
 Paper     none
 Idea      The largest width that fits the budget, everywhere. With `mix`, two neighbouring widths fill what is left.
-Computes  width ladder -> widths; largest that fits -> search; two widths -> mixed
+Computes  width ladder -> uniform_columns; largest that fits -> search; two widths -> mixed
 Departs   nothing
 Costs     no forward passes; milliseconds.
 Measured  docs/results: ptq-imagenet, qat-cifar10.
@@ -21,7 +21,7 @@ from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult
 from bitscape.searches.programme import Choice
 
 
-def widths(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:
+def uniform_columns(candidates: Sequence[LayerBits], kinds: Sequence[str]) -> list[int]:
     """Return the columns of the uniform candidates, narrowest first.
 
     If a capped kind of cost depends on both widths, weights and activations have the same one. If caps depend on one of the two
@@ -48,7 +48,7 @@ def ladder(stated: Choices) -> list[int]:
     kinds = list(stated.budget.caps)
     apart = {frozenset(CAPS[kind].depends_on) for kind in kinds} == {frozenset({"weight"}), frozenset({"activation"})}
     if not apart:
-        return widths(stated.candidates, kinds)
+        return uniform_columns(stated.candidates, kinds)
     least = min(bits.weight for bits in stated.candidates)
     beside = [at for at, bits in enumerate(stated.candidates) if bits.weight == least and stated.holds(stated.uniform(at))]
     widest = max((stated.candidates[at].activation for at in beside), default=min(bits.activation for bits in stated.candidates))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.data.epochs import first_of
-from bitscape.engine.evaluate import Evaluation, measured
+from bitscape.engine.evaluate import Evaluation, known_labels, measured
 from bitscape.engine.task import Task, TaskName
 from bitscape.engine.user_task import User
 from bitscape.verbs.arguments import read_epochs, stated_task
@@ -79,4 +79,5 @@ def evaluate(
         reference=reference,
         autocast=autocast,
         channels_last=channels_last,
+        highest_label=known_labels(meaning, batches),
     )

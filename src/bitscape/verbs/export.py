@@ -90,7 +90,7 @@ def export(
             "auto" where one output alone is (n, k).
         int2: whether an .onnx file may store weights in 2 bits, which ONNX Runtime alone reads.
         policy: what the network was quantized by, for a packed file to keep with its cost and provenance.
-        float_model: the network that was quantized, norms folded if they were; with it and `data`, a packed file is read
+        float_model: the network that was quantized; with it and `data`, a packed file is read
             back and compared.
         count: most samples that are used, of `data` and of `held_out`.
         inputs: from a batch to what the network is called with; see `BatchReader`.

@@ -7,8 +7,7 @@ from torch import nn
 
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import Policy
-from bitscape.quant.convert import calibrate
-from bitscape.quant.convert import quantize as with_quantizers
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.quantizers import Lsq, Quantizer
 from bitscape.quant.repair import repair as repaired

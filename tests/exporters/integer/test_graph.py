@@ -11,7 +11,7 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.graph import ActivationGrid, activation_grid, export_program, grid_of, is_quantizer, layer_of, quiet, trace
 from bitscape.exporters.integer.interface import Interface
 from bitscape.policy import LayerBits
-from bitscape.quant.convert import quantize
+from bitscape.quant.convert import with_quantizers
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.grid import grid
 from bitscape.quant.layers import quantized_layers, static_bits
@@ -158,8 +158,8 @@ def test_networks_that_cannot_be_traced_are_refused():
     float_network = small()
     with pytest.raises(BitscapeError, match=r"no quantized layer; call bitscape\.quantize"):
         trace(float_network, images(2))
-    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
-        trace(quantize(float_network, policy_for(float_network)), images(2))
+    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.quantize"):
+        trace(with_quantizers(float_network, policy_for(float_network)), images(2))
     network = quantized(small())
     with pytest.raises(BitscapeError, match="example: 1 images; give two at least"):
         trace(network, images(1))

@@ -7,7 +7,7 @@ from torch import nn
 
 from bitscape.exporters.integer.form import integer_network
 from bitscape.exporters.integer.graph import trace
-from bitscape.exporters.integer.norms import fold_norms, norm_arguments
+from bitscape.exporters.integer.norms import fold_into_integers, norm_arguments
 from bitscape.exporters.integer.weights import LARGEST_BIAS, input_scale, integer_weight
 from bitscape.models.named_outputs import named_outputs
 from bitscape.quant.layers import quantized_layers
@@ -118,7 +118,7 @@ def test_norms_are_folded_in_every_form_that_torch_gives_them(form, caplog):
     weights = {key: integer_weight(key, codes) for key, codes in traced.codes.items()}
     before = weights["0.weight"].scale.double()
     with caplog.at_level(logging.WARNING, "bitscape.exporters"):
-        biases = fold_norms(traced, weights)
+        biases = fold_into_integers(traced, weights)
     factor = norm.weight.double() / (norm.running_var.double() + EPSILON).sqrt()
     torch.testing.assert_close(weights["0.weight"].scale, (before * factor).float(), rtol=3e-7, atol=0)
     expected = (network[0].bias.double() - norm.running_mean.double()) * factor + norm.bias.double()

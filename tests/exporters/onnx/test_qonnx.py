@@ -16,7 +16,7 @@ from bitscape.exporters.onnx.qonnx import save_qonnx, warn_of_zero_points, weigh
 from bitscape.models.attention import split_attention
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
 from tests.needs import runtime_or_skip
@@ -91,7 +91,7 @@ def mixed_policy(model: nn.Module) -> Policy:
 
 
 def quantized(model: nn.Module, quantizer=QUANTIZERS[0]) -> nn.Module:
-    return calibrate(quantize(model, mixed_policy(model), quantizer), images())
+    return calibrate(with_quantizers(model, mixed_policy(model), quantizer), images())
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +281,8 @@ def test_a_missing_package_a_missing_scale_and_a_float_network_are_errors(monkey
     path = tmp_path / "net.onnx"
     with pytest.raises(BitscapeError, match="no quantized layer"):
         save_qonnx(build(chain), path, images())
-    uncalibrated = quantize(build(chain), mixed_policy(build(chain)))
-    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.calibrate"):
+    uncalibrated = with_quantizers(build(chain), mixed_policy(build(chain)))
+    with pytest.raises(BitscapeError, match=r"layer 0: its input scale is not set: call bitscape\.quantize"):
         save_qonnx(uncalibrated, path, images())
     with pytest.raises(BitscapeError, match="give two at least"):
         save_qonnx(quantized(build(chain)), path, images(1))

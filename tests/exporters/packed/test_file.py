@@ -14,7 +14,7 @@ from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.files import UNSEALED, sealed
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy, PolicyError, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, Pact, PerChannel, PerTensor
@@ -55,7 +55,7 @@ def images(n: int = 6) -> torch.Tensor:
 
 def quantized(quantizer=QUANTIZERS[0]) -> nn.Module:
     model = small_net()
-    return calibrate(quantize(model, policy_for(model), quantizer), images())
+    return calibrate(with_quantizers(model, policy_for(model), quantizer), images())
 
 
 def train_a_little(model: nn.Module) -> None:
@@ -143,7 +143,7 @@ def test_loading_leaves_the_float_network_alone(saved):
 def test_measured_bytes_are_the_cost_models(bits, tmp_path):
     model = small_net()
     policy = policy_for(model, ((bits, 8),))
-    info = save_packed(calibrate(quantize(model, policy), images()), tmp_path / "net", policy=policy)
+    info = save_packed(calibrate(with_quantizers(model, policy), images()), tmp_path / "net", policy=policy)
     assert info.weight_bytes == policy_cost(measure(model, (3, 8, 8)), policy)["weight_bytes"]
     assert info.file_bytes == (tmp_path / "net").stat().st_size
     stored = safetensors.torch.load_file(tmp_path / "net")
@@ -173,7 +173,7 @@ def test_rows_hold_channels_where_they_fill_whole_words(tmp_path):
     model = nn.Linear(32, 6)
     policy = Policy({"": LayerBits(3, 8)})
     x = torch.randn(2, 32)
-    q = calibrate(quantize(model, policy), x)
+    q = calibrate(with_quantizers(model, policy), x)
     save_packed(q, tmp_path / "net")
     assert safetensors.torch.load_file(tmp_path / "net")["weight_packed"].shape == (6, 3)
     assert torch.equal(load_packed(tmp_path / "net", model)(x), q(x))
@@ -211,7 +211,7 @@ class Shared(nn.Module):
 def test_shared_and_tied_tensors_are_stored_once(tmp_path):
     torch.manual_seed(0)
     model, x = Shared(), torch.randn(16, 8)
-    q = calibrate(quantize(model, policy_for(model, ((4, 8),))), x).eval()
+    q = calibrate(with_quantizers(model, policy_for(model, ((4, 8),))), x).eval()
     info = save_packed(q, tmp_path / "net")
     assert info.weight_bytes == 2 * (8 * 8 * 4 // 8 + 8 * 4)
     keys = safetensors.torch.load_file(tmp_path / "net").keys()
@@ -226,7 +226,7 @@ def test_tied_layers_are_stored_once_also_after_training(tmp_path):
     torch.manual_seed(0)
     model, x = Shared(), torch.randn(16, 8)
     policy = policy_for(model, ((4, 8),))
-    q = calibrate(quantize(model, policy), x)
+    q = calibrate(with_quantizers(model, policy), x)
     q(x).square().sum().backward()
     with torch.no_grad():
         for parameter in q.parameters():
@@ -238,7 +238,7 @@ def test_tied_layers_are_stored_once_also_after_training(tmp_path):
 
 def test_an_uncalibrated_network_is_an_error(tmp_path):
     with pytest.raises(BitscapeError, match="calibrate"):
-        save_packed(quantize(small_net(), policy_for(small_net())), tmp_path / "net")
+        save_packed(with_quantizers(small_net(), policy_for(small_net())), tmp_path / "net")
 
 
 class Unused(nn.Module):
@@ -256,7 +256,7 @@ def test_bytes_of_a_layer_that_is_never_called_count(tmp_path):
     model, x = Unused(), torch.randn(4, 8)
     network = measure(model, (8,))
     policy = Policy({"used": LayerBits(4, 8), "spare": LayerBits(8, 8)})
-    info = save_packed(calibrate(quantize(model, policy), x), tmp_path / "net")
+    info = save_packed(calibrate(with_quantizers(model, policy), x), tmp_path / "net")
     assert info.weight_bytes == policy_cost(network, policy)["weight_bytes"] == 32 * 4 // 8 + 4 * 4 + 3000 + 4 * 10
 
 
@@ -274,7 +274,7 @@ class TiedToFloat(nn.Module):
 
 def test_a_weight_that_is_also_used_in_float_keeps_both_forms(tmp_path):
     model, x = TiedToFloat(), torch.tensor([[0, 3], [5, 1]])
-    q = calibrate(quantize(model, Policy({"head": LayerBits(2, 8)})), [x]).eval()
+    q = calibrate(with_quantizers(model, Policy({"head": LayerBits(2, 8)})), [x]).eval()
     save_packed(q, tmp_path / "net")
     assert torch.equal(load_packed(tmp_path / "net", TiedToFloat())(x), q(x))
 
@@ -284,7 +284,7 @@ def test_attention_comes_back(tmp_path):
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     names = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["linear1", "linear2"]
-    q = calibrate(quantize(model, Policy(dict.fromkeys(names, LayerBits(4, 8)))), x).eval()
+    q = calibrate(with_quantizers(model, Policy(dict.fromkeys(names, LayerBits(4, 8)))), x).eval()
     save_packed(q, tmp_path / "net")
     assert torch.equal(load_packed(tmp_path / "net", model)(x), q(x))
 
@@ -297,17 +297,34 @@ def test_a_network_whose_norms_are_folded_after_training_comes_back(tmp_path):
     train_a_little(model)
     folded = fold_norms(model.eval(), images())
     save_packed(folded, tmp_path / "net")
-    loaded = load_packed(tmp_path / "net", fold_norms(small_net().eval(), images()))
-    assert torch.equal(loaded(images(9)), folded(images(9)))
-    unfolded = load_packed(tmp_path / "net", small_net())
-    assert isinstance(unfolded[1], nn.Identity) and torch.equal(unfolded(images(9)), folded(images(9)))
+    for float_model in (fold_norms(small_net().eval(), images()), small_net()):
+        loaded = load_packed(tmp_path / "net", float_model)
+        assert torch.equal(loaded(images(9)), folded(images(9)))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
+
+
+def test_norms_that_a_file_lacks_without_a_bias_for_each_are_missing(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self, norms):
+            super().__init__()
+            self.layer, self.norms = nn.Linear(3, 3), nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(norms)))
+
+        def forward(self, x):
+            return self.norms(self.layer(x))
+
+    x = torch.randn(8, 3)
+    q = calibrate(with_quantizers(Normed(0).eval(), Policy({"layer": LayerBits(4, 8)})), x).eval()
+    save_packed(q, tmp_path / "net")
+    assert torch.equal(load_packed(tmp_path / "net", Normed(1))(x), q(x))  # as if its norm had been folded
+    with pytest.raises(BitscapeError, match=r"tensor norms.0.weight of float_model is missing.*build the network as"):
+        load_packed(tmp_path / "net", Normed(2))
 
 
 def test_a_resnet18_takes_hardly_more_than_its_payload(tmp_path):
     model = fold_norms(resnet18().eval(), torch.zeros(1, 3, 64, 64))
     names = list(layer_shapes(model))
     policy = Policy({name: LayerBits(2 + index % 5, 4) for index, name in enumerate(names)})
-    info = save_packed(calibrate(quantize(model, policy), torch.randn(1, 3, 64, 64)), tmp_path / "net")
+    info = save_packed(calibrate(with_quantizers(model, policy), torch.randn(1, 3, 64, 64)), tmp_path / "net")
     assert info.weight_bytes == policy_cost(measure(model, (3, 224, 224)), policy)["weight_bytes"]
     payload = sum(layer.weights * policy.layers[layer.name].weight for layer in measure(model, (3, 224, 224)).layers) / 8
     assert info.file_bytes <= 1.02 * payload
@@ -350,7 +367,7 @@ def test_a_bypassed_network_is_an_error(tmp_path):
 
 
 def test_scales_along_inputs_are_an_error(tmp_path):
-    model = calibrate(quantize(small_net(), policy_for(small_net()), Lsq(weight_scales=PerChannel(1))), images())
+    model = calibrate(with_quantizers(small_net(), policy_for(small_net()), Lsq(weight_scales=PerChannel(1))), images())
     with pytest.raises(BitscapeError, match=r"scales of shape \(1, 3, 1, 1\)"):
         save_packed(model, tmp_path / "net")
 
@@ -473,7 +490,7 @@ def test_another_network_is_an_error_with_the_nearest_names(tmp_path):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return next(self.children())(x)
 
-    named = quantize(Named("classifier"), Policy({"classifier": LayerBits(4, 4)}))
+    named = with_quantizers(Named("classifier"), Policy({"classifier": LayerBits(4, 4)}))
     save_packed(calibrate(named, torch.randn(2, 4)), tmp_path / "net")
     with pytest.raises(PolicyError, match="no layer 'classifier'; nearest: classifier2"):
         load_packed(tmp_path / "net", Named("classifier2"))
@@ -503,7 +520,7 @@ def test_scales_of_tiny_weights_survive(quantizer, tmp_path):
         model[0].weight.copy_(torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e-28)
         model[0].bias.zero_()
         model[0].weight[1] = 0.0
-    network = calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)), quantizer), images()).eval()
+    network = calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(8, 8)), quantizer), images()).eval()
     save_packed(network, tmp_path / "net.safetensors")
     loaded = load_packed(tmp_path / "net.safetensors", model)
     assert torch.equal(loaded[0].weight, network[0].weight_quantizer(network[0].weight))
@@ -525,5 +542,5 @@ def test_a_buffer_that_is_an_expanded_view_comes_back(tmp_path):
         return model
 
     model = with_table(7.0)
-    save_packed(calibrate(quantize(model, policy_for(model)), torch.randn(8, 4)), tmp_path / "packed.safetensors")
+    save_packed(calibrate(with_quantizers(model, policy_for(model)), torch.randn(8, 4)), tmp_path / "packed.safetensors")
     assert load_packed(tmp_path / "packed.safetensors", with_table(0.0)).table.tolist() == [[7.0] * 3] * 2

@@ -7,7 +7,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
 from bitscape.quant.repair import correct_biases
@@ -22,7 +22,7 @@ def network() -> nn.Module:
 
 
 def quantized(model: nn.Module, images: torch.Tensor, bits: int = 2, quantizer=None) -> nn.Module:
-    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(bits, 4)), quantizer or Lsq()), images)
+    return calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(bits, 4)), quantizer or Lsq()), images)
 
 
 def outputs(model: nn.Module, layers, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_attention_is_corrected_too():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
     x = torch.randn(16, 5, 8)
     names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")] + ["linear1", "linear2"]
-    quantized = calibrate(quantize(model, Policy(dict.fromkeys(names, LayerBits(3, 8)))), x)
+    quantized = calibrate(with_quantizers(model, Policy(dict.fromkeys(names, LayerBits(3, 8)))), x)
     with torch.no_grad():
         before = (quantized(x) - model(x)).mean((0, 1)).abs().max()
         assert set(correct_biases(quantized, model, x)) == set(names)

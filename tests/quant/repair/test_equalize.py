@@ -5,7 +5,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import bypassed, quantize
+from bitscape.quant.convert import bypassed, with_quantizers
 from bitscape.quant.quantizers import Lsq, PerTensor
 from bitscape.quant.repair import ChannelClip, equalize
 
@@ -56,7 +56,7 @@ def test_it_makes_one_scale_per_tensor_usable():
     @torch.no_grad()
     def error(network: nn.Module) -> float:
         policy = uniform_policy(layer_shapes(network), LayerBits(6, 8))
-        quantized = quantize(network, policy, Lsq(weight_scales=PerTensor()))
+        quantized = with_quantizers(network, policy, Lsq(weight_scales=PerTensor()))
         with bypassed(quantized, "input_quantizer"):
             return float((quantized(images) - model(images)).norm() / model(images).norm())
 
@@ -116,7 +116,7 @@ def test_a_quantized_model_is_refused_and_a_hidden_use_is_an_error():
         equalize(Hidden(*model), torch.randn(1, 3, 4, 4))
     policy = uniform_policy(layer_shapes(model), LayerBits(4, 8))
     with pytest.raises(BitscapeError, match="it is quantized"):
-        equalize(quantize(model, policy), torch.randn(1, 3, 4, 4))
+        equalize(with_quantizers(model, policy), torch.randn(1, 3, 4, 4))
 
 
 @pytest.mark.parametrize(

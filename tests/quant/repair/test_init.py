@@ -5,7 +5,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.repair import correct_biases, input_moments, repair
 from recipes.networks import WEIGHTS, load
 
@@ -18,7 +18,7 @@ def network() -> nn.Module:
 
 
 def quantized(model: nn.Module, images: torch.Tensor, bits: int = 3) -> nn.Module:
-    return calibrate(quantize(model, uniform_policy(layer_shapes(model), LayerBits(bits, 8))), images)
+    return calibrate(with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(bits, 8))), images)
 
 
 @pytest.mark.parametrize("rounding", ["compensate", "adaptive", None])

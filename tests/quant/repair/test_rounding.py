@@ -8,7 +8,7 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
-from bitscape.quant.convert import bypassed, calibrate, quantize
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Liq, Lsq, LsqPlus, PerChannel, PerTensor
 from bitscape.quant.repair import adaptive_rounding, compensate_rounding, input_moments
@@ -36,7 +36,7 @@ def correlated(n: int) -> torch.Tensor:
 
 def quantized(model: nn.Module, bits: int, quantizer=None) -> nn.Module:
     policy = uniform_policy(layer_shapes(model), LayerBits(bits, 8))
-    return calibrate(quantize(model, policy, quantizer or Lsq()), correlated(16))
+    return calibrate(with_quantizers(model, policy, quantizer or Lsq()), correlated(16))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=["compensate", "adaptive"])
@@ -77,7 +77,7 @@ def test_it_lies_between_the_best_of_all_choices_and_nearest_rounding():
     torch.manual_seed(0)
     inputs = torch.randn(64, 2) @ torch.randn(2, 6) + 0.1 * torch.randn(64, 6)
     model = nn.Sequential(nn.Linear(6, 8, bias=False))
-    repaired = quantize(model, uniform_policy(layer_shapes(model), LayerBits(2, 8)))
+    repaired = with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(2, 8)))
     moments = input_moments(model, inputs)
     task = rounding_tasks(repaired, moments)["0"]
     best = torch.full((1, 8), torch.inf)
@@ -104,7 +104,7 @@ def test_inputs_that_are_always_zero_or_alike_break_nothing():
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False))
     nn.init.zeros_(model[0].weight)
     moments = input_moments(model, torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
-    repaired = quantize(model, uniform_policy(layer_shapes(model), LayerBits(3, 8)))
+    repaired = with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(3, 8)))
     nearest = repaired[1].weight_quantizer(repaired[1].weight).detach().clone()
     compensate_rounding(repaired, moments)
     assert torch.equal(repaired[1].weight, nearest)

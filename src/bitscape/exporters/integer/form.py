@@ -17,7 +17,7 @@ from bitscape.errors import BitscapeError, prefixed
 from bitscape.exporters.integer.calls import separate_calls
 from bitscape.exporters.integer.graph import BYTE, WORD, ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.exporters.integer.interface import Interface, as_samples
-from bitscape.exporters.integer.norms import fold_norms
+from bitscape.exporters.integer.norms import fold_into_integers
 from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
 from bitscape.exporters.integer.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.exporters.integer.weights import IntegerWeight, integer_bias, integer_weight, write_back
@@ -66,7 +66,7 @@ def integer_network(network: nn.Module, data: Samples | Inputs, observer: Observ
     traced, layers = separate_calls(_of_integers(trace(network, data)))
     module, graph = traced.module, traced.module.graph
     weights = {key: integer_weight(key, codes) for key, codes in traced.codes.items()}
-    biases = fold_norms(traced, weights)
+    biases = fold_into_integers(traced, weights)
     for node in graph.nodes:
         if is_quantizer(node):
             with prefixed(_place(node)):

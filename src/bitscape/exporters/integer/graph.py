@@ -154,7 +154,7 @@ def trace(network: nn.Module, example: Samples | Inputs) -> Traced:
     model = in_eval_mode(copied(network))
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy) first")
+        raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     samples = checked_samples(example, model)
     codes, bits = {}, {}
     if multiplied := [name for name, layer in layers.items() if not has_weight(layer)]:
@@ -217,7 +217,7 @@ class _NeverCalibrated(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        raise BitscapeError(f"layer {self.layer}: its input scale is not set: call bitscape.calibrate(network, images) first")
+        raise BitscapeError(f"layer {self.layer}: its input scale is not set: call bitscape.quantize(model, policy, data), which sets it")
 
 
 class _OneNode(nn.Module):
@@ -239,7 +239,7 @@ def activation_grid(quantizer: nn.Module) -> ActivationGrid:
     if not isinstance(quantizer, FakeQuantizer) or isinstance(quantizer.bits, Tensor):
         raise BitscapeError(f"its input quantizer ({type(quantizer).__name__}) has no one bit-width; quantize with a static policy")
     if not quantizer.initialized:
-        raise BitscapeError("its input scale is not set: call bitscape.calibrate(network, images) first")
+        raise BitscapeError("its input scale is not set: call bitscape.quantize(model, policy, data), which sets it")
     zero_point = quantizer.grid.zero_point
     scale = float(torch.as_tensor(quantizer.scale).detach().clamp(min=MINIMUM_SCALE))
     qmin, qmax = int(quantizer.grid.qmin), int(quantizer.grid.qmax)

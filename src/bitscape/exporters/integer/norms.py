@@ -17,7 +17,7 @@ _log = logging.getLogger("bitscape.exporters")
 aten = torch.ops.aten
 
 
-def fold_norms(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, Tensor]:
+def fold_into_integers(traced: Traced, weights: dict[str, IntegerWeight]) -> dict[str, Tensor]:
     """Fold the norms behind layers into their scales and biases; return the biases, float64, of all layers that have one.
 
     A norm multiplies a channel by gamma / sigma, which goes into its scale: exact, whatever the quantizer was. Between layer and norm

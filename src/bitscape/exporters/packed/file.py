@@ -13,7 +13,7 @@ stored under the first. The metadata has one entry, "bitscape" (header.py). Equa
 """
 
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from bitscape.exporters.packed.header import Header, StoredLayer, describe_input
 from bitscape.files import check_safetensors_header, check_seal, sealed, write_atomic
 from bitscape.models.dtypes import check_float32
 from bitscape.models.find import load_state
-from bitscape.models.layers import has_weight, layer_shapes, output_channels, weight_layout, weighted_layers
+from bitscape.models.layers import has_weight, layer_shapes, weight_layout, weighted_layers
 from bitscape.models.modes import in_eval_mode
 from bitscape.models.prepare import prepare
 from bitscape.models.products import product_names, products, split_products
@@ -73,9 +73,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     """
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     if not any(getattr(layer.input_quantizer, "initialized", True) for layer in layers.values()):
-        raise BitscapeError("model: no activation scale is set; call bitscape.calibrate(model, images) before saving")
+        raise BitscapeError("model: no activation scale is set; call bitscape.quantize(model, policy, data), which sets them")
     stored, codes = {}, {}
     for name, layer in layers.items():
         with prefixed(f"layer {name}"):
@@ -109,7 +109,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
     Args:
         path: what `save_packed` wrote.
         float_model: the float network that was quantized, with any weights; it stays as it is, and its device is kept.
-            Its norms may be folded or not: those that the file does not hold were folded into their layers.
+            Norms that were folded before saving may be folded in it or not.
 
     Raises:
         PolicyError: layers of another network, with the nearest names.
@@ -135,7 +135,7 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
         for name, product in products(model).items():
             _quantize_product(product, header.policy.layers[name], header.layers[name])
-        _fold_as_saved(model, tensors.keys())
+        _drop_folded_norms(model, tensors)
         _load_others(model, tensors)
     return in_eval_mode(model)
 
@@ -281,16 +281,26 @@ def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) 
     product.input_quantizer = stored.input_quantizer(bits.activation)
 
 
-def _fold_as_saved(model: nn.Module, saved: Set[str]) -> None:
-    """Take out the norms of which the file holds nothing, and give layers the biases that it holds: `fold_norms` left them so."""
-    for name, norm in list(model.named_modules()):
-        held = [f"{name}.{key}" for key in norm.state_dict()] if isinstance(norm, _BatchNorm) else []
-        if held and saved.isdisjoint(held):
-            replace_module(model, norm, nn.Identity())
-    for name, layer in weighted_layers(model).items():
-        if layer.bias is None and f"{name}.bias" in saved:
-            weight = layer.get_parameter("weight")
-            layer.bias = nn.Parameter(weight.new_zeros(output_channels(layer)))
+def _drop_folded_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Drop the norms that the saved network had folded, and give their layers the biases.
+
+    A folded norm leaves no tensor in the file, and a bias in its layer. Files with other gaps are
+    left to `_load_others`, which names them.
+    """
+    norms = [module for name, module in model.named_modules() if isinstance(module, _BatchNorm) and _is_absent(name, module, tensors)]
+    biases = {name: tensors[key] for name in weighted_layers(model) if (key := _key(name, "bias")) in tensors}
+    layers = {name: layer for name, layer in weighted_layers(model).items() if name in biases and layer.bias is None}
+    if not len(layers) <= len(norms) <= len(biases):
+        return
+    for norm in norms:
+        replace_module(model, norm, nn.Identity())
+    for name, layer in layers.items():
+        layer.bias = nn.Parameter(torch.empty_like(biases[name], device=layer.get_parameter("weight").device))
+
+
+def _is_absent(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    keys = [_key(name, key) for key in module.state_dict()]
+    return bool(keys) and not any(key in tensors for key in keys)
 
 
 def _load_others(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

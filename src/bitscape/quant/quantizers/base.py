@@ -107,7 +107,7 @@ class FakeQuantizer(nn.Module, ABC):
     def _require_scale(self) -> None:
         if not self.initialized:
             raise BitscapeError(
-                "a fake-quantizer was called before its scale was set: run bitscape.calibrate(model, images) first"
+                "a fake-quantizer was called before its scale was set: call bitscape.quantize(model, policy, data), which sets it"
             )
 
     @torch.no_grad()

@@ -127,7 +127,7 @@ def rounding_tasks(model: nn.Module, moments: Mapping[str, Tensor]) -> dict[str,
     """The tasks of every quantized layer that has moments; raises as `compensate_rounding` says."""
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy) first")
+        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     known = quantizable_layers(model)  # those that stay float need no repair
     unknown = [name for name in moments if name not in known]
     if unknown:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from bitscape.data.batches import DIGITS, IMAGENET, UNIT, Batches
 from bitscape.data.corruptions import CORRUPTIONS, corrupted
 from bitscape.data.sources import Dataset, load_dataset
-from bitscape.engine import QualityGrid, Spent, evaluate, quality_grid
-from bitscape.engine.quality_grid import Cell
+from bitscape.engine import QualityTable, Spent, evaluate, quality_table
+from bitscape.engine.quality_table import Cell
 from bitscape.errors import BitscapeError
 
 
@@ -49,13 +49,13 @@ class BitsByGray(BrightAboveHalf):
         return super().forward(images)
 
 
-def top1(grid: QualityGrid) -> dict[tuple[str, int], float]:
+def top1(grid: QualityTable) -> dict[tuple[str, int], float]:
     return {(cell.corruption, cell.severity): cell.top1 for cell in grid.cells}
 
 
 def test_dark_images_are_lost_where_brightness_lifts_them_over_the_half() -> None:
     # 100/255 = 0.39 passes one half with +0.15, severity 3; 60/255 = 0.24 with +0.30, severity 5; 10/255 = 0.04 never.
-    grid = quality_grid(BrightAboveHalf(), gray([100, 60, 10, 200], [0, 0, 0, 1]), corruptions=("brightness", "gaussian_blur", "contrast"))
+    grid = quality_table(BrightAboveHalf(), gray([100, 60, 10, 200], [0, 0, 0, 1]), corruptions=("brightness", "gaussian_blur", "contrast"))
     assert top1(grid) == {
         ("clean", 0): 100,
         **{("brightness", severity): value for severity, value in enumerate((100, 100, 75, 75, 50), start=1)},
@@ -69,7 +69,7 @@ def test_dark_images_are_lost_where_brightness_lifts_them_over_the_half() -> Non
 
 def test_every_cell_is_evaluate_on_the_corrupted_images() -> None:
     model, batches = small_net(), random_batches()
-    grid = quality_grid(model, batches, severities=(2, 5), seed=3)
+    grid = quality_table(model, batches, severities=(2, 5), seed=3)
     assert len(grid.cells) == 1 + 2 * len(CORRUPTIONS)
     for cell in grid.cells:
         dataset = batches.dataset
@@ -84,7 +84,7 @@ def test_every_cell_is_evaluate_on_the_corrupted_images() -> None:
 
 def test_the_seed_is_that_of_the_noise() -> None:
     def losses(seed: int) -> list[float]:
-        return [cell.loss for cell in quality_grid(small_net(), random_batches(), corruptions=["shot_noise"], seed=seed).cells]
+        return [cell.loss for cell in quality_table(small_net(), random_batches(), corruptions=["shot_noise"], seed=seed).cells]
 
     assert losses(0) == losses(0)
     assert losses(0)[0] == losses(1)[0]
@@ -94,7 +94,7 @@ def test_the_seed_is_that_of_the_noise() -> None:
 def test_bits_are_means_over_images_not_over_batches() -> None:
     values = [1, 2, 4, 8, 16, 32, 64]  # in batches of 3, 3 and 1: the mean of the batches' means would be 28.3
     batches = gray(values, [0] * 7)
-    grid = quality_grid(BitsByGray(), batches, corruptions=["brightness"], severities=[3])
+    grid = quality_table(BitsByGray(), batches, corruptions=["brightness"], severities=[3])
     clean, brighter = grid.cells
     assert clean.bits == pytest.approx(127 / 7)
     assert clean.bitops == pytest.approx(1270 / 7)
@@ -113,7 +113,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model = small_net().train()
     model[1].eval()
     before = [module.training for module in model.modules()]
-    quality_grid(model, random_batches(), corruptions=["contrast"], severities=[1])
+    quality_table(model, random_batches(), corruptions=["contrast"], severities=[1])
     assert [module.training for module in model.modules()] == before
     assert not model._forward_hooks
 
@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_spent_without_a_number_for_each_image_is_refused() -> None:
     model = OneNumberForTheBatch().train()
     with pytest.raises(BitscapeError, match=r"spent\.bitops has shape \(\) after 3 images; the network must set \(3,\)"):
-        quality_grid(model, gray([1, 2, 3], [0, 0, 0]))
+        quality_table(model, gray([1, 2, 3], [0, 0, 0]))
     assert model.training and not model._forward_hooks
 
 
@@ -145,17 +145,17 @@ class Uncalled(nn.Module):
 )
 def test_what_is_not_a_cell_is_refused_before_any_work(arguments: dict[str, tuple[object, ...]], message: str) -> None:
     with pytest.raises(BitscapeError, match=message):
-        quality_grid(Uncalled(), random_batches(), **arguments)
+        quality_table(Uncalled(), random_batches(), **arguments)
 
 
 def test_images_of_one_channel_are_refused_before_any_work() -> None:
     with pytest.raises(BitscapeError, match=r"uint8 \(n, 3, h, w\).*repeat a single channel"):
-        quality_grid(Uncalled(), Batches(dataset=load_dataset("digits", limit=5), normalization=DIGITS))
+        quality_table(Uncalled(), Batches(dataset=load_dataset("digits", limit=5), normalization=DIGITS))
 
 
 def test_a_mean_over_what_the_grid_lacks_is_refused() -> None:
     cells = [Cell(corruption=name, severity=severity, top1=50.0, loss=1.0, images=2) for name, severity in (("clean", 0), ("jpeg", 4))]
-    grid = QualityGrid(tuple(cells))
+    grid = QualityTable(tuple(cells))
     assert grid.severities == (4,)
     for names in (["pixelate"], ["jpeg", "clean"], []):
         with pytest.raises(BitscapeError, match="allowed are one or more of jpeg, each once"):

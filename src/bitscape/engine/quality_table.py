@@ -36,7 +36,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class QualityGrid:
+class QualityTable:
     """A network on clean images, and on the same images under corruptions."""
 
     cells: tuple[Cell, ...] = field(repr=False)
@@ -58,23 +58,23 @@ class QualityGrid:
         return tuple(sorted({cell.severity for cell in self.cells if cell.corruption != CLEAN}))
 
     def mean(self, corruptions: Collection[str] | None = None) -> float:
-        """Return the mean top-1, in percent, over all severities of `corruptions`; None = every one of the grid, not clean.
+        """Return the mean top-1, in percent, over all severities of `corruptions`; None = every one of the table, not clean.
 
-        Raises BitscapeError for a name that the grid does not have, and for no names.
+        Raises BitscapeError for a name that the table does not have, and for no names.
         """
         names = self.corruptions if corruptions is None else corruptions
         _check_names("corruptions", names, self.corruptions)
         return statistics.fmean(cell.top1 for cell in self.cells if cell.corruption in names)
 
 
-def quality_grid(
+def quality_table(
     model: nn.Module,
     batches: Batches,
     *,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
-) -> QualityGrid:
+) -> QualityTable:
     """Evaluate `model` on the images of `batches` as they are, and in every pair of corruption and severity.
 
     batches: uint8 images (n, 3, h, w) with labels; its normalization, batch size and order hold for every cell.
@@ -87,7 +87,7 @@ def quality_grid(
     _check_severities(severities)
     corrupt(batches.dataset.images[:1], corruptions[0], severities[0], seed=seed)  # refuses other images than (n, 3, h, w) at once
     pairs = [(CLEAN, 0), *((name, severity) for name in corruptions for severity in severities)]
-    return QualityGrid(
+    return QualityTable(
         tuple(_cell(model, batches, name, severity, seed) for name, severity in track(pairs, label="corruptions of the images, cell"))
     )
 
