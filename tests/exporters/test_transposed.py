@@ -27,8 +27,13 @@ def volumes() -> nn.Module:
     return nn.Sequential(*body, nn.ConvTranspose3d(8, 2, 2, stride=2))
 
 
-CASES = [(lambda: decoder(1), 2), (lambda: decoder(2), 2), (lambda: decoder(8), 2), (volumes, 3)]
-NAMES = ["plain", "grouped", "depthwise", "volumes"]
+def upsampler() -> nn.Module:
+    """A transposed convolution whose results are the output."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 5, 2, 2))
+
+
+CASES = [(lambda: decoder(1), 2), (lambda: decoder(2), 2), (lambda: decoder(8), 2), (volumes, 3), (upsampler, 2)]
+NAMES = ["plain", "grouped", "depthwise", "volumes", "last"]
 
 
 def examples(dims: int) -> torch.Tensor:

@@ -198,6 +198,14 @@ def _weight_key(node: Any, network: IntegerNetwork) -> str | None:
     return key if node.get_type_name() == "Constant" and name.endswith(".codes") and key in network.weights else None
 
 
+def _weight_of(product: Any, network: IntegerNetwork) -> str | None:
+    """Key of the weight that a product takes; None where its second operand is made of no codes."""
+    node = product
+    while node.get_input_size():
+        node = node.input_value(1 if node is product else 0).get_node()
+    return _weight_key(node, network)
+
+
 def _stored(constant: Any, bits: int) -> Any:
     """What gives the same codes as an i8 constant from one of `bits`."""
     if bits == 8:
@@ -308,7 +316,11 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
     for node in nodes:  # OpenVINO names these products so, except for transposed convolutions
         user = only_user(node) if node.get_type_name() in PRODUCTS else None
-        if user is not None and user.get_type_name() == "Add" and LAYER_NAME.split(user.get_friendly_name())[0] in layers:
+        if user is None or user.get_type_name() != "Add":
+            continue
+        if LAYER_NAME.split(user.get_friendly_name())[0] not in layers and (key := _weight_of(node, network)) is not None:
+            user.set_friendly_name(layer_of(key))  # what becomes an output may have lost its name
+        if LAYER_NAME.split(user.get_friendly_name())[0] in layers:
             node.set_friendly_name(user.get_friendly_name() + PRODUCT)
     kept = {node.get_friendly_name() for node in nodes if LAYER_NAME.split(node.get_friendly_name())[0] in layers}
     for node in nodes:
