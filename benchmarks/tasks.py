@@ -2,7 +2,7 @@
 
     python -m benchmarks.tasks [--network resnet20 ...] [--threads 1]
 
-Every policy is found on 256 samples without labels (64 of large images), its network repaired on the same ones, and measured
+Every policy is found on 256 samples without labels (64 for large images and transformers), its network repaired on the same ones, and measured
 on samples that neither has seen. Two budgets: the bytes of 4-bit weights in every layer beside 8-bit activations, and the
 BitOps of 6/6. The fisher policy of the first budget is exported to packed, ONNX and OpenVINO files, which are checked.
 The networks of ONNX files need the extra `onnx-input`. The two networks of our own are trained once, to runs/tasks.
@@ -138,7 +138,7 @@ def classifier(name: str, source: str, tests: int | None = None) -> Subject:
         task="classes",
         metric="top1",
         test_samples=len(test),
-        images=64 if source == "imagenet_sample1k" else IMAGES,
+        images=64 if source == "imagenet_sample1k" or name == "cct4" else IMAGES,
     )
 
 
@@ -273,7 +273,15 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mobilenetv2_tfslim": partial(classifier, "mobilenetv2_tfslim", "imagenet_sample1k"),
     "yolox_nano": detector,
 }
-METHODS = [("float", 0), ("fisher", 0), ("uniform", 0), ("files", 0), *(("random", seed) for seed in range(5))]
+METHODS = [
+    ("float", None, 0),
+    ("fisher", "4bit", 0),
+    ("uniform", "4bit", 0),
+    ("files", "4bit", 0),
+    *((method, "w6a6", 0) for method in ("fisher", "uniform")),
+    *(("random", variant, seed) for seed in range(5) for variant in BUDGETS),
+]
+"""Method, budget and seed."""
 
 
 @cache
@@ -284,9 +292,8 @@ def subject(network: str) -> Subject:
 
 def wanted(networks: Sequence[str] = tuple(SUBJECTS)) -> Iterator[dict[str, Any]]:
     """Every run, random policies last; "files" are those of the fisher policy at the first budget."""
-    for (method, seed), network in itertools.product(METHODS, networks):
-        for variant in [None] if method == "float" else ["4bit"] if method == "files" else BUDGETS:
-            yield {"network": network, "method": method, "variant": variant, "seed": seed}
+    for (method, variant, seed), network in itertools.product(METHODS, networks):
+        yield {"network": network, "method": method, "variant": variant, "seed": seed}
 
 
 def value(about: Subject, network: nn.Module) -> float:
