@@ -2,8 +2,8 @@
 
     python -m benchmarks.tasks [--network resnet20 ...] [--threads 1]
 
-Every policy is found on 256 samples without labels (64 for large images and transformers), its network repaired on the same ones, and measured
-on samples that neither has seen. Two budgets: the bytes of 4-bit weights in every layer beside 8-bit activations, and the
+Every policy is found on 256 samples without labels (64 for large images and transformers), its network is repaired on the same ones
+and measured on others. Two budgets: the bytes of 4-bit weights in every layer beside 8-bit activations, and the
 BitOps of 6/6. The fisher policy of the first budget is exported to packed, ONNX and OpenVINO files, which are checked.
 The networks of ONNX files need the extra `onnx-input`. The two networks of our own are trained once, to runs/tasks.
 """

@@ -218,6 +218,8 @@ def _keep_and_print(result: "SearchResult", images: int, out: Path | None, score
         click.echo(repairs_text(result.scores))
     click.echo(gain_text(result.gain))
     if scores is not None and result.scores is not None:
-        click.echo(f"scores: {scores}; other budgets need no search: bitscape solve --scores {scores}")
+        shape = "x".join(map(str, choices.network.input_shape))
+        solve = f"bitscape solve --scores {scores} --model {policy.provenance['model']} --input-shape {shape} --budget ..."
+        click.echo(f"scores: {scores}; other budgets need no search: {solve}")
     if out is not None:
         click.echo(f"policy: {out}")
