@@ -359,3 +359,11 @@ def test_a_gap_is_told_in_the_policy_and_in_a_warning(monkeypatch: pytest.Monkey
     monkeypatch.setattr(knapsack, "near_best", lambda *_, **__: [stopped])
     assert allocate(scores, measured, budget, {}, time_limit_s=3.0).provenance["gap"] == 0.25
     assert "stopped after 3 s; a better policy could save at most 25.00% of the score that the budget costs" in caplog.text
+
+
+def test_layers_with_a_single_pair_need_no_scores_that_differ() -> None:
+    measured = network(layer("a"), layer("b"), layer("c"))
+    scores = ScoreTable(("b",), (LayerBits(4, 4),), np.array([[3.2e-6]]), "fisher")
+    budget = Budget({"weight_bytes": cost("weight_bytes", measured, uniform(measured, 8, 8))})
+    policy = allocate(scores, measured, budget, {"a": LayerBits(8, 8), "c": LayerBits(8, 8)})
+    assert policy.layers["b"] == LayerBits(4, 4)

@@ -75,3 +75,9 @@ def test_layers_that_stay_float_override_the_default():
 def test_mistakes_name_what_is_wrong(arguments, message):
     with pytest.raises(BitscapeError, match=message):
         free_layers(HEADS, ["bitops"], **arguments)
+
+
+@pytest.mark.parametrize("pinned", [["head.box"], "head.box"])
+def test_pins_that_are_no_mapping_are_refused(pinned):
+    with pytest.raises(BitscapeError, match=r"pinned: .* is no mapping; write e\.g\. "):
+        free_layers(HEADS, ["bitops"], pinned=pinned)

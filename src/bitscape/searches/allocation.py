@@ -161,6 +161,7 @@ def group_scores(scores: ScoreTable, choices: Choices) -> NDArray[np.float64]:
 
 def _check_say_something(scores: ScoreTable, values: NDArray[np.float64]) -> None:
     """Raise BitscapeError if no group's pairs differ in score: any policy would be as good."""
+    values = values[np.isfinite(values).sum(axis=1) > 1]  # groups with a choice
     finite = np.where(np.isfinite(values), values, np.nan)
     ranges = np.nanmax(finite, axis=1, initial=-np.inf) - np.nanmin(finite, axis=1, initial=np.inf)
     if values.shape[1] > 1 and len(values) and bool((ranges <= EQUAL * np.nanmax(np.abs(finite))).all()):

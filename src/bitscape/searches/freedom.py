@@ -67,6 +67,8 @@ def free_layers(
         BitscapeError: names and patterns of no layer, or of layers that are never called; tied layers pinned to
             different bits; a layer that is pinned and kept float.
     """
+    if pinned is not None and not isinstance(pinned, Pins | Mapping):
+        raise BitscapeError(f'pinned: {pinned!r} is no mapping; write e.g. {{"conv1": "8/8", "head*": "8/8"}}')
     pins = pinned if isinstance(pinned, Pins) else Pins() if pinned is None else Pins(pinned, ends=False)
     asked = _resolved("pinned", {name: _bits(name, bits) for name, bits in pins.layers.items()}, network)
     floats = _resolved("keep_float", dict.fromkeys(keep_float, LayerBits.FLOAT), network)
