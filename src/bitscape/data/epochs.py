@@ -22,13 +22,12 @@ from bitscape.data.cuts import Cuts
 from bitscape.data.reading import BatchReader, collated, is_map_dataset, is_one_batch
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
-from bitscape.data.streams import RandomStream, seed_of
+from bitscape.data.streams import RandomStream, generators_of, seed_of
 from bitscape.errors import BitscapeError
 from bitscape.nested import tensors_in
 
 BATCH_SIZE = 128
 """Samples of a batch, for data without batches."""
-_END = object()
 
 
 class Epochs(Protocol):
@@ -190,16 +189,11 @@ class Loaded:
 
     def _iterated(self, number: int) -> Iterator[Minibatch]:
         self._begin(number)
-        stream = RandomStream(self.seed, number)
-        with stream.drawing():
-            batches = iter(self.data)
-        while True:
-            with stream.drawing():
-                batch = next(batches, _END)
-                if batch is _END:
-                    return
-                part = self.reader.read(batch)
-            yield part
+        return RandomStream(self.seed, number).through(self._read())
+
+    def _read(self) -> Iterator[Minibatch]:
+        for batch in self.data:
+            yield self.reader.read(batch)
 
     def _begin(self, number: int) -> None:
         """Tell samplers and datasets the epoch; a generator of the loader's own is seeded, since a
@@ -211,8 +205,8 @@ class Loaded:
         ):
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(number)
-            if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-                generator.manual_seed(seed_of(self.seed, number, "loader"))
+        for generator in generators_of(self.data):
+            generator.manual_seed(seed_of(self.seed, number, "loader"))
 
 
 def epochs_of(
