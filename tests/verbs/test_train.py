@@ -151,6 +151,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(way: dict[str, Any], killed_after
     assert same(resumed, whole) and without_times(result) == without_times(expected)
 
 
+def test_a_run_that_failed_goes_on_in_the_same_process_at_the_same_rates(tmp_path: Path) -> None:
+    def run(network: nn.Module, built: torch.optim.Optimizer, steps: int, **settings: Any) -> list[Any]:
+        usual = {"epochs": 4, "batch_size": 8, "optimizer": built, "schedule": bs.Cosine()}
+        step = KilledAfter(steps)
+        return without_times(bs.train(network, (LEFT, LABELS), step=step, **usual, **settings))
+
+    whole, network = classifier(), classifier()
+    expected = run(whole, torch.optim.SGD(whole.parameters(), lr=0.1), 12)
+    built = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(Killed):
+        run(network, built, 9, folder=tmp_path)
+    assert built.param_groups[0]["lr"] == 0.1
+    assert run(network, built, 12, folder=tmp_path) == expected and same(network, whole)
+    assert built.param_groups[0]["lr"] == 0.1
+    built.param_groups[0]["lr"] = 0.01  # as a run that the process was killed in may leave it
+    assert run(network, built, 0, folder=tmp_path) == expected
+    assert built.param_groups[0]["lr"] == 0.1
+
+
 def test_the_result_is_that_of_a_plain_loop() -> None:
     loader = DataLoader(TensorDataset(LEFT, LABELS), batch_size=8)
     trained, by_hand = classifier(), classifier()

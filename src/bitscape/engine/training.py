@@ -179,6 +179,7 @@ def train(
     )
     with ExitStack() as block:
         block.enter_context(_seeded(seed, device))
+        block.callback(state.rates.put_back)
 
         def read(output: Any, samples: int) -> Any:
             return task.read(output, samples, loop.highest_label)
