@@ -73,12 +73,17 @@ def budget_kinds(texts: str | Iterable[str] | Mapping[str, float | str], *, has_
 BudgetText = str | Iterable[str] | Mapping[str, float | str]
 
 
+def lasting(texts: BudgetText) -> BudgetText:
+    """Return texts that can be gone through again: those of a generator as a tuple."""
+    return tuple(texts) if isinstance(texts, Iterator) else texts
+
+
 def split_drop(texts: BudgetText) -> tuple[float | None, dict[str, float | str]]:
     """Return the drop that a budget allows, None without one, and its caps by kind.
 
     Raises BitscapeError for a drop that is no positive number.
     """
-    texts = _lasting(texts)
+    texts = lasting(texts)
     entries = _entries(texts)
     drops = [value for kind, value in entries if kind == DROP]
     caps = {kind: value for kind, value in entries if kind != DROP}
@@ -103,7 +108,7 @@ def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_la
 
 
 def _checked(texts: BudgetText, *, has_latency: bool) -> list[tuple[str, float | str]]:
-    texts = _lasting(texts)
+    texts = lasting(texts)
     entries = _entries(texts)
     kinds = [kind for kind, _ in entries]
     for kind, value in entries:
@@ -122,11 +127,6 @@ def _checked(texts: BudgetText, *, has_latency: bool) -> list[tuple[str, float |
     if not entries:
         raise BitscapeError(f"budget={texts!r} holds no cap; examples: {_EXAMPLES}")
     return entries
-
-
-def _lasting(texts: BudgetText) -> BudgetText:
-    """Texts that can be gone through again: a generator's are read once."""
-    return tuple(texts) if isinstance(texts, Iterator) else texts
 
 
 def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:
