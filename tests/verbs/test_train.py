@@ -581,6 +581,40 @@ def test_settings_of_another_run_are_refused(tmp_path: Path) -> None:
             run(**changed)
 
 
+def first_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets)
+
+
+def second_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+def first_metric(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float()
+
+
+second_loss.__qualname__ = "first_loss"  # as when a notebook's cell was edited
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loss": second_loss}, "loss.task.own_loss was 'first_loss, code .*' and is 'first_loss, code .*'"),
+        ({"metric": lambda outputs, targets: outputs.mean()}, "metric.function was 'first_metric, code .*' and is '<lambda>, code"),
+        ({"metric": None}, "metric.kind was 'Averaged' and is 'TopK'"),
+        ({"loss": bs.Loss(), "metric": lambda outputs, targets: 0.0}, "metric.function was 'first_metric, "),
+        ({"augment": lambda inputs: inputs * 2}, "augment was None and is '<lambda>, code "),
+    ],
+    ids=["loss", "metric", "no metric", "both", "augment"],
+)
+def test_a_run_does_not_go_on_with_other_functions(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    usual = {"epochs": 1, "loss": first_loss, "metric": first_metric, "folder": tmp_path}
+    expected = without_times(bs.train(classifier(), (LEFT, LABELS), **usual))
+    assert without_times(bs.train(classifier(), (LEFT, LABELS), **usual)) == expected  # only read
+    with pytest.raises(CheckpointError, match=said):
+        bs.train(classifier(), (LEFT, LABELS), **{**usual, **changed})
+
+
 def foreign() -> torch.optim.Optimizer:
     return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 

@@ -46,9 +46,7 @@ SAMPLE = 64
 """Images whose outputs determine the spread."""
 _BACKWARD = re.compile(r"Backward\d*$")
 _MOVES = frozenset(
-    "Alias AsStrided Cat Clamp ClampMax ClampMin Clone Expand Flip Index IndexSelect Permute "
-    "ReshapeAlias Select Slice Split SplitWithSizes Squeeze Stack T ToCopy Transpose Unbind "
-    "UnsafeView Unsqueeze View".split()
+    ["Alias", "AsStrided", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Flip", "Index", "IndexSelect", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"]
 )
 """Operations, by the names of their gradients, behind which a probability stays one."""
 

@@ -126,6 +126,7 @@ def train(
         "optimizer": describe_optimizer(optimizer),
         "schedule": describe_schedule(schedule),
         "task": task.name,
+        "metric": describe(task.metric),
         "loss": describe(loss),
         "augment": describe(augment),
         "reference": describe(reference),
