@@ -45,9 +45,12 @@ TaskName = Literal["classes", "dense", "binary", "follow"]
 SAMPLE = 64
 """Images whose outputs determine the spread."""
 _BACKWARD = re.compile(r"Backward\d*$")
-_MOVES = frozenset(
-    ["Alias", "AsStrided", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Flip", "Index", "IndexSelect", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"]
-)
+_MOVES = {
+    "Alias", "AsStrided", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Flip",
+    "Index", "IndexSelect", "Permute", "ReshapeAlias", "Select", "Slice", "Split",
+    "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView",
+    "Unsqueeze", "View",
+}
 """Operations, by the names of their gradients, behind which a probability stays one."""
 
 
