@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bitscape.cost.budget import Budget, parse_budget
+from bitscape.cost.budget import Budget, budget_kinds, parse_budget, split_drop
 from bitscape.cost.layers import measure
 from bitscape.cost.policy_cost import CAPS, bitops, cost, policy_cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, uniform_policy
+from bitscape.searches.choices import Choices
 
 COUNTED = [kind for kind, row in CAPS.items() if not row.measured]
 NETWORK = measure(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 10)), (3, 6, 6))
@@ -91,6 +92,19 @@ def test_several_caps_from_every_form_of_input():
     assert parse_budget(["bitops=w4a4", "weight_bytes=2kB"], NETWORK, PINNED).caps == expected
     assert parse_budget(("bitops=w4a4, weight_bytes=2000",), NETWORK, PINNED).caps == expected
     assert parse_budget({"bitops": "w4a4", "weight_bytes": 2000}, NETWORK, PINNED).caps == expected
+
+
+def test_texts_of_a_generator_are_read_once():
+    texts = ["weight_bytes=2000", "bitops=w4a4", "drop=0.5"]
+    assert split_drop(text for text in texts) == (0.5, {"weight_bytes": "2000", "bitops": "w4a4"})
+    expected = parse_budget(texts[:2], NETWORK, PINNED)
+    assert parse_budget((text for text in texts[:2]), NETWORK, PINNED) == expected
+    assert budget_kinds(iter(texts[:2]), has_latency=False) == ["weight_bytes", "bitops"]
+    assert Choices.of(NETWORK, iter(texts[:2])).budget == Choices.of(NETWORK, texts[:2]).budget
+    with pytest.raises(BitscapeError, match=r"budget gives drop twice"):
+        split_drop(iter(["drop=1", "drop=2"]))
+    with pytest.raises(BitscapeError, match=r"budget=\(\) holds no cap"):
+        parse_budget(iter([]), NETWORK)
 
 
 def test_pinned_layers_keep_their_bits():

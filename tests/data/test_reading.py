@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -46,9 +48,9 @@ def values(samples):
     ],
     ids=["tensor", "array", "list", "dataset", "loader", "generator"],
 )
-def test_inputs_alone_are_read_in_order(data):
+def test_inputs_alone_are_read(data):
     samples = read_samples(data, READER, count=100)
-    assert values(samples) == list(range(10))
+    assert sorted(values(samples)) == list(range(10))
     assert not samples.labelled
 
 
@@ -59,14 +61,15 @@ def test_inputs_alone_are_read_in_order(data):
 )
 def test_targets_are_the_second_entry_or_the_label(data):
     samples = read_samples(data, READER, count=100)
-    assert values(samples) == list(range(10))
-    assert torch.cat([part.targets for part in samples.parts]).tolist() == Y.tolist()
+    assert sorted(values(samples)) == list(range(10))
+    labels = torch.cat([part.targets for part in samples.parts]).tolist()
+    assert labels == [value % 3 for value in values(samples)]
 
 
 def test_a_mapping_is_read_by_the_names_that_the_forward_takes():
     samples = read_samples(Rows(), BatchReader.of(Pixels()), count=100)
     assert list(samples.parts[0].inputs) == ["pixel_values"]
-    assert samples.parts[0].targets.tolist() == Y.tolist()
+    assert samples.parts[0].targets.tolist() == [value % 3 for value in samples.parts[0].inputs["pixel_values"].flatten().tolist()]
 
 
 def test_functions_of_the_user_read_any_batch():
@@ -79,9 +82,63 @@ def test_functions_of_the_user_read_any_batch():
 
 def test_a_dataset_is_drawn_from_by_the_seed_and_a_loader_from_its_start():
     drawn = values(read_samples(TensorDataset(X), READER, count=4, seed=1))
-    assert drawn == values(read_samples(X, READER, count=4, seed=1)) == sorted(drawn)
+    assert drawn == values(read_samples(X, READER, count=4, seed=1)) != sorted(drawn)
     assert drawn != values(read_samples(X, READER, count=4, seed=2))
     assert values(read_samples(DataLoader(TensorDataset(X), batch_size=3), READER, count=4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [24, 100])
+@pytest.mark.parametrize("made", [tuple, lambda pair: TensorDataset(*pair)], ids=["tensors", "dataset"])
+def test_the_first_few_of_data_sorted_by_class_are_of_all_classes(made, count):
+    labels = torch.arange(3).repeat_interleave(20)
+    samples = read_samples(made((labels.view(60, 1).float(), labels)), READER, count=count)
+    assert len(samples) == min(count, 60)
+    assert set(values(samples.first(12))) == {0.0, 1.0, 2.0}
+
+
+def drawing():
+    for _ in range(3):
+        yield torch.rand(2, 1) + float(np.random.rand()) + random.random()
+
+
+class Drawing:
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, row):
+        return torch.rand(1) + float(np.random.rand()) + random.random()
+
+
+def loader_with_its_own_generator():
+    rows = TensorDataset(torch.arange(50.0).view(50, 1))
+    return DataLoader(rows, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        drawing,
+        Drawing,
+        lambda: DataLoader(Drawing(), batch_size=2),
+        lambda: DataLoader(TensorDataset(torch.arange(50.0).view(50, 1)), batch_size=5, shuffle=True),
+        loader_with_its_own_generator,
+    ],
+    ids=["generator", "dataset", "loader", "shuffled", "generator of its own"],
+)
+def test_what_data_draw_depends_on_the_seed_and_moves_no_state_of_the_callers(data):
+    pass_over, states = data(), []
+    own = getattr(pass_over, "generator", None)
+    before = None if own is None else own.get_state()
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    expected = (float(torch.rand(())), float(np.random.rand()), random.random())
+    for _ in range(2):
+        torch.manual_seed(7), np.random.seed(7), random.seed(7)
+        first = values(read_samples(data() if own is None else pass_over, READER, count=5, seed=3))
+        states.append((float(torch.rand(())), float(np.random.rand()), random.random()))
+        again = values(read_samples(data() if own is None else pass_over, READER, count=5, seed=3))
+        assert first == again != values(read_samples(data(), READER, count=5, seed=4))
+    assert states == [expected, expected]
+    assert own is None or own.get_state().equal(before)
 
 
 def test_no_batch_behind_the_last_sample_is_loaded():

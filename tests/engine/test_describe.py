@@ -1,4 +1,11 @@
 import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +31,61 @@ def test_everything_is_json() -> None:
     value = {"a": (Sgd(), tiny_net(), torch.bfloat16, len, None), "b": torch.tensor(1.0), "c": torch.zeros(0, 3)}
     assert json.loads(json.dumps(describe(value))) == describe(value)
     assert describe(len) == "len"
+
+
+def scaled(factor: float) -> Callable[[float], float]:
+    return lambda value: value * factor
+
+
+def test_functions_differ_by_code_defaults_and_what_they_close_over() -> None:
+    functions: list[Any] = [
+        lambda value: value + 1,
+        lambda value: value + 2,
+        lambda value: value.abs() + 1,
+        lambda value: [item + 1 for item in value],
+        lambda value: [item + 2 for item in value],
+        lambda value, by=1: value + by,
+        lambda value, by=2: value + by,
+        lambda value, *, by=3: value + by,
+        lambda value: value in {"a", "b"},
+        scaled(1.0),
+        scaled(2.0),
+        partial(max, 1),
+        partial(max, 2),
+        partial(scaled(3.0), 1),
+    ]
+    described = [json.dumps(describe(function)) for function in functions]
+    assert len(set(described)) == len(functions)
+    assert describe(scaled(2.0)) == describe(scaled(2.0))
+
+
+def test_a_function_is_told_by_its_name_and_no_method_by_the_object() -> None:
+    named = str(describe(scaled))
+    assert re.fullmatch("scaled, code [0-9a-f]{16}", named)
+    assert describe(Sgd(lr=0.1).build) == describe(Sgd(lr=0.2).build)
+
+
+def test_what_a_function_counts_up_or_calls_itself_by_is_no_setting() -> None:
+    calls = 0
+
+    def again(depth: int) -> int:
+        nonlocal calls
+        calls += 1
+        return again(depth - 1) if depth else calls
+
+    before = describe(again)
+    assert again(2) == 3 and describe(again) == before
+
+
+def test_a_hash_of_code_is_the_same_in_every_process() -> None:
+    source = "from bitscape.engine.describe import describe; print(describe(lambda value: value in {'a', 'b', 'c'}))"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", source], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1 and seen.pop().startswith("<lambda>, code ")
 
 
 def test_large_tensors_are_sampled_along_their_whole_length() -> None:

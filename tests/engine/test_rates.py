@@ -28,6 +28,27 @@ def test_ours_multiply_every_groups_rate() -> None:
         assert rates.used == pytest.approx(0.4 * factor)
 
 
+def test_a_run_goes_on_from_its_own_base_and_puts_it_back() -> None:
+    first, lowered = optimizer(), optimizer()
+    state = Rates(optimizer=first, schedule=Cosine()).state()
+    for group in lowered.param_groups:
+        group["lr"] /= 8
+    rates = Rates(optimizer=lowered, schedule=Cosine())
+    rates.restore(state)
+    rates.before_step(Position(5, 10, 10))
+    assert [group["lr"] for group in lowered.param_groups] == pytest.approx([0.2, 0.1])
+    rates.put_back()
+    assert [group["lr"] for group in lowered.param_groups] == [0.4, 0.2]
+
+
+def test_only_our_schedule_is_undone() -> None:
+    made = optimizer()
+    rates = Rates(optimizer=made, schedule=None)
+    made.param_groups[0]["lr"] = 0.3  # by the user's hook, for instance
+    rates.put_back()
+    assert [group["lr"] for group in made.param_groups] == [0.3, 0.2]
+
+
 def test_those_of_torch_move_after_a_step_and_go_on_from_their_state() -> None:
     first = optimizer()
     rates = Rates(optimizer=first, schedule=StepLR(first, 2, 0.1))

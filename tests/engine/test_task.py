@@ -27,11 +27,55 @@ def linear(outputs: int, *last: nn.Module) -> nn.Module:
         (linear(3), Classes()),
         (linear(2), Classes()),
         (linear(1, nn.Sigmoid()), Binary(probabilities=True)),
-        (linear(1, nn.Sigmoid(), nn.Flatten(0)), None),
+        (linear(1, nn.Sigmoid(), nn.Flatten(0)), Binary(probabilities=True)),
     ],
 )
-def test_the_shape_of_the_outputs_tells_the_task(model: nn.Module, task: Task | None) -> None:
-    assert task_of(model, IMAGES) == task or (task is None and task_of(model, IMAGES).name == "follow")
+def test_the_shape_of_the_outputs_tells_the_task(model: nn.Module, task: Task) -> None:
+    assert task_of(model, IMAGES) == task
+
+
+class After(nn.Module):
+    """A linear layer of one output, and what follows it."""
+
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(4, 1), last
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.linear(x))
+
+
+PROBABILITIES = {
+    "squeezed": lambda x: x.sigmoid().squeeze(1),
+    "flattened": lambda x: x.sigmoid().flatten(),
+    "reshaped": lambda x: x.sigmoid().reshape(-1).contiguous(),
+    "picked": lambda x: x.sigmoid()[:, 0],
+    "deeper": lambda x: x.sigmoid().unsqueeze(1).transpose(1, 2),
+    "another type": lambda x: x.sigmoid().double().squeeze(-1),
+    "clamped": lambda x: x.sigmoid().clamp(1e-6, 1 - 1e-6),
+    "put together": lambda x: torch.cat([x[:8].sigmoid(), x[8:].sigmoid()]),
+}
+NO_PROBABILITIES = {
+    "logits": lambda x: x.squeeze(1),
+    "scaled": lambda x: 3 * x.sigmoid().squeeze(1),
+    "put together with others": lambda x: torch.cat([x[:8].sigmoid(), x[8:]]),
+}
+
+
+@pytest.mark.parametrize("last", PROBABILITIES.values(), ids=PROBABILITIES)
+def test_a_sigmoid_is_seen_behind_whatever_moves_its_values(last: Any) -> None:
+    model, answers = After(last).eval(), torch.arange(16) % 2
+    assert task_of(model, IMAGES) == Binary(probabilities=True)
+    assert task_of(model, IMAGES, "binary") == Binary(probabilities=True)
+    assert task_of(model, IMAGES, targets=answers) == Binary(probabilities=True)
+
+
+@pytest.mark.parametrize("last", NO_PROBABILITIES.values(), ids=NO_PROBABILITIES)
+def test_what_computes_with_a_sigmoid_gives_no_probabilities(last: Any) -> None:
+    model, answers = After(last).eval(), torch.arange(16) % 2
+    assert task_of(model, IMAGES).name == "follow"
+    assert task_of(model, IMAGES, "binary") == Binary()
+    assert task_of(model, IMAGES, targets=answers) == Binary()
 
 
 @pytest.mark.parametrize("model", [linear(1), linear(1, nn.Flatten(0)), linear(8, nn.Unflatten(1, (2, 2, 2)))])

@@ -5,6 +5,7 @@ from torch import nn
 import bitscape as bs
 from bitscape.data.samples import Samples
 from bitscape.searches.choices import InfeasibleBudget
+from bitscape.verbs.proxy import parted, proxy_of
 from tests.networks import CALLED
 
 pytestmark = pytest.mark.slow
@@ -22,13 +23,14 @@ IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 def test_all_of_it_equals_its_parts(tmp_path):
     model, files = classifier(), [tmp_path / "net.safetensors", tmp_path / "policy.json"]
     made = bs.compress(model, IMAGES, "4bit", files)
-    policy = bs.search(model, IMAGES[:30], "4bit").policy
-    network = bs.quantize(model, policy, IMAGES[:30])
+    seen, held_out = parted(proxy_of(model, IMAGES, count=256, inputs=None, seed=0))
+    policy = bs.search(model, seen, "4bit").policy
+    network = bs.quantize(model, policy, seen)
     assert bs.Policy.load(files[1]).layers == made.result.policy.layers == policy.layers
     with torch.no_grad():
         assert torch.equal(made.network(IMAGES), network(IMAGES))
         assert torch.equal(bs.load_packed(files[0], model)(IMAGES), network(IMAGES))
-    error = bs.evaluate(network, IMAGES[30:], task="follow", reference=model)
+    error = bs.evaluate(network, held_out, task="follow", reference=model)
     in_float, mixed, uniform = made.forms
     assert (in_float.evaluation.value, mixed.evaluation) == (0.0, error)
     # 8 * 27, 8 * 72 and 5 * 8 weights, in whole words, and 21 scales

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitscape as bs
 from bitscape.engine import NonFiniteError
-from bitscape.engine.task import Binary
+from bitscape.engine.task import Binary, Follow
 
 DRAWN = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(22, 4, generator=DRAWN)
@@ -119,6 +119,34 @@ def test_relative_errors_of_all_outputs_to_a_reference() -> None:
         assert seen.value == pytest.approx(0.25)
         assert seen.numbers["relative_error.boxes.0"] == pytest.approx(0.5)
         assert seen.numbers["relative_error.scores"] == 0.0
+
+
+class EndToEnd(nn.Module):
+    """A detector whose cells of all images lie one behind the other."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x.reshape(-1, 2)
+
+
+def test_outputs_that_lie_end_to_end_are_compared_image_by_image() -> None:
+    seen = bs.evaluate(EndToEnd(1.5), [INPUTS], reference=EndToEnd(1.0))
+    assert (seen.metric, seen.value, seen.samples) == ("relative_error", pytest.approx(0.5), 22)
+    targets = EndToEnd(2.0)(INPUTS)
+    task = Follow({"output0": 1.0})
+    (rows, highest) = task.read_targets(targets, 22)
+    assert torch.equal(rows["output0"], 2 * INPUTS) and highest == -1
+    assert bs.evaluate(EndToEnd(1.0), [(INPUTS, targets)], task="follow").value == pytest.approx(0.5)
+
+
+def test_a_sigmoid_behind_which_values_are_moved_gives_probabilities() -> None:
+    network = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid(), nn.Flatten(0))
+    answers = (network(INPUTS) > 0.5).long()
+    assert 0 < int(answers.sum()) < 22
+    assert bs.evaluate(network, (INPUTS, answers)).numbers["accuracy"] == 100.0
 
 
 def test_a_regression_is_compared_with_its_targets() -> None:

@@ -15,6 +15,13 @@ from tests.verbs.test_verbs import IMAGES, LABELS, classifier
 CANDIDATES = [bs.LayerBits(weight, 8) for weight in (2, 4, 8)]
 
 
+def test_a_budget_may_be_a_generator() -> None:
+    texts = ["weight_bytes=w8", "bitops=w8a8"]
+    expected = bs.search(classifier(), IMAGES, texts, candidates=CANDIDATES, method="uniform").policy
+    policy = bs.search(classifier(), IMAGES, iter(texts), candidates=CANDIDATES, method="uniform").policy
+    assert policy == expected and len(policy.provenance["budget"]) == 2
+
+
 class Pair(nn.Module):
     """Features of an image and of whole numbers, kept where a mask says so."""
 

@@ -153,6 +153,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(way: dict[str, Any], killed_after
     assert same(resumed, whole) and without_times(result) == without_times(expected)
 
 
+def test_a_run_that_failed_goes_on_in_the_same_process_at_the_same_rates(tmp_path: Path) -> None:
+    def run(network: nn.Module, built: torch.optim.Optimizer, steps: int, **settings: Any) -> list[Any]:
+        usual = {"epochs": 4, "batch_size": 8, "optimizer": built, "schedule": bs.Cosine()}
+        step = KilledAfter(steps)
+        return without_times(bs.train(network, (LEFT, LABELS), step=step, **usual, **settings))
+
+    whole, network = classifier(), classifier()
+    expected = run(whole, torch.optim.SGD(whole.parameters(), lr=0.1), 12)
+    built = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(Killed):
+        run(network, built, 9, folder=tmp_path)
+    assert built.param_groups[0]["lr"] == 0.1
+    assert run(network, built, 12, folder=tmp_path) == expected and same(network, whole)
+    assert built.param_groups[0]["lr"] == 0.1
+    built.param_groups[0]["lr"] = 0.01  # as a run that the process was killed in may leave it
+    assert run(network, built, 0, folder=tmp_path) == expected
+    assert built.param_groups[0]["lr"] == 0.1
+
+
 def test_the_result_is_that_of_a_plain_loop() -> None:
     loader = DataLoader(TensorDataset(LEFT, LABELS), batch_size=8)
     trained, by_hand = classifier(), classifier()
@@ -562,6 +581,40 @@ def test_settings_of_another_run_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=said):
             run(**changed)
+
+
+def first_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets)
+
+
+def second_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+def first_metric(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float()
+
+
+second_loss.__qualname__ = "first_loss"  # as when a notebook's cell was edited
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loss": second_loss}, "loss.task.own_loss was 'first_loss, code .*' and is 'first_loss, code .*'"),
+        ({"metric": lambda outputs, targets: outputs.mean()}, "metric.function was 'first_metric, code .*' and is '<lambda>, code"),
+        ({"metric": None}, "metric.kind was 'Averaged' and is 'TopK'"),
+        ({"loss": bs.Loss(), "metric": lambda outputs, targets: 0.0}, "metric.function was 'first_metric, "),
+        ({"augment": lambda inputs: inputs * 2}, "augment was None and is '<lambda>, code "),
+    ],
+    ids=["loss", "metric", "no metric", "both", "augment"],
+)
+def test_a_run_does_not_go_on_with_other_functions(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    usual = {"epochs": 1, "loss": first_loss, "metric": first_metric, "folder": tmp_path}
+    expected = without_times(bs.train(classifier(), (LEFT, LABELS), **usual))
+    assert without_times(bs.train(classifier(), (LEFT, LABELS), **usual)) == expected  # only read
+    with pytest.raises(CheckpointError, match=said):
+        bs.train(classifier(), (LEFT, LABELS), **{**usual, **changed})
 
 
 def foreign() -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -61,17 +61,21 @@ def parse_budget(
     number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are.
     Raises BitscapeError naming the kind, the value and examples; for `latency_ms` also if the network has no latency table.
     """
-    check_form(texts, has_latency=network.has_latency)
-    return Budget({kind: _absolute(kind, value, network, pinned or {}) for kind, value in _entries(texts)})
+    entries = _checked(texts, has_latency=network.has_latency)
+    return Budget({kind: _absolute(kind, value, network, pinned or {}) for kind, value in entries})
 
 
 def budget_kinds(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> list[str]:
     """Return the kinds of cost that a budget caps. Raises BitscapeError as `check_form` does."""
-    check_form(texts, has_latency=has_latency)
-    return [kind for kind, _ in _entries(texts)]
+    return [kind for kind, _ in _checked(texts, has_latency=has_latency)]
 
 
 BudgetText = str | Iterable[str] | Mapping[str, float | str]
+
+
+def lasting(texts: BudgetText) -> BudgetText:
+    """Return texts that can be gone through again: those of a generator as a tuple."""
+    return tuple(texts) if isinstance(texts, Iterator) else texts
 
 
 def split_drop(texts: BudgetText) -> tuple[float | None, dict[str, float | str]]:
@@ -79,6 +83,7 @@ def split_drop(texts: BudgetText) -> tuple[float | None, dict[str, float | str]]
 
     Raises BitscapeError for a drop that is no positive number.
     """
+    texts = lasting(texts)
     entries = _entries(texts)
     drops = [value for kind, value in entries if kind == DROP]
     caps = {kind: value for kind, value in entries if kind != DROP}
@@ -99,6 +104,11 @@ def split_drop(texts: BudgetText) -> tuple[float | None, dict[str, float | str]]
 
 def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> None:
     """Raise BitscapeError for texts that no network could make a budget of; see `parse_budget`."""
+    _checked(texts, has_latency=has_latency)
+
+
+def _checked(texts: BudgetText, *, has_latency: bool) -> list[tuple[str, float | str]]:
+    texts = lasting(texts)
     entries = _entries(texts)
     kinds = [kind for kind, _ in entries]
     for kind, value in entries:
@@ -116,6 +126,7 @@ def check_form(texts: str | Iterable[str] | Mapping[str, float | str], *, has_la
             raise BitscapeError(f"budget gives {kind} twice, the second time as {value!r}; give each kind once")
     if not entries:
         raise BitscapeError(f"budget={texts!r} holds no cap; examples: {_EXAMPLES}")
+    return entries
 
 
 def _entries(texts: str | Iterable[str] | Mapping[str, float | str]) -> list[tuple[str, float | str]]:

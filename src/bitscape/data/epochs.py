@@ -22,7 +22,7 @@ from bitscape.data.cuts import Cuts
 from bitscape.data.reading import BatchReader, collated, is_map_dataset, is_one_batch
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
-from bitscape.data.streams import RandomStream, seed_of
+from bitscape.data.streams import RandomStream, generators_of, seed_of
 from bitscape.errors import BitscapeError
 from bitscape.nested import tensors_in
 
@@ -30,7 +30,6 @@ BATCH_SIZE = 128
 """Samples of a batch, for data without batches."""
 AS_READ = BatchReader(inputs=attrgetter("inputs"), targets=attrgetter("targets"))
 """Of data that are read already: a `Minibatch`."""
-_END = object()
 
 
 class Epochs(Protocol):
@@ -192,16 +191,11 @@ class Loaded:
 
     def _iterated(self, number: int) -> Iterator[Minibatch]:
         self._begin(number)
-        stream = RandomStream(self.seed, number)
-        with stream.drawing():
-            batches = iter(self.data)
-        while True:
-            with stream.drawing():
-                batch = next(batches, _END)
-                if batch is _END:
-                    return
-                part = self.reader.read(batch)
-            yield part
+        return RandomStream(self.seed, number).through(self._read())
+
+    def _read(self) -> Iterator[Minibatch]:
+        for batch in self.data:
+            yield self.reader.read(batch)
 
     def _begin(self, number: int) -> None:
         """Tell samplers and datasets the epoch; a generator of the loader's own is seeded, since a
@@ -213,8 +207,8 @@ class Loaded:
         ):
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(number)
-            if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-                generator.manual_seed(seed_of(self.seed, number, "loader"))
+        for generator in generators_of(self.data):
+            generator.manual_seed(seed_of(self.seed, number, "loader"))
 
 
 def epochs_of(

@@ -21,6 +21,7 @@ from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
+from bitscape.data.streams import RandomStream, own_generators
 from bitscape.errors import BitscapeError, first_line
 from bitscape.nested import tensors_in
 
@@ -65,10 +66,12 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
 
     Args:
         data: a tensor, or a tuple or mapping of tensors (one large batch); a torch or Hugging Face dataset, or `Batches`
-            (both drawn from, by `seed`; of one that can only be iterated, the first samples); or an iterable of batches,
-            such as a DataLoader (its first samples).
+            (all drawn from by `seed`, and kept in the order of the draw; of a dataset that can only be iterated, the
+            first samples); or an iterable of batches, such as a DataLoader (its first samples).
         reader: how a batch is read.
         count: most samples that are kept.
+        seed: of the draw, and of what loaders and datasets draw from Python, numpy, torch or a generator of their own;
+            the global random states are the caller's again afterwards.
 
     Raises:
         BitscapeError: no samples, a batch that cannot be read, or data of another kind.
@@ -77,7 +80,9 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
         raise BitscapeError(f"count = {count}: it must be at least 1")
     if isinstance(data, Samples):
         return data.first(count)
-    return Samples(_until(count, (reader.read(batch) for batch in _batches(data, count, seed))))
+    made = (reader.read(batch) for batch in _batches(data, count, seed))
+    with own_generators(data, seed):
+        return Samples(_until(count, RandomStream(seed).through(made)))
 
 
 def _batches(data: Any, count: int, seed: int) -> Iterator[Any]:
@@ -145,9 +150,8 @@ def _until(count: int, batches: Iterator[Minibatch]) -> Iterator[Minibatch]:
 
 
 def _drawn(rows: int, count: int, seed: int) -> Tensor:
-    if rows <= count:
-        return torch.arange(rows)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    """In the order of the draw: of data sorted by class the first few rows hold one class alone."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 def _keywords(model: nn.Module) -> frozenset[str]:

@@ -2,12 +2,15 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+Item = TypeVar("Item")
+_END = object()
 
 
 def seed_of(*position: object) -> int:
@@ -40,6 +43,40 @@ class RandomStream:
         finally:
             self._state = _state()
             _restore(before)
+
+    def through(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, each made within a block; between them the random states are the caller's."""
+        with self.drawing():
+            iterator = iter(items)
+        while True:
+            with self.drawing():
+                item: Any = next(iterator, _END)
+            if item is _END:
+                return
+            yield item
+
+
+def generators_of(data: object) -> Iterator[torch.Generator]:
+    """Yield the generators of its own that a dataset, or a loader with its samplers, draws from."""
+    parts = [getattr(data, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    for part in (data, *parts):
+        if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+            yield generator
+
+
+@contextmanager
+def own_generators(data: object, *position: object) -> Iterator[None]:
+    """Within the block the generators of `data` have a seed of the position; afterwards their
+    states of before.
+    """
+    states = [(generator, generator.get_state()) for generator in generators_of(data)]
+    for generator, _ in states:
+        generator.manual_seed(seed_of(*position, "loader"))
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _state() -> tuple[Any, ...]:

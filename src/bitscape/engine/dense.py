@@ -68,7 +68,7 @@ class Dense:
         check_highest(highest_label, logits.shape[1])
         return logits
 
-    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+    def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return labels, int64 (n, ...)."""
         labels = target_tensor("labels", targets)
         if labels.is_floating_point():

@@ -1,10 +1,13 @@
 """Settings as plain JSON data, so that a run can be told from another one."""
 
+import dis
 import enum
 import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy
@@ -20,7 +23,9 @@ _SAMPLED = 256
 
 
 def describe(value: Any) -> Any:
-    """Return `value` as JSON data: dataclasses as their fields, tensors and networks as shapes and hashes."""
+    """Return `value` as JSON data: dataclasses as their fields, tensors and networks as shapes and hashes, functions as
+    names and hashes.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, numpy.ndarray):
@@ -38,6 +43,12 @@ def describe(value: Any) -> Any:
         return [describe(inner) for inner in value]
     if isinstance(value, torch.dtype | enum.Enum):
         return str(value)
+    if isinstance(value, partial):
+        return {"kind": "partial", "function": describe(value.func), "arguments": describe([value.args, value.keywords])}
+    if isinstance(value, MethodType):
+        return describe(value.__func__)
+    if isinstance(value, FunctionType):
+        return f"{value.__qualname__}, code {_function_hash(value)}"
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
@@ -65,6 +76,36 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def _function_hash(function: FunctionType) -> str:
+    """Of its code, its defaults and the numbers, texts, tensors and functions of its closure. What it looks up elsewhere is left
+    out, and so is what it counts up by itself: that differs from call to call.
+    """
+    code = function.__code__
+    counted_up = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+    cells = {
+        name: describe(cell.cell_contents)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+        if name not in counted_up and _is_setting(cell, function)
+    }
+    told = [_code(code), describe(function.__defaults__), describe(function.__kwdefaults__), cells]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def _is_setting(cell: Any, function: FunctionType) -> bool:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return False
+    return value is not function and isinstance(value, bool | int | float | str | Tensor | FunctionType)
+
+
+def _code(value: Any) -> Any:
+    """Code without the places of its lines; constants as texts that are the same in every process."""
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, value.co_varnames, [_code(constant) for constant in value.co_consts]]
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

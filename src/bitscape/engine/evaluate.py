@@ -187,7 +187,7 @@ class _Tally:
         samples, inputs = len(own), moved(own.inputs, self.where)
         highest = self.highest_label
         if self.reference is None:
-            targets, of_batch = self.task.read_targets(own.targets)
+            targets, of_batch = self.task.read_targets(own.targets, samples)
             targets, highest = moved(targets, self.where), max(highest, of_batch)
         else:
             targets = followed(self.reference, inputs, self.task)

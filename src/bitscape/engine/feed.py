@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, map_tensors
+from bitscape.calling import Inputs, call, map_tensors, sample_count
 from bitscape.data.batches import Batches
 from bitscape.data.epochs import Epochs, Loaded, Rows
 from bitscape.data.samples import Minibatch
@@ -71,7 +71,7 @@ class Feed:
         part(whole)
         if self.reference is not None:
             return Fed(Minibatch(own.inputs), whole, -1)
-        targets, highest = self.task.read_targets(own.targets)
+        targets, highest = self.task.read_targets(own.targets, len(own))
         return Fed(Minibatch(own.inputs, targets), whole, highest)
 
     def _pinned(self, fed: Fed) -> Fed:
@@ -103,7 +103,7 @@ class Feed:
 def followed(reference: nn.Module, inputs: Inputs, task: Task) -> object:
     """Return the outputs of the network that is followed, as targets."""
     with evaluating(reference):
-        return task.read_targets(call(reference, inputs))[0]
+        return task.read_targets(call(reference, inputs), sample_count(inputs))[0]
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:

@@ -54,11 +54,18 @@ class Rates:
     schedule: Schedule | LRScheduler | None
     """One of torch is stepped after each update; None leaves all rates as they are."""
     base: list[Any] = field(init=False)
+    """What a schedule of ours multiplies: each group's rate before the run's first step."""
     used: float | None = field(default=None, init=False)
     """The first group's rate in the last step; None for an optimizer that finds its own."""
 
     def __post_init__(self) -> None:
         self.base = [group.get("lr") for group in self.optimizer.param_groups]
+
+    def put_back(self) -> None:
+        """Undo a schedule of ours, so that the optimizer's next run starts at its full rates."""
+        if self.schedule is not None and not isinstance(self.schedule, LRScheduler):
+            for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+                group["lr"] = base
 
     def before_step(self, position: Position) -> None:
         """Set the rates of the step at hand."""
@@ -77,8 +84,9 @@ class Rates:
             self.schedule.step()
 
     def state(self) -> dict[str, Any]:
-        """What a schedule of torch goes on from."""
+        """What a run goes on from."""
         return {
+            "base": self.base,
             "used": self.used,
             "schedule": self.schedule.state_dict()
             if isinstance(self.schedule, LRScheduler)
@@ -87,7 +95,7 @@ class Rates:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.used = state["used"]
+        self.used, self.base = state["used"], list(state["base"])
         if isinstance(self.schedule, LRScheduler):
             self.schedule.load_state_dict(dict(state["schedule"]))
 

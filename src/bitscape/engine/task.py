@@ -12,6 +12,7 @@ has as its second derivative at the float outputs: the Fisher information, or Ga
 approximation for `follow`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
@@ -43,6 +44,14 @@ from bitscape.models.modes import evaluating
 TaskName = Literal["classes", "dense", "binary", "follow"]
 SAMPLE = 64
 """Images whose outputs determine the spread."""
+_BACKWARD = re.compile(r"Backward\d*$")
+_MOVES = {
+    "Alias", "AsStrided", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Flip",
+    "Index", "IndexSelect", "Permute", "ReshapeAlias", "Select", "Slice", "Split",
+    "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView",
+    "Unsqueeze", "View",
+}
+"""Operations, by the names of their gradients, behind which a probability stays one."""
 
 
 class Task(Protocol):
@@ -93,8 +102,9 @@ class Task(Protocol):
         """
         ...
 
-    def read_targets(self, targets: Any) -> tuple[Any, int]:
-        """Return targets as `loss` and `metric` take them, and the highest label, -1 for none.
+    def read_targets(self, targets: Any, samples: int) -> tuple[Any, int]:
+        """Return the targets of `samples` inputs as `loss` and `metric` take them, and the highest
+        label, -1 for none.
 
         Raises BitscapeError for others.
         """
@@ -156,7 +166,7 @@ class Classes:
         """Return float32 logits (n, k), k above the highest label."""
         return as_logits(only_tensor(output), samples, highest_label)
 
-    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+    def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return labels, int64 (n,), or probabilities (n, k)."""
         labels = target_tensor("labels", targets)
         if labels.is_floating_point() and labels.ndim == 2:
@@ -230,7 +240,7 @@ class Binary:
         """Return float32 outputs (n, ...)."""
         return one_tensor(output, samples)
 
-    def read_targets(self, targets: Any) -> tuple[Tensor, int]:
+    def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return answers, float32 (n, ...), from 0 (no) to 1 (yes)."""
         answers = target_tensor("answers", targets).float()
         if (
@@ -318,7 +328,7 @@ class Follow:
             )
         return rows
 
-    def read_targets(self, targets: Any) -> tuple[dict[str, Tensor], int]:
+    def read_targets(self, targets: Any, samples: int) -> tuple[dict[str, Tensor], int]:
         """Return what is followed by name, float32 (n, values of an image): tensors in the
         structure of the outputs.
         """
@@ -328,7 +338,7 @@ class Follow:
                 "or data with targets"
             )
         followed = targets.float() if isinstance(targets, Tensor) else targets
-        return self.read(followed, sample_count(followed)), -1
+        return self.read(followed, samples), -1
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
         """Half the squared difference in units of the spread, mean over samples and values."""
@@ -397,9 +407,7 @@ def task_of(
         return _by_targets(
             only_tensor(output), targets[:SAMPLE] if targets.ndim else targets, output
         )
-    ends_in_sigmoid = (
-        only is not None and only.grad_fn is not None and only.grad_fn.name() == "SigmoidBackward0"
-    )
+    ends_in_sigmoid = only is not None and _in_sigmoid(only)
     if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
         return Classes()
     if name == "binary" or (
@@ -418,11 +426,24 @@ def _by_targets(output: object, targets: Tensor, returned: object) -> Task:
         return Classes()
     if whole and several and output.ndim > 2 and targets.shape == (len(output), *output.shape[2:]):
         return Dense()
-    in_sigmoid = output.grad_fn is not None and output.grad_fn.name() == "SigmoidBackward0"
+    in_sigmoid = _in_sigmoid(output)
     answers = whole and targets.numel() > 0 and 0 <= int(targets.min()) <= int(targets.max()) <= 1
     if output[0].numel() == 1 and (in_sigmoid or answers):
         return Binary(probabilities=in_sigmoid)
     return Follow(spreads_of(floating(returned)))
+
+
+def _in_sigmoid(output: Tensor) -> bool:
+    """Whether all values come out of a sigmoid, behind which they are only moved, copied or clamped."""
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        kind = "" if node is None else _BACKWARD.sub("", node.name())
+        if node is None or kind not in (*_MOVES, "Sigmoid"):
+            return False
+        if kind != "Sigmoid":
+            nodes.extend(before for before, _ in node.next_functions)
+    return True
 
 
 def tracked(images: Inputs) -> Inputs:

@@ -126,6 +126,7 @@ def train(
         "optimizer": describe_optimizer(optimizer),
         "schedule": describe_schedule(schedule),
         "task": task.name,
+        "metric": describe(task.metric),
         "loss": describe(loss),
         "augment": describe(augment),
         "reference": describe(reference),
@@ -179,6 +180,7 @@ def train(
     )
     with ExitStack() as block:
         block.enter_context(_seeded(seed, device))
+        block.callback(state.rates.put_back)
 
         def read(output: Any, samples: int) -> Any:
             return task.read(output, samples, loop.highest_label)

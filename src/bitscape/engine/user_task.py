@@ -82,7 +82,7 @@ class User:
             output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
         )
 
-    def read_targets(self, targets: Any) -> tuple[Any, int]:
+    def read_targets(self, targets: Any, samples: int) -> tuple[Any, int]:
         """Return the targets as they are."""
         return targets, -1
 

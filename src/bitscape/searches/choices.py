@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from bitscape.cost.budget import Budget, BudgetText, budget_kinds, parse_budget
+from bitscape.cost.budget import Budget, BudgetText, budget_kinds, lasting, parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
 from bitscape.cost.layers import NO_EFFECT, NetworkProfile
 from bitscape.cost.policy_cost import cap, layer_cost, layer_latency_ns, policy_cost
@@ -98,6 +98,7 @@ class Choices:
         """
         network = _timed(network, latency)
         offered = _offered(candidates, target)
+        budget = budget if isinstance(budget, Budget) else lasting(budget)
         kinds = budget.caps.keys() if isinstance(budget, Budget) else budget_kinds(budget, has_latency=network.has_latency)
         freedom = free_layers(
             network,

@@ -120,7 +120,7 @@ def _named(
 
 def _spreads(first: Minibatch, reference: nn.Module | None) -> dict[str, float]:
     if reference is None:
-        return spreads_of(Follow().read_targets(first.targets)[0])
+        return spreads_of(Follow().read_targets(first.targets, len(first))[0])
     with evaluating(reference):
         return spreads_of(rows_by_name(call(reference, first.inputs), sample_count(first.inputs)))
 
@@ -135,5 +135,6 @@ class LossOf:
 
     def __call__(self, outputs: Inputs, targets: Any) -> Tensor:
         """Return the task's loss, a scalar."""
-        read, highest = self.task.read_targets(targets)
-        return self.task.loss(self.task.read(outputs, sample_count(outputs), highest), read)
+        samples = sample_count(outputs)
+        read, highest = self.task.read_targets(targets, samples)
+        return self.task.loss(self.task.read(outputs, samples, highest), read)

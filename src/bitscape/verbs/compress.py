@@ -22,15 +22,13 @@ from bitscape.searches.uniform import Uniform
 from bitscape.tables import Shown, Table
 from bitscape.verbs.evaluate import evaluate
 from bitscape.verbs.export import ExportReport, check_path, export
-from bitscape.verbs.proxy import proxy_of
+from bitscape.verbs.proxy import parted, proxy_of
 from bitscape.verbs.quantize import quantize
 from bitscape.verbs.search import search
 from bitscape.words import amount, counted
 
 _log = logging.getLogger("bitscape.verbs")
 
-HELD_OUT = 4
-"""Where there is nothing else to measure on, one in so many samples is kept for it."""
 POLICY_SUFFIX = ".json"
 
 
@@ -128,7 +126,7 @@ def compress(
     for path in paths:
         check_path(path, also=POLICY_SUFFIX)
     samples = proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed)
-    seen, held_out = (samples, samples) if evaluation is not None else _parted(samples)
+    seen, held_out = (samples, samples) if evaluation is not None else parted(samples)
 
     def measured(network: nn.Module) -> Evaluation:
         if evaluation is None:
@@ -156,16 +154,6 @@ def compress(
         measured_on="the data for evaluation" if evaluation is not None else f"{counted(len(held_out), 'sample')} held out",
         files=tuple(report for report in files if report is not None),
     )
-
-
-def _parted(samples: Samples) -> tuple[Samples, Samples]:
-    """Part the samples that search and repair see from those that are measured on."""
-    held_out = len(samples) // HELD_OUT
-    if not held_out:
-        raise BitscapeError(
-            f"data: {counted(len(samples), 'sample')}; give at least {HELD_OUT}, of which a quarter is measured on, or pass evaluation="
-        )
-    return samples.first(len(samples) - held_out), samples.after(len(samples) - held_out)
 
 
 def _uniform(result: SearchResult) -> Policy | None:

@@ -27,10 +27,8 @@ from bitscape.models.modes import in_eval_mode
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_layers
 from bitscape.runtimes.sessions import OnnxRuntime, OpenVino, Session
-from bitscape.verbs.proxy import proxy_of
+from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
 
-HELD_OUT = 4
-"""One in so many samples sets no range: on those whole networks are compared."""
 Form = Literal["packed", "onnx", "openvino", "qonnx"]
 SUFFIXES: dict[str, Form] = {".safetensors": "packed", ".qonnx.onnx": "qonnx", ".onnx": "onnx", ".xml": "openvino"}
 """End of a file's name -> its form; the first that fits."""
@@ -117,7 +115,9 @@ def export(
     on_cpu = in_eval_mode(copied(network).cpu())
     if form == "qonnx":
         return _qonnx(on_cpu, path, samples)
-    ranges, compared = _parted(samples) if compared is None else (samples, compared)
+    ranges = samples
+    if compared is None:  # of few samples all set ranges and are compared on
+        ranges, compared = (samples, samples) if len(samples) < HELD_OUT else parted(samples)
     check_one_shape(ranges, compared)
     integers, classes = integer_network(on_cpu, ranges), None if task == "auto" else task == "classes"
     write = _onnx if form == "onnx" else _openvino
@@ -140,19 +140,6 @@ def check_path(path: Path, also: str | None = None) -> Form | None:
     raise BitscapeError(
         f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx, .xml (OpenVINO), .qonnx.onnx (QONNX){more}"
     )
-
-
-def _parted(samples: Samples) -> tuple[Samples, Samples]:
-    """Part the samples that set ranges from those that files are compared on; the same ones where there are too few."""
-    if len(samples) < HELD_OUT:
-        return samples, samples
-    ranges, compared, before = [], [], 0
-    for part in samples.parts:
-        held = torch.arange(before, before + len(part)) % HELD_OUT == HELD_OUT - 1
-        ranges.append(part.rows(~held))
-        compared.append(part.rows(held))
-        before += len(part)
-    return Samples(ranges), Samples(compared)
 
 
 @dataclass(frozen=True)

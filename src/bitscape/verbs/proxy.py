@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from bitscape.data.reading import BatchReader, read_samples
 from bitscape.data.samples import Samples
 from bitscape.engine.forward import device_of
 from bitscape.errors import BitscapeError
+from bitscape.words import counted
+
+HELD_OUT = 4
+"""One sample of so many is held out."""
 
 
 def proxy_of(
@@ -27,23 +32,21 @@ def proxy_of(
     return read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
 
 
-def one_tensor(samples: Samples) -> tuple[Tensor, Tensor | None]:
-    """Return the samples of a network of one input as one tensor, and their targets.
+def parted(samples: Samples) -> tuple[Samples, Samples]:
+    """Part every fourth sample from the others: (three quarters, the quarter held out).
 
-    Raises BitscapeError for inputs that are no single tensor, and for inputs of several sizes.
+    Raises BitscapeError for fewer than
+    four samples.
     """
-    part, *others = samples.parts
-    if isinstance(part.inputs, dict) and len(part.inputs) == 1:  # a network's only argument, by its name
-        (only,) = part.inputs.values()
-    else:
-        only = part.inputs
-    if not isinstance(only, Tensor):
+    if len(samples) < HELD_OUT:
         raise BitscapeError(
-            f"data: the network is called with a {type(only).__name__} of several inputs; a network of one input tensor is needed: "
-            "give the others a default in its forward, or pass inputs=, a function from a batch to the one tensor"
+            f"data: {counted(len(samples), 'sample')}; give at least {HELD_OUT}, of which a "
+            "quarter is measured on, or pass evaluation="
         )
-    if others:
-        raise BitscapeError(
-            f"data: samples of shapes {tuple(only.shape[1:])} and others; resize or crop them to one size"
-        )
-    return only, part.targets if isinstance(part.targets, Tensor) else None
+    others, held_out, before = [], [], 0
+    for part in samples.parts:
+        held = torch.arange(before, before + len(part)) % HELD_OUT == HELD_OUT - 1
+        others.append(part.rows(~held))
+        held_out.append(part.rows(held))
+        before += len(part)
+    return Samples(others), Samples(held_out)

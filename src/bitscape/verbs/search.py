@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bitscape.cost.budget import Budget, BudgetText, split_drop
+from bitscape.cost.budget import Budget, BudgetText, lasting, split_drop
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.data.reading import BatchReader, read_samples
@@ -90,6 +90,7 @@ def search(
         BitscapeError: any other argument that cannot be used.
     """
     searcher = method_of(method)
+    budget = lasting(budget)
     drop, caps = split_drop(budget)
     options = _options(searcher, pick, folder, for_training) if drop is None else {}
     problem = search_problem(
