@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
 from bitscape.models.digits import digits_net
 from bitscape.policy import LayerBits, Policy
@@ -48,7 +49,7 @@ class Probe:
         self.gaps: Iterator[float] = iter(gaps)
         self.asked: list[tuple[nn.Module, torch.Tensor, torch.Tensor, float]] = []
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float) -> SimpleNamespace:
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float, loss: Any) -> SimpleNamespace:
         self.asked.append((model, images, labels, radius))
         return SimpleNamespace(gap=next(self.gaps), curvature=7.0)
 
@@ -149,3 +150,58 @@ def test_an_unknown_pick_and_an_infeasible_budget_are_refused() -> None:
         Kl().search(given, pick="flattest")  # type: ignore[arg-type]
     with pytest.raises(InfeasibleBudget, match="bitops"):
         chosen(given, scores_of(given), "least-sharp")
+
+
+class Named(nn.Module):
+    """A regression under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self.head(self.body(x).relu())
+        return {"where": outputs[:, :2], "how far": 100 * outputs[:, 2:]}
+
+
+@pytest.mark.parametrize("task", ["follow", "binary", "named"])
+def test_other_tasks_are_probed_by_their_divergence_from_the_float_outputs(task: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inputs = torch.randn(16, 6)
+        plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+        model = Named() if task == "named" else plain
+    name = "follow" if task == "named" else task
+    given = SearchProblem.of(model.eval(), inputs, "mean_weight_bits=6", candidates=square(2, 4, 8), pinned={}, task=name)  # type: ignore[arg-type]
+    policies = near_best(*stated(given), count=2, within=1.0)
+    _, records = least_sharp(given, policies, radius=0.1)
+    meaning = given.meaning
+    with torch.no_grad():
+        aim = meaning.outputs(given.prepared(inputs), 16)
+    assert aim.std() > 0.05
+    for record, policy in zip(records, policies, strict=True):
+        network = pick_file.calibrate(pick_file.quantize(given.prepared, policy), inputs)
+
+        def loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+            return meaning.divergence(meaning.outputs(outputs, 16), targets).mean()
+
+        probed = probe_sharpness(network, inputs, aim, radius=0.1, loss=loss)
+        with torch.no_grad():
+            assert probed.loss == pytest.approx(float(loss(network(inputs), aim)), rel=1e-4)
+        assert record["gap"] == probed.gap > 0
+
+
+def test_inputs_that_cannot_be_probed_are_refused_before_scores_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.left(a) + self.right(b)
+
+    samples = Samples.of((torch.randn(8, 4), torch.randn(8, 4)))
+    given = SearchProblem.of(Two().eval(), samples, "mean_weight_bits=6", pinned={})
+    monkeypatch.setattr(Kl, "score", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(BitscapeError, match="where this method needs one tensor"):
+        Kl().search(given, pick="least-sharp")

@@ -9,14 +9,21 @@ import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitscape.calling import call, sample_count
+from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError
+from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, calibrate, quantize
 from bitscape.searches.allocation import allocate, near_best
 from bitscape.searches.problem import Pick, SearchProblem, only_tensor
 from bitscape.searches.scores import ScoreTable
-from bitscape.sharpness import probe_sharpness
+from bitscape.sharpness import BatchLoss, probe_sharpness
 
 
 def check_pick(pick: Pick) -> None:
@@ -41,8 +48,9 @@ def least_sharp(
 ) -> tuple[Policy, list[dict[str, Any]]]:
     """Return the policy whose quantized, calibrated network has the smallest sharpness gap, and a record per policy.
 
-    Of equal gaps the first policy wins; a gap that is not a number loses. Labels are what the float network decides for
-    each image: they stand in for true ones, which a proxy may not have or may have of other classes.
+    Of equal gaps the first policy wins; a gap that is not a number loses. The loss on classes is the cross entropy of what
+    the float network decides for each image, which stands in for true labels: a proxy may not have them or may have those
+    of other classes. On other tasks it is the task's divergence from the float network's outputs.
 
     Args:
         problem: the float network and the proxy images.
@@ -55,11 +63,11 @@ def least_sharp(
         layers its bits differ from the first policy's.
     """
     proxy = problem.samples.first(images)
-    inputs, labels = only_tensor(proxy), problem.decisions(proxy)
+    inputs, (targets, loss) = only_tensor(proxy), _targets_and_loss(problem, proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
         model = calibrate(quantize(problem.prepared, policy), batches_of(proxy, problem.prepared))
-        probed = probe_sharpness(model, inputs, labels, radius=radius)
+        probed = probe_sharpness(model, inputs, targets, radius=radius, loss=loss)
         records.append(
             {
                 "score": policy.provenance["score"],
@@ -70,3 +78,13 @@ def least_sharp(
         )
     gaps = [math.inf if math.isnan(record["gap"]) else record["gap"] for record in records]
     return policies[gaps.index(min(gaps))], records
+
+
+def _targets_and_loss(problem: SearchProblem, proxy: Samples) -> tuple[Tensor, BatchLoss]:
+    """What the outputs of each sample are compared with, (n, ...), and the loss that does so."""
+    task = problem.meaning
+    if task.name == "classes":
+        return problem.decisions(proxy), functional.cross_entropy
+    with evaluating(problem.prepared):
+        rows = [task.outputs(call(problem.prepared, inputs), sample_count(inputs)) for inputs in batches_of(proxy, problem.prepared)]
+    return torch.cat(rows).detach(), lambda output, targets: task.divergence(task.outputs(output, len(targets)), targets).mean()

@@ -36,7 +36,7 @@ from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
 from bitscape.searches.choices import Choices
 from bitscape.searches.gain import gain_of
 from bitscape.searches.pick import check_pick, chosen
-from bitscape.searches.problem import Pick, SearchProblem, SearchResult
+from bitscape.searches.problem import Pick, SearchProblem, SearchResult, only_tensor
 from bitscape.searches.scores import ScoreTable
 
 RANGE_SAMPLES = 64
@@ -273,6 +273,8 @@ def finish(
 ) -> SearchResult:
     """Run `scored`, then choose the policy within the budget by `pick`; say where it comes from, and what else is known `about` it."""
     check_pick(pick)
+    if pick == "least-sharp":
+        only_tensor(problem.samples)  # refused before the minutes that scores may take
     started, choices = time.perf_counter(), problem.choices
     provenance = {**problem.provenance(method), "pick": pick, **about}
     if not problem.free_layers:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitscape.calling import map_tensors
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_images
 from bitscape.models.modes import evaluating
@@ -73,6 +74,10 @@ def finite(norm: Tensor, what: str) -> float:
     return float(norm)
 
 
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class FullBatch:
     """The mean loss over all images, a mini-batch at a time.
@@ -122,5 +127,5 @@ class FullBatch:
         device = next((p.device for p in self.model.parameters()), self.images.device)
         for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             with explained_forward(images):
-                logits = self.model(images.to(device))
-            yield self.loss(logits.float(), labels.to(device)) * (len(images) / len(self.images))
+                outputs = map_tensors(_in_float32, self.model(images.to(device)))
+            yield self.loss(outputs, labels.to(device)) * (len(images) / len(self.images))
