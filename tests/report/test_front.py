@@ -2,10 +2,13 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
+from torch import nn
 
+import bitscape as bs
 from bitscape.cost.policy_cost import policy_cost
-from bitscape.policy import Policy
-from bitscape.report.front import Point, front_of, score_of
+from bitscape.policy import LayerBits, Policy
+from bitscape.report.front import Point, fixed_activations, front_of, score_of
 from bitscape.report.policy_sections import _front_words
 from tests.report.made import network, policy, scores, searched
 
@@ -82,3 +85,40 @@ def test_the_best_uniform_policy_is_one_that_keeps_every_cap() -> None:
     assert "uniform" not in _front_words(impossible)
     none = replace(impossible, uniform=(Point("2/2", 1.0, 3.0, fits=False),))
     assert "no uniform one is within it" in _front_words(none)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_activations_that_the_search_kept_at_fixed_bits_stay_so(kept: bool) -> None:
+    pinned = {"first": "8/8", "last": "8/8", **({"second": "*/4"} if kept else {})}
+    chosen = policy("2/4", "4/4", pinned=pinned)
+    cap = {"weight_bytes": costs(policy("4/4", "4/4"))["weight_bytes"]}
+    front = front_of(scores(), network(), chosen, cap)
+    pairs = [(second, third) for second, third in EVERY if not kept or second.endswith("/4")]
+    assert {(point.cost, point.score) for point in front.random} <= {
+        (costs(policy(*pair))["weight_bytes"], EVERY[pair]) for pair in pairs
+    }
+    assert {point.score for point in front.random} == {EVERY["4/4", "4/4"], EVERY["4/4", "4/2"]} | (
+        set() if kept else {EVERY["4/2", "4/4"], EVERY["4/2", "4/2"]}
+    )
+    assert [(point.name, point.score) for point in front.uniform] == [
+        ("2/4", EVERY["2/4", "2/4"]),
+        ("4/4", EVERY["4/4", "4/4"]),
+    ]
+
+
+def test_the_fixed_activations_of_a_policy_are_those_of_its_free_layers() -> None:
+    told = {"first": "8/8", "second": "*/8", "third": "*/16", "last": "*/many"}
+    assert fixed_activations(policy(pinned=told), ["second", "last"]) == {"second": 8}
+    assert fixed_activations(policy(pinned="all"), ["second"]) == fixed_activations(policy(), ["second"]) == {}
+
+
+def test_what_a_search_kept_fixed_is_read_from_its_policy() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    result = bs.search(model, torch.randn(16, 8), "weight_bytes=450", candidates=[LayerBits(w, a) for w in (2, 4, 8) for a in (4, 8)])
+    assert result.choices.freedom.described()["4"] == "*/8"
+    front = front_of(result.scores, result.choices.network, result.policy, result.choices.budget.caps)
+    ours = fixed_activations(result.policy, result.choices.free_layers)
+    assert ours == dict(result.choices.freedom.activations) == {"4": 8}
+    assert front.best[0].score == pytest.approx(result.front.points[0].score)
+    assert front.best[-1].score <= result.policy.provenance["score"]

@@ -1,9 +1,14 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 
 import bitscape as bs
 from bitscape.data.samples import Samples
+from bitscape.engine.task import Classes
+from bitscape.engine.user_task import User
 from bitscape.searches.choices import InfeasibleBudget
 from bitscape.verbs.proxy import parted, proxy_of
 from tests.networks import CALLED
@@ -89,3 +94,77 @@ def test_too_few_samples_and_budgets_are_refused(tmp_path):
         bs.compress(classifier(), IMAGES[:3], "4bit", tmp_path / "policy.json")
     with pytest.raises(InfeasibleBudget):
         bs.compress(classifier(), IMAGES, "weight_bytes=100", tmp_path / "policy.json")
+
+
+def test_a_drop_is_measured_on_the_data_for_evaluation_and_has_no_uniform_form(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        labels = model(IMAGES).argmax(1)
+    made = bs.compress(model, IMAGES, "drop=40", tmp_path / "policy.json", evaluation=iter([(IMAGES, labels)]))
+    told = made.result.policy.provenance["drop"]
+    assert [form.name for form in made.forms] == ["float", "quantized"]
+    assert (told["metric"], told["float"], made.forms[0].evaluation.value) == ("top1", 100.0, 100.0)
+    assert told["value"] == pytest.approx(made.forms[1].evaluation.value) and told["value"] >= 60
+
+    def negative_distance(outputs, targets):
+        return -(outputs - targets).abs().mean(1)
+
+    with torch.no_grad():
+        pairs = (IMAGES, model(IMAGES))
+    made = bs.compress(model, IMAGES, "drop=0.1", tmp_path / "policy.json", evaluation=pairs, metric=negative_distance)
+    told = made.result.policy.provenance["drop"]
+    assert told["metric"] == made.forms[1].evaluation.metric == "negative_distance"
+    assert told["value"] == pytest.approx(made.forms[1].evaluation.value, abs=1e-6)
+
+
+def test_a_drop_without_data_for_evaluation_is_measured_on_samples_held_out(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        labelled = IMAGES, model(IMAGES).argmax(1)
+    made = bs.compress(model, labelled, "drop=40", tmp_path / "policy.json")
+    assert made.measured_on == "10 samples held out" and made.forms[0].evaluation.samples == 10
+    assert made.result.policy.provenance["drop"]["value"] == pytest.approx(made.forms[1].evaluation.value)
+    followed = bs.compress(model, IMAGES, "drop=0.9", tmp_path / "policy.json", task="follow")
+    told = followed.result.policy.provenance["drop"]
+    assert told["metric"] == "-relative_error"
+    assert told["value"] == pytest.approx(-followed.forms[1].evaluation.value, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repair": "bogus"}, "repair='bogus': allowed are 'compensate', 'adaptive' and None"),
+        ({"evaluation": "absent/folder"}, "data: str; pass a tensor"),
+        ({"evaluation": (IMAGES, torch.zeros(3, dtype=torch.int64))}, "rows"),
+        ({"metric": len}, "metric: it is measured on evaluation=, which is missing"),
+        ({"taks": "follow"}, "taks: compress has no such argument"),
+        ({"pined": {}}, "pined: compress has no such argument; nearest: pinned"),
+        ({"for_training": True}, "for_training: compress has no such argument"),
+        ({"method": "fishers"}, "method='fishers': unknown; nearest: fisher"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named_before_any_work(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr("bitscape.verbs.compress.search", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(bs.BitscapeError, match=message):
+        bs.compress(classifier(), IMAGES, "4bit", tmp_path / "policy.json", **settings)
+
+
+@pytest.mark.parametrize(("name", "package"), [("net.onnx", "onnxruntime"), ("net.xml", "openvino"), ("net.qonnx.onnx", "onnxscript")])
+def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch, name, package):
+    monkeypatch.setattr("bitscape.verbs.compress.search", lambda *_, **__: pytest.fail("searched"))
+    for each in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, each, None if each == package else ModuleType(each))
+    with pytest.raises(bs.BitscapeError, match=rf"a package is missing .*{package}.*pip install 'bitscape\["):
+        bs.compress(classifier(), IMAGES, "4bit", tmp_path / name)
+
+
+def test_files_are_checked_with_the_float_network_and_the_task(tmp_path, monkeypatch):
+    model = classifier()
+    made = bs.compress(model, IMAGES, "4bit", tmp_path / "net.safetensors", task="follow")
+    assert made.files[0].compared == 30
+    asked = []
+    monkeypatch.setattr("bitscape.verbs.compress.check_packages", lambda form: None)
+    monkeypatch.setattr("bitscape.verbs.compress.export", lambda *_, **settings: asked.append(settings))
+    for task, told in (("follow", "follow"), (Classes(), "classes"), (User(), "follow")):
+        bs.compress(model, IMAGES, "4bit", tmp_path / "net.onnx", task=task)
+        assert asked[-1]["task"] == told and asked[-1]["float_model"] is model

@@ -1,6 +1,7 @@
 """The smallest policy within a drop: bisection over real evaluations, kept in a folder."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,11 +32,12 @@ def by_bytes(monkeypatch):
         calls.append(policy)
         return policy
 
-    def value(network, samples, metric):
-        return 1.0 if isinstance(network, nn.Module) else 1.0 - 20.0 / network.cost["weight_bytes"]
+    def value(network, epochs, task, *, reference):
+        points = 100.0 if isinstance(network, nn.Module) else 100.0 - 2000.0 / network.cost["weight_bytes"]
+        return SimpleNamespace(value=points)
 
     monkeypatch.setattr(drop_file, "quantize", quantized)
-    monkeypatch.setattr(drop_file, "_mean", value)
+    monkeypatch.setattr(drop_file, "measured", value)
     return calls
 
 
@@ -71,18 +73,18 @@ def test_a_front_that_misses_the_drop_says_by_how_much(by_bytes):
 def test_a_killed_search_goes_on_where_it_stopped(by_bytes, monkeypatch, tmp_path):
     model = classifier()
     whole = bs.search(model, labelled(model), "drop=3.3", **SETTINGS).policy
-    evaluations, measure = len(by_bytes), drop_file._mean
+    evaluations, measure = len(by_bytes), drop_file.measured
     by_bytes.clear()
 
-    def killed(network, samples, metric):
+    def killed(network, epochs, task, *, reference):
         if len(by_bytes) == 3:
             raise KeyboardInterrupt
-        return measure(network, samples, metric)
+        return measure(network, epochs, task, reference=reference)
 
-    monkeypatch.setattr(drop_file, "_mean", killed)
+    monkeypatch.setattr(drop_file, "measured", killed)
     with pytest.raises(KeyboardInterrupt):
         bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, **SETTINGS)
-    monkeypatch.setattr(drop_file, "_mean", measure)
+    monkeypatch.setattr(drop_file, "measured", measure)
     with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write('{"policy": "cut o')
     by_bytes.clear()
@@ -93,7 +95,8 @@ def test_a_killed_search_goes_on_where_it_stopped(by_bytes, monkeypatch, tmp_pat
     other = bs.search(model, labelled(model), "drop=4", folder=tmp_path, **SETTINGS).policy  # another drop shares evaluations
     assert other.cost["weight_bytes"] <= whole.cost["weight_bytes"] and len(by_bytes) < evaluations
     records = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert len({record["policy"] for record in records[1:]}) == len(records) - 1
+    policies = [record["policy"] for record in records if "policy" in record]
+    assert len(set(policies)) == len(policies) == len(records) - 2  # the search and its scores have a line each
     with pytest.raises(bs.BitscapeError, match=r"is of another search: .*seed was 0 and is 1"):
         bs.search(model, labelled(model), "drop=4", folder=tmp_path, seed=1, **SETTINGS)
 
@@ -146,3 +149,130 @@ def test_mistakes_are_told(budget, settings, message):
 def test_a_drop_is_no_cost():
     with pytest.raises(bs.BitscapeError, match=r"budget drop='0\.5': a drop is measured, by search alone"):
         bs.gain(classifier(), IMAGES, "drop=0.5")
+
+
+class Hits:
+    """Percent right, collected over batches."""
+
+    def __init__(self, scale: float = 100.0) -> None:
+        self.scale, self.right, self.samples = scale, 0, 0
+
+    def update(self, outputs, targets):
+        self.right, self.samples = self.right + int((outputs.argmax(1) == targets).sum()), self.samples + len(targets)
+
+    def compute(self):
+        return self.scale * self.right / self.samples
+
+
+class Named(nn.Module):
+    """Two outputs by name, of very different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = classifier()
+
+    def forward(self, images):
+        outputs = self.body(images)
+        return {"large": outputs[:, :2] * 100, "small": outputs[:, 2:3] * 0.01}
+
+
+def one_hot(model):
+    labels = labelled(model).parts[0].targets
+    return IMAGES, nn.functional.one_hot(labels, 5).float()
+
+
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "data_of", "settings", "reference", "sign", "name"),
+    [
+        (classifier, labelled, {}, False, 1, "top1"),
+        (classifier, one_hot, {"task": "classes"}, False, 1, "top1"),
+        (classifier, labelled, {"metric": Hits()}, False, 1, "Hits"),
+        (dense, labelled, {"task": "dense"}, False, 1, "mean_iou"),
+        (Named, lambda _: IMAGES, {"task": "follow"}, True, -1, "-relative_error"),
+    ],
+)
+def test_a_drop_is_measured_as_evaluate_measures(model, data_of, settings, reference, sign, name):
+    model = model().eval()
+    data = data_of(model)
+    result = bs.search(model, data, f"drop={0.9 if reference else 90}", **SETTINGS, **settings)
+    told = result.policy.provenance["drop"]
+    network = bs.quantize(model, result.policy, data)
+    value = bs.evaluate(network, data, **settings, **({"reference": model} if reference else {})).value
+    assert told["metric"] == name and told["value"] == pytest.approx(sign * value, rel=1e-4)
+    assert result.front.kind == "weight_bytes" and result.front.chosen.layers == result.policy.layers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_is_refused_before_scores_are_made(monkeypatch, value):
+    model = classifier()
+    monkeypatch.setattr(bs.Fisher, "score", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(bs.BitscapeError, match=f"budget drop: the metric of the float network is {value}; it must be finite"):
+        bs.search(model, labelled(model), "drop=5", metric=lambda outputs, targets: value, **SETTINGS)
+
+
+def test_scores_of_something_else_are_neither_used_nor_overwritten(by_bytes, tmp_path):
+    model = classifier()
+    whole = bs.search(model, labelled(model), "drop=3.3", **SETTINGS)
+    foreign = bs.search(model, IMAGES, "4bit", **{**SETTINGS, "method": "local"}).scores
+    names = ("scores.json", drop_file.SCORES_FILE)
+    for name in names:
+        foreign.save(tmp_path / name)
+    before = (tmp_path / names[0]).read_bytes()
+    scores = bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, **SETTINGS).scores
+    assert scores.method == "fisher" and (scores.values == whole.scores.values).all()
+    assert (tmp_path / names[0]).read_bytes() == before
+    foreign.save(tmp_path / names[1])
+    assert bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, **SETTINGS).scores.method == "fisher"
+
+
+def scaled(factor):
+    return lambda outputs, targets: factor * float((outputs.argmax(1) == targets).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda outputs, targets: 1.0, lambda outputs, targets: 2.0),
+        (scaled(1.0), scaled(100.0)),
+        (Hits(), Hits(1.0)),
+    ],
+)
+def test_evaluations_by_another_metric_of_the_same_name_are_not_used(by_bytes, tmp_path, first, second):
+    model = classifier()
+    bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, metric=first, **SETTINGS)
+    by_bytes.clear()
+    bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, metric=first, **SETTINGS)
+    assert not by_bytes
+    with pytest.raises(bs.BitscapeError, match=r"is of another search: metric\.code"):
+        bs.search(model, labelled(model), "drop=3.3", folder=tmp_path, metric=second, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("budget", "settings", "message"),
+    [
+        ("drop=5", {"pick": "least-sharp"}, "pick='least-sharp': a budget of drop=... measures the policies"),
+        ("drop=5", {"pick": "flattest"}, "pick='flattest': allowed are 'best', 'least-sharp'"),
+        ("4bit", {"pick": "flattest"}, "pick='flattest': allowed are 'best', 'least-sharp'"),
+        ("4bit", {"metric": scaled(1.0)}, "metric: a budget of caps is met without measuring; leave metric out"),
+        ("4bit", {"evaluation": IMAGES, "metric": scaled(1.0)}, "evaluation: .* leave evaluation and metric out"),
+    ],
+)
+def test_arguments_without_effect_are_refused_before_any_work(monkeypatch, budget, settings, message):
+    monkeypatch.setattr("bitscape.verbs.search.search_problem", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(bs.BitscapeError, match=message):
+        bs.search(classifier(), IMAGES, budget, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "samples"),
+    [(bs.Fisher(images=300), None, 300), ("fisher", None, 256), ("uniform", None, 256), (bs.Fisher(images=300), 64, 64)],
+)
+def test_a_method_gets_the_samples_it_asks_for_unless_count_says_fewer(method, count, samples):
+    images = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    policy = bs.search(classifier(), images, "4bit", method=method, count=count, candidates=CANDIDATES).policy
+    assert policy.provenance["images"] == [samples, 3, 8, 8]

@@ -88,3 +88,10 @@ def test_files_for_runtimes_compute_float_layers_in_float(keep_float, suffix, ru
     report = bs.export(network, tmp_path / f"network{suffix}", IMAGES)
     assert report.path.is_file()
     assert report.simulated["output0"].same_class == 1.0
+
+
+def test_types_are_those_of_the_network_before_its_attention_is_split():
+    tokens = torch.randn(16, 5, 8)
+    policy = searched(Attending().eval(), [nn.MultiheadAttention], tokens, method="uniform", attention_products=True)
+    inside = {f"attend.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj", "scores", "values")}
+    assert {name for name, bits in policy.layers.items() if bits == FLOAT} == inside

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy
@@ -50,6 +50,73 @@ def describe(value: Any) -> Any:
     if isinstance(value, FunctionType):
         return f"{value.__qualname__}, code {_function_hash(value)}"
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def described_code(value: Any) -> Any:
+    """Describe functions by what they compute, so that two of one name differ: hashes of their code, and what it refers to.
+
+    Objects are described by the methods of their class and what they hold; all else as `describe` does.
+    """
+    return _coded(value, [])
+
+
+def _coded(value: Any, outer: list[Any]) -> Any:
+    if any(value is seen for seen in outer):
+        return "itself"
+    inside = [*outer, value]
+    if isinstance(value, MethodType):
+        return [_coded(value.__func__, inside), _coded(value.__self__, inside)]
+    if isinstance(value, partial):
+        return [_coded(part, inside) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, FunctionType):
+        return {"name": value.__qualname__, "code": _code_hash(value.__code__), **_referred(value, inside)}
+    if isinstance(value, Mapping):
+        return {str(key): _coded(inner, inside) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_coded(inner, inside) for inner in value]
+    if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | ModuleType):
+        methods = {name: inner for name, inner in vars(type(value)).items() if isinstance(inner, FunctionType)}
+        return {"kind": type(value).__qualname__, "holds": _coded(vars(value), inside), "methods": _coded(methods, inside)}
+    return describe(value)
+
+
+def _referred(function: FunctionType, outer: list[Any]) -> dict[str, Any]:
+    """What the code reads besides its arguments: defaults, variables around it, and globals; not those that it sets.
+
+    Of the functions among globals, those of its own module are followed.
+    """
+    code, own = function.__code__, function.__module__
+    around = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    read = {name: cell.cell_contents for name, cell in around if _is_filled(cell)}
+    read |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    for step in dis.get_instructions(code):
+        if step.opname in ("STORE_DEREF", "STORE_GLOBAL"):
+            read.pop(step.argval, None)
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    of_module = {name: getattr(inner, "__module__", own) == own for name, inner in read.items()}
+    coded = {name: _coded(inner, outer) if of_module[name] else describe(inner) for name, inner in read.items()}
+    return {"defaults": _coded(defaults, outer), "reads": coded}
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # an empty one raises
+    except ValueError:
+        return False
+    return True
+
+
+def _code_hash(code: CodeType) -> str:
+    return hashlib.sha256(repr(_constants(code)).encode()).hexdigest()[:16]
+
+
+def _constants(value: Any) -> Any:
+    """What tells code from other code, in an order that does not depend on the process."""
+    if isinstance(value, CodeType):
+        return [value.co_code, value.co_names, value.co_varnames, [_constants(inner) for inner in value.co_consts]]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    return [_constants(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def bits_of(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What scores promise at every cost: the Pareto front, uniform and random policies beside it, and the chosen policy."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,16 +65,16 @@ def front_of(
 ) -> ComparedFront:
     """Compute the front of a score table along the first cap, BitOps without one.
 
-    Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Raises BitscapeError if scores, caps and
-    network do not fit each other.
+    Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Activations that its search kept at
+    fixed bits stay so. Raises BitscapeError if scores, caps and network do not fit each other.
     """
     caps = dict(caps or {})
     kind = next(iter(caps), DEFAULT_KIND)
     free = set(scores.layers)
     bits = {} if chosen is None else chosen.layers
     pinned = {name: bits.get(name, EIGHT) for name in network.by_name if name not in free}
-    uncapped = Choices.of(network, Budget(), candidates=scores.candidates, pinned=pinned)
-    capped = Choices.of(network, Budget(caps), candidates=scores.candidates, pinned=pinned)
+    activations = {} if chosen is None else fixed_activations(chosen, free)
+    uncapped, capped = (_choices(scores, network, Budget(limits), pinned, activations) for limits in ({}, caps))
     best = pareto_front(scores, uncapped, kind, POINTS)
     return ComparedFront(
         kind=kind,
@@ -85,6 +85,20 @@ def front_of(
         random=tuple(_random(scores, capped)) if caps else (),
         chosen=None if chosen is None else _point("chosen", scores, network, chosen, kind),
     )
+
+
+def fixed_activations(policy: Policy, free: Iterable[str]) -> dict[str, int]:
+    """Free layer -> the bits of its activations where the search of this policy left only its weights free: "*/8"."""
+    told = policy.provenance.get("pinned")
+    parts = {name: str(text).partition("/") for name, text in (told.items() if isinstance(told, Mapping) else ())}
+    return {name: int(bits) for name, (weight, _, bits) in parts.items() if name in free and weight == "*" and bits.isdecimal()}
+
+
+def _choices(
+    scores: ScoreTable, network: NetworkProfile, budget: Budget, pinned: Mapping[str, LayerBits], activations: Mapping[str, int]
+) -> Choices:
+    choices = Choices.of(network, budget, candidates=scores.candidates, pinned=pinned)
+    return replace(choices, freedom=replace(choices.freedom, activations=activations))
 
 
 def score_of(scores: ScoreTable, policy: Policy) -> float | None:
@@ -119,7 +133,7 @@ def _random(scores: ScoreTable, choices: Choices) -> list[Point]:
     """Random policies within the caps, by seeds 0, 1, ...; those that end further below than the method `random` accepts are left out."""
     rows = {name: row for row, name in enumerate(scores.layers)}
     scored = [np.isfinite([scores.values[rows[name]] for name in group]).all(0) for group in choices.freedom.groups]
-    allowed = reachable(np.array(scored), choices.caps) if scored else None
+    allowed = reachable(np.array(scored) & choices.allowed, choices.caps) if scored else None
     if allowed is None:
         return []
     found = []

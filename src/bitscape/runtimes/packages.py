@@ -15,6 +15,12 @@ from bitscape.errors import needs_extra
 
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Package -> the extra of bitscape that brings it."""
+FORMATS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "qonnx": ("onnx", "onnxscript"),
+}
+"""Form of a file -> the packages that write and check it."""
 _TELEMETRY = "openvino_telemetry"
 
 
@@ -29,6 +35,16 @@ def runtime_module(name: str) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with needs_extra(EXTRAS[name.partition(".")[0]]), _without_openvino_telemetry():
         return importlib.import_module(name)
+
+
+def check_packages(form: str | None) -> None:
+    """Raise BitscapeError, naming the extra, if a package is missing that writes or checks files of this form."""
+    for name in FORMATS.get(form or "", ()):
+        if name in EXTRAS:
+            runtime_module(name)
+        else:
+            with needs_extra("openvino" if form == "openvino" else "onnx"):
+                importlib.import_module(name)
 
 
 @contextmanager

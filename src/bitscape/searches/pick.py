@@ -13,7 +13,6 @@ import torch
 
 from bitscape.calling import call, sample_count
 from bitscape.data.samples import Samples
-from bitscape.engine import BatchLoss
 from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
@@ -23,14 +22,14 @@ from bitscape.quant.convert import batches_of, calibrate, with_quantizers
 from bitscape.searches.allocation import allocate, near_best
 from bitscape.searches.problem import Pick, SearchProblem, inputs_alone
 from bitscape.searches.scores import ScoreTable
-from bitscape.sharpness import probe_sharpness
+from bitscape.sharpness import BatchLoss, probe_sharpness
 
 
-def check_pick(pick: Pick, samples: Samples) -> None:
+def check_pick(pick: Pick, samples: Samples | None = None) -> None:
     """Raise BitscapeError for a `pick` that is none, and for samples that it cannot probe with."""
     if pick not in get_args(Pick):
         raise BitscapeError(f"pick={pick!r}: allowed are {', '.join(map(repr, get_args(Pick)))}")
-    if pick == "least-sharp":
+    if pick == "least-sharp" and samples is not None:
         inputs_alone(samples)
 
 

@@ -83,6 +83,7 @@ class SearchProblem:
         task: TaskName | Literal["auto"] | Task = "auto",
         channels_last: bool | None = None,
         seed: int = 0,
+        original: nn.Module | None = None,
     ) -> "SearchProblem":
         """Check everything before any search time is spent, and prepare a copy of the model.
 
@@ -92,6 +93,7 @@ class SearchProblem:
             budget, candidates, pinned, tied, target, latency, along: see `Choices.of`.
             keep_float: names, patterns or types of layers that stay float; of a type, its layers and those inside of it.
             task, channels_last, seed: see the fields.
+            original: the network before it was prepared, in which types of `keep_float` are looked up; None = `model`.
 
         Raises:
             BitscapeError: a network that `models.prepare` refuses, draws random numbers in eval mode or uses a layer's
@@ -114,7 +116,7 @@ class SearchProblem:
             budget,
             candidates=candidates,
             pinned=pinned,
-            keep_float=_names(keep_float, model, prepared),
+            keep_float=_names(keep_float, model if original is None else original, prepared),
             tied=tied,
             target=target,
             latency=latency,
@@ -193,7 +195,9 @@ class SearchResult(Shown):
 
     @cached_property
     def front(self) -> Front:
-        """The best policy at each cost, along the budget's first cap; solved when it is first asked for, in seconds.
+        """The best policy at each cost, solved when it is first asked for, in seconds.
+
+        Costs are along the budget's first cap; of a drop without caps, weight bytes.
 
         Raises:
             BitscapeError: the method has no scores.
@@ -203,7 +207,7 @@ class SearchResult(Shown):
                 f"front: method {self.policy.provenance.get('method')} has no scores, or all layers are pinned; use a method "
                 "that scores, such as fisher"
             )
-        kind = next(iter(self.choices.budget.caps))
+        kind = next(iter(self.choices.budget.caps), "weight_bytes")
         return pareto_front(self.scores, self.choices, kind).with_chosen(self.policy)
 
     def table(self) -> Table:

@@ -96,7 +96,7 @@ class ProxyTask:
         return [
             Part(
                 inputs=batch.inputs,
-                targets=self.task.read_targets(batch.targets)[0],
+                targets=self.task.read_targets(batch.targets, len(batch))[0],
                 loss=self.loss.for_batch(batch.inputs),
                 share=len(batch) / len(first),
                 task=self.task,
@@ -142,7 +142,7 @@ def _resolved(problem: SearchProblem) -> Literal["labels", "new-head", "follow"]
         return "labels"
     if problem.labels is None:  # two or more values to regress look like logits
         return "follow"
-    problem.meaning.read_targets(problem.labels.cpu())  # labels count from 0
+    problem.meaning.read_targets(problem.labels.cpu(), len(problem.labels))  # labels count from 0
     right = int((problem.decisions(problem.samples) == problem.labels).sum())
     most_frequent = int(problem.labels.bincount().max())
     own = right >= min(2 * most_frequent, (len(problem.labels) + most_frequent) / 2)  # the second for few classes
@@ -171,7 +171,8 @@ def _in_units_of_targets(task: Task, samples: Minibatch) -> Task:
     """Return the task; one that follows, with its differences in units of the spread of the targets."""
     if not isinstance(task, Follow):
         return task
-    targets, _ = Follow().read_targets(samples.rows(slice(0, SAMPLE)).targets)
+    first = samples.rows(slice(0, SAMPLE))
+    targets, _ = Follow().read_targets(first.targets, len(first))
     return Follow(spreads_of(targets))
 
 
@@ -179,7 +180,7 @@ def _check_targets(proxy: ProxyTask) -> None:
     """Raise BitscapeError unless the task takes the targets, and the network has an output for each label."""
     first = proxy.data.rows(slice(0, 2)).to(device_of(proxy.model))
     try:
-        _, highest_label = proxy.task.read_targets(moved(proxy.data.targets, torch.device("cpu")))
+        _, highest_label = proxy.task.read_targets(moved(proxy.data.targets, torch.device("cpu")), len(proxy.data))
         with evaluating(proxy.model), explained_forward(first.inputs):
             proxy.task.read(call(proxy.model, first.inputs), len(first), highest_label)
     except BitscapeError as error:

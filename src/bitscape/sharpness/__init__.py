@@ -4,11 +4,12 @@ from bitscape.sharpness.ball import Ascent, Ball
 from bitscape.sharpness.curvature import Eigenvalue, top_eigenvalue
 from bitscape.sharpness.landscape import LossSlice, loss_slice
 from bitscape.sharpness.passes import random_state, repeating
-from bitscape.sharpness.probe import Sharpness, probe_sharpness
+from bitscape.sharpness.probe import BatchLoss, Sharpness, probe_sharpness
 
 __all__ = [
     "Ascent",
     "Ball",
+    "BatchLoss",
     "Eigenvalue",
     "LossSlice",
     "Sharpness",

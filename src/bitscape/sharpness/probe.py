@@ -76,6 +76,10 @@ def finite(norm: Tensor, what: str) -> float:
     return float(norm)
 
 
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class FullBatch:
     """The mean loss over all images, a mini-batch at a time.

@@ -2,20 +2,21 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bitscape.cost.budget import BudgetText
+from bitscape.cost.budget import BudgetText, split_drop
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.samples import Samples
 from bitscape.engine.evaluate import Evaluation
 from bitscape.engine.task import Task, TaskName
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchResult
 from bitscape.searches.uniform import Uniform
@@ -24,12 +25,26 @@ from bitscape.verbs.evaluate import evaluate
 from bitscape.verbs.export import ExportReport, check_path, export
 from bitscape.verbs.proxy import parted, proxy_of
 from bitscape.verbs.quantize import quantize
-from bitscape.verbs.search import search
+from bitscape.verbs.search import MOST_EVALUATED, method_of, samples_for, search
 from bitscape.words import amount, counted
 
 _log = logging.getLogger("bitscape.verbs")
 
 POLICY_SUFFIX = ".json"
+Repair = Literal["compensate", "adaptive"]
+SETTINGS = (
+    "attention_products",
+    "candidates",
+    "channels_last",
+    "folder",
+    "keep_float",
+    "latency",
+    "pick",
+    "pinned",
+    "target",
+    "tied",
+)
+"""Further arguments of `search` that `compress` hands on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +68,7 @@ class Compression(Shown):
     network: nn.Module
     """Quantized."""
     forms: tuple[Form, ...]
-    """Float, quantized and, where a uniform width fits the budget, uniform."""
+    """Float, quantized and, where the budget is of caps and a uniform width fits them, uniform."""
     measured_on: str
     """What the forms were measured on."""
     files: tuple[ExportReport, ...]
@@ -88,11 +103,11 @@ def compress(
     to: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     method: str | SearchMethod = "fisher",
-    repair: Literal["compensate", "adaptive"] | None = "compensate",
+    repair: Repair | None = "compensate",
     task: TaskName | Literal["auto"] | Task = "auto",
     evaluation: Any = None,
     metric: Any = None,
-    count: int = 256,
+    count: int | None = None,
     inputs: Callable[[Any], Any] | None = None,
     targets: Callable[[Any], Any] | None = None,
     seed: int = 0,
@@ -103,7 +118,8 @@ def compress(
     Args:
         model: float network; it is not changed.
         data: samples, preprocessed for the network; no labels are needed. See `search`.
-        budget: caps, e.g. "4bit" or ["weight_bytes=1.2MB", "bitops=0.25x"]. See `search`.
+        budget: caps, e.g. "4bit" or ["weight_bytes=1.2MB", "bitops=0.25x"]; or a drop, e.g. "drop=0.5", which is measured on
+            `evaluation`, and without it on the samples held out, which then need targets. See `search`.
         to: one or several files, told apart by the ends of their names: .json is the policy, the others are those of `export`.
         method: how bits are searched; see `search`.
         repair: how rounding is repaired; see `quantize`.
@@ -111,11 +127,12 @@ def compress(
         evaluation: data with targets on which the forms are measured, e.g. a validation loader. None: how far the outputs are
             from the float network's, on a quarter of the samples that neither search nor repair sees.
         metric: what is measured on `evaluation`; None: the task's own. See `evaluate`.
-        count: most samples that are used.
+        count: most samples that are used; None: as many as `search` takes.
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its targets.
         seed: of everything random.
-        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`, `target`, `latency`.
+        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`, `target`, `latency`, `pick`,
+            `attention_products`, `folder`, `channels_last`.
 
     Raises:
         InfeasibleBudget: no policy meets the budget.
@@ -124,29 +141,41 @@ def compress(
     """
     paths = [Path(to)] if isinstance(to, str | os.PathLike) else [Path(path) for path in to]
     for path in paths:
-        check_path(path, also=POLICY_SUFFIX)
+        check_packages(check_path(path, also=POLICY_SUFFIX))
+    _check(repair, settings, evaluation, metric)
+    drop, _ = split_drop(budget)
+    if isinstance(evaluation, Iterator):
+        evaluation = list(evaluation)  # it is measured on several times
+    count = samples_for(method_of(method)) if count is None else count
     samples = proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed)
     seen, held_out = (samples, samples) if evaluation is not None else parted(samples)
-
-    def measured(network: nn.Module) -> Evaluation:
-        if evaluation is None:
-            return evaluate(network, held_out, task="follow", reference=model)
-        return evaluate(network, evaluation, task=task, metric=metric, inputs=inputs, targets=targets, seed=seed)
+    judge = _Judge(
+        model=model,
+        data=held_out if evaluation is None else evaluation,
+        task=task if evaluation is not None or (drop is not None and held_out.labelled) else "follow",
+        metric=metric,
+        follows=evaluation is None or drop is not None,
+        reading={} if evaluation is None else {"inputs": inputs, "targets": targets},
+        seed=seed,
+    )
 
     def quantized(policy: Policy) -> nn.Module:
         return quantize(model, policy, seen, repair=repair, count=len(seen), seed=seed)
 
+    in_float = judge.evaluation(model)  # shows what is wrong with the data, the task and the metric
     _log.info("compress: searching bits on %s", counted(len(seen), "sample"))
-    result = search(model, seen, budget, method=method, task=task, count=len(seen), seed=seed, **settings)
+    measuring = {} if drop is None else {"evaluation": judge.samples(), "metric": metric}
+    result = search(model, seen, budget, method=method, task=task, count=len(seen), seed=seed, **measuring, **settings)
     _log.info("compress: quantizing, repairing and measuring")
     network = quantized(result.policy)
     forms = [
-        Form(name="float", cost=_float_cost(result), evaluation=measured(model)),
-        Form(name="quantized", cost=result.policy.cost, evaluation=measured(network)),
+        Form(name="float", cost=_float_cost(result), evaluation=in_float),
+        Form(name="quantized", cost=result.policy.cost, evaluation=judge.evaluation(network)),
     ]
-    if (uniform := _uniform(result)) is not None:
-        forms.append(Form(name="uniform", cost=uniform.cost, evaluation=measured(quantized(uniform))))
-    files = [_written(path, network, result.policy, seen, seed) for path in paths]
+    if drop is None and (uniform := _uniform(result)) is not None:
+        forms.append(Form(name="uniform", cost=uniform.cost, evaluation=judge.evaluation(quantized(uniform))))
+    checked = _Checked(model, network, result.policy, seen, task, seed)
+    files = [_written(path, checked) for path in paths]
     return Compression(
         result=result,
         network=network,
@@ -154,6 +183,42 @@ def compress(
         measured_on="the data for evaluation" if evaluation is not None else f"{counted(len(held_out), 'sample')} held out",
         files=tuple(report for report in files if report is not None),
     )
+
+
+def _check(repair: Any, settings: Mapping[str, Any], evaluation: Any, metric: Any) -> None:
+    """Raise BitscapeError for arguments that would fail after the search, or have no effect."""
+    if unknown := [name for name in settings if name not in SETTINGS]:
+        raise BitscapeError(
+            f"{unknown[0]}: compress has no such argument{nearest(unknown[0], SETTINGS)}; of search's it takes {', '.join(SETTINGS)}"
+        )
+    if repair is not None and repair not in get_args(Repair):
+        raise BitscapeError(f"repair={repair!r}: allowed are {', '.join(map(repr, get_args(Repair)))} and None")
+    if metric is not None and evaluation is None:
+        raise BitscapeError("metric: it is measured on evaluation=, which is missing; pass data with targets there, or leave metric out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """How the forms are measured."""
+
+    model: nn.Module
+    data: Any
+    task: TaskName | Literal["auto"] | Task
+    metric: Any
+    follows: bool
+    """Whether outputs that are followed are those of the float network, not targets."""
+    reading: Mapping[str, Any]
+    seed: int
+
+    def evaluation(self, network: nn.Module) -> Evaluation:
+        reference = self.model if self.follows and self.task == "follow" and self.metric is None else None
+        return evaluate(
+            network, self.data, task=self.task, metric=self.metric, reference=reference, seed=self.seed, **self.reading
+        )
+
+    def samples(self) -> Samples:
+        """The same data in memory, for a search that measures."""
+        return proxy_of(self.model, self.data, count=MOST_EVALUATED, seed=self.seed, **{"inputs": None, **self.reading})
 
 
 def _uniform(result: SearchResult) -> Policy | None:
@@ -170,9 +235,37 @@ def _float_cost(result: SearchResult) -> dict[str, float]:
     return policy_cost(network, uniform_policy(network.shapes, LayerBits.FLOAT))
 
 
-def _written(path: Path, network: nn.Module, policy: Policy, samples: Samples, seed: int) -> ExportReport | None:
+@dataclass(frozen=True)
+class _Checked:
+    """What goes into the files, and what they are checked with."""
+
+    model: nn.Module
+    network: nn.Module
+    policy: Policy
+    samples: Samples
+    task: TaskName | Literal["auto"] | Task
+    seed: int
+
+    @property
+    def outputs(self) -> TaskName | Literal["auto"]:
+        """What the outputs are, by name; those of a task of the user's are no classes."""
+        if isinstance(self.task, str):
+            return self.task
+        return next((name for name in get_args(TaskName) if name == self.task.name), "follow")
+
+
+def _written(path: Path, checked: _Checked) -> ExportReport | None:
     if path.suffix == POLICY_SUFFIX:
-        policy.save(path)
+        checked.policy.save(path)
         return None
     _log.info("compress: writing and checking %s", path)
-    return export(network, path, samples, policy=policy, count=len(samples), seed=seed)
+    return export(
+        checked.network,
+        path,
+        checked.samples,
+        policy=checked.policy,
+        float_model=checked.model,
+        task=checked.outputs,
+        count=len(checked.samples),
+        seed=checked.seed,
+    )

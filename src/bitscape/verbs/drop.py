@@ -6,6 +6,7 @@ evaluation is kept in a file, so that the same call goes on where a killed one s
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,32 +14,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bitscape.calling import call, sample_count
+from bitscape.data.epochs import epochs_of, first_of
+from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Samples
 from bitscape.engine.checkpoint import changes
-from bitscape.engine.describe import describe
-from bitscape.engine.task import Task
+from bitscape.engine.describe import describe, described_code
+from bitscape.engine.evaluate import measured
+from bitscape.engine.metrics import OnlyLoss, RelativeError
+from bitscape.engine.task import Follow, Task, TaskName
+from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
-from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
-from bitscape.quant.convert import batches_of
 from bitscape.searches.allocation import pareto_front
 from bitscape.searches.gain import gain_of
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem, SearchResult, name_of
 from bitscape.searches.scores import ScoreTable
+from bitscape.verbs.arguments import stated_task
 from bitscape.verbs.quantize import quantize
 
 ALONG = "weight_bytes"
 """What is made as small as the drop allows."""
 POINTS = 33
 """Of the front: five or six evaluations find the smallest that is good enough."""
-EVALUATIONS_FILE, SCORES_FILE = "evaluations.jsonl", "scores.json"
-BATCH = 64
-Metric = Callable[[Any, Any], Any]
+EVALUATIONS_FILE, SCORES_FILE = "evaluations.jsonl", "evaluations.scores.json"
+SMALLER_IS_BETTER = (RelativeError, OnlyLoss)
+"""Metrics that count with a minus."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,11 @@ class Quality:
     """How good a network is: larger is better."""
 
     name: str
-    """Of the metric: "top1" (percent), "accuracy" (percent of answers), "-relative_error", or the user's."""
+    """Of the metric, as `evaluate` calls it, with a minus where smaller is better: "top1", "-relative_error"."""
     measure: Callable[[nn.Module], float]
     """The metric of a network on the evaluation data."""
+    about: Mapping[str, Any]
+    """What it is computed by, as JSON data: the task, and the code of what is the user's."""
 
 
 def smallest_within(
@@ -63,18 +68,19 @@ def smallest_within(
 ) -> SearchResult:
     """Return the smallest policy of the front whose metric is at most `drop` below the float network's.
 
-    Raises BitscapeError if the largest misses it, by how much, or if the folder holds evaluations of another search.
+    Raises BitscapeError if the largest misses it, by how much, if the folder holds evaluations of another search, or if the
+    metric is not finite.
     """
     started = time.perf_counter()
     asked = _asked(problem, method, quality, evaluation, for_training)
     log = Evaluations.of(None if folder is None else Path(folder), asked)
+    floor = log.float_value(lambda: quality.measure(problem.prepared)) - drop  # first: it shows a metric that fails
     scores = log.scores(lambda: _scores(method, problem, for_training))
     front = pareto_front(scores, problem.choices, ALONG, POINTS).policies
 
     def value(policy: Policy) -> float:
         return log.value(policy, lambda: quality.measure(quantize(problem.prepared, policy, problem.samples, count=len(problem.samples))))
 
-    floor = log.float_value(lambda: quality.measure(problem.prepared)) - drop
     if (best := value(front[-1])) < floor:
         raise BitscapeError(
             f"budget drop={drop:g}: even the largest policy of the front ({front[-1].cost[ALONG]:,.0f} weight bytes) has {quality.name} "
@@ -89,31 +95,47 @@ def smallest_within(
     provenance = {**front[high].provenance, **problem.provenance(method), "drop": measured, "repairs": scores.repairs}
     policy = replace(front[high], provenance=provenance)
     seconds = time.perf_counter() - started
-    return SearchResult(policy, scores, tuple(log.records), seconds, problem.choices, gain_of(scores, problem.choices))
+    trace = tuple(record for record in log.records if "policy" in record)
+    return SearchResult(policy, scores, trace, seconds, problem.choices, gain_of(scores, problem.choices))
 
 
-def quality_of(problem: SearchProblem, evaluation: Samples, metric: Metric | None) -> Quality:
-    """Return the user's metric, averaged over samples, or the one of the task. Raises BitscapeError without targets for it."""
-    task = problem.meaning
-    if metric is not None:
-        _need_targets(evaluation, "a metric")
-        name = getattr(metric, "__name__", type(metric).__name__)
-        return Quality(name=name, measure=lambda network: _mean(network, evaluation, metric))
-    if task.name == "follow":
-        return Quality(name="-relative_error", measure=lambda network: -_relative_error(network, problem.prepared, evaluation, task))
-    if task.name not in ("classes", "binary"):
-        raise BitscapeError(f"budget drop: task {task.name!r} has no metric here; pass metric=, a function of outputs and targets")
-    _need_targets(evaluation, f"task {task.name!r}")
-    right = _top1 if task.name == "classes" else _answers
+def quality_of(problem: SearchProblem, evaluation: Samples, metric: Any) -> Quality:
+    """Return what `evaluate` measures of a network: the user's metric, or the one of the task.
+
+    Outputs that are followed are compared with those of the float network. Raises BitscapeError without targets for others.
+    """
+    epochs = epochs_of(evaluation, BatchReader.of(problem.prepared))
+    task = User(None, metric) if metric is not None else _task(problem, evaluation)
+    reference = problem.prepared if isinstance(task, Follow) else None
+    if reference is None and not evaluation.labelled:
+        what = "a metric" if metric is not None else f"task {task.name!r}"
+        raise BitscapeError(
+            f"budget drop: {what} needs targets, and the data has none; pass evaluation=, data with targets, or task='follow'"
+        )
+    sign = -1.0 if isinstance(task.metric, SMALLER_IS_BETTER) else 1.0
     return Quality(
-        name="top1" if task.name == "classes" else "accuracy", measure=lambda network: 100 * _mean(network, evaluation, right(task))
+        name=f"{'-' if sign < 0 else ''}{task.metric.name}",
+        measure=lambda network: sign * measured(network, epochs, task, reference=reference).value,
+        about={"task": task.name, "code": described_code(task if isinstance(task, User) else None)},
     )
 
 
-def _scores(method: SearchMethod, problem: SearchProblem, for_training: bool) -> ScoreTable:
+def _task(problem: SearchProblem, evaluation: Samples) -> Task:
+    """The task as `evaluate` states it, from outputs and targets."""
+    first = first_of(epochs_of(evaluation, BatchReader.of(problem.prepared)))
+    asked: TaskName | Any = problem.task
+    follows = asked == "follow" or isinstance(asked, Follow)
+    return stated_task(problem.prepared, first, asked, reference=problem.prepared if follows else None)
+
+
+def check_scores(method: SearchMethod) -> None:
+    """Raise BitscapeError for a method whose scores do not serve every budget."""
     if "pick" not in method.options or "folder" in method.options:
         what = "learns at one budget" if "folder" in method.options else "has no scores"
         raise BitscapeError(f"budget drop: method {name_of(method)} {what}; use a method whose scores serve any budget, such as fisher")
+
+
+def _scores(method: SearchMethod, problem: SearchProblem, for_training: bool) -> ScoreTable:
     options = {"for_training": for_training} if "for_training" in method.options else {}
     return method.score(problem, **options)  # type: ignore[union-attr]  # it has scores
 
@@ -142,35 +164,42 @@ class Evaluations:
         return log
 
     def scores(self, score: Callable[[], ScoreTable]) -> ScoreTable:
-        """Return the scores of the file beside, or the ones that `score` makes."""
+        """Return the scores of the file beside if this search wrote them, or the ones that `score` makes."""
         path = None if self.path is None else self.path.with_name(SCORES_FILE)
-        if path is not None and path.is_file():
+        if path is not None and path.is_file() and {"scores": _sha256(path)} in self.records:
             return ScoreTable.load(path)
         scores = score()
         if path is not None:
             scores.save(path)
+            self._add({"scores": _sha256(path)})
         return scores
 
     def float_value(self, measure: Callable[[], float]) -> float:
         """Return the metric of the float network."""
-        return self._value("float", {}, measure)
+        return self._value("float", {}, measure, "the float network")
 
     def value(self, policy: Policy, measure: Callable[[], float]) -> float:
         """Return the metric of a policy's network."""
         bits = {name: str(bits) for name, bits in policy.layers.items()}
         key = hashlib.sha256(json.dumps(bits, sort_keys=True).encode()).hexdigest()[:16]
-        return self._value(key, {ALONG: policy.cost[ALONG]}, measure)
+        size = policy.cost[ALONG]
+        return self._value(key, {ALONG: size}, measure, f"the network quantized to {size:,.0f} weight bytes")
 
-    def _value(self, key: str, about: Mapping[str, Any], measure: Callable[[], float]) -> float:
-        known = next((record["value"] for record in self.records if record["policy"] == key), None)
+    def _value(self, key: str, about: Mapping[str, Any], measure: Callable[[], float], network: str) -> float:
+        known = next((record["value"] for record in self.records if record.get("policy") == key), None)
         if known is not None:
             return float(known)
         started = time.perf_counter()
         value = float(measure())
+        if not math.isfinite(value):
+            raise BitscapeError(f"budget drop: the metric of {network} is {value}; it must be finite: check metric and targets")
         record = {"policy": key, **about, "value": value, "seconds": round(time.perf_counter() - started, 3)}
+        self._add(record)
+        return value
+
+    def _add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self._write(record)
-        return value
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.path is None:
@@ -179,6 +208,10 @@ class Evaluations:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -204,50 +237,8 @@ def _asked(
         "candidates": " ".join(map(str, problem.choices.candidates)),
         "tied": [" ".join(group) for group in problem.choices.freedom.groups if len(group) > 1],
         "for_training": for_training,
-        "metric": quality.name,
+        "metric": {"name": quality.name, **quality.about},
         "model": describe(problem.prepared),
-        "data": describe([part.inputs for part in problem.samples.parts]),
+        "data": describe([[part.inputs, part.targets] for part in problem.samples.parts]),
         "evaluation": describe([[part.inputs, part.targets] for part in evaluation.parts]),
     }
-
-
-def _need_targets(evaluation: Samples, what: str) -> None:
-    if not evaluation.labelled:
-        raise BitscapeError(
-            f"budget drop: {what} needs targets, and the data has none; pass evaluation=, data with targets, or task='follow'"
-        )
-
-
-def _top1(task: Task) -> Metric:
-    return lambda outputs, targets: (task.outputs(outputs, len(targets)).argmax(1) == targets).double().mean()
-
-
-def _answers(task: Task) -> Metric:
-    threshold = 0.5 if getattr(task, "probabilities", False) else 0.0
-
-    def right(outputs: Any, targets: Tensor) -> Tensor:
-        answers = task.outputs(outputs, len(targets)) > threshold
-        return (answers.reshape(targets.shape) == (targets > 0.5)).double().mean()
-
-    return right
-
-
-def _mean(network: nn.Module, samples: Samples, metric: Metric) -> float:
-    """The metric's mean over batches, weighted by their samples."""
-    total = 0.0
-    with evaluating(network):
-        for batch in samples.batches(BATCH):
-            (inputs,) = batches_of([batch.inputs], network)
-            total += float(metric(call(network, inputs), batch.targets)) * len(batch)
-    return total / len(samples)
-
-
-def _relative_error(network: nn.Module, reference: nn.Module, samples: Samples, task: Task) -> float:
-    """Norm of the difference over the norm of the float network's outputs, each tensor in units of its own spread."""
-    difference = norm = torch.zeros((), dtype=torch.float64)
-    with evaluating(network), evaluating(reference):
-        for inputs in batches_of(samples, network, BATCH):
-            outputs, aim = (task.outputs(call(model, inputs), sample_count(inputs)).double() for model in (network, reference))
-            difference = difference + (outputs - aim).square().sum().cpu()
-            norm = norm + aim.square().sum().cpu()
-    return float((difference / norm.clamp(min=1e-300)).sqrt())

@@ -19,9 +19,12 @@ from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
+from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, name_of
-from bitscape.verbs.drop import ALONG, Metric, quality_of, smallest_within
+from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 
+SAMPLES = 256
+"""Used by default."""
 MOST_EVALUATED = 50_000
 """Samples on which a drop is measured, held in memory."""
 
@@ -33,7 +36,7 @@ def search(
     *,
     method: str | SearchMethod = "fisher",
     task: TaskName | Literal["auto"] | Task = "auto",
-    count: int = 256,
+    count: int | None = None,
     candidates: Sequence[LayerBits] | None = None,
     pinned: Mapping[str, LayerBits | str] | Pins | None = None,
     keep_float: Sequence[str | type[nn.Module]] = (),
@@ -46,7 +49,7 @@ def search(
     inputs: Callable[[Any], Any] | None = None,
     targets: Callable[[Any], Any] | None = None,
     evaluation: Any = None,
-    metric: Metric | None = None,
+    metric: Any = None,
     folder: str | os.PathLike[str] | None = None,
     channels_last: bool | None = None,
     seed: int = 0,
@@ -62,7 +65,8 @@ def search(
             weight bytes, whose metric stays within 0.5 of the float network's; caps beside it hold too.
         method: name of a search method (`bitscape methods` lists them), or its settings, e.g. `Fisher(images=512)`.
         task: what the outputs are: "classes" for logits (n, k), "binary", "follow" for any others; "auto" looks at them.
-        count: most samples that are used. Of a dataset they are drawn by `seed`, of an iterable they are the first.
+        count: most samples that are used; None: 256, or as many as the method's `images` if these are more. Of a dataset
+            they are drawn by `seed`, of an iterable they are the first.
         candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what
             the target has.
         pinned: layers with fixed bits, by name or pattern, e.g. {"head*": "8/8"}; {} pins none. None pins the first layer
@@ -72,14 +76,14 @@ def search(
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
         latency: measured times of this network, which make `latency_ms` a cap.
         for_training: whether the network will be trained at its bits afterwards; fisher then scores differently.
-        pick: "best", or the "least-sharp" of the policies with near-equal scores.
+        pick: "best", or the "least-sharp" of the policies with near-equal scores, without a drop.
         attention_products: give bits to the two products of attention too ("attn.scores", "attn.values"): `weight` is the
             width of the second operand. Of the methods that measure, fisher and local take them.
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its labels, which searches that train make use of.
         evaluation: data with targets on which a drop is measured; None: `data`, which then needs targets.
-        metric: function (outputs, targets) -> a number, larger is better, averaged over samples; None: top-1 for classes and
-            accuracy for binary, both in points, and the relative error of the outputs, a fraction, for follow.
+        metric: what a drop is measured by, as `evaluate` takes it, larger is better; None: the task's, which is top-1, accuracy
+            or mean IoU, in points, and for follow the relative error of the outputs to the float network's, a fraction.
         folder: where a search that trains keeps its checkpoint, and a search for a drop its evaluations; the same call goes
             on from there.
         channels_last: memory format of the convolutions; None: channels_last where the network takes it.
@@ -92,12 +96,14 @@ def search(
     searcher = method_of(method)
     budget = lasting(budget)
     drop, caps = split_drop(budget)
-    options = _options(searcher, pick, folder, for_training) if drop is None else {}
+    check_options(searcher, pick, folder, for_drop=drop is not None)
+    if drop is None:
+        _check_unmeasured(evaluation=evaluation, metric=metric)
     problem = search_problem(
         prepare(model, attention_products=True) if attention_products else model,
         data,
         budget if drop is None else caps or Budget(),
-        count=count,
+        count=samples_for(searcher) if count is None else count,
         inputs=inputs,
         targets=targets,
         candidates=candidates,
@@ -110,17 +116,18 @@ def search(
         channels_last=channels_last,
         seed=seed,
         along=None if drop is None else ALONG,
+        original=model,
     )
     problem.choices.first_feasible()  # refused before the minutes that scores may take
     if drop is None:
-        result = searcher.search(problem, **options)
+        options: dict[str, Any] = {"pick": pick, "folder": folder, "for_training": for_training}
+        result = searcher.search(problem, **{name: options[name] for name in searcher.options})
     else:
         reader = BatchReader.of(model, inputs, targets)
         measured = problem.samples if evaluation is None else read_samples(evaluation, reader, count=MOST_EVALUATED, seed=seed)
-        quality = quality_of(problem, measured.to(device_of(model)), metric)
-        result = smallest_within(
-            problem, searcher, drop, quality, measured, for_training=for_training, folder=folder
-        )
+        measured = measured.to(device_of(model))
+        quality = quality_of(problem, measured, metric)
+        result = smallest_within(problem, searcher, drop, quality, measured, for_training=for_training, folder=folder)
     provenance = {**result.policy.provenance, "for_training": for_training}
     return replace(result, policy=replace(result.policy, provenance=provenance))
 
@@ -152,9 +159,22 @@ def method_of(method: str | SearchMethod) -> SearchMethod:
     return METHODS[method]()
 
 
-def check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None) -> None:
-    """Raise BitscapeError for what is asked for and the method cannot do."""
+def samples_for(method: SearchMethod) -> int:
+    """Return how many samples a method is given by default: all that its `images` ask for, and `SAMPLES` at least."""
+    return max(SAMPLES, getattr(method, "images", 0))
+
+
+def check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, *, for_drop: bool = False) -> None:
+    """Raise BitscapeError for what is asked for and the method, or a search for a drop, cannot do."""
+    check_pick(pick)
     name = name_of(method)
+    if for_drop:
+        check_scores(method)
+        if pick != "best":
+            raise BitscapeError(
+                f"pick={pick!r}: a budget of drop=... measures the policies, and the smallest good enough is kept; leave pick out"
+            )
+        return
     if pick != "best" and "pick" not in method.options:
         raise BitscapeError(
             f"pick={pick!r}: {name} has no scores, so there are no near-equal policies to pick from; "
@@ -167,13 +187,13 @@ def check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[st
         )
 
 
-def _options(
-    method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, for_training: bool
-) -> dict[str, Any]:
-    """Return the options that the method takes; that the network will be trained later concerns few methods, and harms none."""
-    check_options(method, pick, folder)
-    options = {"pick": pick, "folder": folder, "for_training": for_training}
-    return {name: value for name, value in options.items() if name in method.options}
+def _check_unmeasured(**arguments: Any) -> None:
+    """Raise BitscapeError for arguments that only a drop makes use of."""
+    if unused := [name for name, value in arguments.items() if value is not None]:
+        raise BitscapeError(
+            f"{unused[0]}: a budget of caps is met without measuring; leave {' and '.join(unused)} out and call evaluate "
+            "afterwards, or add a drop to the budget, e.g. 'drop=0.5'"
+        )
 
 
 def _target(target: str | Target | None) -> Target | None:
