@@ -359,9 +359,20 @@ class _Graph:
         )
 
     def _becomes_output(self, node: "onnx.NodeProto") -> bool:
-        if node.op_type == "QuantizeLinear":
-            return self._known(node.input[2]).itemsize > 1
-        return any(name in self._outputs or any(map(self._becomes_output, self._users.get(name, []))) for name in node.output)
+        behind: list[onnx.NodeProto] = [node]
+        seen: set[str] = set()
+        while behind:
+            node = behind.pop()
+            if node.op_type == "QuantizeLinear":
+                if self._known(node.input[2]).itemsize > 1:
+                    return True
+                continue
+            for name in set(node.output) - seen:
+                if name in self._outputs:
+                    return True
+                seen.add(name)  # float branches that meet again are followed once
+                behind += self._users.get(name, [])
+        return False
 
     def _known(self, name: str) -> Array:
         value = self.constant(name)

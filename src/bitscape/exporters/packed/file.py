@@ -15,6 +15,7 @@ stored under the first. The metadata has one entry, "bitscape" (header.py). Equa
 import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import safetensors.torch
@@ -133,8 +134,10 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             stored = header.layers[name]
             owner = stored.owner(name)
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
+        device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         for name, product in products(model).items():
-            _quantize_product(product, header.policy.layers[name], header.layers[name])
+            if not header.policy.layers[name].is_float:
+                _quantize_product(product, header.policy.layers[name], header.layers[name], device)
         _fold_as_saved(model, tensors.keys())
         _load_others(model, tensors)
     return in_eval_mode(model)
@@ -275,10 +278,10 @@ def _make_quantized(layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: 
     layer.input_quantizer = stored.input_quantizer(bits.activation).to(weight.device)
 
 
-def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) -> None:
+def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer, device: torch.device) -> None:
     product.__class__ = quantized_class(type(product))
-    product.weight_quantizer = stored.second_quantizer(bits.weight)
-    product.input_quantizer = stored.input_quantizer(bits.activation)
+    product.weight_quantizer = stored.second_quantizer(bits.weight).to(device)
+    product.input_quantizer = stored.input_quantizer(bits.activation).to(device)
 
 
 def _fold_as_saved(model: nn.Module, saved: Set[str]) -> None:
