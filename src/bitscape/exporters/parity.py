@@ -200,8 +200,9 @@ def require_integer(runtime: str, float_layers: Sequence[str]) -> None:
     if float_layers:
         shown = ", ".join(float_layers[:5])
         raise BitscapeError(
-            f"{runtime} computes {len(float_layers)} layers in float ({shown}): the file would be hardly faster than the "
-            "float network; try another version of the runtime"
+            f"{runtime} computes {len(float_layers)} layers in float ({shown}), as it made one operator of them and float ones beside "
+            "them, or has no integer kernel: the file would be hardly faster than the float network; quantize the layers beside "
+            "them too (keep_float), or try another version of the runtime"
         )
 
 

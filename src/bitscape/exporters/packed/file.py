@@ -54,6 +54,8 @@ class PackedInfo:
     """Size of the file, header included."""
     weight_bytes: int
     """Packed codes and their scales: what `bitscape.cost` calls weight_bytes."""
+    scale_bytes: int
+    """Of it scales."""
     other_bytes: int
     """Biases, norms, activation scales, buffers, and the shapes of the weights."""
 
@@ -96,9 +98,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     tensors = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in (weights | others).items()}
     content = sealed(safetensors.torch.save(tensors, {_METADATA: header.to_json()}))
     write_atomic(path, content)
-    weight_bytes = sum(tensor.nbytes for key, tensor in weights.items() if not key.endswith(_WEIGHT_PARTS[2]))
+    packed, scales, _ = (sum(tensor.nbytes for key, tensor in weights.items() if key.endswith(part)) for part in _WEIGHT_PARTS)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    return PackedInfo(Path(path), len(content), weight_bytes, total - weight_bytes)
+    return PackedInfo(Path(path), len(content), packed + scales, scales, total - packed - scales)
 
 
 @torch.no_grad()
