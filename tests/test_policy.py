@@ -256,6 +256,12 @@ def test_a_policy_prints_its_ends_and_its_costs() -> None:
     assert "&lt;script&gt;" in Policy({"<script>": LayerBits(2, 2)})._repr_html_()
 
 
+@pytest.mark.parametrize(("bits", "top"), [(LayerBits(4, 8), 8.5), (LayerBits(4, 16), 16.5), (LayerBits.FLOAT, 32.5)])
+def test_every_width_is_on_the_chart(bits: LayerBits, top: float) -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    assert Policy({"a": LayerBits(2, 2), "b": bits}).plot(axes).get_ylim() == (0, top)
+
+
 def test_a_policy_is_drawn_layer_after_layer() -> None:
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
     assert Policy({"a": LayerBits(2, 8), "b": LayerBits(4, 6)}).plot(axes) is axes

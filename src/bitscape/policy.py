@@ -182,8 +182,10 @@ class Policy(Shown):
         """
         axes = new_axes(axes)
         bits = self.layers.values()
-        steps(axes, list(self.layers), {"weights": [b.weight for b in bits], "activations": [b.activation for b in bits]})
-        axes.set(ylabel="bits", ylim=(0, MAX_BITS + 0.5), title=self.table().title)
+        lines = {"weights": [b.weight for b in bits], "activations": [b.activation for b in bits]}
+        steps(axes, list(self.layers), lines)
+        widest = max((MAX_BITS, *lines["weights"], *lines["activations"]))
+        axes.set(ylabel="bits", ylim=(0, widest + 0.5), title=self.table().title)
         return axes
 
     def difference(self, other: "Policy") -> list[tuple[str, LayerBits | None, LayerBits | None]]:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitscape.cli.export_report import report_agreement, report_file, report_parity
+from bitscape.cli.export_report import report_agreement, report_file, report_packed, report_parity
 from bitscape.cli.export_source import ExportSource
 from bitscape.exporters.agreement import Agreement
 from bitscape.exporters.onnx.qdq import OnnxInfo
+from bitscape.exporters.packed.file import save_packed
 from bitscape.exporters.parity import LayerParity, ParityReport
 from bitscape.verbs.export import ExportReport
 from tests.exporters.networks import images, policy_for, quantized
@@ -49,6 +50,15 @@ def test_bytes_of_a_file_by_hand(source, capsys):
     assert (rows["weights, scales and biases, in the file"], rows["graph"], rows["file"]) == ("772", "228", "1,000")
     assert rows["float32 tensors"] == f"{4 * (4 * 3 + 4 + 5 * 256 + 5):,}"
     assert "2 tensors between layers got 8 bits" in shown and "weights of 2 of 2 layers are stored as integers: 2 in 4 bits" in shown
+
+
+def test_bytes_of_scales_in_a_packed_file_are_those_it_holds(capsys, tmp_path):
+    torch.manual_seed(0)
+    transposed = source_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2)), None)
+    info = save_packed(transposed.network, tmp_path / "net.safetensors")
+    report_packed(transposed, ExportReport(path=info.path, file_bytes=info.file_bytes, info=info))
+    rows = {name.strip(): count for name, _, count in (line.rpartition(" ") for line in capsys.readouterr().out.splitlines())}
+    assert rows["of it scales"] == str(4 * (4 + 6))
 
 
 def rows_of(text: str) -> list[list[str]]:

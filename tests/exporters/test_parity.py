@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.parity import ALLOWED, LayerParity, ParityReport, check_parity, read_layers
+from bitscape.exporters.onnx.qdq import save_onnx
+from bitscape.exporters.parity import ALLOWED, LayerParity, ParityReport, _Graph, check_parity, read_layers
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import calibrate, quantize
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime
 from tests.exporters.networks import CASES, MIXED, exported, other_images
 from tests.needs import runtime_or_skip
@@ -130,7 +135,7 @@ def test_a_layer_in_float_is_reported(file_of):
     path.write_bytes(with_float_layer(path.read_bytes(), "3"))
     report = check_parity(path, IMAGES)
     assert report.float_layers == ("3",)
-    with pytest.raises(BitscapeError, match=r"computes 1 layers in float \(3\)"):
+    with pytest.raises(BitscapeError, match=r"computes 1 layers in float \(3\), as it made one operator of them"):
         report.require(1.0)
 
 
@@ -142,6 +147,33 @@ def test_a_convolution_whose_results_are_outputs_may_run_in_float_and_is_compare
     report.require(0.0)
     wrong = check_parity(path, IMAGES, Otherwise(OnnxRuntime(), changed(one_more, "scores.weight.codes")))
     assert [layer.name for layer in wrong.layers if layer.differing] == ["scores"]
+
+
+@pytest.mark.parametrize("rectifier", [nn.ReLU, nn.GELU, nn.Sigmoid, nn.LeakyReLU])
+@pytest.mark.parametrize("shape", [(16, 8), (16, 5, 8)])
+@pytest.mark.parametrize("floats", ["2", "4"])
+def test_layers_in_front_of_float_layers_compute_with_integers(rectifier, shape, floats, tmp_path):
+    runtime_or_skip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), rectifier(), nn.Linear(8, 8), rectifier(), nn.Linear(8, 3)).eval()
+    policy = Policy(dict.fromkeys("024", LayerBits(8, 8)) | {floats: LayerBits.FLOAT})
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    save_onnx(calibrate(quantize(model, policy), x), tmp_path / "net.onnx", x)
+    report = check_parity(tmp_path / "net.onnx", x.numpy())
+    report.require(0.0)
+    assert {layer.name for layer in report.layers} == set("024") - {floats}
+    assert report.float_layers == report.float_outputs == ()
+
+
+def test_float_branches_that_meet_again_are_followed_once():
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes, last = [make("MatMul", ["x", "w"], ["0"], name="layer")], "0"
+    for index in range(60):  # 2^60 ways
+        nodes += [make("Relu", [last], [f"r{index}"]), make("Add", [last, f"r{index}"], [f"a{index}"])]
+        last = f"a{index}"
+    for outputs, expected in (([info(last, 1, None)], True), ([], False)):
+        graph = _Graph(onnx.helper.make_model(onnx.helper.make_graph(nodes, "diamonds", [info("x", 1, None)], outputs)))
+        assert graph._becomes_output(nodes[0]) is expected
 
 
 def test_a_file_without_integer_layers_is_refused(tmp_path):

@@ -98,3 +98,34 @@ def test_an_operator_that_cannot_be_converted_is_named(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "odd.onnx")
     with pytest.raises(BitscapeError, match=r"onnx2torch cannot convert it \(.*Det"):
         find_model(f"onnx:{tmp_path / 'odd.onnx'}")
+
+
+@pytest.mark.parametrize("by", ["scales", "sizes"])
+def test_resizes_by_stored_numbers_are_those_of_torch(tmp_path, by):
+    from onnx import TensorProto, helper, numpy_helper
+
+    kernel = torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    numbers = {
+        "scales": helper.make_tensor("scales", TensorProto.FLOAT, [4], [1, 1, 2, 3]),
+        "sizes": helper.make_tensor("sizes", TensorProto.INT64, [4], [1, 4, 16, 24]),
+    }[by]
+    taken = ["features", "", "scales"] if by == "scales" else ["features", "", "", "sizes"]
+    settings = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    nodes = [
+        helper.make_node("Conv", ["pixels", "kernel"], ["features"], name="stem", kernel_shape=[1, 1]),
+        helper.make_node("Resize", taken, ["larger"], name="resize", **settings),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 8, 8])
+    larger = helper.make_tensor_value_info("larger", TensorProto.FLOAT, ["n", 4, 16, 24])
+    graph = helper.make_graph(nodes, "larger", [pixels], [larger], [numpy_helper.from_array(kernel.numpy(), "kernel"), numbers])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "larger.onnx")
+    network = find_model(f"onnx:{tmp_path / 'larger.onnx'}")
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    features = nn.functional.conv2d(images, kernel)
+    expected = features.repeat_interleave(2, 2).repeat_interleave(3, 3)
+    torch.testing.assert_close(network(images), expected)
+    assert not any(type(module).__name__ == "OnnxResize" for name, module in network.named_modules() if name in called(network))
+
+
+def called(network: nn.Module) -> set[str]:
+    return {str(node.target) for node in network.graph.nodes if node.op == "call_module"}

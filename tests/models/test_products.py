@@ -1,4 +1,6 @@
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -83,3 +85,47 @@ def test_products_are_layers_without_weights_of_which_every_multiplication_count
 def test_what_does_not_take_products_says_so():
     with pytest.raises(BitscapeError, match=r"method kl does not take products of two activations \(0\)"):
         refuse_products(nn.Sequential(MatMul()), "method kl")
+
+
+class Helped(nn.Module):
+    """Attention in a method, of a module that uses both names of the products; its input is called by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, image: Tensor, shift: Tensor) -> Tensor:
+        return self.out(self._attend(image) + shift)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        self.scores = x.mean()
+        return F.scaled_dot_product_attention(self.queries(x), self.keys(x), self.values(x))
+
+
+def test_attention_in_a_method_is_found_and_layers_of_these_names_stay():
+    model = built(lambda: nn.Sequential(Helped()))[0]
+    prepared, x = prepare(model, attention_products=True), {"image": tokens(), "shift": torch.ones(3, 5, 8)}
+    assert product_names(model) == list(products(prepared)) == ["scores_product", "values_product"]
+    assert isinstance(prepared.values, nn.Linear)
+    torch.testing.assert_close(prepared(**x), model(**x))
+    assert list(inspect.signature(prepared.forward).parameters) == ["image", "shift"]
+    cost = measure(prepared, {name: tensor[:1] for name, tensor in x.items()})
+    assert cost.by_name["scores_product"].macs == cost.by_name["values_product"].macs == 5 * 5 * 8
+
+
+def test_prepared_attention_is_pickled():
+    prepared = prepare(built(lambda: nn.Sequential(OneLinear())), attention_products=True)
+    again = pickle.loads(pickle.dumps(prepared))
+    assert torch.equal(again(tokens()), prepared(tokens()))
+    assert list(products(again)) == ["0.scores", "0.values"]
+
+
+def test_networks_without_attention_are_refused_by_the_way_out():
+    with pytest.raises(BitscapeError, match=r"no module of the network calls .*call bitscape\.models\.products\.MatMul"):
+        prepare(nn.Sequential(nn.Linear(8, 8)), attention_products=True)
+    prepare(nn.Sequential(nn.Linear(8, 8), MatMul()), attention_products=True)  # a product of the user's own is enough
+
+
+def test_names_of_products_are_known_before_attention_is_split():
+    model = built(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert product_names(model) == ["self_attn.scores", "self_attn.values"]

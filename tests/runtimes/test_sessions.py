@@ -8,7 +8,7 @@ from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.graph import quiet
 from bitscape.exporters.onnx.qdq import write_onnx
 from bitscape.runtimes import sessions as runtime
-from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, OpenVino, by_name, time_alternately
+from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime, OpenVino, by_name, layer_of_node, time_alternately
 from tests.exporters.networks import MIXED, OUTPUTS_OF_HEADS, exported, images, integers, other_images
 from tests.needs import runtime_or_skip
 
@@ -209,3 +209,8 @@ def test_inputs_are_fed_by_name_and_other_names_refused():
         by_name(left, ["a", "b"])
     with pytest.raises(BitscapeError, match="inputs: a; the file takes a, b"):
         by_name({"a": left}, ["a", "b"])
+
+
+def test_layers_may_have_slashes_in_their_names():
+    names = ["Conv/0", "Conv/0/WithoutBiases", "Conv/0/behind12", "Conv/0/WithoutBiases/fq_weights_1", "stem/behind/1"]
+    assert [layer_of_node(name) for name in names] == ["Conv/0"] * 4 + ["stem/behind/1"]

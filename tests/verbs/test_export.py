@@ -156,6 +156,9 @@ def test_a_packed_file_that_reads_back_otherwise_is_not_kept(tmp_path):
 def test_a_missing_folder_and_a_network_called_otherwise_are_named(tmp_path):
     with pytest.raises(bs.BitscapeError, match=r"there is no folder .*absent; create it"):
         bs.export(quantized("keywords"), tmp_path / "absent" / "net.onnx", samples_of("keywords"))
+    for form in ("packed", "onnx"):
+        with pytest.raises(bs.BitscapeError, match=r"there is no folder .*absent; create it"):
+            bs.export(quantized("keywords"), tmp_path / "absent" / "net", samples_of("keywords"), form=form)
     network = CALLED["two images"].network()
     with pytest.raises(bs.BitscapeError, match=r"missing 1 required positional argument: 'right'; a tuple holds the arguments"):
         bs.quantize(network, policy_of(network), drawn(4, 3, 8, 8))

@@ -29,7 +29,7 @@ def report_packed(source: ExportSource, report: "ExportReport") -> None:
         report_same(report.compared)
     parts = {
         "weights and scales, in the file": info.weight_bytes,
-        "  of it scales": 4 * sum(shape[0] for shape in network_shapes(source.float_network).values()),
+        "  of it scales": info.scale_bytes,
         "biases, norms, activation scales": info.other_bytes,
         "header": info.file_bytes - info.weight_bytes - info.other_bytes,
     }

@@ -200,8 +200,9 @@ def require_integer(runtime: str, float_layers: Sequence[str]) -> None:
     if float_layers:
         shown = ", ".join(float_layers[:5])
         raise BitscapeError(
-            f"{runtime} computes {len(float_layers)} layers in float ({shown}): the file would be hardly faster than the "
-            "float network; try another version of the runtime"
+            f"{runtime} computes {len(float_layers)} layers in float ({shown}), as it made one operator of them and float ones beside "
+            "them, or has no integer kernel: the file would be hardly faster than the float network; quantize the layers beside "
+            "them too (keep_float), or try another version of the runtime"
         )
 
 
@@ -359,9 +360,20 @@ class _Graph:
         )
 
     def _becomes_output(self, node: "onnx.NodeProto") -> bool:
-        if node.op_type == "QuantizeLinear":
-            return self._known(node.input[2]).itemsize > 1
-        return any(name in self._outputs or any(map(self._becomes_output, self._users.get(name, []))) for name in node.output)
+        behind: list[onnx.NodeProto] = [node]
+        seen: set[str] = set()
+        while behind:
+            node = behind.pop()
+            if node.op_type == "QuantizeLinear":
+                if self._known(node.input[2]).itemsize > 1:
+                    return True
+                continue
+            for name in set(node.output) - seen:
+                if name in self._outputs:
+                    return True
+                seen.add(name)  # float branches that meet again are followed once
+                behind += self._users.get(name, [])
+        return False
 
     def _known(self, name: str) -> Array:
         value = self.constant(name)

@@ -8,7 +8,6 @@ is made to call the layers.
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
+from bitscape.models.derived import forward_within
 from bitscape.models.replace import replace_module
 
 _log = logging.getLogger("bitscape.models")
@@ -123,7 +123,7 @@ def split_attention(model: nn.Module) -> nn.Module:
         replace_module(model, original, split)
     for name, module in model.named_modules():
         if _reads_weights(module):
-            module.__class__ = _calling_layers(cast(Any, type(module)))
+            module.__class__ = forward_within(cast(Any, type(module)), _layers_called)
         if isinstance(module, nn.MultiheadAttention):
             _log.warning("%s: %s is no plain nn.MultiheadAttention and stays float", name, type(module).__name__)
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SplitAttention) for m in module.modules()):
@@ -230,13 +230,7 @@ def _with_bias(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
     return output + difference
 
 
-@cache
-def _calling_layers(kind: Any) -> type[nn.Module]:
-    """The class with a forward that calls the layers whose weights it reads."""
-    never_called = _READ_WEIGHTS[kind.__module__]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _LayersCalled(self.children(), never_called):
-            return kind.forward(self, *args, **kwargs)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+def _layers_called(module: nn.Module) -> _LayersCalled:
+    """Within it, the forward of attention calls the layers whose weights it reads."""
+    never_called = next(_READ_WEIGHTS[k.__module__] for k in type(module).__mro__ if k.__module__ in _READ_WEIGHTS)
+    return _LayersCalled(module.children(), never_called)

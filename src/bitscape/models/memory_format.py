@@ -77,10 +77,6 @@ def _obstacle(run: Trial, weights: Sequence[Tensor], training: bool) -> str | No
     return fails or (_obstacle_in_training(run, laid_out, weights) if training else None)
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def _obstacle_in_training(run: Trial, laid_out: Trial, weights: Sequence[Tensor]) -> str | None:
     """Likewise in training mode, which changes the network's statistics; its outputs are not compared."""
     run.model.train()

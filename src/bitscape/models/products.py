@@ -1,11 +1,11 @@
 """Products of two activations, such as those of attention, as modules that can take bits.
 
 A network of yours calls `MatMul` where it would call torch.matmul. For attention that exists already, `split_products` has
-its two products, query by key ("scores") and weights by value ("values"), computed by modules of these names within it.
+its two products, query by key ("scores") and weights by value ("values"), computed by modules of these names within it;
+where the module uses a name itself, the product is called "scores_product" or "values_product".
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from bitscape.errors import BitscapeError
 from bitscape.models.attention import SplitAttention
+from bitscape.models.calls import code_of_forward, stored_attributes
+from bitscape.models.derived import forward_within
 
 SCORES, VALUES = "scores", "values"
-"""Names of the two products within a module of attention."""
+"""Names of the two products within a module of attention that uses neither itself."""
+_NAMES = "_names_of_products"
 
 
 class MatMul(nn.Module):
@@ -48,29 +51,55 @@ def refuse_products(model: nn.Module, what: str) -> None:
 
 def product_names(model: nn.Module) -> list[str]:
     """Names of the products that `split_products` would add."""
-    return [f"{name}.{part}".lstrip(".") for name, _ in _attention(model) for part in (SCORES, VALUES)]
+    return [f"{name}.{part}".lstrip(".") for name, module in _attention(model) for part in _names_in(module)]
 
 
 def split_products(model: nn.Module) -> nn.Module:
     """Let attention of `model` compute its products by `MatMul` modules, in place; outputs stay equal up to rounding.
 
-    That is attention split by `split_attention`, and every module whose own forward calls
-    F.scaled_dot_product_attention. A second call changes nothing.
+    That is attention split by `split_attention`, and every module whose forward calls F.scaled_dot_product_attention, in
+    methods and functions that it calls too. A second call changes nothing.
+
+    Raises:
+        BitscapeError: no product of two activations in the network then.
     """
     for _, module in list(_attention(model)):
-        module.add_module(SCORES, MatMul())
-        module.add_module(VALUES, MatMul())
-        module.__class__ = _multiplying(cast(Any, type(module)))
+        names = _names_in(module)
+        for name in names:
+            module.add_module(name, MatMul())
+        setattr(module, _NAMES, names)
+        module.__class__ = forward_within(cast(Any, type(module)), _ProductsCalled)
+    if not products(model):
+        raise BitscapeError(
+            "attention_products=True: no module of the network calls F.scaled_dot_product_attention in its forward, or in what "
+            "that calls; call bitscape.models.products.MatMul in the place of torch.matmul (docs/extending.md), or leave it out"
+        )
     return model
 
 
 def _attention(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The modules of attention whose products are no modules yet."""
+    """The modules of attention whose products are no modules yet, nn.MultiheadAttention that is to be split among them."""
     for name, module in model.named_modules():
-        called = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-        calls_attention = isinstance(module, SplitAttention) or F.scaled_dot_product_attention.__name__ in called
-        if calls_attention and not isinstance(getattr(module, SCORES, None), MatMul):
+        split = isinstance(module, SplitAttention) or type(module) is nn.MultiheadAttention
+        if (split or _calls_attention(module)) and _NAMES not in vars(module):
             yield name, module
+
+
+def _calls_attention(module: nn.Module) -> bool:
+    return any(F.scaled_dot_product_attention.__name__ in code.co_names for code in code_of_forward(cast(Any, type(module))))
+
+
+def _names_in(module: nn.Module) -> tuple[str, str]:
+    """Names of the two products within a module of attention: such as it doesn't use itself."""
+    stored = stored_attributes(code_of_forward(cast(Any, type(module))))
+    scores, values = (_unused(name, module, stored) for name in (SCORES, VALUES))
+    return scores, values
+
+
+def _unused(name: str, module: nn.Module, stored: Set[str]) -> str:
+    while name in stored or hasattr(module, name):
+        name = f"{name}_product"
+    return name
 
 
 class _ProductsCalled(TorchFunctionMode):
@@ -78,7 +107,7 @@ class _ProductsCalled(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.scores, self.values = module.get_submodule(SCORES), module.get_submodule(VALUES)
+        self.scores, self.values = map(module.get_submodule, getattr(module, _NAMES))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -108,14 +137,3 @@ def attend(
         below = float("-inf")
         weights = weights.masked_fill(~attn_mask, below) if attn_mask.dtype == torch.bool else weights + attn_mask
     return values(F.dropout(weights.softmax(dim=-1), dropout_p), value)
-
-
-@cache
-def _multiplying(kind: Any) -> Any:
-    """The class whose attention calls its products."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _ProductsCalled(self):
-            return kind.forward(self, *args, **kwargs)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})

@@ -17,8 +17,8 @@ from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32, check_inputs
 from bitscape.models.layers import has_weight, layer_shapes, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
-from bitscape.models.prepare import prepare
-from bitscape.models.products import product_names, split_products
+from bitscape.models.prepare import check_layers, prepare
+from bitscape.models.products import product_names
 from bitscape.models.trial import check_weight_uses
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers, require_float
@@ -63,10 +63,12 @@ def with_quantizers(
         raise BitscapeError(
             f"policy: {kind} is no Policy; read a file with Policy.load(path), or use bitscape.policy.uniform_policy(names, bits)"
         )
-    model = prepare(model, inplace=inplace)
-    if not policy.layers.keys().isdisjoint(product_names(model)):
-        model = split_products(model)
-    policy.check(layer_shapes(model))
+    check_layers(model)
+    added = product_names(model)
+    with_products = not policy.layers.keys().isdisjoint(added)
+    # Before anything changes: a refused policy leaves the network as it is.
+    policy.check(layer_shapes(model) | (dict.fromkeys(added, (0,)) if with_products else {}))
+    model = prepare(model, inplace=inplace, attention_products=with_products)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if not policy.layers[name].is_float}
     weighted = {name: layer for name, layer in layers.items() if has_weight(layer)}
     weight_quantizers = _weight_quantizers(weighted, policy, quantizer, observer)

@@ -4,6 +4,7 @@ On CPUs, on purpose: integer kernels of ONNX Runtime and OpenVINO are what the e
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ Feed: TypeAlias = Array | Mapping[str, Array]
 """Arrays by the names of a file's inputs; or the one array of a file that takes one."""
 _FLOAT_KERNELS = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _FLOAT_PRECISIONS = ("f32", "f16", "bf16")
+PRODUCT, BEHIND = "/WithoutBiases", "/behind"
+"""After a layer's name, in an OpenVINO file: its product where a bias is added behind it; with a number, what follows up to a quantizer."""
+_NODE_PART = re.compile(rf"(?:{PRODUCT}|{BEHIND}[0-9]+)(?=/|$)")
 
 
 class Session(Protocol):
@@ -123,7 +127,8 @@ class OnnxSession:
             return maker is None or (maker.op_type in ("DequantizeLinear", "Cast", "Transpose") and is_weight(maker.input[0]))
 
         kernels = (node for node in graph.node if node.op_type in _FLOAT_KERNELS)
-        return [node.name or node.output[0] for node in kernels if is_weight(node.input[1])]
+        # A layer that is one operator with the rectifier behind it has a name made of its own.
+        return [(node.name or node.output[0]).removeprefix("fused ") for node in kernels if is_weight(node.input[1])]
 
 
 class OpenVinoSession:
@@ -154,9 +159,14 @@ class OpenVinoSession:
             kind, precision = (information[key].astype(str) for key in ("layerType", "runtimePrecision"))
             if kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul") and precision in _FLOAT_PRECISIONS:
                 parts = information["originalLayersNames"].astype(str).split(",")  # the node's own name may be new
-                name = next((part for part in parts if "/" in part), node.get_friendly_name())
-                found.append(name.partition("/")[0])  # behind it stands what OpenVINO made of the layer
+                name = next((part for part in parts if _NODE_PART.search(part)), node.get_friendly_name())
+                found.append(layer_of_node(name))
         return found
+
+
+def layer_of_node(name: str) -> str:
+    """The layer's part of a node's name in an OpenVINO file; layers may have slashes in theirs."""
+    return _NODE_PART.split(name)[0]
 
 
 def _names(ports: Sequence[Any], kind: str) -> tuple[str, ...]:

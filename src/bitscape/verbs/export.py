@@ -95,8 +95,9 @@ def export(
         seed: of the samples drawn.
 
     Raises:
-        BitscapeError: a network that is not quantized, an unknown suffix, no data where a runtime needs them, samples of
-            several shapes, operators that cannot be written, or a file that its runtime computes otherwise than integers say.
+        BitscapeError: a network that is not quantized, an unknown suffix, a folder that is not there, no data where a
+            runtime needs them, samples of several shapes, operators that cannot be written, or a file that its runtime
+            computes otherwise than integers say.
     """
     path = Path(path)
     for name, value, allowed in (("form", form, get_args(Form)), ("task", task, (*get_args(TaskName), "auto"))):
@@ -104,6 +105,7 @@ def export(
             raise BitscapeError(f"{name}={value!r}: unknown{nearest(str(value), allowed)}; use one of {', '.join(allowed)}")
     if not quantized_layers(network):
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    _check_folder(path)
     form = check_path(path) if form is None else form
     if data is None and form != "packed":
         raise BitscapeError(f"data is missing: samples set ranges in {path.suffix} files, and check them; pass some of the training data")
@@ -129,8 +131,7 @@ def check_path(path: Path, also: str | None = None) -> Form | None:
 
     Raises BitscapeError for an unknown suffix, and for a folder that is not there.
     """
-    if not path.parent.is_dir():
-        raise BitscapeError(f"path {str(path)!r}: there is no folder {path.parent}; create it")
+    _check_folder(path)
     for suffix, form in SUFFIXES.items():
         if path.name.endswith(suffix):
             return form
@@ -140,6 +141,11 @@ def check_path(path: Path, also: str | None = None) -> Form | None:
     raise BitscapeError(
         f"path {str(path)!r}: unknown suffix; use .safetensors (packed), .onnx, .xml (OpenVINO), .qonnx.onnx (QONNX){more}"
     )
+
+
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise BitscapeError(f"path {str(path)!r}: there is no folder {path.parent}; create it")
 
 
 @dataclass(frozen=True)

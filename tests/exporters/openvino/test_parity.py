@@ -1,4 +1,5 @@
 import shutil
+from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import bitscape as bs
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.execution import run_integers
 from bitscape.exporters.integer.form import integer_network
@@ -179,3 +182,12 @@ def test_a_mean_of_what_constants_scale_is_computed_as_integers_say(kind, tmp_pa
 def test_a_file_of_another_network_is_refused(file_of):
     with pytest.raises(BitscapeError, match=r"layer stem: the OpenVINO file has no such layer"):
         check_openvino_parity(file_of("mobile").path, file_of("fire").source, images().numpy())
+
+
+def test_layers_with_slashes_in_their_names_are_compared(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict([("Conv/0", nn.Conv2d(3, 8, 3)), ("Relu/0", nn.ReLU()), ("Conv", nn.Conv2d(8, 4, 1))]))
+    x = images()
+    report = bs.export(quantized(model, x, [(4, 8)]), tmp_path / "net.xml", x)
+    assert [layer.name for layer in report.parity.layers] == ["Conv/0", "Conv"]
+    assert report.parity.float_layers == () and report.parity.differing_codes == 0

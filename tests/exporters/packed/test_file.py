@@ -544,3 +544,12 @@ def test_a_buffer_that_is_an_expanded_view_comes_back(tmp_path):
     model = with_table(7.0)
     save_packed(calibrate(with_quantizers(model, policy_for(model)), torch.randn(8, 4)), tmp_path / "packed.safetensors")
     assert load_packed(tmp_path / "packed.safetensors", with_table(0.0)).table.tolist() == [[7.0] * 3] * 2
+
+
+def test_bytes_of_scales_are_those_of_output_channels(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 5, 1)).eval()
+    policy = Policy({"0": LayerBits(8, 8), "1": LayerBits(4, 8), "2": LayerBits.FLOAT})
+    info = save_packed(calibrate(quantize(model, policy), images()), tmp_path / "net.safetensors")
+    assert info.scale_bytes == 4 * (4 + 6)
+    assert info.weight_bytes == 3 * 4 + 4 * 6 * 4 // 2 + info.scale_bytes

@@ -173,6 +173,18 @@ class _Writer:
         node.replace_input_with(1, self._weight(key, transposed, zero_points=node.op_type in ("Gemm", "MatMul")))
         if node.op_type == "Conv":
             _absorb_padding(node)
+        elif node.op_type == "Gemm":
+            self._keep_integer(node)
+
+    def _keep_integer(self, node: "ir.Node") -> None:
+        """ONNX Runtime makes one float operator of a Gemm and a rectifier behind it, unless a quantizer or another operator parts them."""
+        import onnx_ir as ir
+
+        uses = list(node.outputs[0].uses())
+        if len(uses) == 1 and uses[0].node.op_type != "QuantizeLinear":
+            maximum = ir.node("Max", [node.outputs[0]])
+            self.graph.insert_after(node, maximum)
+            uses[0].node.replace_input_with(uses[0].idx, maximum.outputs[0])
 
     def _keep_float(self, node: "ir.Node") -> None:
         """ONNX Runtime quantizes float weights right behind a DequantizeLinear by its own lights; a maximum of one tensor keeps it off."""

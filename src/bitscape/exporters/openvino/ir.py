@@ -19,7 +19,6 @@ OpenVINO computes no convolution in fewer than 8 bits: fewer bits make the file 
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from bitscape.exporters.onnx.trace import checked_bytes
 from bitscape.exporters.openvino.xml import compact
 from bitscape.folders import scratch_folder, write_together
 from bitscape.runtimes.packages import runtime_module
-from bitscape.runtimes.sessions import refused
+from bitscape.runtimes.sessions import BEHIND, PRODUCT, layer_of_node, refused
 
 if TYPE_CHECKING:
     import onnx
@@ -51,13 +50,9 @@ CONTAINERS = (2, 3, 4, 6, 8)
 """Widths in which OpenVINO stores integers."""
 PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 """What layers become."""
-PRODUCT = "/WithoutBiases"
-"""Ends the name of a layer's product where a bias is added behind it, by a node of the layer's name."""
 ROUNDED = {*PRODUCTS, "Add", "FakeQuantize", "Concat", "ReduceMean"}
 """Operators behind which quantizers round for themselves: else OpenVINO computes a clamped FakeQuantize behind a Concat wrongly, and one
 behind a mean of what constants scale. Behind other moves of codes a bare FakeQuantize costs nothing: OpenVINO drops it."""
-LAYER_NAME = re.compile("[:/]")
-"""What follows a layer's name in that of a node: the number of its use, and which of its two nodes it is."""
 DEQUANTIZER = {"Multiply", "Subtract", "Convert", "Minimum", "Maximum"}
 """What OpenVINO makes of a DequantizeLinear and the Clip of codes in front of it."""
 
@@ -312,24 +307,30 @@ def _rename(model: Any, network: IntegerNetwork) -> None:
     OpenVINO's own numbers go on through a process, and the same network must give the same file. Of a layer's nodes it keeps a name,
     so those from its product to its quantizer all have the layer's.
     """
-    layers, made = set(map(layer_of, network.weights)), 0
+    made = 0
+    owners = sorted(map(layer_of, network.weights), key=len, reverse=True)  # "a/b" in front of "a"
+
+    def owner(node: Any) -> str | None:
+        name = node.get_friendly_name()
+        return next((layer for layer in owners if name == layer or name.startswith((f"{layer}/", f"{layer}:"))), None)
+
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Parameter", "Result")]
     for node in nodes:  # OpenVINO names these products so, except for transposed convolutions
         user = only_user(node) if node.get_type_name() in PRODUCTS else None
         if user is None or user.get_type_name() != "Add":
             continue
-        if LAYER_NAME.split(user.get_friendly_name())[0] not in layers and (key := _weight_of(node, network)) is not None:
+        if owner(user) is None and (key := _weight_of(node, network)) is not None:
             user.set_friendly_name(layer_of(key))  # what becomes an output may have lost its name
-        if LAYER_NAME.split(user.get_friendly_name())[0] in layers:
+        if owner(user) is not None:
             node.set_friendly_name(user.get_friendly_name() + PRODUCT)
-    kept = {node.get_friendly_name() for node in nodes if LAYER_NAME.split(node.get_friendly_name())[0] in layers}
+    kept = {node.get_friendly_name() for node in nodes if owner(node) is not None}
     for node in nodes:
         name = node.get_friendly_name()
         if name in kept:
             for behind in _until_quantized(node):
                 if behind.get_friendly_name() not in kept:
                     made += 1
-                    behind.set_friendly_name(f"{name.partition('/')[0]}/{made}")
+                    behind.set_friendly_name(f"{layer_of_node(name)}{BEHIND}{made}")
                     kept.add(behind.get_friendly_name())
     for index, node in enumerate(nodes):
         if node.get_friendly_name() not in kept and _weight_key(node, network) is None:

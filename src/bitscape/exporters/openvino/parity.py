@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitscape.errors import BitscapeError
-from bitscape.exporters.openvino.ir import PRODUCT, PRODUCTS, only_user
+from bitscape.exporters.openvino.ir import PRODUCTS, only_user
 from bitscape.exporters.parity import Array, FileLayer, ParityReport, compare_layers, read_layers
 from bitscape.folders import scratch_folder
 from bitscape.runtimes.packages import runtime_module
-from bitscape.runtimes.sessions import Feed, OpenVino
+from bitscape.runtimes.sessions import PRODUCT, Feed, OpenVino
 
 if TYPE_CHECKING:
     import onnx

@@ -15,6 +15,7 @@ stored under the first. The metadata has one entry, "bitscape" (header.py). Equa
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import safetensors.torch
@@ -53,6 +54,8 @@ class PackedInfo:
     """Size of the file, header included."""
     weight_bytes: int
     """Packed codes and their scales: what `bitscape.cost` calls weight_bytes."""
+    scale_bytes: int
+    """Of it scales."""
     other_bytes: int
     """Biases, norms, activation scales, buffers, and the shapes of the weights."""
 
@@ -95,9 +98,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     tensors = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in (weights | others).items()}
     content = sealed(safetensors.torch.save(tensors, {_METADATA: header.to_json()}))
     write_atomic(path, content)
-    weight_bytes = sum(tensor.nbytes for key, tensor in weights.items() if not key.endswith(_WEIGHT_PARTS[2]))
+    packed, scales, _ = (sum(tensor.nbytes for key, tensor in weights.items() if key.endswith(part)) for part in _WEIGHT_PARTS)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    return PackedInfo(Path(path), len(content), weight_bytes, total - weight_bytes)
+    return PackedInfo(Path(path), len(content), packed + scales, scales, total - packed - scales)
 
 
 @torch.no_grad()
@@ -133,8 +136,10 @@ def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Modu
             stored = header.layers[name]
             owner = stored.owner(name)
             _make_quantized(layer, weights[owner], codes[owner], header.policy.layers[name], stored)
+        device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         for name, product in products(model).items():
-            _quantize_product(product, header.policy.layers[name], header.layers[name])
+            if not header.policy.layers[name].is_float:
+                _quantize_product(product, header.policy.layers[name], header.layers[name], device)
         _drop_folded_norms(model, tensors)
         _load_others(model, tensors)
     return in_eval_mode(model)
@@ -275,10 +280,10 @@ def _make_quantized(layer: nn.Module, weight: nn.Parameter, codes: Codes, bits: 
     layer.input_quantizer = stored.input_quantizer(bits.activation).to(weight.device)
 
 
-def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer) -> None:
+def _quantize_product(product: nn.Module, bits: LayerBits, stored: StoredLayer, device: torch.device) -> None:
     product.__class__ = quantized_class(type(product))
-    product.weight_quantizer = stored.second_quantizer(bits.weight)
-    product.input_quantizer = stored.input_quantizer(bits.activation)
+    product.weight_quantizer = stored.second_quantizer(bits.weight).to(device)
+    product.input_quantizer = stored.input_quantizer(bits.activation).to(device)
 
 
 def _drop_folded_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
