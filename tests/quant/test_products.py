@@ -105,7 +105,7 @@ def test_packed_files_keep_float_products_float(tmp_path):
     model = network()
     names = layer_shapes(prepare(model, attention_products=True))
     policy = Policy({**uniform_policy(names, LayerBits(3, 5)).layers, "0.scores": LayerBits.FLOAT})
-    quantized = calibrate(quantize(model, policy), tokens(16))
+    quantized = calibrate(with_quantizers(model, policy), tokens(16))
     save_packed(quantized, tmp_path / "net.safetensors", policy=policy)
     loaded = load_packed(tmp_path / "net.safetensors", model)
     assert type(loaded[0].scores) is MatMul and static_bits(loaded[0].values) == LayerBits(3, 5)
@@ -115,7 +115,7 @@ def test_packed_files_keep_float_products_float(tmp_path):
 def test_a_users_own_product_may_stay_float_in_a_packed_file(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Squared()).eval()
-    quantized = calibrate(quantize(model, Policy({"0": LayerBits(4, 8), "1.product": LayerBits.FLOAT})), tokens())
+    quantized = calibrate(with_quantizers(model, Policy({"0": LayerBits(4, 8), "1.product": LayerBits.FLOAT})), tokens())
     save_packed(quantized, tmp_path / "net.safetensors")
     loaded = load_packed(tmp_path / "net.safetensors", model)
     assert type(loaded[1].product) is MatMul and torch.equal(loaded(tokens()), quantized(tokens()))
@@ -125,7 +125,7 @@ def test_a_users_own_product_may_stay_float_in_a_packed_file(tmp_path):
 def test_quantizers_of_loaded_products_are_on_the_networks_device(tmp_path):
     model = network()
     names = layer_shapes(prepare(model, attention_products=True))
-    save_packed(calibrate(quantize(model, uniform_policy(names, LayerBits(3, 5))), tokens(16)), tmp_path / "net.safetensors")
+    save_packed(calibrate(with_quantizers(model, uniform_policy(names, LayerBits(3, 5))), tokens(16)), tmp_path / "net.safetensors")
     loaded = load_packed(tmp_path / "net.safetensors", model.cuda())
     assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"cuda"}
 
@@ -136,7 +136,7 @@ def test_a_refused_policy_leaves_the_network_as_it_is(make):
     names = layer_shapes(prepare(model, attention_products=True))
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(PolicyError, match="gives no bits for"):
-        quantize(model, uniform_policy(list(names)[1:], LayerBits(8, 8)), inplace=True)
+        with_quantizers(model, uniform_policy(list(names)[1:], LayerBits(8, 8)), inplace=True)
     assert {name: type(module) for name, module in model.named_modules()} == before
-    quantize(model, uniform_policy(names, LayerBits(8, 8)), inplace=True)
+    with_quantizers(model, uniform_policy(names, LayerBits(8, 8)), inplace=True)
     assert set(names) <= {name for name, _ in model.named_modules()}

@@ -550,6 +550,6 @@ def test_bytes_of_scales_are_those_of_output_channels(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 5, 1)).eval()
     policy = Policy({"0": LayerBits(8, 8), "1": LayerBits(4, 8), "2": LayerBits.FLOAT})
-    info = save_packed(calibrate(quantize(model, policy), images()), tmp_path / "net.safetensors")
+    info = save_packed(calibrate(with_quantizers(model, policy), images()), tmp_path / "net.safetensors")
     assert info.scale_bytes == 4 * (4 + 6)
     assert info.weight_bytes == 3 * 4 + 4 * 6 * 4 // 2 + info.scale_bytes
