@@ -202,7 +202,12 @@ def test_a_loss_of_the_users_is_scored_by_the_targets_where_there_are_any(loss: 
     ("model", "targets", "task"),
     [
         (linear(3), torch.zeros(16, dtype=torch.int64), Classes()),
-        (linear(3), torch.zeros(16, 3), None),
+        (linear(3), torch.full((16, 3), 0.5), None),
+        (linear(3), torch.eye(3).repeat(6, 1)[:16], Classes()),
+        (linear(3), torch.eye(3, dtype=torch.int64).repeat(6, 1)[:16], Classes()),
+        (linear(3), torch.ones(16, 3), Binary()),
+        (linear(3, nn.Sigmoid()), torch.eye(3).repeat(6, 1)[:16], Binary(probabilities=True)),
+        (linear(1), torch.arange(16.0)[:, None] % 2, Binary()),
         (linear(3), torch.zeros(16), None),
         (linear(6, nn.Unflatten(1, (3, 2))), torch.zeros(16, 2, dtype=torch.uint8), Dense()),
         (linear(6, nn.Unflatten(1, (3, 2))), torch.zeros(16, 2), None),

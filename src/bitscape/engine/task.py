@@ -169,8 +169,8 @@ class Classes:
     def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return labels, int64 (n,), or probabilities (n, k)."""
         labels = target_tensor("labels", targets)
-        if labels.is_floating_point() and labels.ndim == 2:
-            return labels, labels.shape[1] - 1
+        if labels.ndim == 2 and (labels.is_floating_point() or _yes_or_no(labels)):
+            return labels.float(), labels.shape[1] - 1
         if labels.is_floating_point() or labels.ndim != 1:
             raise BitscapeError(
                 f"targets are {labels.dtype} of shape {tuple(labels.shape)}; task 'classes' needs "
@@ -378,8 +378,9 @@ def task_of(
     "auto" takes (n, k >= 2) for logits of classes, one output behind a sigmoid for a yes or no, and
     follows any others. Without targets a regression of two or more values has the shape of classes,
     so that `name` must say "follow". With targets, whole numbers (n,) beside (n, k) are classes,
-    (n, ...) beside (n, k, ...) dense classes, 0 and 1 beside a single output yes or no, and all
-    others are followed.
+    (n, ...) beside (n, k, ...) dense classes, 0 and 1 beside a single output yes or no, whatever
+    their type; 0 and 1 of shape (n, k) beside (n, k) are classes where each row has a single 1, and
+    answers of yes or no elsewhere. All others are followed.
 
     Args:
         model: float network, eval mode.
@@ -427,10 +428,17 @@ def _by_targets(output: object, targets: Tensor, returned: object) -> Task:
     if whole and several and output.ndim > 2 and targets.shape == (len(output), *output.shape[2:]):
         return Dense()
     in_sigmoid = _in_sigmoid(output)
-    answers = whole and targets.numel() > 0 and 0 <= int(targets.min()) <= int(targets.max()) <= 1
+    answers = targets.numel() > 0 and _yes_or_no(targets)
     if output[0].numel() == 1 and (in_sigmoid or answers):
         return Binary(probabilities=in_sigmoid)
+    if answers and several and output.ndim == 2 and targets.shape == output.shape:
+        one_of_each = bool((targets.sum(1) == 1).all())  # one-hot labels
+        return Classes() if one_of_each and not in_sigmoid else Binary(probabilities=in_sigmoid)
     return Follow(spreads_of(floating(returned)))
+
+
+def _yes_or_no(targets: Tensor) -> bool:
+    return bool(((targets == 0) | (targets == 1)).all())
 
 
 def _in_sigmoid(output: Tensor) -> bool:
