@@ -138,10 +138,12 @@ def _with_fixed_scales(network: fx.GraphModule) -> fx.GraphModule:
     for node in [node for node in graph.nodes if node.op == "call_module" and type(modules[node.target]).__name__ == "OnnxResize"]:
         from onnx2torch.node_converters.resize import _onnx_mode_to_torch_mode
 
-        stored = [argument for argument in node.args[2:] if isinstance(argument, fx.Node)]
-        if any(argument.op != "get_attr" for argument in stored):
+        # Behind an input that the file leaves out, onnx2torch passes the others by name.
+        inputs = dict(zip(("roi", "scales", "sizes"), node.args[1:], strict=False)) | node.kwargs
+        scales_and_sizes = [inputs.get("scales"), inputs.get("sizes")]
+        if any(isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in scales_and_sizes):
             continue
-        scales, sizes = (*(_stored(modules, argument) for argument in node.args[2:]), None, None)[:2]
+        scales, sizes = (_stored(modules, argument) for argument in scales_and_sizes)
         numbers = scales or sizes
         if numbers is None:
             continue
