@@ -68,7 +68,9 @@ class ExportSource:
 
     def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
         """Write and check a file for a runtime, as `bitscape.export` does."""
-        images, compared = self.required_images(), self.compared_images
+        from bitscape.data.samples import Samples
+
+        images, compared = Samples.of(self.required_images()), Samples.of(self.compared_images)
         count = max(len(images), len(compared))
         return bs.export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
 

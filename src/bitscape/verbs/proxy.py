@@ -33,20 +33,24 @@ def proxy_of(
 
 
 def parted(samples: Samples) -> tuple[Samples, Samples]:
-    """Part every fourth sample from the others: (three quarters, the quarter held out).
+    """Part one of every four samples from the others: (three quarters, the quarter held out).
 
-    Raises BitscapeError for fewer than
-    four samples.
+    Which of the four is drawn, the same for as many samples: in data whose classes take turns,
+    every fourth would be of the same few classes.
+
+    Raises BitscapeError for fewer than four samples.
     """
     if len(samples) < HELD_OUT:
         raise BitscapeError(
             f"data: {counted(len(samples), 'sample')}; give at least {HELD_OUT}, of which a "
             "quarter is measured on, or pass evaluation="
         )
-    others, held_out, before = [], [], 0
-    for part in samples.parts:
-        held = torch.arange(before, before + len(part)) % HELD_OUT == HELD_OUT - 1
-        others.append(part.rows(~held))
-        held_out.append(part.rows(held))
-        before += len(part)
+    fours = len(samples) // HELD_OUT
+    drawn = torch.randint(HELD_OUT, (fours,), generator=torch.Generator().manual_seed(0))
+    held = torch.zeros(len(samples), dtype=torch.bool)
+    held[HELD_OUT * torch.arange(fours) + drawn] = True
+    others, held_out = [], []
+    for part, rows in zip(samples.parts, held.split([*map(len, samples.parts)]), strict=True):
+        others.append(part.rows(~rows))
+        held_out.append(part.rows(rows))
     return Samples(others), Samples(held_out)
