@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from bitscape.dynamic import DynamicBits
 from bitscape.engine import Sgd
-from bitscape.engine.describe import bits_of, describe
+from bitscape.engine.describe import bits_of, describe, described_code
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import with_quantizers
 from bitscape.quant.mixture import Mixture
@@ -116,3 +117,79 @@ def test_mixtures_of_other_widths_differ_and_are_json() -> None:
         found.append(bits_of(network))
     assert found[0] == found[1] != found[2]
     assert json.loads(json.dumps(found)) == found
+
+
+SCALE = 1.0
+
+
+def doubled(value: float) -> float:
+    return 2 * value
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, value: float) -> float:
+        return self.scale * value
+
+
+def _shifted(shift: float) -> Callable[[float], float]:
+    return lambda value: value + shift
+
+
+def _counting() -> Callable[[float], float]:
+    calls = 0
+
+    def counted(value: float) -> float:
+        nonlocal calls
+        calls += 1
+        return value
+
+    return counted
+
+
+def test_functions_of_one_name_differ_by_code_and_by_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions: list[Any] = [
+        lambda value: value,
+        lambda value: -value,
+        lambda value: doubled(value),
+        lambda value: doubled(doubled(value)),
+        lambda value, scale=2.0: value * scale,
+        lambda value, scale=3.0: value * scale,
+        lambda value: value in {"a", "b"},
+        lambda value: value in {"a", "c"},
+        _shifted(1.0),
+        _shifted(2.0),
+        Scaled(1.0),
+        Scaled(2.0),
+        Scaled(1.0).__call__,
+        partial(doubled, value=1.0),
+        partial(doubled, value=2.0),
+        torch.sum,
+    ]
+    told = [json.dumps(described_code(function)) for function in functions]
+    assert len(set(told)) == len(functions)
+    assert told == [json.dumps(described_code(function)) for function in functions]
+    assert described_code(_shifted(1.0)) == described_code(_shifted(1.0))
+
+    def scaled(value: float) -> float:
+        return SCALE * value
+
+    before = described_code(scaled)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert described_code(scaled) != before
+
+
+def test_what_a_function_counts_is_no_part_of_it() -> None:
+    function = _counting()
+    before = described_code(function)
+    function(1.0)
+    assert described_code(function) == before
+
+
+def test_functions_that_refer_to_themselves_are_described() -> None:
+    def factorial(number: int) -> int:
+        return number * factorial(number - 1) if number else 1
+
+    assert json.dumps(described_code(factorial)) == json.dumps(described_code(factorial))

@@ -9,10 +9,11 @@ from torch import nn
 
 import bitscape as bs
 from bitscape.data.samples import Samples
+from bitscape.engine.user_task import User
 from bitscape.searches.allocation import pareto_front
 from bitscape.verbs import drop as drop_file
 from bitscape.verbs.drop import POINTS
-from tests.verbs.test_verbs import IMAGES, classifier
+from tests.verbs.test_verbs import IMAGES, LABELS, classifier
 
 CANDIDATES = [bs.LayerBits(weight, 8) for weight in (1, 2, 3, 4, 6, 8)]
 SETTINGS = {"candidates": CANDIDATES, "pinned": {}, "method": bs.Fisher(images=8)}
@@ -194,6 +195,7 @@ def dense() -> nn.Module:
         (classifier, labelled, {"metric": Hits()}, False, 1, "Hits"),
         (dense, labelled, {"task": "dense"}, False, 1, "mean_iou"),
         (Named, lambda _: IMAGES, {"task": "follow"}, True, -1, "-relative_error"),
+        (Named, lambda _: (IMAGES, LABELS), {}, True, -1, "-relative_error"),
     ],
 )
 def test_a_drop_is_measured_as_evaluate_measures(model, data_of, settings, reference, sign, name):
@@ -276,3 +278,21 @@ def test_a_method_gets_the_samples_it_asks_for_unless_count_says_fewer(method, c
     images = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     policy = bs.search(classifier(), images, "4bit", method=method, count=count, candidates=CANDIDATES).policy
     assert policy.provenance["images"] == [samples, 3, 8, 8]
+
+
+def test_data_for_evaluation_with_other_targets_than_samples_are_refused(monkeypatch):
+    monkeypatch.setattr(bs.Fisher, "score", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(bs.BitscapeError, match=r"targets: shape \(3,\) for 40 samples; give one for each sample"):
+        bs.search(classifier(), IMAGES, "drop=5", evaluation=(IMAGES, LABELS[:3]), **SETTINGS)
+
+
+def test_a_loss_counts_with_a_minus():
+    model = classifier()
+
+    def distance(outputs, targets):
+        return (outputs - targets).square().mean()
+
+    with torch.no_grad():
+        pairs = IMAGES, model(IMAGES) + 0.1
+    told = bs.search(model, pairs, "drop=0.9", task=User(distance), **SETTINGS).policy.provenance["drop"]
+    assert told["metric"] == "-loss" and told["float"] == pytest.approx(-0.01, rel=1e-3) and -0.91 <= told["value"] < 0

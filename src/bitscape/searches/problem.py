@@ -107,7 +107,7 @@ class SearchProblem:
         if not isinstance(samples, Samples):
             check_images(samples, model=model)
             samples = Samples.of(samples)
-        _check_samples(samples, model)
+        check_samples(samples, model)
         if isinstance(task, str) and task not in (*get_args(TaskName), "auto"):
             raise BitscapeError(f"task={task!r}: allowed are 'auto', {', '.join(map(repr, get_args(TaskName)))}, or a task")
         prepared = _prepared(model, samples.first(2).parts[0].inputs, channels_last)
@@ -312,7 +312,8 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def _check_samples(samples: Samples, model: nn.Module) -> None:
+def check_samples(samples: Samples, model: nn.Module) -> None:
+    """Raise BitscapeError for samples that the network does not take, that are not finite, or whose targets are not one each."""
     first = 0
     for part in samples.parts:
         if isinstance(part.inputs, Tensor):

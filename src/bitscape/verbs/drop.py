@@ -23,7 +23,7 @@ from bitscape.engine.checkpoint import changes
 from bitscape.engine.describe import describe, described_code
 from bitscape.engine.evaluate import measured
 from bitscape.engine.metrics import OnlyLoss, RelativeError
-from bitscape.engine.task import Follow, Task, TaskName
+from bitscape.engine.task import Follow, Task, task_of
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 from bitscape.policy import Policy
@@ -32,7 +32,6 @@ from bitscape.searches.gain import gain_of
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem, SearchResult, name_of
 from bitscape.searches.scores import ScoreTable
-from bitscape.verbs.arguments import stated_task
 from bitscape.verbs.quantize import quantize
 
 ALONG = "weight_bytes"
@@ -121,11 +120,12 @@ def quality_of(problem: SearchProblem, evaluation: Samples, metric: Any) -> Qual
 
 
 def _task(problem: SearchProblem, evaluation: Samples) -> Task:
-    """The task as `evaluate` states it, from outputs and targets."""
+    """The task asked for, or the one that outputs and targets suggest, as `evaluate` sees it."""
+    asked = "follow" if isinstance(problem.task, Follow) else problem.task
+    if not isinstance(asked, str):
+        return asked
     first = first_of(epochs_of(evaluation, BatchReader.of(problem.prepared)))
-    asked: TaskName | Any = problem.task
-    follows = asked == "follow" or isinstance(asked, Follow)
-    return stated_task(problem.prepared, first, asked, reference=problem.prepared if follows else None)
+    return task_of(problem.prepared, first.inputs, asked, first.targets)
 
 
 def check_scores(method: SearchMethod) -> None:

@@ -20,7 +20,7 @@ from bitscape.policy import LayerBits
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
-from bitscape.searches.problem import Pick, SearchProblem, SearchResult, name_of
+from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 
 SAMPLES = 256
@@ -126,6 +126,7 @@ def search(
         reader = BatchReader.of(model, inputs, targets)
         measured = problem.samples if evaluation is None else read_samples(evaluation, reader, count=MOST_EVALUATED, seed=seed)
         measured = measured.to(device_of(model))
+        check_samples(measured, model)
         quality = quality_of(problem, measured, metric)
         result = smallest_within(problem, searcher, drop, quality, measured, for_training=for_training, folder=folder)
     provenance = {**result.policy.provenance, "for_training": for_training}
