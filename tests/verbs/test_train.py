@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(way: dict[str, Any], killed_after
 
 def test_a_run_that_failed_goes_on_in_the_same_process_at_the_same_rates(tmp_path: Path) -> None:
     def run(network: nn.Module, built: torch.optim.Optimizer, steps: int, **settings: Any) -> list[Any]:
-        usual = {"epochs": 4, "batch_size": 8, "optimizer": built, "schedule": bs.Cosine()}
+        usual = {"epochs": 4, "batch_size": 8, "optimizer": built, "schedule": Cosine()}
         step = KilledAfter(steps)
         return without_times(bs.train(network, (LEFT, LABELS), step=step, **usual, **settings))
 
@@ -604,7 +604,7 @@ second_loss.__qualname__ = "first_loss"  # as when a notebook's cell was edited
         ({"loss": second_loss}, "loss.task.own_loss was 'first_loss, code .*' and is 'first_loss, code .*'"),
         ({"metric": lambda outputs, targets: outputs.mean()}, "metric.function was 'first_metric, code .*' and is '<lambda>, code"),
         ({"metric": None}, "metric.kind was 'Averaged' and is 'TopK'"),
-        ({"loss": bs.Loss(), "metric": lambda outputs, targets: 0.0}, "metric.function was 'first_metric, "),
+        ({"loss": Loss(), "metric": lambda outputs, targets: 0.0}, "metric.function was 'first_metric, "),
         ({"augment": lambda inputs: inputs * 2}, "augment was None and is '<lambda>, code "),
     ],
     ids=["loss", "metric", "no metric", "both", "augment"],
@@ -691,3 +691,30 @@ def test_a_step_of_dqmq_names_an_estimator_for_other_tasks() -> None:
         bs.train(network, [images], epochs=1, step=Dqmq(bitops=1e9, estimator="both"), loss=lambda o, _: o.square().mean(1))
     result = bs.train(network, [images], epochs=1, step=Dqmq(bitops=1e9), loss=lambda o, _: o.square().mean(1))
     assert {"loss", "bits"} <= result.records[0].keys()
+
+
+def resumable() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize("changed", ["rows", "batch_size"])
+def test_a_run_does_not_go_on_with_a_loader_of_other_data(tmp_path, changed):
+    def loader(rows, batch_size):
+        return DataLoader(TensorDataset(torch.randn(rows, 4), torch.arange(rows) % 3), batch_size=batch_size)
+
+    bs.train(resumable(), loader(32, 8), epochs=1, folder=tmp_path)
+    other = loader(64, 8) if changed == "rows" else loader(16, 4)
+    with pytest.raises(bs.BitscapeError, match="batches_an_epoch was 4" if changed == "rows" else "first_batch"):
+        bs.train(resumable(), other, epochs=1, folder=tmp_path)
+
+
+def test_weights_that_a_checkpoint_replaces_are_told(tmp_path, caplog):
+    data = torch.randn(16, 4), torch.arange(16) % 3
+    first = resumable()
+    bs.train(first, data, epochs=1, folder=tmp_path)
+    bs.train(resumable(), data, epochs=1, folder=tmp_path)
+    assert "began with other weights" not in caplog.text
+    other = nn.Linear(4, 3)
+    bs.train(other, data, epochs=1, folder=tmp_path)
+    assert torch.equal(other.weight, first.weight) and "began with other weights" in caplog.text

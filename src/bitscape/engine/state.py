@@ -1,5 +1,6 @@
 """All that changes while a run goes on, to and from a checkpoint's tensors and header."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from bitscape.engine.task import Task
 from bitscape.engine.trees import packed, unpacked
 from bitscape.errors import BitscapeError
 from bitscape.models.find import load_state
+
+_log = logging.getLogger("bitscape.engine")
 
 _COUNTS = ("epoch", "batch", "steps", "images")
 _OF_MACHINE = ("params", "fused", "foreach", "capturable")
@@ -34,6 +37,8 @@ class RunState:
     ema: Ema | None
     settings: Mapping[str, Any]
     device: torch.device
+    start: str = ""
+    """Hash of the weights with which the run began."""
     epoch: int = 0
     """Epochs finished."""
     batch: int = 0
@@ -98,7 +103,8 @@ class RunState:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         counts = {name: getattr(self, name) for name in (*_COUNTS, "train_s")}
         plain = {"optimizer": optimizer, "rates": rates}
-        save_checkpoint(path, tensors, {"settings": self.settings, "records": self.records, **plain, **counts})
+        about = {"settings": self.settings, "start": self.start, "records": self.records}
+        save_checkpoint(path, tensors, {**about, **plain, **counts})
 
     def restore(self, path: Path) -> None:
         """Become the state in the checkpoint; CheckpointError, and nothing changed, if it is of another run."""
@@ -107,6 +113,13 @@ class RunState:
             check_same_tensors(path, _part("model", tensors), tensors_of(self.model), "model")
             check_same_settings(path, header["settings"], self.settings)
             _check_counts(header)
+            if header.get("start", self.start) != self.start:
+                _log.warning(
+                    "%s: its run began with other weights than the network has now; these are replaced by those of the "
+                    "checkpoint. For a run of their own give another folder, or resume=False",
+                    path,
+                )
+                self.start = header["start"]
             self._take(tensors, header)
 
     def _take(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

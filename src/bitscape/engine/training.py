@@ -29,6 +29,7 @@ from bitscape.engine.trackers import Tracker, Watched
 from bitscape.errors import BitscapeError
 from bitscape.folders import locked
 from bitscape.models.dtypes import check_float32
+from bitscape.nested import tensors_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ def train(
     if batches_in(batches) == 0:
         raise BitscapeError("batches has no batch; use more images, a smaller batch_size or drop_last=False")
     loss = loss or TaskLoss(task)
-    laid_out = lay_out(model, first_of(batches).inputs, channels_last, training=True)
+    first = first_of(batches)
+    laid_out = lay_out(model, first.inputs, channels_last, training=True)
     built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.build(model)
     check_optimizer(built, model)
     if schedule is None and built is not optimizer:
@@ -137,6 +139,8 @@ def train(
         "ema_decay": ema_decay,
         "clip_norm": clip_norm,
         "batches": describe(batches),
+        "batches_an_epoch": batches_in(batches),
+        "first_batch": [f"{tuple(tensor.shape)}, {tensor.dtype}" for tensor in tensors_in(first)],
         "validation": describe(validation),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
@@ -154,6 +158,7 @@ def train(
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
         device=device,
+        start=describe(model)["sample_sha256"],
     )
     loop = Loop(
         state=state,
