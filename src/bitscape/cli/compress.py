@@ -1,6 +1,7 @@
 """`bitscape compress`: from a float network to checked files, with the float network and uniform bits beside them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +18,15 @@ from bitscape.cli.options import (
     pin_option,
     seed_option,
     target_option,
+    task_option,
 )
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import SOURCE, OutputFile
 from bitscape.errors import BitscapeError
+
+if TYPE_CHECKING:
+    from bitscape.engine.task import TaskName
 
 FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json": ()})
 
@@ -58,6 +63,7 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json":
     show_default=True,
     help="How rounding is repaired: seconds, minutes, or not at all.",
 )
+@task_option
 @latency_option
 @target_option
 @pin_option
@@ -80,6 +86,7 @@ def compress(
     settings: tuple[str, ...],
     candidates: str | None,
     repair: str,
+    task: "TaskName",
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
@@ -113,6 +120,7 @@ def compress(
         to,
         method=method,
         repair=None if repair == "none" else repair,  # type: ignore[arg-type]  # one of the choices
+        task=task,
         evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, 128),
         count=len(drawn),
         candidates=offered,

@@ -97,6 +97,14 @@ target_option = click.option(
     help="; ".join(["Offer only bits that the target stores and computes", *(f"{each.name}: {each.what}" for each in TARGETS.values())])
     + ".",
 )
+task_option = click.option(
+    "--task",
+    type=click.Choice(["auto", "classes", "dense", "binary", "follow"]),
+    default="auto",
+    show_default=True,
+    help="What the outputs are: logits of classes, of classes at every position, yes or no, or any values to stay close to. "
+    "auto: (n, 2 or more) are classes.",
+)
 pin_option = click.option(
     "--pin",
     "pins",

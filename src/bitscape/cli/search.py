@@ -22,6 +22,7 @@ from bitscape.cli.options import (
     pin_option,
     seed_option,
     target_option,
+    task_option,
 )
 from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
@@ -51,13 +52,7 @@ _method_options = all_of(
         default=False,
         help="Whether the network will be trained at its bits afterwards.  [default: no-training]",
     ),
-    click.option(
-        "--task",
-        type=click.Choice(["auto", "classes", "binary", "follow"]),
-        default="auto",
-        show_default=True,
-        help="What the outputs are: logits of classes, yes or no, or any values to stay close to. auto: (n, 2 or more) are classes.",
-    ),
+    task_option,
     click.option(
         "--pick",
         type=click.Choice(["best", "least-sharp"]),

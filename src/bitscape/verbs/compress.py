@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bitscape.cost.budget import BudgetText, split_drop
+from bitscape.cost.budget import BudgetText, lasting, split_drop
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.samples import Samples
 from bitscape.engine.evaluate import Evaluation
@@ -143,6 +143,7 @@ def compress(
     for path in paths:
         check_packages(check_path(path, also=POLICY_SUFFIX))
     _check(repair, settings, evaluation, metric)
+    budget = lasting(budget)
     drop, _ = split_drop(budget)
     if isinstance(evaluation, Iterator):
         evaluation = list(evaluation)  # it is measured on several times
