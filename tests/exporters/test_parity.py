@@ -7,7 +7,7 @@ from bitscape.errors import BitscapeError
 from bitscape.exporters.onnx.qdq import save_onnx
 from bitscape.exporters.parity import ALLOWED, LayerParity, ParityReport, _Graph, check_parity, read_layers
 from bitscape.policy import LayerBits, Policy
-from bitscape.quant.convert import calibrate, quantize
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime
 from tests.exporters.networks import CASES, MIXED, exported, other_images
 from tests.needs import runtime_or_skip
@@ -158,7 +158,7 @@ def test_layers_in_front_of_float_layers_compute_with_integers(rectifier, shape,
     model = nn.Sequential(nn.Linear(8, 8), rectifier(), nn.Linear(8, 8), rectifier(), nn.Linear(8, 3)).eval()
     policy = Policy(dict.fromkeys("024", LayerBits(8, 8)) | {floats: LayerBits.FLOAT})
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    save_onnx(calibrate(quantize(model, policy), x), tmp_path / "net.onnx", x)
+    save_onnx(calibrate(with_quantizers(model, policy), x), tmp_path / "net.onnx", x)
     report = check_parity(tmp_path / "net.onnx", x.numpy())
     report.require(0.0)
     assert {layer.name for layer in report.layers} == set("024") - {floats}

@@ -197,7 +197,7 @@ def test_batches_that_come_once_all_count():
 
 
 def test_calling_before_calibrate_is_an_error():
-    with pytest.raises(BitscapeError, match="calibrate"):
+    with pytest.raises(BitscapeError, match=r"call bitscape\.quantize"):
         quantized()(images(2))
 
 

@@ -226,7 +226,7 @@ def test_equal_shares_at_first_and_errors():
         Mixture((), signed=True)
     with pytest.raises(BitscapeError, match="bits = 9"):
         Mixture((2, 9), signed=True)
-    with pytest.raises(BitscapeError, match="calibrate"):
+    with pytest.raises(BitscapeError, match=r"call bitscape\.quantize"):
         Mixture((2,), signed=True)(normal(2, 2))
 
 

@@ -97,7 +97,7 @@ class TestFolderOfAnotherSearch:
             return squared_error(outputs, targets)
 
         Differentiable(**QUICK).search(regression(), folder=tmp_path)
-        with pytest.raises(BitscapeError, match=r"another search: task.own_loss was 'squared_error' and is '.*other'"):
+        with pytest.raises(BitscapeError, match=r"another search: task.own_loss was 'squared_error, code .*' and is '.*other, code .*'"):
             Differentiable(**QUICK).search(regression(other), folder=tmp_path)
         changed = regression()
         changed.samples.parts[0].targets["level"].add_(1.0)

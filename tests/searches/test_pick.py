@@ -132,7 +132,7 @@ def test_the_probed_gap_is_that_of_the_quantized_network() -> None:
     with torch.no_grad():
         labels = given.prepared(images).argmax(1)
     for record, policy in zip(records, policies, strict=True):
-        model = pick_file.calibrate(pick_file.quantize(given.prepared, policy), images)
+        model = pick_file.calibrate(pick_file.with_quantizers(given.prepared, policy), images)
         assert probe_sharpness(model, images, labels, radius=0.1).gap == record["gap"]
 
 
@@ -154,7 +154,7 @@ def test_other_tasks_are_probed_by_their_divergence_from_the_float_outputs() -> 
     )
     (policy,) = near_best(noise_scores(given.network, given.choices.candidates, 3), given.choices, count=1)
     _, (record,) = least_sharp(given, [policy], radius=0.1)
-    model = pick_file.calibrate(pick_file.quantize(given.prepared, policy), Samples.of(inputs))
+    model = pick_file.calibrate(pick_file.with_quantizers(given.prepared, policy), Samples.of(inputs))
     with torch.no_grad():
         aims = given.prepared(*inputs)["value"]
     spread = float(aims.double().std(unbiased=False))

@@ -154,7 +154,7 @@ class TestOtherTasks:
         spread = float(targets.double().std(unbiased=False))
         assert learned.task.spreads == {"output0": pytest.approx(spread)}
         outputs = learned.task.read(torch.zeros(IMAGES, 1), IMAGES)
-        aims, _ = learned.task.read_targets(targets)
+        aims, _ = learned.task.read_targets(targets, len(targets))
         assert float(learned.task.loss(outputs, aims)) == pytest.approx(float((targets / spread).square().mean() / 2))
 
     @pytest.mark.parametrize(

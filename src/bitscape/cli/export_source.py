@@ -110,7 +110,9 @@ def _quantized(
     """The quantized network and its policy."""
     if policy is not None:
         assert images is not None
-        return bs.quantize(network, policy, images, for_training=not repair, count=len(images)), policy
+        from bitscape.data.samples import Samples
+
+        return bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images)), policy
     if packed is not None:
         if images is None:
             raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")

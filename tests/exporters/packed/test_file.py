@@ -237,7 +237,7 @@ def test_tied_layers_are_stored_once_also_after_training(tmp_path):
 
 
 def test_an_uncalibrated_network_is_an_error(tmp_path):
-    with pytest.raises(BitscapeError, match="calibrate"):
+    with pytest.raises(BitscapeError, match=r"call bitscape\.quantize"):
         save_packed(with_quantizers(small_net(), policy_for(small_net())), tmp_path / "net")
 
 
