@@ -30,6 +30,7 @@ from torch.nn import functional
 import bitscape as bs
 from benchmarks.boxes import average_precision, hmean, text_boxes, yolox_boxes
 from benchmarks.common import DATA, bits_of, dataset, do_missing
+from bitscape.data.samples import Samples
 from bitscape.models.find import find_model
 from recipes.networks import WEIGHTS, load
 from recipes.networks.own import MOST_DEGREES, RotationRegressor, SameClass, pair_batch, rotation_batch, train_own
@@ -254,7 +255,7 @@ def same_class() -> Subject:
     return Subject(
         model=own("same_class", SameClass, pair_batch, functional.binary_cross_entropy_with_logits, epochs=10),
         weights="own, 10 epochs of 20,000 pairs",
-        calibration=[calibration],
+        calibration=Samples.of(calibration),  # a bare pair would be an input and its label
         test=[(pairs, answers)],
         task="binary",
         metric="accuracy",
