@@ -28,7 +28,7 @@ def handled(request):
 
 
 def test_a_signal_ends_with_its_code_and_one_line(handled, monkeypatch):
-    monkeypatch.setattr(Fisher, "search", lambda *_: signal.raise_signal(handled))
+    monkeypatch.setattr(Fisher, "search", lambda *_, **__: signal.raise_signal(handled))
     shown = run_cli(*SEARCH)
     assert (shown.code, shown.err.strip().splitlines()[-1]) == (128 + handled, WORD)
     assert signal.getsignal(handled) is signal.default_int_handler
