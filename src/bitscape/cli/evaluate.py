@@ -133,8 +133,10 @@ def evaluate(
     if corruptions is not None and shape[0] != 3:
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
+        from bitscape.data.samples import Samples
+
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = bs.quantize(network, policy, images, for_training=not repair, count=len(images))
+        network = bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images))
     elif packed is not None:
         network, policy = bs.load_packed(packed, network), packed_policy(packed)
     elif checkpoint is not None:
