@@ -22,6 +22,20 @@ def test_one_command_writes_checked_files_and_compares(cli, trained, tmp_path):
     assert "mixed bits can win at most" in shown and f"written: {files[1]}" in shown
 
 
+def test_a_drop_is_measured_on_labelled_images_that_are_held_out(cli, trained, tmp_path):
+    drop = (*COMPRESS[:-1], "drop=5", "--images", 64)
+    shown = cli(*drop, "--weights", trained / "model.safetensors", "--to", tmp_path / "policy.json").out
+    title, *lines = shown.splitlines()
+    assert title == "Compression, measured on 16 samples held out"
+    assert [line.split()[0] for line in lines if line.startswith(("float", "quantized", "uniform"))] == ["float", "quantized"]
+    assert Policy.load(tmp_path / "policy.json").provenance["drop"]["metric"] == "top1"
+
+
+def test_help_tells_of_a_drop_where_it_can_be_asked_for(cli):
+    assert "drop=0.5" in cli("compress", "--help").out and "drop=0.5" in cli("search", "--help").out
+    assert "drop=0.5" not in cli("solve", "--help").out
+
+
 @pytest.mark.parametrize(
     ("to", "message"), [("net.tflite", "the file is written as .onnx or .xml or"), ("absent/net.onnx", "no folder")]
 )

@@ -1,12 +1,12 @@
 """`bitscape compress`: from a float network to checked files, with the float network and uniform bits beside them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import ImageSettings, draw_images, load_batches, load_network
+from bitscape.cli.network import ImageSettings, draw_samples, load_batches, load_network
 from bitscape.cli.options import (
     COUNT,
     budget_option,
@@ -21,12 +21,13 @@ from bitscape.cli.options import (
     task_option,
 )
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
+from bitscape.cli.parsing import make_method, parse_candidates, parse_pins
 from bitscape.cli.paths import SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
     from bitscape.engine.task import TaskName
+    from bitscape.verbs.compress import Repair
 
 FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json": ()})
 
@@ -85,7 +86,7 @@ def compress(
     method_name: str,
     settings: tuple[str, ...],
     candidates: str | None,
-    repair: str,
+    repair: "Repair | Literal['none']",
     task: "TaskName",
     latency: Path | None,
     target_name: str | None,
@@ -112,17 +113,17 @@ def compress(
     times, target = load_target(latency, target_name)
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
-    drawn = draw_images(data, split or TRAINING, images, seen, seed)
-    made = compress_network(
+    samples = draw_samples(data, split or TRAINING, images, seen, seed)
+    compression = compress_network(
         network,
-        parse_normalization(seen.normalize, data).apply(drawn.images),
+        samples,
         budgets,
         to,
         method=method,
-        repair=None if repair == "none" else repair,  # type: ignore[arg-type]  # one of the choices
+        repair=None if repair == "none" else repair,
         task=task,
         evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, 128),
-        count=len(drawn),
+        count=len(samples),
         candidates=offered,
         pinned=pinned,
         keep_float=keep_float,
@@ -130,11 +131,11 @@ def compress(
         latency=times,
         seed=seed,
     )
-    table = made.table()
+    table = compression.table()
     click.echo(f"{table.title}\n")
     print_table(table.columns, table.rows)
-    if made.result.gain is not None:
-        click.echo(f"\n{made.result.gain}")
+    if compression.result.gain is not None:
+        click.echo(f"\n{compression.result.gain}")
     click.echo(f"\n{table.note}" if table.note else "")
     for path in to:
         click.echo(f"written: {path}")

@@ -18,6 +18,7 @@ from bitscape.cli.network import (
     load_network,
     measure_network,
     normalized_images,
+    quantize_network,
 )
 from bitscape.cli.options import (
     COUNT,
@@ -133,10 +134,8 @@ def evaluate(
     if corruptions is not None and shape[0] != 3:
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
-        from bitscape.data.samples import Samples
-
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images))
+        network = quantize_network(network, policy, images, repair=repair)
     elif packed is not None:
         network, policy = bs.load_packed(packed, network), packed_policy(packed)
     elif checkpoint is not None:

@@ -8,7 +8,7 @@ import click
 
 import bitscape as bs
 from bitscape.cli.evaluate import calibration_options
-from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network
+from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network, quantize_network
 from bitscape.cli.options import all_of, image_options, network_options
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER
@@ -45,6 +45,7 @@ class ExportSource:
     """Of --calibration, normalized; they set ranges."""
     held_out: "Tensor | None"
     """Others of --calibration, HELD_OUT at most, which set no range."""
+
     @classmethod
     def of(cls, options: dict[str, Any]) -> "ExportSource":
         """Load the network and quantize it. Raises BitscapeError for options that do not go together."""
@@ -110,9 +111,7 @@ def _quantized(
     """The quantized network and its policy."""
     if policy is not None:
         assert images is not None
-        from bitscape.data.samples import Samples
-
-        return bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images)), policy
+        return quantize_network(network, policy, images, repair=repair), policy
     if packed is not None:
         if images is None:
             raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitscape.cost.latency import LatencyTable
     from bitscape.cost.layers import NetworkProfile
     from bitscape.data.batches import Batches
+    from bitscape.data.samples import Samples
     from bitscape.data.sources import Dataset
     from bitscape.data.splits import Split
 
@@ -114,6 +115,14 @@ def draw_images(
     return _drawn(source, split, images, settings, seed, usual, further=0)[0]
 
 
+def draw_samples(source: str, split: "Split", images: int | None, settings: ImageSettings, seed: int) -> "Samples":
+    """Draw a proxy set as `draw_images` does; return it normalized, with its labels where it has any."""
+    from bitscape.data.samples import Samples
+
+    drawn = draw_images(source, split, images, settings, seed)
+    return Samples.of(parse_normalization(settings.normalize, source).apply(drawn.images), drawn.labels)
+
+
 def _drawn(
     source: str, split: "Split", images: int | None, settings: ImageSettings, seed: int, usual: int, *, further: int
 ) -> "tuple[Dataset, int]":
@@ -154,6 +163,14 @@ def calibration_and_held_out(
     drawn, count = _drawn(source, TRAINING, images, settings, seed, usual, further=further)
     normalized = normalization.apply(drawn.images).to(device_of(network))
     return normalized[:count], normalized[count:]
+
+
+def quantize_network(network: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
+    """Quantize with all of these images, in their order: `evaluate` and `export` of one command line get the same network."""
+    import bitscape as bs
+    from bitscape.data.samples import Samples
+
+    return bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images))
 
 
 def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_IMAGES) -> "Tensor":

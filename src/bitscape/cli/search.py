@@ -8,7 +8,7 @@ import click
 
 import bitscape as bs
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_images, load_network
+from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_samples, load_network
 from bitscape.cli.options import (
     COUNT,
     all_of,
@@ -24,15 +24,13 @@ from bitscape.cli.options import (
     target_option,
     task_option,
 )
-from bitscape.cli.parsing import make_method, parse_candidates, parse_normalization, parse_pins
+from bitscape.cli.parsing import make_method, parse_candidates, parse_pins
 from bitscape.cli.paths import OUTPUT_FOLDER, OutputFile, keep_locked
 from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget, repairs_text
 from bitscape.errors import BitscapeError
 from bitscape.folders import CHECKPOINT, POLICY_FILE
 
 if TYPE_CHECKING:
-    from bitscape.data.samples import Samples
-    from bitscape.data.sources import Dataset
     from bitscape.engine.task import TaskName
     from bitscape.searches.methods import SearchMethod
     from bitscape.searches.problem import Pick, SearchResult
@@ -114,7 +112,7 @@ def search(
 ) -> None:
     """Find the bits of each layer within a budget.
 
-    Several budgets hold together; none is ever exceeded. Labels of the images are not used.
+    Several budgets hold together; none is ever exceeded. Labels of the images are used for a drop alone.
 
     \b
     Example:
@@ -141,7 +139,7 @@ def search(
         keep_locked(folder)
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
-    samples = _normalized(draw_images(data, split or TRAINING, images, seen, seed), seen.normalize, data)
+    samples = draw_samples(data, split or TRAINING, images, seen, seed)
     source = {"model": model, "weights": None if weights is None else weights.name, "data": data, "normalize": seen.normalize}
     try:
         result = bs.search(
@@ -176,12 +174,6 @@ def _check_method(method: "SearchMethod", scores: Path | None, pick: "Pick", fol
     if scores is not None and "pick" not in method.options:
         raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
     check_options(method, pick, folder)
-
-
-def _normalized(proxy: "Dataset", normalize: str | None, source: str) -> "Samples":
-    from bitscape.data.samples import Samples
-
-    return Samples.of(parse_normalization(normalize, source).apply(proxy.images), proxy.labels)
 
 
 def _how_to_go_on(folder: Path | None) -> str:

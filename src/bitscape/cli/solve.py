@@ -8,7 +8,7 @@ import click
 
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import load_network, measure_network
-from bitscape.cli.options import budget_option, keep_float_option, latency_option, model_option, pin_option, shape_option, target_option
+from bitscape.cli.options import caps_option, keep_float_option, latency_option, model_option, pin_option, shape_option, target_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
 from bitscape.cli.paths import FILE, OutputFile
@@ -30,7 +30,7 @@ MOST_POINTS = 1000
 @click.option("--scores", required=True, type=FILE, metavar="FILE", help="What `bitscape search --scores` wrote.")
 @model_option
 @shape_option
-@budget_option
+@caps_option
 @click.option("--front", type=click.IntRange(2, MOST_POINTS), metavar="N", help="Instead of --budget: up to N best policies by cost.")
 @click.option("--along", default="bitops", show_default=True, metavar="KIND", help="Cost of the front.")
 @latency_option
