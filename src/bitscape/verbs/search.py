@@ -10,8 +10,6 @@ from torch import nn
 from bitscape.cost.budget import Budget, BudgetText, lasting, split_drop
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
-from bitscape.data.reading import BatchReader, read_samples
-from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, TaskName
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.dtypes import check_module
@@ -22,6 +20,7 @@ from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
+from bitscape.verbs.proxy import proxy_of
 
 SAMPLES = 256
 """Used by default."""
@@ -123,9 +122,9 @@ def search(
         options: dict[str, Any] = {"pick": pick, "folder": folder, "for_training": for_training}
         result = searcher.search(problem, **{name: options[name] for name in searcher.options})
     else:
-        reader = BatchReader.of(model, inputs, targets)
-        measured = problem.samples if evaluation is None else read_samples(evaluation, reader, count=MOST_EVALUATED, seed=seed)
-        measured = measured.to(device_of(model))
+        measured = problem.samples
+        if evaluation is not None:
+            measured = proxy_of(model, evaluation, count=MOST_EVALUATED, inputs=inputs, targets=targets, seed=seed)
         check_samples(measured, model)
         quality = quality_of(problem, measured, metric)
         result = smallest_within(problem, searcher, drop, quality, measured, for_training=for_training, folder=folder)
@@ -147,7 +146,7 @@ def search_problem(
 ) -> SearchProblem:
     """Read the samples and check everything that a search is given; `settings` are those of `SearchProblem.of`."""
     check_module(model)
-    samples = read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
+    samples = proxy_of(model, data, count=count, inputs=inputs, targets=targets, seed=seed)
     return SearchProblem.of(model, samples, budget, target=_target(target), seed=seed, **settings)
 
 
