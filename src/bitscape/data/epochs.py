@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from bitscape.calling import Inputs, sample_count
 from bitscape.data.cuts import Cuts
-from bitscape.data.reading import BatchReader, collated, is_map_dataset, is_one_batch
+from bitscape.data.reading import BatchReader, collated, is_map_dataset, is_one_batch, unreadable
 from bitscape.data.samples import Minibatch, Samples
-from bitscape.data.sources import Dataset
 from bitscape.data.streams import RandomStream, generators_of, seed_of
 from bitscape.errors import BitscapeError
 from bitscape.nested import tensors_in
@@ -245,21 +244,11 @@ def epochs_of(
     if callable(getattr(data, "epoch", None)) and not isinstance(data, type):
         batches: Epochs = data
         return _in_batches(batches, batch_size)
-    if isinstance(data, Dataset):
-        raise BitscapeError(
-            f"data: the images of {data.name} are uint8 and not normalized; pass "
-            "Batches(dataset=..., normalization=...)"
-        )
     if isinstance(data, Minibatch) or is_one_batch(data) or is_map_dataset(data):
         size = BATCH_SIZE if batch_size is None else batch_size
         return Rows(data=data, reader=reader, batch_size=size, shuffle=shuffle, seed=seed)
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
-        kind = f"the class {data.__name__}" if isinstance(data, type) else type(data).__name__
-        raise BitscapeError(
-            f"data: {kind}; pass a tensor, an iterable of batches, a torch Dataset "
-            "or a DataLoader"
-            f"{'; a name or path is read by bitscape.load_dataset' if isinstance(data, str) else ''}"
-        )
+        raise unreadable(data)
     return _in_batches(Loaded(data, reader, seed), batch_size)
 
 

@@ -56,9 +56,9 @@ class BatchReader:
 
     def read(self, batch: Any) -> Minibatch:
         """Return the batch as inputs and targets. Raises BitscapeError for inputs without a tensor."""
-        made = Minibatch(self.inputs(batch), self.targets(batch))
-        sample_count(made.inputs)
-        return made
+        minibatch = Minibatch(self.inputs(batch), self.targets(batch))
+        sample_count(minibatch.inputs)
+        return minibatch
 
 
 def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -> Samples:
@@ -80,19 +80,15 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
         raise BitscapeError(f"count = {count}: it must be at least 1")
     if isinstance(data, Samples):
         return data.first(count)
-    made = (reader.read(batch) for batch in _batches(data, count, seed))
+    minibatches = (reader.read(batch) for batch in _batches(data, count, seed))
     with own_generators(data, seed):
-        return Samples(_until(count, RandomStream(seed).through(made)))
+        return Samples(_until(count, RandomStream(seed).through(minibatches)))
 
 
 def _batches(data: Any, count: int, seed: int) -> Iterator[Any]:
     if isinstance(data, Batches):
         drawn = draw_proxy(data.dataset, images=min(count, len(data.dataset)), seed=seed)
         yield (data.normalization.apply(drawn.images), drawn.labels)
-    elif isinstance(data, Dataset):
-        raise BitscapeError(
-            f"data: the images of {data.name} are uint8 and not normalized; pass Batches(dataset=..., normalization=...)"
-        )
     elif isinstance(data, np.ndarray):
         yield from _batches(torch.from_numpy(data), count, seed)
     elif isinstance(data, IterableDataset):  # its rows, one by one
@@ -106,10 +102,18 @@ def _batches(data: Any, count: int, seed: int) -> Iterator[Any]:
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         yield from data
     else:
-        raise BitscapeError(
-            f"data: {type(data).__name__}; pass a tensor, an iterable of batches, a torch Dataset or a DataLoader"
-            f"{'; a name or path is read by bitscape.load_dataset' if isinstance(data, str) else ''}"
+        raise unreadable(data)
+
+
+def unreadable(data: Any) -> BitscapeError:
+    """Return what to say of data of no kind that can be read."""
+    if isinstance(data, Dataset):
+        return BitscapeError(
+            f"data: the images of {data.name} are uint8 and not normalized; pass Batches(dataset=..., normalization=...)"
         )
+    kind = f"the class {data.__name__}" if isinstance(data, type) else type(data).__name__
+    named = "; a name or path is read by bitscape.load_dataset" if isinstance(data, str) else ""
+    return BitscapeError(f"data: {kind}; pass a tensor, an iterable of batches, a torch Dataset or a DataLoader{named}")
 
 
 def is_one_batch(data: Any) -> bool:
