@@ -16,11 +16,15 @@ Inputs: TypeAlias = Any
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Call `model` with a tuple as its arguments, a mapping as its keywords, anything else as its one argument."""
+    arguments, keywords = arguments_of(inputs)
+    return model(*arguments, **keywords)
+
+
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the arguments by position and by keyword with which a network is called."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

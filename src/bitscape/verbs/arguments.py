@@ -2,14 +2,14 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, sample_count
+from bitscape.calling import Inputs, arguments_of, call, sample_count
 from bitscape.data.epochs import Epochs, Loaded, Rows, epochs_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Minibatch
@@ -85,13 +85,9 @@ def stated_task(
 
 def _check_call(network: nn.Module, inputs: Inputs) -> None:
     """Raise BitscapeError unless the network's forward takes these arguments."""
-    arguments = (
-        inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-    )
+    arguments, keywords = arguments_of(inputs)
     try:
-        inspect.signature(network.forward).bind(
-            *arguments, **(inputs if isinstance(inputs, Mapping) else {})
-        )
+        inspect.signature(network.forward).bind(*arguments, **keywords)
     except TypeError as error:
         raise BitscapeError(
             f"network: it cannot be called with a {type(inputs).__name__} ({first_line(error)}); "

@@ -10,7 +10,7 @@ Outputs are named as `named_outputs` does. What is no tensor, such as a number o
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, first_rows, map_tensors, moved, sample_count
+from bitscape.calling import Inputs, arguments_of, call, first_rows, map_tensors, moved, sample_count
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_inputs
@@ -179,10 +179,9 @@ def example_of(samples: Samples, network: nn.Module, count: int = TRACED) -> Inp
 
 def _bound(signature: inspect.Signature, inputs: Inputs) -> inspect.BoundArguments:
     """Which argument of a forward gets what, in the order of the signature."""
+    arguments, keywords = arguments_of(inputs)
     try:
-        if isinstance(inputs, Mapping):
-            return signature.bind(**inputs)
-        return signature.bind(*inputs) if isinstance(inputs, tuple) else signature.bind(inputs)
+        return signature.bind(*arguments, **keywords)
     except TypeError as error:
         raise BitscapeError(
             f"inputs: they do not fit the network's forward{signature} ({error}); give a tuple of its arguments, or a mapping of keywords"
