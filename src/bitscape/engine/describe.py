@@ -85,17 +85,24 @@ def _referred(function: FunctionType, outer: list[Any]) -> dict[str, Any]:
 
     Of the functions among globals, those of its own module are followed.
     """
-    code, own = function.__code__, function.__module__
-    around = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    read = {name: cell.cell_contents for name, cell in around if _is_filled(cell)}
-    read |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-    for step in dis.get_instructions(code):
-        if step.opname in ("STORE_DEREF", "STORE_GLOBAL"):
-            read.pop(step.argval, None)
+    own, set_here = function.__module__, _set_by(function.__code__)
+    of_globals = [name for name in function.__code__.co_names if name in function.__globals__ and name not in set_here]
+    read = _around(function) | {name: function.__globals__[name] for name in of_globals}
     defaults = [function.__defaults__, function.__kwdefaults__]
     of_module = {name: getattr(inner, "__module__", own) == own for name, inner in read.items()}
     coded = {name: _coded(inner, outer) if of_module[name] else describe(inner) for name, inner in read.items()}
     return {"defaults": _coded(defaults, outer), "reads": coded}
+
+
+def _around(function: FunctionType) -> dict[str, Any]:
+    """The variables around a function that it reads; not those that it sets, which differ from call to call."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    set_here = _set_by(function.__code__)
+    return {name: cell.cell_contents for name, cell in cells if name not in set_here and _is_filled(cell)}
+
+
+def _set_by(code: CodeType) -> set[str]:
+    return {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -111,7 +118,7 @@ def _code_hash(code: CodeType) -> str:
 
 
 def _constants(value: Any) -> Any:
-    """What tells code from other code, in an order that does not depend on the process."""
+    """What tells code from other code, in an order that does not depend on the process; not the places of its lines."""
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_varnames, [_constants(inner) for inner in value.co_consts]]
     if isinstance(value, frozenset):
@@ -149,30 +156,13 @@ def _function_hash(function: FunctionType) -> str:
     """Of its code, its defaults and the numbers, texts, tensors and functions of its closure. What it looks up elsewhere is left
     out, and so is what it counts up by itself: that differs from call to call.
     """
-    code = function.__code__
-    counted_up = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
-    cells = {
-        name: describe(cell.cell_contents)
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-        if name not in counted_up and _is_setting(cell, function)
+    settings = {
+        name: describe(value)
+        for name, value in _around(function).items()
+        if value is not function and isinstance(value, bool | int | float | str | Tensor | FunctionType)
     }
-    told = [_code(code), describe(function.__defaults__), describe(function.__kwdefaults__), cells]
+    told = [_constants(function.__code__), describe(function.__defaults__), describe(function.__kwdefaults__), settings]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def _is_setting(cell: Any, function: FunctionType) -> bool:
-    try:
-        value = cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return False
-    return value is not function and isinstance(value, bool | int | float | str | Tensor | FunctionType)
-
-
-def _code(value: Any) -> Any:
-    """Code without the places of its lines; constants as texts that are the same in every process."""
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, value.co_varnames, [_code(constant) for constant in value.co_consts]]
-    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -226,7 +226,7 @@ class _Tally:
         counted, counts = (total(each) if together else each for each in self.sums)
         loss, weight, broken, samples = counts.tolist()
         metric = self.task.metric
-        numbers = {} if self.collected is None else metric.computed(self.collected)  # type: ignore[attr-defined]  # a Collected
+        numbers = metric.computed(self.collected) if isinstance(metric, Collected) else {}
         numbers |= metric.numbers(counted)
         if weight:
             numbers |= {"loss": loss / weight}
