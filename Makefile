@@ -37,7 +37,7 @@ bounds:
 	$(PYTHON) tools/bounds.py $(BOUNDS)
 
 # torch first: a package resolved before it could bring another build of it.
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt pyproject.toml hatch_build.py src/bitscape/quant/kernels/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt -e .[dev]

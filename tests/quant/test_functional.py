@@ -6,17 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitscape.quant.functional import (
-    MINIMUM_SCALE,
-    _plain_fake_quantize,
-    dequantize,
-    fake_quantize,
-    power_of_two,
-    quantize,
-    round_ste,
-    scale_gradient,
-)
+from bitscape.quant.functional import MINIMUM_SCALE, fake_quantize, power_of_two, round_ste, scale_gradient
 from bitscape.quant.grid import Grid, grid
+from bitscape.quant.reference import dequantize, quantize
+from tests import formulas
 
 GRIDS = st.builds(grid, st.integers(1, 8), signed=st.booleans(), narrow=st.booleans(), mid_rise=st.booleans())
 VALUES = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=30).map(torch.tensor)
@@ -58,8 +51,8 @@ def test_no_level_is_nearer(x, scale, limits):
 
 
 @given(VALUES, SCALES, GRIDS)
-def test_both_forms_give_the_same_values(x, scale, limits):
-    assert torch.equal(fake_quantize(x, scale, limits), _plain_fake_quantize(x, scale, limits))
+def test_values_are_those_of_the_formula(x, scale, limits):
+    assert torch.equal(fake_quantize(x, scale, limits), formulas.fake_quantize(x, scale, limits))
 
 
 def test_rounding_is_half_to_even_with_a_straight_through_gradient():
@@ -101,7 +94,7 @@ def test_gradients_with_a_zero_point_are_those_of_autograd(zero_point, layout):
     x, g = (tensor.to(memory_format=layout) for tensor in random_case())
     inputs = (x, torch.full_like(zero_point, 0.4), zero_point)
     written = gradients(lambda x, s, z: fake_quantize(x, s, Grid(0, 7, z)), g, *inputs)
-    traced = gradients(lambda x, s, z: _plain_fake_quantize(x, s, Grid(0, 7, z)), g, *inputs)
+    traced = gradients(lambda x, s, z: formulas.fake_quantize(x, s, Grid(0, 7, z)), g, *inputs)
     assert torch.equal(written[0], traced[0])
     for ours, theirs in zip(written[1], traced[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -169,7 +162,7 @@ def test_half_precision_is_quantized_as_in_float32(kind, scale, limits, layout):
         assert y.dtype == g_x.dtype == kind and g_scale.dtype == torch.float32
         assert torch.equal(y, exact.to(kind)) and torch.equal(g_x, exact_x.to(kind))
         torch.testing.assert_close(g_scale, exact_scale, rtol=1e-5, atol=1e-5)
-        assert torch.equal(_plain_fake_quantize(x, scale, limits), y)
+        assert torch.equal(formulas.fake_quantize(x, scale, limits), y)
 
 
 def test_of_half_precision_the_input_alone_is_saved():
@@ -190,7 +183,7 @@ def test_the_power_of_two_of_zero_is_one():
     assert power_of_two(torch.tensor([0.0, 4.0])).tolist() == [1.0, 4.0]
 
 
-def test_gradients_of_both_forms_stay_finite_and_alike_at_the_smallest_scale():
+def test_gradients_stay_finite_at_the_smallest_scale():
     """A learned scale that training pushed below zero has it; the derivative of a quotient would be infinite there."""
     limits, generator = grid(4, signed=True), torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
@@ -198,7 +191,7 @@ def test_gradients_of_both_forms_stay_finite_and_alike_at_the_smallest_scale():
     x[0, 0, 0] = 0.0
     scale = torch.tensor(MINIMUM_SCALE)
     _, by_function = gradients(lambda x, s: fake_quantize(x, s, limits), g, x, scale)
-    _, traced = gradients(lambda x, s: _plain_fake_quantize(x, s, limits), g, x, scale)
+    _, traced = gradients(lambda x, s: formulas.fake_quantize(x, s, limits), g, x, scale)
     for expected, gradient in zip(by_function, traced, strict=True):
         assert expected.isfinite().all()
         torch.testing.assert_close(gradient, expected)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import weight_layout
-from bitscape.quant.functional import quantize
 from bitscape.quant.grid import MID_RISE, grid
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.quantizers.base import Codes, PerChannel, WeightFakeQuantizer, scale_shape
+from bitscape.quant.reference import quantize
 
 
 class StoredWeight(torch.nn.Module):

@@ -27,8 +27,8 @@ from bitscape.models.layers import WEIGHTED
 from bitscape.models.modes import evaluating
 from bitscape.models.trial import TOLERANCE
 from bitscape.nested import tensors_in
-from bitscape.quant.functional import HALF
 from bitscape.quant.layers import QuantizedLayer
+from bitscape.quant.reference import HALF
 
 HALF_TOLERANCE = 2.0**-5
 """The same for a network that autocasts within its forward: bfloat16 after a few layers."""

@@ -31,9 +31,10 @@ from bitscape.quant.chains import (
     tolerance_of,
 )
 from bitscape.quant.convert import bypassed
-from bitscape.quant.functional import MINIMUM_SCALE, widened, without_autocast
+from bitscape.quant.functional import MINIMUM_SCALE, without_autocast
 from bitscape.quant.layers import QuantizedLayer, has_channel_scales
 from bitscape.quant.quantizers.lsq import LsqWeight
+from bitscape.quant.reference import widened
 
 _log = logging.getLogger("bitscape.quant")
 

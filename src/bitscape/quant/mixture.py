@@ -8,9 +8,8 @@ input alone, whatever the number of candidates; codes are made again in the back
 tensor in pieces that stay in the cache, which makes a candidate several times cheaper than passes over the whole tensor.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +19,12 @@ from bitscape.models.layers import scale_axis
 from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import with_quantizers
-from bitscape.quant.functional import (
-    EDGE,
-    MINIMUM_SCALE,
-    at_least,
-    clamp_,
-    fake_quantize,
-    is_dense,
-    storage_order,
-    widened,
-)
-from bitscape.quant.grid import Grid, Number, grid
+from bitscape.quant.functional import MINIMUM_SCALE, arithmetic, at_least
+from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
-
-PIECE = 1 << 16
-"""Elements walked at once by each thread of a CPU: input, gradient and two buffers of float32 fill a megabyte of cache."""
 
 
 class Mixture(FakeQuantizer):
@@ -104,14 +91,7 @@ def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], facto
         grids: the R candidates' integer limits, as numbers.
         factors: what each scale's gradient is multiplied by.
     """
-    if torch.compiler.is_compiling():  # the plain formula, for the compiler to fuse
-        wide = widened(x)
-        parts = (
-            share * fake_quantize(wide, one, levels, scale_gradient_factor=factor)
-            for share, one, levels, factor in zip(shares, scale, grids, factors, strict=True)
-        )
-        return cast(Tensor, sum(parts)).to(x.dtype)
-    return _Mixed.apply(x if is_dense(x) else x.contiguous(), scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+    return _Mixed.apply(x, scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
 
 class _Mixed(torch.autograd.Function):
@@ -119,100 +99,15 @@ class _Mixed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, shares: Tensor, grids: tuple[Grid, ...], factors: tuple[float, ...]) -> Tensor:
         ctx.save_for_backward(x, scale, shares)
         ctx.grids, ctx.factors = grids, factors
-        y = torch.empty_like(x)
-        candidates = _candidates(scale, shares, grids)
-        for part, out in _pieces(scale, x, y):
-            for at, each in enumerate(candidates):
-                _add(out, each.levels_of(part), each.scale * each.share, first=at == 0)
-        return y
+        return arithmetic().mixed(x, scale, shares, grids)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shares = ctx.saved_tensors
-        g_x = torch.empty_like(x)
-        if g.stride() != x.stride():
-            g = torch.empty_like(x).copy_(g)
-        candidates = _candidates(scale, shares, ctx.grids)
-        for part, slope, out in _pieces(scale, x, g, g_x):
-            for at, each in enumerate(candidates):
-                each.along_levels += each.inner(slope, each.levels_of(part))
-                inside = each.inside(slope, part)
-                each.along_input += each.inner(inside, part)
-                _add(out, inside, each.share, first=at == 0)
-        along_levels = torch.stack([torch.as_tensor(each.along_levels, device=scale.device) for each in candidates])
-        along_input = torch.stack([torch.as_tensor(each.along_input, device=scale.device) for each in candidates])
-        by_candidate = (-1, *[1] * (scale.ndim - 1))
-        # d y_i / d scale_i is (y_i - x) / scale_i inside the range and y_i / scale_i outside.
-        factors = torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device).reshape(by_candidate)
-        g_scale = shares.reshape(by_candidate) * factors * (along_levels - along_input / scale)
-        g_shares = (along_levels * scale).flatten().reshape(len(shares), -1).sum(1)
-        return g_x, g_scale.to(scale.dtype), g_shares.to(shares.dtype), None, None
-
-
-@dataclass
-class _Candidate:
-    """One candidate's numbers in a pass, and the sums that its gradients need."""
-
-    scale: Number
-    share: Number
-    grid: Grid
-    along_levels: Number = 0.0
-    along_input: Number = 0.0
-
-    def levels_of(self, x: Tensor) -> Tensor:
-        """Grid values in units of the scale: codes minus the zero point."""
-        levels = x / self.scale
-        if self.grid.zero_point:
-            levels.add_(self.grid.zero_point)
-        clamp_(levels.round_(), self.grid.qmin, self.grid.qmax)
-        return levels.sub_(self.grid.zero_point) if self.grid.zero_point else levels
-
-    def inside(self, g: Tensor, x: Tensor) -> Tensor:
-        """`g` where `x` lies within the candidate's range, else zero."""
-        low, high = (self.grid.qmin - self.grid.zero_point) * self.scale, (self.grid.qmax - self.grid.zero_point) * self.scale
-        if isinstance(low, Tensor) or isinstance(high, Tensor):
-            return torch.where((x >= low) & (x <= high), g, 0.0)
-        # One vectorised pass. It is zero at the very bounds, hence wider.
-        return torch.ops.aten.hardtanh_backward(g, x, low - EDGE * abs(low), high + EDGE * abs(high))  # type: ignore[no-any-return]  # operators are untyped
-
-    def inner(self, a: Tensor, b: Tensor) -> Number:
-        """Sum of a * b in float32, over what shares the scale."""
-        a, b = a.float(), b.float()
-        if isinstance(self.scale, Tensor):
-            return (a * b).sum_to_size(self.scale.shape) if self.scale.ndim else (a * b).sum()
-        return torch.dot(a, b).item()
-
-
-def _candidates(scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> list[_Candidate]:
-    # Reading numbers costs nothing on a CPU; a GPU would have to be waited for.
-    plain = scale.ndim == 1 and scale.device.type == "cpu"
-    numbers = zip(scale.tolist(), shares.tolist(), strict=True) if plain else zip(scale, shares, strict=True)
-    return [_Candidate(one, share, levels) for (one, share), levels in zip(numbers, grids, strict=True)]
-
-
-def _add(total: Tensor, x: Tensor, factor: Number, *, first: bool) -> None:
-    """Add factor * x to `total`, or begin the total with it; `x` is used up."""
-    if first:
-        torch.mul(x, factor, out=total)
-    elif isinstance(factor, Tensor):
-        total.add_(x.mul_(factor))
-    else:
-        total.add_(x, alpha=factor)
-
-
-def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching parts of tensors of one layout: flat and small enough for the cache on a CPU, else all at once.
-
-    Types of less than float32 are widened, part by part; what is written into the last of the parts is rounded back.
-    """
-    parts: Iterator[tuple[Tensor, ...]] = iter([tensors])
-    if scale.ndim == 1 and scale.device.type == "cpu":
-        parts = zip(*(storage_order(tensor).split(PIECE * torch.get_num_threads()) for tensor in tensors), strict=True)
-    for narrow in parts:
-        wide = tuple(map(widened, narrow))
-        yield wide
-        if wide[-1] is not narrow[-1]:
-            narrow[-1].copy_(wide[-1])
+        passed, by_scale, by_level = arithmetic().mixed_backward(gradient, x, scale, shares, ctx.grids)
+        factors = shares * torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device)
+        by_shares = (by_level * scale).flatten().reshape(len(shares), -1).sum(1)
+        return passed, by_scale * factors.reshape(-1, *[1] * (scale.ndim - 1)), by_shares, None, None
 
 
 def mix(

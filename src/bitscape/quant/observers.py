@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import MINIMUM_SCALE, dequantize, power_of_two, quantize
+from bitscape.quant.functional import MINIMUM_SCALE, power_of_two
 from bitscape.quant.grid import Grid, Number
+from bitscape.quant.reference import dequantize, quantize
 
 
 @dataclass(frozen=True, kw_only=True)

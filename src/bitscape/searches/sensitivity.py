@@ -28,11 +28,11 @@ from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, operands_of, record_inputs, second_input
-from bitscape.quant.functional import dequantize, quantize, widened
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
+from bitscape.quant.reference import dequantize, quantize, widened
 from bitscape.searches.choices import Choices
 from bitscape.searches.gain import gain_of
 from bitscape.searches.pick import check_pick, chosen

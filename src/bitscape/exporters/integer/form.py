@@ -22,9 +22,10 @@ from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, 
 from bitscape.exporters.integer.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.exporters.integer.weights import IntegerWeight, integer_bias, integer_weight, write_back
 from bitscape.quant.convert import batches_of
-from bitscape.quant.functional import HALF, require_finite
+from bitscape.quant.functional import require_finite
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.reference import HALF
 from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.exporters")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import PLAIN, WeightLayout
 from bitscape.policy import MAX_BITS
-from bitscape.quant.functional import dequantize, fake_quantize, quantize, require_finite, widened, without_autocast
+from bitscape.quant.functional import fake_quantize, require_finite, without_autocast
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
+from bitscape.quant.reference import dequantize, quantize, widened
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize, power_of_two, quantize, scale_gradient
+from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize, power_of_two, scale_gradient
 from bitscape.quant.grid import Grid
 from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import FakeQuantizer, PerChannel, Sharing
 from bitscape.quant.quantizers.lsq import LsqWeight, lsq_gradient_factor
+from bitscape.quant.reference import quantize
 
 
 class LsqPlusActivation(FakeQuantizer):

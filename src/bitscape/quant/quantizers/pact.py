@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import MINIMUM_SCALE, dequantize, quantize, widened
+from bitscape.quant.functional import MINIMUM_SCALE
 from bitscape.quant.grid import Number
 from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import FakeQuantizer
 from bitscape.quant.quantizers.dorefa import DorefaWeight
+from bitscape.quant.reference import dequantize, quantize, widened
 
 
 class PactActivation(FakeQuantizer):

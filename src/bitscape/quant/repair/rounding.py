@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.layers import outputs_first, quantizable_layers
-from bitscape.quant.functional import dequantize, power_of_two, quantize, without_autocast
+from bitscape.quant.functional import power_of_two, without_autocast
 from bitscape.quant.grid import Grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.lsq import LsqWeight
+from bitscape.quant.reference import dequantize, quantize
 
 _log = logging.getLogger("bitscape.quant.repair")
 

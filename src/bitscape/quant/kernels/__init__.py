@@ -1,0 +1,1 @@
+"""Fast forms of what `quant/reference.py` defines."""

@@ -1,0 +1,163 @@
+"""Fast kernels against the definition, and the operators that choose between them."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bitscape.quant import operators, reference
+from bitscape.quant.functional import fake_quantize
+from bitscape.quant.grid import Grid, grid
+from bitscape.quant.kernels import native
+
+needs_native = pytest.mark.skipif(
+    not native.supports(torch.empty(1)), reason="bitscape was installed without a C compiler"
+)
+KINDS = [torch.float32, torch.bfloat16]
+VALUES = {
+    "scalar": lambda: normal(),
+    "vector": lambda: normal(70_001),  # several units of work, the last one short
+    "matrix": lambda: normal(8, 4099),
+    "transposed": lambda: normal(40, 300).T,
+    "images": lambda: normal(4, 3, 33, 47),
+    "channels_last": lambda: normal(4, 3, 33, 47).contiguous(memory_format=torch.channels_last),
+    "rows transposed": lambda: normal(4, 5, 6, 7).transpose(1, 2),
+    "every second": lambda: normal(6, 10, 8)[:, ::2],
+    "expanded": lambda: normal(1, 6).expand(5, 6),
+    "depthwise": lambda: normal(300, 1, 3, 3),
+    "volume": lambda: normal(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d),
+}
+GRIDS = {
+    "signed": lambda x: grid(4, signed=True),
+    "unsigned": lambda x: grid(8, signed=False),
+    "mid-rise": lambda x: grid(2, signed=True, mid_rise=True),
+    "signs": lambda x: grid(1, signed=True),
+    "16 bits": lambda x: grid(16, signed=False),
+    "zero point": lambda x: Grid(0, 15, torch.tensor(3.3)),
+    "bits by image": lambda x: grid(1 + torch.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) % 8, signed=True),
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(x):
+    """One scale, then one for each index of every axis."""
+    yield torch.tensor(0.3)
+    for axis, n in enumerate(x.shape):
+        by_index = 0.05 + torch.arange(n) % 7 / 10
+        yield by_index.reshape([n if at == axis else 1 for at in range(x.ndim)])
+
+
+def cases(kind, values, grids=GRIDS):
+    x = VALUES[values]().to(kind)
+    gradient = normal(*x.shape, seed=1).to(kind)
+    for scale in scales(x):
+        for name, levels in grids.items():
+            if x.ndim or name != "bits by image":
+                yield x, gradient, scale, levels(x)
+
+
+def assert_sums(ours, expected, gradient):
+    """Equal to within the rounding of float32 sums of gradients times at most 16, the largest slope."""
+    assert ours.shape == expected.shape and ours.dtype == expected.dtype
+    assert ((ours - expected).abs() <= 16e-6 * gradient.float().abs().sum()).all()
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("values", VALUES)
+def test_fake_quantization_has_the_bits_of_its_definition(values, kind):
+    for x, gradient, scale, levels in cases(kind, values):
+        y = native.quantized(x, scale, levels)
+        assert torch.equal(y, reference.quantized(x, scale, levels)) and y.dtype == kind
+        ours = native.quantized_backward(gradient, x, scale, levels)
+        expected = reference.quantized_backward(gradient, x, scale, levels)
+        assert torch.equal(ours[0], expected[0]) and ours[0].dtype == kind
+        for sums, of in zip(ours[1:], expected[1:], strict=True):
+            assert_sums(sums, of, gradient)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("values", [name for name in VALUES if name != "scalar"])
+def test_mixtures_have_the_bits_of_their_definition(values, kind):
+    grids = [grid(bits, signed=True) for bits in (1, 2, 3, 4, 8)]
+    shares = normal(5, seed=2).softmax(0)
+    for x, gradient, one, _ in cases(kind, values, {"": lambda x: None}):
+        scale = torch.stack([one * factor for factor in (1, 0.5, 0.25, 0.1, 0.02)])
+        y = native.mixed(x, scale, shares, grids)
+        assert torch.equal(y, reference.mixed(x, scale, shares, grids)) and y.dtype == kind
+        ours = native.mixed_backward(gradient, x, scale, shares, grids)
+        expected = reference.mixed_backward(gradient, x, scale, shares, grids)
+        assert torch.equal(ours[0], expected[0]) and ours[0].dtype == kind
+        for sums, of in zip(ours[1:], expected[1:], strict=True):
+            assert_sums(sums, of, 8 * gradient)
+
+
+@needs_native
+def test_threads_change_nothing():
+    x, gradient = normal(1 << 20), normal(1 << 20, seed=1)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(native.quantized_backward(gradient, x, torch.tensor(0.3), grid(4, signed=True)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_not_hidden(broken):
+    x = torch.tensor([broken, 0.4])
+    y = operators.quantized(x, torch.tensor(0.3), grid(4, signed=True))
+    expected = {"inf": 7 * 0.3, "-inf": -8 * 0.3}.get(str(broken), broken)
+    torch.testing.assert_close(y, torch.tensor([expected, 0.3]), equal_nan=True)
+
+
+def test_nothing_gives_nothing():
+    x = torch.empty(0, 3)
+    assert operators.quantized(x, torch.tensor(0.3), grid(4, signed=True)).shape == (0, 3)
+    by_scale = operators.quantized_backward(x, x, torch.tensor(0.3), grid(4, signed=True))[1]
+    assert torch.equal(by_scale, torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64], ids=repr)
+def test_other_types_take_the_definition(kind):
+    x = normal(5, 6).to(kind)
+    assert not native.supports(x)
+    y = operators.quantized(x, torch.tensor(0.3), grid(4, signed=True))
+    assert y.dtype == kind and torch.equal(y, reference.quantized(x, torch.tensor(0.3), grid(4, signed=True)))
+
+
+def test_operators_stay_in_traced_graphs_and_know_their_shapes():
+    levels = grid(4, signed=True)
+    graph = make_fx(lambda x, s: fake_quantize(x, s, levels), tracing_mode="fake")(normal(2, 3), torch.tensor(0.3))
+    assert torch.ops.bitscape.quantize.default in {node.target for node in graph.graph.nodes}
+    x, scale = normal(7, 3), torch.tensor(0.1)
+    assert torch.equal(graph(x, scale), fake_quantize(x, scale, levels))
+
+
+@pytest.mark.parametrize("levels", [grid(4, signed=True), GRIDS["bits by image"](torch.empty(4, 3))], ids=["numbers", "tensors"])
+def test_operators_pass_the_checks_of_pytorch(levels):
+    x, scale = normal(4, 3), torch.tensor(0.3)
+    limits = (levels.qmin, levels.qmax, levels.zero_point)
+    kind = "tensors" if isinstance(levels.qmin, torch.Tensor) else "default"
+    numbers = [one.float() if isinstance(one, torch.Tensor) else float(one) for one in limits]
+    for name, tensors in {"quantize": (x, scale), "quantize_backward": (x, x, scale)}.items():
+        operator = getattr(getattr(torch.ops.bitscape, name), kind)
+        torch.library.opcheck(operator, (*tensors, *numbers), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_without_the_library_the_definition_is_used_and_the_log_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(native, "FILE", tmp_path / "kernels.so")
+    native._functions.cache_clear()
+    try:
+        with caplog.at_level("INFO"):
+            assert [native.supports(torch.empty(1)) for _ in range(2)] == [False, False]
+        y = operators.quantized(normal(9), torch.tensor(0.3), grid(4, signed=True))
+    finally:
+        native._functions.cache_clear()
+    assert torch.equal(y, reference.quantized(normal(9), torch.tensor(0.3), grid(4, signed=True)))
+    assert caplog.text.count("no native kernels") == 1
