@@ -204,6 +204,16 @@ class Choices:
         """The same choices, where caps are on weights alone with the weights of the first layer free, too."""
         return self if self.freedom.with_first is None else replace(self, freedom=self.freedom.with_first)
 
+    def narrowest(self) -> Choice:
+        """Return the choice of each group's fewest bits, of weights before activations."""
+        ascending = sorted(range(len(self.candidates)), key=lambda column: self.candidates[column])
+        return tuple(next(column for column in ascending if row[column]) for row in self.allowed)
+
+    def check_feasible(self) -> None:
+        """Raise InfeasibleBudget if no choice keeps every cap; the solver is asked only where the fewest bits do not."""
+        if not self.holds(self.narrowest()):
+            self.first_feasible()
+
     def first_feasible(self) -> Choice:
         """Return some choice within all caps. Raises InfeasibleBudget."""
         solution = solve(np.where(self.allowed, 0.0, np.inf), self.caps)

@@ -117,7 +117,7 @@ def search(
         along=None if drop is None else ALONG,
         original=model,
     )
-    problem.choices.first_feasible()  # refused before the minutes that scores may take
+    problem.choices.check_feasible()  # refused before the minutes that scores may take
     if drop is None:
         options: dict[str, Any] = {"pick": pick, "folder": folder, "for_training": for_training}
         result = searcher.search(problem, **{name: options[name] for name in searcher.options})
