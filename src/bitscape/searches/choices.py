@@ -97,7 +97,7 @@ class Choices:
                 the latency table or the target does not have.
         """
         network = _timed(network, latency)
-        offered = _offered(candidates, target)
+        offered = offered_pairs(candidates, target)
         budget = budget if isinstance(budget, Budget) else lasting(budget)
         kinds = budget.caps.keys() if isinstance(budget, Budget) else budget_kinds(budget, has_latency=network.has_latency)
         freedom = free_layers(
@@ -294,7 +294,8 @@ def _timed(network: NetworkProfile, latency: LatencyTable | None) -> NetworkProf
     return with_latency(network, latency)
 
 
-def _offered(candidates: Iterable[LayerBits] | None, target: Target | None) -> tuple[LayerBits, ...]:
+def offered_pairs(candidates: Iterable[LayerBits] | None, target: Target | None) -> tuple[LayerBits, ...]:
+    """Return the pairs of bits that are offered. Raises BitscapeError for pairs that no layer, or not the target, can have."""
     if target is not None and not isinstance(target, Target):
         raise BitscapeError(f'target: {target!r} is no Target; take one of TARGETS, e.g. TARGETS["openvino"]')
     if candidates is None:
