@@ -31,11 +31,46 @@ def test_help_and_policies_leave_torch_out(args, tmp_path):
     assert shown.stderr == ""
 
 
+_SEARCHED = """
+import sys
+from bitscape.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    slow = ("torch._dynamo", "sympy", "scipy", "bitscape.searches.fisher", "bitscape.searches.mixture_search")
+    print("code", left.code, [name for name in slow if name in sys.modules])
+"""
+
+
+def test_a_uniform_search_leaves_out_the_compiler_the_solver_and_other_methods():
+    search = ("search", *MODEL, "--data", "digits", "--method", "uniform", "--budget", "weight_bytes=w4", "--device", "cpu")
+    shown = subprocess.run([sys.executable, "-c", _SEARCHED, *search], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("code 0 []\n")
+
+
 def _every_command(group=commands, path=()):
     for name, command in group.commands.items():
         yield (*path, name), command
         if isinstance(command, click.Group):
             yield from _every_command(command, (*path, name))
+
+
+_HELP = """
+import sys
+from bitscape.cli import main
+for path in sys.argv[1:]:
+    try:
+        main([*path.split(), "--help"])
+    except SystemExit:
+        pass
+print([name for name in ("torch", "numpy", "scipy", "pydantic", "rich") if name in sys.modules])
+"""
+
+
+def test_the_help_of_every_command_leaves_large_packages_out():
+    paths = [" ".join(path) for path, _ in _every_command()]
+    shown = subprocess.run([sys.executable, "-c", _HELP, *paths], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("\n[]\n")
 
 
 @pytest.mark.parametrize(("path", "command"), list(_every_command()), ids=lambda value: str(value))

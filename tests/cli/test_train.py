@@ -93,7 +93,7 @@ def test_the_seed_decides_everything(cli, tmp_path):
     [
         (("--lr", "-1"), "lr is -1"),
         (("--distill", "0.5"), "no --weights"),
-        (("--ema", "2"), "ema_decay is 2"),
+        (("--ema", "2"), "'--ema': 2.0 is not in the range"),
         (("--policy", "nothing.json"), "nothing.json"),
         (("--data", "digit", "--normalize", "unit"), "nearest: digits"),
     ],

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bitscape.cost.dry_pass import dry_pass
 from bitscape.errors import BitscapeError
@@ -10,7 +11,7 @@ from tests.networks import resnet20
 
 
 class ReadsValues(nn.Module):
-    """Cannot run on the meta device, and changes its own buffers and modes while it runs."""
+    """Changes its own buffers and modes while it runs."""
 
     def __init__(self, fails: bool = False) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ def prepared(model: nn.Module) -> nn.Module:
         (ReadsValues(), (4, 8, 8)),
         (ReadsValues(fails=True), (3, 8, 8)),
     ],
-    ids=["meta", "meta wrong shape", "itself", "itself wrong shape", "itself fails late"],
+    ids=["plain", "plain wrong shape", "changes", "changes wrong shape", "fails late"],
 )
 def test_model_is_unchanged(model, shape):
     before = state(prepared(model))
@@ -80,23 +81,50 @@ def test_model_is_unchanged(model, shape):
         assert torch.equal(value, after["tensors"][name][1])
 
 
-def test_pass_of_the_network_itself_counts_like_the_meta_pass():
-    class Both(nn.Module):
-        def __init__(self, reads_values: bool) -> None:
-            super().__init__()
-            self.reads_values = reads_values
-            self.embed = nn.Conv2d(3, 8, 4, 4)
-            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+class Encoder(nn.Module):
+    """A convolution, then attention."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.block(self.embed(x).flatten(2).transpose(1, 2))
-            return x if not self.reads_values or x.sum().item() < 1e9 else x * 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
-    itself, meta = dry_pass(Both(True), (3, 16, 16)), dry_pass(Both(False), (3, 16, 16))
-    assert {name: (run.calls, run.macs) for name, run in itself.items()} == {
-        name: (run.calls, run.macs) for name, run in meta.items()
-    }
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.embed(x).flatten(2).transpose(1, 2))
+
+
+def test_a_network_on_the_meta_device_counts_like_one_with_values():
+    itself, meta = dry_pass(Encoder(), (3, 16, 16)), dry_pass(Encoder().to("meta"), (3, 16, 16))
+    assert itself == meta
     assert itself["block.self_attn"].macs > 0
+
+
+def test_a_recurrent_layer_counts_its_products():
+    assert dry_pass(nn.LSTM(32, 8), (5, 32))[""].macs == 5 * (4 * 8 * 32 + 4 * 8 * 8)
+
+
+def test_a_function_compiled_within_the_forward_counts_as_it_does_uncompiled():
+    class Squares(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return square(super().forward(x))
+
+    square = torch.compile(lambda x: x @ x, backend="eager")
+    assert dry_pass(Squares(4, 4), (4, 4))[""].macs == 2 * 4**3
+
+
+def test_activations_are_freed_within_the_pass():
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            freed.extend(storage.expired() for storage in made)
+            return x
+
+    made: list[StorageWeakRef] = []
+    freed: list[bool] = []
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: made.append(StorageWeakRef(out.untyped_storage())))
+    dry_pass(nn.Sequential(*layers, Last()), (4,))
+    assert freed == [True, True, False]
 
 
 def test_own_macs_exclude_those_of_children_and_sum_to_the_whole():
@@ -152,7 +180,7 @@ def test_half_precision_network_gets_an_input_of_its_type():
     assert dry_pass(nn.ReLU(), (4,))[""].calls == 1
 
 
-def test_network_that_cannot_be_copied_is_run_itself():
+def test_network_that_cannot_be_copied_is_measured():
     class NoCopy(nn.Linear):
         def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
             raise TypeError("no copies")
@@ -168,7 +196,7 @@ def test_attention_settings_of_the_process_are_restored():
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_parameters_shared_in_the_model_stay_shared_in_the_copy():
+def test_parameters_shared_in_the_model_stay_shared():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     before = copy.deepcopy(model.state_dict())

@@ -143,7 +143,7 @@ def test_on_an_fpga_every_bit_counts() -> None:
 
 def test_bytes_of_files_that_store_some_weights_wider() -> None:
     """Layers of 64 weights and 4 scales at 3, 5, 6 and 8 bits."""
-    network = measure(nn.Sequential(OrderedDict((name, nn.Conv2d(4, 4, 2, padding="same")) for name in "abcd")), (4, 8, 8))
+    network = measure(nn.Sequential(OrderedDict((name, nn.Conv2d(4, 4, 2)) for name in "abcd")), (4, 8, 8))
     policy = Policy({name: LayerBits(bits, 8) for name, bits in zip("abcd", (3, 5, 6, 8), strict=True)})
     scales = 4 * 4 * 4
     assert container_bytes(network, policy) == {"ONNX": 8 * (4 + 8 + 8 + 8) + scales, "OpenVINO": 8 * (3 + 6 + 6 + 8) + scales}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks import cards
 from benchmarks.cards import card_of
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.policy_cost import CAPS
@@ -142,7 +143,7 @@ def test_the_example_method_searches_within_its_budget(relative: ModuleType):
 
 
 def test_the_examples_have_cards_and_in_the_lists_settings(relative: ModuleType, damped: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(METHODS, "relative", relative.Relative)
+    monkeypatch.setattr(cards, "METHODS", {**METHODS, "relative": relative.Relative})
     monkeypatch.setitem(STEPS, "damped", damped.Damped)
     of_method, of_step = card_of(relative), card_of(damped)
     assert of_method is not None and of_step is not None

@@ -9,10 +9,9 @@ import importlib
 import inspect
 import pkgutil
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from itertools import product
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -259,19 +258,18 @@ def _described(model: nn.Module) -> list[object]:
     return [*modules, *parameters]
 
 
-def test_the_union_is_the_list_of_methods():
-    assert tuple(METHODS.values()) == get_args(SearchMethod)
+def test_the_methods_are_listed_by_name():
     assert list(METHODS) == ["fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "uniform", "random"]
 
 
-def test_no_method_file_is_left_out_of_the_union():
+def test_no_method_file_is_left_out_of_the_list():
     files = [importlib.import_module(f"bitscape.searches.{m.name}") for m in pkgutil.iter_modules(bitscape.searches.__path__)]
     found = {
         kind
         for module in files
         for kind in vars(module).values()
         if isinstance(kind, type) and kind.__module__ == module.__name__ and callable(getattr(kind, "search", None))
-        if not inspect.isabstract(kind)
+        if is_dataclass(kind) and not inspect.isabstract(kind)
     }
     assert found == set(METHODS.values())
 

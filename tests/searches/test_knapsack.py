@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 
 from bitscape.searches import knapsack, programme
 from bitscape.searches.knapsack import CapRow, UndecidedError, smallest
@@ -253,7 +254,7 @@ def test_a_time_limit_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     # The cap forbids the first, the relaxation knows that 1 is the least, and the solver ends with the 2.
     scores, caps = np.array([[0.0, 1.0, 2.0]]), [row([[2, 1, 0]], 1)]
     monkeypatch.setattr(knapsack, "SMALL", 0)
-    monkeypatch.setattr(programme, "milp", lambda c, **_: stopped(c, 0.1, 0.0))
+    monkeypatch.setattr(optimize, "milp", lambda c, **_: stopped(c, 0.1, 0.0))
     solution = knapsack.solve(scores, caps, time_limit_s=0.0)
     assert solution is not None
     assert solution.choice == (2,)
@@ -261,7 +262,7 @@ def test_a_time_limit_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_time_limit_before_any_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programme, "milp", lambda c, **_: stopped(c, None, 0.0))
+    monkeypatch.setattr(optimize, "milp", lambda c, **_: stopped(c, None, 0.0))
     with pytest.raises(UndecidedError, match="the time ended before a policy within bitops was seen"):
         solve(np.array([[0.0, 1.0]]), [row([[2, 1]], 2)])
 

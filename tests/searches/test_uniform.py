@@ -7,6 +7,7 @@ from torch import nn
 from bitscape.cost.policy_cost import cost
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits
+from bitscape.searches import choices
 from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.freedom import Pins
 from bitscape.searches.problem import SearchProblem
@@ -117,3 +118,17 @@ def test_caps_on_weights_and_activations_apart_are_filled_apart() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     stated = SearchProblem.of(model=model, samples=torch.zeros(1, 3, 8, 8), budget=["weight_bytes=w4", "mean_activation_bits=6"], pinned={})
     assert set(Uniform().search(stated).policy.layers.values()) == {LayerBits(4, 6)}
+
+
+def test_a_budget_that_the_fewest_bits_keep_needs_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = problem("bitops=0.25x").choices
+    monkeypatch.setattr(choices, "solve", None)
+    assert stated.holds(stated.narrowest())
+    stated.check_feasible()
+
+
+def test_a_budget_that_the_fewest_weight_bits_break_can_still_be_kept() -> None:
+    pairs = (LayerBits(2, 8), LayerBits(3, 2))
+    stated = problem("bitops=w3a2", candidates=pairs).choices
+    assert not stated.holds(stated.narrowest())
+    stated.check_feasible()

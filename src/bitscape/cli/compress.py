@@ -105,12 +105,16 @@ def compress(
     if not budgets:
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget 4bit, bitops=0.25x or weight_bytes=1.2MB")
     from bitscape.data.splits import EVALUATION, TRAINING
+    from bitscape.verbs.compress import check_files
     from bitscape.verbs.compress import compress as compress_network
+    from bitscape.verbs.search import check_request
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
     offered = None if candidates is None else parse_candidates(candidates)
-    seen = ImageSettings.checked(input_size, normalize, data, test)
     times, target = load_target(latency, target_name)
+    check_request(method, budgets, candidates=offered, target=target, latency=times)
+    check_files(to)
+    seen = ImageSettings.checked(input_size, normalize, data, test)
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
     samples = draw_samples(data, split or TRAINING, images, seen, seed)

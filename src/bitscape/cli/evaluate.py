@@ -123,10 +123,14 @@ def evaluate(
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+    if decisions is not None and checkpoint is None:
+        raise _undecided(decisions)
     from bitscape.data.splits import EVALUATION
 
     settings, times = ImageSettings.checked(input_size, normalize, data, calibration), load_latency(latency)
-    policy = None if policy_file is None else Policy.load(policy_file)
+    policy = _policy(policy_file, packed, checkpoint)
+    if times is not None and policy is None:
+        raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
     network = load_network(model, weights, device, seed)
     settings = settings.of_model(network)
     batches = load_batches(data, split or EVALUATION, settings, batch_size)
@@ -137,19 +141,34 @@ def evaluate(
         images = normalized_images(calibration, calibration_images, settings, seed, network)
         network = quantize_network(network, policy, images, repair=repair)
     elif packed is not None:
-        network, policy = bs.load_packed(packed, network), packed_policy(packed)
+        network = bs.load_packed(packed, network)
     elif checkpoint is not None:
         from bitscape.dynamic.storage import load_folder
 
-        network, policy = load_folder(network, checkpoint, shape)
+        network, _ = load_folder(network, checkpoint, shape)
     _set_decisions(network, decisions)
-    if times is not None and policy is None:
-        raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
     accuracy, cost = _report(network, policy, batches, shape, times, channels_last)
     if json_file is not None:
         _write(json_file, accuracy, cost, policy, model, data, next(filter(None, (policy_file, packed, checkpoint)), None))
     if corruptions is not None:
         _report_corruptions(network, batches, corruptions, seed)
+
+
+def _policy(policy_file: Path | None, packed: Path | None, checkpoint: Path | None) -> Policy | None:
+    """The policy of what is evaluated, None in float or where bits depend on the image; read before anything else is loaded."""
+    from bitscape.dynamic.storage import folder_policy
+
+    if policy_file is not None:
+        return Policy.load(policy_file)
+    if packed is not None:
+        return packed_policy(packed)
+    return None if checkpoint is None else folder_policy(checkpoint)
+
+
+def _undecided(decisions: str) -> BitscapeError:
+    return BitscapeError(
+        f"--decisions {decisions}: the network does not decide on bits; give a --checkpoint of `bitscape train --dynamic`"
+    )
 
 
 def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
@@ -158,9 +177,7 @@ def _set_decisions(network: "nn.Module", decisions: str | None) -> None:
     if decisions is None:
         return
     if not isinstance(network, DynamicNetwork):
-        raise BitscapeError(
-            f"--decisions {decisions}: the network does not decide on bits; give a --checkpoint of `bitscape train --dynamic`"
-        )
+        raise _undecided(decisions)
     network.decisions = "per_image" if decisions == "per-image" else "per_batch"
 
 

@@ -43,7 +43,7 @@ def packed(out: Path, **options: Any) -> None:
         --policy policy.json --calibration train/ --input-size 224 \\
         --normalize imagenet --out resnet18-packed.safetensors
     """
-    source = ExportSource.of(options)
+    source = ExportSource.of(options, "packed")
     report_packed(source, source.write_packed(out))
 
 
@@ -66,7 +66,7 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
         --policy policy.json --calibration train/ --input-size 224 \\
         --normalize imagenet --repair --out resnet18.onnx
     """
-    source = ExportSource.of(options)
+    source = ExportSource.of(options, "onnx")
     report_file(source, source.write(out, "onnx", int2=int2), "onnx-container")
 
 
@@ -88,7 +88,7 @@ def openvino(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.xml
     """
-    source = ExportSource.of(options)
+    source = ExportSource.of(options, "openvino")
     report_file(source, source.write(out, "openvino"), "openvino")
 
 
@@ -108,7 +108,7 @@ def qonnx(out: Path, **options: Any) -> None:
         --calibration train/ --input-size 224 --normalize imagenet \\
         --out resnet18.onnx
     """
-    info = ExportSource.of(options).write(out, "qonnx").info
+    info = ExportSource.of(options, "qonnx").write(out, "qonnx").info
     rows = [[f"{w} x {a}", f"{macs:,}", f"{w * a * macs:,}"] for (w, a), macs in sorted(info.macs.items())]
     print_table(["weight x activation bits", "MACs", "BitOps"], [*rows, ["all", f"{sum(info.macs.values()):,}", f"{info.bitops:,}"]])
     click.echo(f"{out}: {amount(info.file_bytes, 'B')}, its weights in float32 on their grids; {info.weight_bits:,} bits of weights")

@@ -47,24 +47,31 @@ class ExportSource:
     """Others of --calibration, HELD_OUT at most, which set no range."""
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> "ExportSource":
-        """Load the network and quantize it. Raises BitscapeError for options that do not go together."""
+    def of(cls, options: dict[str, Any], form: "Form") -> "ExportSource":
+        """Load the network and quantize it. Raises BitscapeError, before that, for options that do not go together or are missing."""
+        from bitscape.runtimes.packages import check_packages
+
         policy_file, checkpoint, packed = options["policy_file"], options["checkpoint"], options.get("packed")
         if sum(option is not None for option in (policy_file, checkpoint, packed)) != 1:
             others = "--checkpoint or --packed" if "packed" in options else "or --checkpoint"
             raise BitscapeError(f"give --policy with --calibration, {others}; exactly one of them")
         if policy_file is not None and options["calibration"] is None:
             raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+        if packed is not None and options["calibration"] is None:
+            raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
+        if form != "packed" and options["calibration"] is None:
+            raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
         if options["repair"] and policy_file is None:
             raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
         settings = ImageSettings.checked(options["input_size"], options["normalize"], options["calibration"])
-        given = None if policy_file is None else Policy.load(policy_file)
+        check_packages(form)
+        policy = _policy(policy_file, packed, checkpoint)
         network = load_network(options["model"], options["weights"], options["device"], options["seed"])
         settings, images, held_out = settings.of_model(network), None, None
         if options["calibration"] is not None:
             count, seed = options["calibration_images"], options["seed"]
             images, held_out = calibration_and_held_out(options["calibration"], count, settings, seed, network, further=HELD_OUT)
-        quantized, policy = _quantized(network, images, given, checkpoint, packed, options["repair"])
+        quantized = _quantized(network, images, policy, checkpoint, packed, options["repair"])
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out)
 
     def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
@@ -83,9 +90,8 @@ class ExportSource:
         )
 
     def required_images(self) -> "Tensor":
-        """The images of --calibration, on the CPU."""
-        if self.images is None:
-            raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
+        """The images of --calibration, on the CPU: every form but the packed one has them."""
+        assert self.images is not None
         return self.images.cpu()
 
     @property
@@ -105,21 +111,30 @@ class ExportSource:
         )
 
 
-def _quantized(
-    network: "nn.Module", images: "Tensor | None", policy: Policy | None, checkpoint: Path | None, packed: Path | None, repair: bool
-) -> tuple["nn.Module", Policy]:
-    """The quantized network and its policy."""
-    if policy is not None:
-        assert images is not None
-        return quantize_network(network, policy, images, repair=repair), policy
-    if packed is not None:
-        if images is None:
-            raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
-        return bs.load_packed(packed, network), packed_policy(packed)
-    assert checkpoint is not None
-    from bitscape.quant.storage import load_static
+def _policy(policy_file: Path | None, packed: Path | None, checkpoint: Path | None) -> Policy:
+    """The policy of the network that is written; read before anything else is loaded."""
+    from bitscape.quant.storage import static_policy
 
-    quantized, saved = load_static(network, checkpoint)
+    if policy_file is not None:
+        return Policy.load(policy_file)
+    if packed is not None:
+        return packed_policy(packed)
+    assert checkpoint is not None
+    saved = static_policy(checkpoint)
     if saved is None:
         raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
-    return quantized, saved
+    return saved
+
+
+def _quantized(
+    network: "nn.Module", images: "Tensor | None", policy: Policy, checkpoint: Path | None, packed: Path | None, repair: bool
+) -> "nn.Module":
+    """The network at the bits of its policy."""
+    from bitscape.quant.storage import load_static
+
+    if packed is not None:
+        return bs.load_packed(packed, network)
+    if checkpoint is not None:
+        return load_static(network, checkpoint)[0]
+    assert images is not None
+    return quantize_network(network, policy, images, repair=repair)

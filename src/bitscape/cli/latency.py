@@ -95,6 +95,7 @@ def build(
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
     settings = ImageSettings.checked(input_size, normalize, data)
     keep_locked(out.parent, out.name)
+    runs = RUNTIMES[runtime](threads=threads)
     network = load_network(model, weights, "cpu", seed)
     if data is not None:
         drawn = normalized_images(data, images, settings.of_model(network), seed, network, usual=IMAGES)
@@ -108,7 +109,7 @@ def build(
             network,
             drawn,
             pairs,
-            RUNTIMES[runtime](threads=threads),
+            runs,
             machine=environment()["cpu"],
             partial=partial,
             batch_size=batch_size,

@@ -38,9 +38,12 @@ class ImageSettings:
 
     @classmethod
     def checked(cls, input_size: int | None, normalize: str | None, *sources: str | None) -> "ImageSettings":
-        """Take the options. Raises BitscapeError, before anything is loaded, if images of one of the sources could not be normalized."""
-        for source in sources:
-            if source is not None and normalize != OF_MODEL:
+        """Take the options. Raises BitscapeError, before anything is loaded, if a source is missing or could not be normalized."""
+        from bitscape.data.sources import check_source
+
+        for source in filter(None, sources):
+            check_source(source)
+            if normalize != OF_MODEL:
                 parse_normalization(normalize, source)
         return cls(input_size=input_size, normalize=normalize)
 
@@ -63,12 +66,13 @@ def load_network(model: str, weights: Path | None, device: str | None, seed: int
     from bitscape.models.find import find_model, load_weights
     from bitscape.models.modes import in_eval_mode
 
+    place = pick_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = find_model(model)
     if weights is not None:
         load_weights(network, weights)
-    network.to(pick_device(device))
+    network.to(place)
     return in_eval_mode(network)
 
 

@@ -93,9 +93,10 @@ def check(file: Path, model: str) -> None:
 def _print_costs(shown: Policy, model: str, given: tuple[int, int, int] | None, latency: Path | None) -> None:
     from bitscape.cost.latency import with_latency
 
-    loaded, times = load_network(model, None, "cpu"), load_latency(latency)
+    shape, times = policy_shape(shown, given), load_latency(latency)
+    loaded = load_network(model, None, "cpu")
     shown.check(network_shapes(loaded))
-    network = measure_network(loaded, policy_shape(shown, given))
+    network = measure_network(loaded, shape)
     network = network if times is None else with_latency(network, times)
     print_layers(shown, network)
     click.echo()

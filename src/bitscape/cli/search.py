@@ -32,7 +32,6 @@ from bitscape.folders import CHECKPOINT, POLICY_FILE
 
 if TYPE_CHECKING:
     from bitscape.engine.task import TaskName
-    from bitscape.searches.methods import SearchMethod
     from bitscape.searches.problem import Pick, SearchResult
 
 _method_options = all_of(
@@ -122,17 +121,17 @@ def search(
     """
     if not budgets:
         raise BitscapeError("--budget is missing; give at least one, e.g. --budget bitops=0.25x or weight_bytes=1.2MB")
-    from bitscape.cost.budget import check_form, split_drop
     from bitscape.data.splits import TRAINING
+    from bitscape.searches.problem import name_of
+    from bitscape.verbs.search import check_request
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
     offered = None if candidates is None else parse_candidates(candidates)
-    drop, caps = split_drop(budgets)
-    _check_method(method, scores, pick, None if drop is not None else folder)
-    if caps or drop is None:
-        check_form(caps or budgets, has_latency=latency is not None)
-    seen = ImageSettings.checked(input_size, normalize, data)
+    if scores is not None and "pick" not in method.options:
+        raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
     times, target = load_target(latency, target_name)
+    check_request(method, budgets, pick=pick, folder=folder, candidates=offered, target=target, latency=times)
+    seen = ImageSettings.checked(input_size, normalize, data)
     if out is None and scores is None and folder is None:
         click.echo("warning: the policy will be shown and not kept; --out FILE keeps it, --scores FILE keeps the scores", err=True)
     if folder is not None:
@@ -164,16 +163,6 @@ def search(
         _keep_and_print(replace(result, policy=policy), len(samples), out, scores)
     except KeyboardInterrupt:
         raise click.Abort(_how_to_go_on(folder)) from None
-
-
-def _check_method(method: "SearchMethod", scores: Path | None, pick: "Pick", folder: Path | None) -> None:
-    """Refuse, before anything is loaded, what the method cannot do."""
-    from bitscape.searches.problem import name_of
-    from bitscape.verbs.search import check_options
-
-    if scores is not None and "pick" not in method.options:
-        raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
-    check_options(method, pick, folder)
 
 
 def _how_to_go_on(folder: Path | None) -> str:

@@ -63,6 +63,7 @@ def solve(
         --input-shape 3x224x224 --front 10
     """
     from bitscape.cost.budget import Budget, check_form
+    from bitscape.cost.policy_cost import NO_TABLE, cap
     from bitscape.searches.choices import Choices
     from bitscape.searches.scores import ScoreTable
 
@@ -75,6 +76,8 @@ def solve(
         raise BitscapeError("--out: a front is many policies; solve with --budget for the one to keep")
     if budgets:
         check_form(budgets, has_latency=latency is not None)
+    elif cap(along).measured and latency is None:
+        raise BitscapeError(f"--along {along}: {NO_TABLE}")
     pinned = parse_pins(pins)
     table, (times, target) = ScoreTable.load(scores), load_target(latency, target_name)
     candidates = [pair for pair in table.candidates if target is None or target.allows(pair)]

@@ -12,7 +12,7 @@ from bitscape.cli.parsing import parse_normalization
 from bitscape.cli.paths import FOLDER, OUTPUT_FOLDER, keep_locked
 from bitscape.cli.spending import print_tiers
 from bitscape.errors import BitscapeError
-from bitscape.folders import results_in
+from bitscape.folders import DYNAMIC_FILE, results_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +65,7 @@ def tiers(
 
     if held := results_in(out):
         raise BitscapeError(f"--out {out}: it holds {', '.join(held)}; give another folder")
+    _check_dynamic(checkpoint)
     settings = ImageSettings.checked(input_size, normalize, data)
     keep_locked(out)
     float_network = load_network(model, weights, device, seed)
@@ -85,11 +86,18 @@ def tiers(
     )
 
 
+def _check_dynamic(checkpoint: Path) -> None:
+    from bitscape.dynamic.storage import folder_policy
+
+    folder_policy(checkpoint)  # says which folders no network can be loaded from
+    if not (checkpoint / DYNAMIC_FILE).is_file():
+        raise BitscapeError(f"--checkpoint {checkpoint}: its bits do not depend on the image; train with --dynamic for that")
+
+
 def _dynamic(checkpoint: Path, float_network: "nn.Module", shape: tuple[int, ...]) -> "DynamicNetwork":
     from bitscape.dynamic import DynamicNetwork
     from bitscape.dynamic.storage import load_folder
 
     network, _ = load_folder(float_network, checkpoint, shape)
-    if not isinstance(network, DynamicNetwork):
-        raise BitscapeError(f"--checkpoint {checkpoint}: its bits do not depend on the image; train with --dynamic for that")
+    assert isinstance(network, DynamicNetwork)
     return network

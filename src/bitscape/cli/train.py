@@ -50,8 +50,14 @@ _recipe = all_of(
     click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the step, e.g. rho=0.003; repeatable."),
     click.option("--accumulate", default=1, show_default=True, type=COUNT, help="Parts of a batch, where memory is short."),
     click.option("--augment", type=click.Choice(["none", "flip", "crop-flip"]), default="none", show_default=True),
-    click.option("--label-smoothing", default=0.0, show_default=True, help="Probability spread over all classes."),
-    click.option("--distill", default=0.0, show_default=True, help="Weight of the float network as teacher, 0 to 1."),
+    click.option(
+        "--label-smoothing",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Probability spread over all classes.",
+    ),
+    click.option("--distill", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Weight of the float network as teacher."),
     click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in this type.  [default: float32]"),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays after about a minute."),
     click.option(
@@ -62,7 +68,12 @@ _recipe = all_of(
         metavar="NAME=WHERE",
         help="Also follow the run there, epoch by epoch: tensorboard=FOLDER; repeatable.",
     ),
-    click.option("--ema", type=float, metavar="DECAY", help="Average the weights, e.g. 0.999; the average is kept."),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="DECAY",
+        help="Average the weights, e.g. 0.999; the average is kept.",
+    ),
 )
 
 

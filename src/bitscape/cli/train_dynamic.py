@@ -84,6 +84,7 @@ def dynamic_training(policy_file: Path | None, recipe: dict[str, Any]) -> Dynami
 
     assert policy_file is not None
     low, high = parse_widths(recipe["dynamic"])
+    _check_budget(recipe["budget"])
     sgd = Sgd() if recipe["lr"] is None else Sgd(lr=recipe["lr"])
     return DynamicTraining(
         policy=Policy.load(policy_file),
@@ -137,22 +138,27 @@ def _settings(texts: tuple[str, ...]) -> "Dqmq":
     return step
 
 
+def _check_budget(text: str) -> None:
+    from bitscape.cost.budget import budget_kinds
+
+    if budget_kinds(text, has_latency=False) != ["bitops"]:
+        raise BitscapeError(f"--budget {text!r}: bits that images decide are held to BitOps alone; write e.g. bitops=w4a4")
+
+
 def _absolute(text: str, network: "DynamicNetwork", policy: Policy) -> float:
     """BitOps of the budget; BitscapeError unless they are between those of the least and the largest widths."""
     from bitscape.cost.budget import parse_budget
 
     pinned = {name: policy.layers[name] for name in network.cost.by_name if name not in network.names}
-    caps = dict(parse_budget(text, network.cost, pinned).caps)
-    if list(caps) != ["bitops"]:
-        raise BitscapeError(f"--budget {text!r}: bits that images decide are held to BitOps alone; write e.g. bitops=w4a4")
+    bitops = parse_budget(text, network.cost, pinned).caps["bitops"]
     ends = [network.level(bits, 1).bitops(network.cost) for bits in (network.bits.low, network.bits.high)]
     least, most = (float(end) + network.decision_bitops for end in ends)
-    if not least <= caps["bitops"] < most:
+    if not least <= bitops < most:
         raise BitscapeError(
-            f"--budget {text!r} is {amount(caps['bitops'])} BitOps; with these weights an image costs {amount(least)} at the least widths "
+            f"--budget {text!r} is {amount(bitops)} BitOps; with these weights an image costs {amount(least)} at the least widths "
             f"and {amount(most)} at the largest: give a budget in between"
         )
-    return caps["bitops"]
+    return bitops
 
 
 def _dynamic(network: "nn.Module") -> "DynamicNetwork":

@@ -1,13 +1,12 @@
 """One forward pass that records, per module, how often it ran, on how many elements, and the MACs it ran itself.
 
-The pass runs on a copy of the network on the meta device: nothing is computed and the network is not touched. Where
-that is impossible (a forward that reads values, a network that cannot be copied) the network itself runs once on its
-own device, and its state is put back.
+The network itself runs, on its own device, and its state is put back: the meta device would compute nothing, but torch
+has the shapes of convolutions and norms there from its compiler, whose import takes longer than one sample.
 """
 
-import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -15,20 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from bitscape.calling import Inputs, call, moved, shapes_of
 from bitscape.errors import BitscapeError
 from bitscape.models.dtypes import takes_indices
 from bitscape.models.layers import QUANTIZABLE, WEIGHTED
-from bitscape.models.meta import meta_copy
 from bitscape.models.modes import unchanged
 from bitscape.nested import tensors_in
-
-_log = logging.getLogger("bitscape.cost")
 
 
 @dataclass
@@ -60,10 +57,6 @@ def dry_pass(model: nn.Module, sample: Inputs) -> dict[str, ModuleRun]:
     before afterwards. Raises BitscapeError when the forward fails.
     """
     run = _of_shape if is_shape(sample) else _of_inputs
-    try:
-        return run(meta_copy(model), sample)
-    except Exception as error:
-        _log.debug("no dry pass on the meta device, the network itself runs: %s", error)
     try:
         with unchanged(model):
             return run(model, sample)
@@ -110,15 +103,24 @@ def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Run attention as plain matrix products: the counter does not know every fused kernel."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _countable() -> Iterator[None]:
+    """Run attention and recurrent layers as plain matrix products, and nothing compiled: fused operations have no count."""
+    mha, cudnn, mkldnn = torch.backends.mha, torch.backends.cudnn, torch.backends.mkldnn
+    before = mha.get_fastpath_enabled(), cudnn.enabled, mkldnn.enabled
+    mha.set_fastpath_enabled(False)
+    cudnn.enabled = False
+    mkldnn.enabled = False  # type: ignore[assignment]  # torch types the property as an attribute
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _uncompiled():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        mha.set_fastpath_enabled(before[0])
+        cudnn.enabled, mkldnn.enabled = before[1:]
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Keep torch's compiler from tracing the recorder; one that nobody has imported yet stays so, its import takes over a second."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _record(model: nn.Module, inputs: Inputs) -> dict[str, ModuleRun]:
@@ -128,7 +130,7 @@ def _record(model: nn.Module, inputs: Inputs) -> dict[str, ModuleRun]:
         module.training = False
     try:
         recorder.attach(model)
-        with torch.no_grad(), _plain_attention(), recorder.counter, recorder:
+        with torch.no_grad(), _countable(), recorder:
             outputs = call(model, inputs)
     finally:
         recorder.detach()
@@ -141,9 +143,8 @@ class _Makers:
     """Which quantizable layers last worked on the values of each tensor; views share their storage, and so their makers."""
 
     def __init__(self) -> None:
-        self._names: dict[int, dict[str, int]] = {}
+        self._names: dict[StorageWeakRef | Tensor, dict[str, int]] = {}
         """Storage -> layer -> how many calls came before."""
-        self._alive: list[Tensor] = []  # so that no identity is given twice
         self._calls = 0
 
     def made(self, name: str, output: Any) -> None:
@@ -173,10 +174,7 @@ class _Makers:
         return sorted(names, key=lambda name: names[name])
 
     def _set(self, tensor: Tensor, names: dict[str, int]) -> None:
-        key = _storage(tensor)
-        if key not in self._names:
-            self._alive.append(tensor)
-        self._names[key] = names
+        self._names[_storage(tensor)] = names
 
 
 _SUMS = {"add", "add_", "sub", "sub_"}
@@ -186,8 +184,9 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+def _storage(tensor: Tensor) -> StorageWeakRef | Tensor:
+    """What views share, which the reference keeps neither in memory nor for another tensor; a sparse tensor stands for itself."""
+    return StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else tensor
 
 
 @dataclass
@@ -200,24 +199,39 @@ class _Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Hooks on every module that fill `runs` while `counter` is active, and the recorder inside of it."""
+    """Hooks on every module, and on every operation while it is active, that fill `runs`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
-        self.counter = FlopCounterMode(display=False)
         self.runs: dict[str, ModuleRun] = {}
         self.makers = _Makers()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._open: list[_Call] = []
-        self._settled_flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Let torch call the recorder directly: it would import its compiler only to keep it away; `_uncompiled` does that."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run an operation; tell products with a module's weight from what makes another form of that weight."""
-        before = self.counter.get_total_flops()
-        result = func(*args, **(kwargs or {}))
-        macs = (self.counter.get_total_flops() - before) // 2
+        """Run an operation, one made of others as these."""
+        kwargs = kwargs or {}
+        count_flops = flop_registry.get(func.overloadpacket)
+        if count_flops is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
         self.makers.follow(str(func).partition(".")[2].partition(".")[0], (args, kwargs), result)
-        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        self._count(0 if count_flops is None else count_flops(*args, **kwargs, out_val=result) // 2, (args, kwargs), result)
+        return result
+
+    def _count(self, macs: int, arguments: Any, result: Any) -> None:
+        """Give an operation's MACs to the innermost open module; tell products with a weight from what makes another form of it."""
+        if macs and self._open:
+            self.runs[self._open[-1].name].macs += macs
+        given = {id(value) for value in _tensors(arguments)}
         for outer in reversed(self._open):
             if given.isdisjoint(outer.weights):
                 continue
@@ -225,8 +239,7 @@ class _Recorder(TorchDispatchMode):
                 self.runs[outer.name].weight_macs += macs
                 self.runs[self._open[-1].name].counted_macs += macs
                 break
-            outer.weights.update((id(made), made) for made in tree_leaves(result) if isinstance(made, Tensor))
-        return result
+            outer.weights.update((id(made), made) for made in _tensors(result))
 
     def attach(self, model: nn.Module) -> None:
         for name, module in model.named_modules():
@@ -238,13 +251,11 @@ class _Recorder(TorchDispatchMode):
             handle.remove()
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._settle()
         weight = module._parameters.get("weight") if isinstance(module, WEIGHTED) else None
         self._open.append(_Call(name, {} if weight is None else {id(weight): weight}))
         self.runs.setdefault(name, ModuleRun())
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._settle()
         self._open.pop()
         run = self.runs[name]
         run.calls += 1
@@ -254,13 +265,6 @@ class _Recorder(TorchDispatchMode):
         run.total_output_elements += _elements(output)
         if isinstance(module, QUANTIZABLE):
             self.makers.made(name, output)
-
-    def _settle(self) -> None:
-        """Give the operations since the last call to the innermost open module; one MAC is two flops."""
-        flops = self.counter.get_total_flops()
-        if self._open:
-            self.runs[self._open[-1].name].macs += (flops - self._settled_flops) // 2
-        self._settled_flops = flops
 
 
 def _elements(value: Any) -> int:

@@ -139,25 +139,38 @@ def load_dataset(source: str, *, split: Split = "train", size: int | None = None
     for name, value in (("size", size), ("limit", limit)):
         if value is not None:
             _positive(name, value)
-    kind, _, name = source.partition(":")
+    check_source(source)
     if source == "digits":
         return _picked(_digits(split), size, limit, seed)
-    if kind == HUB and name:
+    if name := _hub_name(source):
         return _decoded(read_hub(name, split), source, size, limit, seed)
     path = Path(source)
     if path.suffix == SUFFIX:
         return _decoded(read_shards(expand(source), path.name), source, size, limit, seed)
-    if not source or not path.exists():
-        raise BitscapeError(_not_found(source))
     if path.is_dir():
         folder = split_folder(path, split)
         shards = sorted(folder.glob(f"*{SUFFIX}"))
         return _decoded(read_shards(shards, folder.name) if shards else read_folder(folder), source, size, limit, seed)
     if path.suffix == ".npz":
         return _picked(_read_npz(path), size, limit, seed)
-    if path.suffix == ".parquet":
-        return _decoded(read_parquet(path), source, size, limit, seed, cache_file([path], size))
-    raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz, .tar or a folder")
+    return _decoded(read_parquet(path), source, size, limit, seed, cache_file([path], size))
+
+
+def check_source(source: str) -> None:
+    """Raise BitscapeError for a source that is not there, or of no kind that `load_dataset` reads. It is not opened."""
+    path = Path(source)
+    if source == "digits" or _hub_name(source) or path.suffix == SUFFIX:
+        return
+    if not source or not path.exists():
+        raise BitscapeError(_not_found(source))
+    if not path.is_dir() and path.suffix not in (".npz", ".parquet"):
+        raise BitscapeError(f"source {source!r} has the suffix {path.suffix!r}; allowed are .parquet, .npz, .tar or a folder")
+
+
+def _hub_name(source: str) -> str:
+    """Name of a data set on the hub; "" of any other source."""
+    kind, _, name = source.partition(":")
+    return name if kind == HUB else ""
 
 
 def _digits(split: Split) -> Dataset:

@@ -26,7 +26,7 @@ from bitscape.policy import Policy
 from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqActivation, LsqWeight
-from bitscape.quant.storage import load_static, save_static
+from bitscape.quant.storage import load_static, save_static, static_policy
 from bitscape.schema import Document, read_document
 
 FORMAT: Final = 1
@@ -228,6 +228,12 @@ def load_folder(
         _check_shape(folder, read_tiers(folder).input_shape, shape)
         return load_tiers(model, folder), None
     return load_static(model, folder)
+
+
+def folder_policy(folder: Path) -> Policy | None:
+    """Return the policy of a folder that `load_folder` takes, None of one without; no network is needed."""
+    decides = any((folder / name).is_file() for name in (DYNAMIC_FILE, TIERS_FILE))
+    return None if decides else static_policy(folder)
 
 
 def _check_shape(folder: Path, made_for: tuple[int, ...], shape: tuple[int, ...]) -> None:

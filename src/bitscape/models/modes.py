@@ -31,18 +31,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Freeze the parameters; at the end put them, the training modes and buffers back, also after an exception."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Put the training modes and buffers back at the end, also after an exception."""
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    # The counter hooks gradients of what modules take and return, and fails on views of trainable parameters.
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         with torch.no_grad():
             for buffer, value in values:
                 # A buffer that is left alone is not written: it may be an expanded view, which cannot be.

@@ -27,6 +27,17 @@ def save_static(state: Mapping[str, Tensor], policy: Policy | None, folder: Path
 def load_static(model: nn.Module, folder: Path) -> tuple[nn.Module, Policy | None]:
     """Return the network of a folder, in eval mode, and its policy; None in float.
 
+    Raises BitscapeError as `static_policy` does.
+    """
+    policy = static_policy(folder)
+    network = model if policy is None else with_quantizers(model, policy)
+    load_weights(network, folder / WEIGHTS_FILE)
+    return in_eval_mode(network), policy
+
+
+def static_policy(folder: Path) -> Policy | None:
+    """Return the policy of a folder, None in float; no network is needed.
+
     Raises BitscapeError for a folder of a network whose bits depend on the image, and for one whose
     training has not ended.
     """
@@ -45,7 +56,4 @@ def load_static(model: nn.Module, folder: Path) -> tuple[nn.Module, Policy | Non
             f"{folder}: no {WEIGHTS_FILE}; train to the end: bitscape train --out {folder} "
             "--resume ..."
         )
-    policy = Policy.load(saved) if saved.is_file() else None
-    network = model if policy is None else with_quantizers(model, policy)
-    load_weights(network, weights)
-    return in_eval_mode(network), policy
+    return Policy.load(saved) if saved.is_file() else None

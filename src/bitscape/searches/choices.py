@@ -97,7 +97,7 @@ class Choices:
                 the latency table or the target does not have.
         """
         network = _timed(network, latency)
-        offered = _offered(candidates, target)
+        offered = offered_pairs(candidates, target)
         budget = budget if isinstance(budget, Budget) else lasting(budget)
         kinds = budget.caps.keys() if isinstance(budget, Budget) else budget_kinds(budget, has_latency=network.has_latency)
         freedom = free_layers(
@@ -204,6 +204,16 @@ class Choices:
         """The same choices, where caps are on weights alone with the weights of the first layer free, too."""
         return self if self.freedom.with_first is None else replace(self, freedom=self.freedom.with_first)
 
+    def narrowest(self) -> Choice:
+        """Return the choice of each group's fewest bits, of weights before activations."""
+        ascending = sorted(range(len(self.candidates)), key=lambda column: self.candidates[column])
+        return tuple(next(column for column in ascending if row[column]) for row in self.allowed)
+
+    def check_feasible(self) -> None:
+        """Raise InfeasibleBudget if no choice keeps every cap; the solver is asked only where the fewest bits do not."""
+        if not self.holds(self.narrowest()):
+            self.first_feasible()
+
     def first_feasible(self) -> Choice:
         """Return some choice within all caps. Raises InfeasibleBudget."""
         solution = solve(np.where(self.allowed, 0.0, np.inf), self.caps)
@@ -284,7 +294,8 @@ def _timed(network: NetworkProfile, latency: LatencyTable | None) -> NetworkProf
     return with_latency(network, latency)
 
 
-def _offered(candidates: Iterable[LayerBits] | None, target: Target | None) -> tuple[LayerBits, ...]:
+def offered_pairs(candidates: Iterable[LayerBits] | None, target: Target | None) -> tuple[LayerBits, ...]:
+    """Return the pairs of bits that are offered. Raises BitscapeError for pairs that no layer, or not the target, can have."""
     if target is not None and not isinstance(target, Target):
         raise BitscapeError(f'target: {target!r} is no Target; take one of TARGETS, e.g. TARGETS["openvino"]')
     if candidates is None:

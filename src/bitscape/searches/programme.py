@@ -2,6 +2,8 @@
 
 HiGHS works in floats and accepts a row that is exceeded by 1e-6. `row_of` therefore rewrites a cap over large integers as rows
 over small ones that the same choices meet, which also tightens the relaxation where costs are nearly equal.
+
+scipy is imported where it solves: a search that needs no solver does without its import.
 """
 
 import ctypes
@@ -16,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from bitscape.errors import BitscapeError
 
@@ -121,6 +121,8 @@ def _scale(coefficients: NDArray[Any]) -> float:
 
 def relaxed(objective: Scores, allowed: Allowed, rows: Sequence[Row]) -> Relaxation | None:
     """Solve the linear relaxation; None if no choice meets the rows. Any prices of the rows give a valid bound."""
+    from scipy.optimize import linprog
+
     groups, _ = np.nonzero(allowed)
     limits = [(row.high, row.right) for row in rows]
     limits += [(row.carry * row.high + row.low, row.carry * row.right + row.rest) for row in rows if row.low is not None]
@@ -148,6 +150,9 @@ def relaxed(objective: Scores, allowed: Allowed, rows: Sequence[Row]) -> Relaxat
 
 def integer(objective: Scores, allowed: Allowed, rows: Sequence[Row], time_limit_s: float) -> Outcome:
     """Solve the integer programme over the allowed candidates, in at most `time_limit_s` or little more."""
+    from scipy import sparse
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     groups, _ = np.nonzero(allowed)
     least = np.where(allowed, objective, np.inf).min(axis=1, keepdims=True)
     counted = objective - least
@@ -182,8 +187,11 @@ def _largest(objective: Scores, allowed: Allowed) -> float:
     return float(np.abs(objective[allowed]).max(initial=0.0)) or 1.0
 
 
-def _limits(rows: Sequence[Row], allowed: Allowed, columns: int, variables: int) -> Iterator[LinearConstraint]:
+def _limits(rows: Sequence[Row], allowed: Allowed, columns: int, variables: int) -> Iterator[Any]:
     """Yield the rows. What a split row leaves of its highs is a variable of its own, so that HiGHS can branch on it."""
+    from scipy import sparse
+    from scipy.optimize import LinearConstraint
+
     spare = columns
     for row in rows:
         line = np.zeros((1 if row.low is None else 2, variables))
@@ -198,6 +206,8 @@ def _limits(rows: Sequence[Row], allowed: Allowed, columns: int, variables: int)
 
 
 def _one_each(groups: NDArray[np.int64]) -> Any:
+    from scipy import sparse
+
     return sparse.csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
 
 

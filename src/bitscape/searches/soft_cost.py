@@ -100,7 +100,7 @@ class SoftCost:
 
 def soft_cost(problem: SearchProblem, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> SoftCost:
     """Tabulate the problem's capped costs for every pair of widths. Raises InfeasibleBudget if no policy fits."""
-    problem.choices.first_feasible()  # not every pair of widths need be a candidate
+    problem.choices.check_feasible()  # not every pair of widths need be a candidate
     pairs = tuple(LayerBits(w, a) for w, a in product(weight_bits, activation_bits))
     stated = problem.choices.in_all_pairs(pairs)
     shape = (len(stated.freedom.groups), len(weight_bits), len(activation_bits))

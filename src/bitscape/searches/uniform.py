@@ -104,7 +104,7 @@ class Uniform:
         return [at for at, column in enumerate(columns) if choices.holds(choices.uniform(column))]
 
     def _refuse(self, choices: Choices, narrowest: int) -> None:
-        choices.first_feasible()
+        choices.check_feasible()
         cost = choices.policy(choices.uniform(narrowest), {}).cost
         shown = ", ".join(f"{kind}={cost[kind]!r} (cap {most!r})" for kind, most in choices.budget.caps.items())
         raise BitscapeError(

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -140,8 +140,7 @@ def compress(
             Files that passed theirs before it stay.
     """
     paths = [Path(to)] if isinstance(to, str | os.PathLike) else [Path(path) for path in to]
-    for path in paths:
-        check_packages(check_path(path, also=POLICY_SUFFIX))
+    check_files(paths)
     _check(repair, settings, evaluation, metric)
     budget = lasting(budget)
     drop, _ = split_drop(budget)
@@ -184,6 +183,12 @@ def compress(
         measured_on="the data for evaluation" if evaluation is not None else f"{counted(len(held_out), 'sample')} held out",
         files=tuple(report for report in files if report is not None),
     )
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Raise BitscapeError for files of unknown form, in folders that are not there, or whose packages are not installed."""
+    for path in paths:
+        check_packages(check_path(path, also=POLICY_SUFFIX))
 
 
 def _check(repair: Any, settings: Mapping[str, Any], evaluation: Any, metric: Any) -> None:

@@ -137,7 +137,8 @@ def check_scores(method: SearchMethod) -> None:
 
 def _scores(method: SearchMethod, problem: SearchProblem, for_training: bool) -> ScoreTable:
     options = {"for_training": for_training} if "for_training" in method.options else {}
-    return method.score(problem, **options)  # type: ignore[union-attr]  # it has scores
+    scores: ScoreTable = method.score(problem, **options)  # type: ignore[attr-defined]  # it has scores
+    return scores
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bitscape.cost.budget import Budget, BudgetText, lasting, split_drop
+from bitscape.cost.budget import Budget, BudgetText, check_form, lasting, split_drop
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.targets import TARGETS, Target
 from bitscape.engine.task import Task, TaskName
@@ -15,6 +15,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.models.dtypes import check_module
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
+from bitscape.searches.choices import offered_pairs
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
@@ -95,7 +96,9 @@ def search(
     searcher = method_of(method)
     budget = lasting(budget)
     drop, caps = split_drop(budget)
-    check_options(searcher, pick, folder, for_drop=drop is not None)
+    check_request(
+        searcher, budget, pick=pick, folder=folder, candidates=candidates, target=target, latency=latency
+    )
     if drop is None:
         _check_unmeasured(evaluation=evaluation, metric=metric)
     problem = search_problem(
@@ -117,7 +120,7 @@ def search(
         along=None if drop is None else ALONG,
         original=model,
     )
-    problem.choices.first_feasible()  # refused before the minutes that scores may take
+    problem.choices.check_feasible()  # refused before the minutes that scores may take
     if drop is None:
         options: dict[str, Any] = {"pick": pick, "folder": folder, "for_training": for_training}
         result = searcher.search(problem, **{name: options[name] for name in searcher.options})
@@ -164,7 +167,25 @@ def samples_for(method: SearchMethod) -> int:
     return max(SAMPLES, getattr(method, "images", 0))
 
 
-def check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, *, for_drop: bool = False) -> None:
+def check_request(
+    method: SearchMethod,
+    budget: BudgetText,
+    *,
+    candidates: Sequence[LayerBits] | None,
+    target: str | Target | None,
+    latency: LatencyTable | None,
+    pick: Pick = "best",
+    folder: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise BitscapeError for what no network and no data could make a search of."""
+    drop, caps = split_drop(budget)
+    _check_options(method, pick, folder, for_drop=drop is not None)
+    if caps or drop is None:
+        check_form(caps or budget, has_latency=latency is not None)
+    offered_pairs(candidates, _target(target))
+
+
+def _check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, *, for_drop: bool) -> None:
     """Raise BitscapeError for what is asked for and the method, or a search for a drop, cannot do."""
     check_pick(pick)
     name = name_of(method)
