@@ -64,7 +64,17 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def at_least(x: Tensor, minimum: float) -> Tensor:
     """`x`, but not below `minimum`; the gradient passes straight through, so that a learned scale can grow again."""
-    return x.clamp(min=minimum).detach() + (x - x.detach())  # what is added is exactly 0
+    return _AtLeast.apply(x, minimum)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+
+
+class _AtLeast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, minimum: float) -> Tensor:
+        return x.clamp(min=minimum)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, *, scale_gradient_factor: float = 1.0) -> Tensor:
