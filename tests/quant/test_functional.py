@@ -144,6 +144,33 @@ def test_a_frozen_scale_costs_no_gradient():
     assert torch.equal(x.grad, torch.ones(5))
 
 
+TRACED = {
+    "signed": grid(4, signed=True),
+    "signs": grid(1, signed=True),
+    "bits by image": grid(torch.tensor([1, 2, 4, 8]).reshape(-1, 1, 1, 1), signed=True),
+    "zero point": Grid(0, 7, torch.tensor(2.3)),
+    "zero points": Grid(0, 7, torch.tensor([1.0, 2.3, 4.7]).reshape(1, 3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("limits", TRACED.values(), ids=TRACED)
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.tensor([0.2, -1.0, 0.9]).reshape(1, 3, 1, 1)])
+def test_the_form_for_compilers_has_the_same_values_and_gradients(scale, limits, monkeypatch):
+    x, g = random_case()
+    inputs = [x, scale, limits.zero_point] if isinstance(limits.qmax, int) and isinstance(limits.zero_point, torch.Tensor) else [x, scale]
+
+    def function(x, s, z=limits.zero_point):
+        return fake_quantize(x, s, Grid(limits.qmin, limits.qmax, z), scale_gradient_factor=0.25)
+
+    eager = gradients(function, g, *inputs)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    traced = gradients(function, g, *inputs)
+    assert torch.equal(traced[0], eager[0]) and torch.equal(traced[1][0], eager[1][0])
+    for one, other in zip(traced[1][1:], eager[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert "FakeQuantize" in type(eager[0].grad_fn).__name__ and "FakeQuantize" not in type(traced[0].grad_fn).__name__
+
+
 HALVES = [torch.bfloat16, torch.float16]
 STEPS = [torch.tensor(0.3), torch.tensor([0.3, 0.07, 0.011]).reshape(1, 3, 1, 1)]
 

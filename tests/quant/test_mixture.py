@@ -7,10 +7,10 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, with_quantizers
-from bitscape.quant.functional import fake_quantize
+from bitscape.quant.functional import fake_quantize, mixed
 from bitscape.quant.grid import grid
 from bitscape.quant.layers import quantized_layers, static_bits
-from bitscape.quant.mixture import Mixture, mix, mixed
+from bitscape.quant.mixture import Mixture, mix
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers import Lsq
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
@@ -140,6 +140,17 @@ def test_the_input_alone_is_saved_whatever_the_number_of_candidates(widths, chan
         mixture(x)
     large = [tensor for tensor in saved if tensor.numel() > 8 * len(widths)]
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_form_for_compilers_has_the_same_values_and_gradients(per_channel, monkeypatch):
+    x, g = normal(5, 3, 8, 8), normal(5, 3, 8, 8, seed=3)
+    scale, shares, grids, factors = case(x, True, per_channel)
+    eager = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    traced = gradients(lambda *leaves: mixed(*leaves, grids, factors), g, x, scale, shares)
+    assert "Mixed" not in type(traced[0].grad_fn).__name__ and "Mixed" in type(eager[0].grad_fn).__name__
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
 
 
 def ready(widths=WIDTHS, **settings):

@@ -22,6 +22,7 @@ from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_float32
 from bitscape.models.modes import evaluating
 from bitscape.progress import track
+from bitscape.quant.once import weights_quantized_once
 
 if TYPE_CHECKING:
     from bitscape.data.batches import Batches
@@ -119,7 +120,7 @@ def measured(
     tally = _Tally(
         model=model, task=task, reference=reference, autocast=autocast, highest_label=highest_label
     )
-    with evaluating(model):
+    with evaluating(model), weights_quantized_once(model):
         for own in track(_read(data, together), total=batches_in(data), label="evaluate, batch"):
             if len(own):  # a last batch may have none for this worker
                 tally.add(own)

@@ -14,6 +14,7 @@ from bitscape.data.samples import Minibatch
 from bitscape.engine import workers
 from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.user_task import loss_of
+from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness.probe import BatchLoss
 
 
@@ -126,7 +127,8 @@ class Batch:
 
     def backward(self, model: nn.Module) -> StepRecord:
         """Run forward and backward of every part: `.grad` gains the gradient of the batch's mean loss."""
-        return sum_of([self._of_part(model, part) for part in self.parts])
+        with weights_quantized_once(model):
+            return sum_of([self._of_part(model, part) for part in self.parts])
 
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
         outputs = part.outputs(model)

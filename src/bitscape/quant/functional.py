@@ -2,13 +2,13 @@
 
 `fake_quantize` is the one primitive, with the gradients of LSQ (Esser et al., ICLR 2020, Eq. 3 and 5). `reference.py` defines its
 arithmetic; eager mode computes it by the operators of `operators.py`, in one walk through memory each way, and `torch.compile` traces
-and fuses the definition. Nothing is saved beside the input.
+the definition and fuses it with what is around it. Nothing is saved beside the input.
 
 bfloat16 and float16 values are quantized in float32, whatever autocast says: exported files quantize in float32, and a quotient of 8
 significant bits takes another code for one value in fifteen at 8 bits. The result has the type of the values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bitscape.errors import BitscapeError
 from bitscape.quant import operators, reference
 from bitscape.quant.grid import Grid, Number
-from bitscape.quant.reference import Arithmetic
+from bitscape.quant.reference import widened
 
 MINIMUM_SCALE = 2.0**-100
 """Scales never get smaller, so that a dead channel still has a grid. 2^26 times the smallest normal float32: the reciprocal is finite,
@@ -64,17 +64,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def at_least(x: Tensor, minimum: float) -> Tensor:
     """`x`, but not below `minimum`; the gradient passes straight through, so that a learned scale can grow again."""
-    return _AtLeast.apply(x, minimum)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
-
-
-class _AtLeast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, minimum: float) -> Tensor:
-        return x.clamp(min=minimum)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    return x.clamp(min=minimum).detach() + (x - x.detach())  # what is added is exactly 0
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, *, scale_gradient_factor: float = 1.0) -> Tensor:
@@ -82,34 +72,79 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, *, scale_gradient_factor
 
     Args:
         x: values; gradient 1 inside the grid's range, 0 outside.
-        scale: positive float32 spacing, broadcasts against `x`: 0-d for one scale, (C, 1, ...) for one a channel.
+        scale: float32 spacing, broadcasts against `x`: 0-d for one scale, (C, 1, ...) for one a channel. Values below
+            MINIMUM_SCALE, where training may push it, count as MINIMUM_SCALE and keep their gradient.
         grid: limits and zero point; tensors there broadcast too, so that bits may differ by channel or image. A zero point that requires a
             gradient gets one (LSQ+).
         scale_gradient_factor: multiplies the gradient of `scale`, LSQ's 1 / sqrt(N * qmax).
     """
+    if torch.compiler.is_compiling():
+        return _traced(x, scale, grid, scale_gradient_factor)
     return _FakeQuantize.apply(x, scale, grid.qmin, grid.qmax, grid.zero_point, scale_gradient_factor)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
 
-def arithmetic() -> Arithmetic:
-    """What computes: the operators, or their definition, for a compiler to fuse with what is around it."""
-    return reference if torch.compiler.is_compiling() else operators
+def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], factors: Sequence[float]) -> Tensor:
+    """Return sum_i shares_i * fake_quantize(x, scale_i, grid_i).
+
+    Args:
+        x: values of any shape.
+        scale: (R,) or (R, C, 1, ...), channels at any axis; scale[i] broadcasts against x. Its least is that of `fake_quantize`.
+        shares: (R,), summing to 1.
+        grids: the R candidates' integer limits, as numbers.
+        factors: what each scale's gradient is multiplied by.
+    """
+    if torch.compiler.is_compiling():
+        each = zip(shares, scale, grids, factors, strict=True)
+        parts = [share * _traced(widened(x), one, grid, factor) for share, one, grid, factor in each]
+        return torch.stack(parts).sum(0).to(x.dtype)
+    return _Mixed.apply(x, scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+
+
+def _traced(x: Tensor, scale: Tensor, grid: Grid, factor: float) -> Tensor:
+    """`fake_quantize` for a compiler, which finds the gradients by itself: what has them is zero."""
+    wide, spacing = widened(x), scale.detach().clamp(min=MINIMUM_SCALE)
+    with torch.no_grad():
+        inside, level, distance = reference.placed(wide, spacing, grid)
+    y = level * spacing + torch.where(inside, wide - wide.detach(), 0.0)
+    y = y + (level - distance) * factor * (scale - scale.detach())
+    if isinstance(grid.zero_point, Tensor):
+        y = y - torch.where(inside, 0.0, (grid.zero_point - grid.zero_point.detach()) * spacing)
+    return y.to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float) -> Tensor:
+        scale = scale.clamp(min=MINIMUM_SCALE)
         ctx.save_for_backward(x, scale, *(one for one in (qmin, qmax, zero_point) if isinstance(one, Tensor)))
         ctx.numbers = tuple(None if isinstance(one, Tensor) else one for one in (qmin, qmax, zero_point))
         ctx.factor = factor
-        return arithmetic().quantized(x, scale, Grid(qmin, qmax, zero_point))
+        return operators.quantized(x, scale, Grid(qmin, qmax, zero_point))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *tensors = ctx.saved_tensors
         queue = iter(tensors)
         grid = Grid(*(next(queue) if one is None else one for one in ctx.numbers))
-        passed, by_scale, by_zero_point = arithmetic().quantized_backward(gradient, x, scale, grid)
+        passed, by_scale, by_zero_point = operators.quantized_backward(gradient, x, scale, grid)
         return passed, by_scale * ctx.factor, None, None, by_zero_point if ctx.needs_input_grad[4] else None, None
+
+
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shares: Tensor, grids: tuple[Grid, ...], factors: tuple[float, ...]) -> Tensor:
+        scale = scale.clamp(min=MINIMUM_SCALE)
+        ctx.save_for_backward(x, scale, shares)
+        ctx.grids, ctx.factors = grids, factors
+        return operators.mixed(x, scale, shares, grids)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shares = ctx.saved_tensors
+        passed, by_scale, by_level = operators.mixed_backward(gradient, x, scale, shares, ctx.grids)
+        factors = shares * torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device)
+        by_shares = (by_level * scale).flatten().reshape(len(shares), -1).sum(1)
+        return passed, by_scale * factors.reshape(-1, *[1] * (scale.ndim - 1)), by_shares, None, None
 
 
 def is_dense(x: Tensor) -> bool:

@@ -4,12 +4,11 @@
 
 (Cai and Vasconcelos: "Rethinking differentiable search for mixed-precision neural networks", CVPR 2020, section 4.) Every
 candidate has a learned scale of its own, with LSQ's gradient. In eager mode a hand-written autograd function saves its
-input alone, whatever the number of candidates; codes are made again in the backward pass. On a CPU both passes walk the
-tensor in pieces that stay in the cache, which makes a candidate several times cheaper than passes over the whole tensor.
+input alone, whatever the number of candidates; codes are made again in the backward pass. Both passes walk once through
+the tensor, for all candidates together.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from bitscape.models.layers import scale_axis
 from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import with_quantizers
-from bitscape.quant.functional import MINIMUM_SCALE, arithmetic, at_least
+from bitscape.quant.functional import mixed
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.observers import Mse, Observer
@@ -64,7 +63,8 @@ class Mixture(FakeQuantizer):
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         sharing = x.shape[self.channel_axis]  # images of a batch, or channels of a weight
-        grids, scale = self.grids, at_least(self.scale, MINIMUM_SCALE)
+        grids = self.grids
+        scale: Tensor = self.scale
         if scale.ndim > 1:
             scale = scale.reshape(len(scale), *(n if axis == self.channel_axis else 1 for axis, n in enumerate(x.shape)))
         factors = tuple(lsq_gradient_factor(x.numel() // max(1, sharing), levels.qmax) for levels in grids)
@@ -79,35 +79,6 @@ class Mixture(FakeQuantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.widths}, {'signed' if self.signed else 'unsigned'}"
-
-
-def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], factors: Sequence[float]) -> Tensor:
-    """Return sum_i shares_i * fake_quantize(x, scale_i, grid_i).
-
-    Args:
-        x: values of any shape.
-        scale: positive, (R,) or (R, C, 1, ...), channels at any axis; scale[i] broadcasts against x.
-        shares: (R,), summing to 1.
-        grids: the R candidates' integer limits, as numbers.
-        factors: what each scale's gradient is multiplied by.
-    """
-    return _Mixed.apply(x, scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
-
-
-class _Mixed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shares: Tensor, grids: tuple[Grid, ...], factors: tuple[float, ...]) -> Tensor:
-        ctx.save_for_backward(x, scale, shares)
-        ctx.grids, ctx.factors = grids, factors
-        return arithmetic().mixed(x, scale, shares, grids)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shares = ctx.saved_tensors
-        passed, by_scale, by_level = arithmetic().mixed_backward(gradient, x, scale, shares, ctx.grids)
-        factors = shares * torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device)
-        by_shares = (by_level * scale).flatten().reshape(len(shares), -1).sum(1)
-        return passed, by_scale * factors.reshape(-1, *[1] * (scale.ndim - 1)), by_shares, None, None
 
 
 def mix(

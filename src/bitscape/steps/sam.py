@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bitscape.engine import Batch, Step, StepRecord
 from bitscape.engine.workers import mean
 from bitscape.errors import BitscapeError, check_choices
+from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness import Ascent, Ball, random_state, repeating
 from bitscape.sharpness.ball import TINY, MovedWeights
 from bitscape.steps.attached import Attached
@@ -130,6 +131,12 @@ class SharpStep:
         return self._perturbed(model, batch) if sharp else self._plain(model, batch)
 
     def _perturbed(self, model: nn.Module, batch: Batch) -> StepRecord:
+        # Only in the latent form do weights change between the passes, before their quantizers.
+        once = nullcontext() if self.settings.weights == "latent" else weights_quantized_once(model)
+        with once:
+            return self._passes(model, batch)
+
+    def _passes(self, model: nn.Module, batch: Batch) -> StepRecord:
         settings, state = self.settings, random_state(model)
         with settings.ball.watched(model) as ascent:
             record = batch.backward(model)

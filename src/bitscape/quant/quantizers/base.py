@@ -6,7 +6,7 @@ A quantizer is a frozen setting with two functions, `for_weight(weight, bits)` a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from bitscape.quant.functional import fake_quantize, require_finite, without_aut
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
 from bitscape.quant.reference import dequantize, quantize, widened
+
+if TYPE_CHECKING:
+    from bitscape.quant.once import Results
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class FakeQuantizer(nn.Module, ABC):
         bits: bit-width 1..8, of activations also 16, or a tensor of them that broadcasts against the data.
         signed: whether codes below zero exist. For activations decided by the values seen in `initialize`.
         initialized: whether scales were set; calling it earlier is an error.
+        results: within a block of `weights_quantized_once`, where quantized weights are kept.
     """
 
     is_fake_quantizer: Final = True
@@ -86,6 +90,7 @@ class FakeQuantizer(nn.Module, ABC):
         self.signed = signed
         self.mid_rise = mid_rise
         self.initialized = False
+        self.results: Results | None = None
         self._grid: Grid | None = None
 
     @property
@@ -102,6 +107,12 @@ class FakeQuantizer(nn.Module, ABC):
     def _set_range(self, values: Tensor, observer: Observer) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.results is not None:
+            return self.results.of(self, x)
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """The values of the grid nearest to `x`, in its shape and type."""
         self._require_scale()
         return self._quantize_dequantize(x)
 

@@ -57,7 +57,7 @@ class LsqActivation(FakeQuantizer):
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
-        return fake_quantize(x, at_least(self.scale, MINIMUM_SCALE), self.grid, scale_gradient_factor=factor)
+        return fake_quantize(x, self.scale, self.grid, scale_gradient_factor=factor)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         self.see_sign(values)
