@@ -26,7 +26,7 @@ def test_candidates_are_all_pairs():
     assert parse_candidates("w=4,8;a=8,16") == (LayerBits(4, 8), LayerBits(4, 16), LayerBits(8, 8), LayerBits(8, 16))
 
 
-@pytest.mark.parametrize("text", ["", "w=2,4", "2,4;a=8", "2,x", "2,9", "w=2;b=4", "2.5"])
+@pytest.mark.parametrize("text", ["2;3", "w=2;w=3;a=8", "", "w=2,4", "2,4;a=8", "2,x", "2,9", "w=2;b=4", "2.5"])
 def test_bad_candidates_say_how_to_write_them(text):
     with pytest.raises(BitscapeError, match="--candidates"):
         parse_candidates(text)

@@ -24,7 +24,7 @@ def parse_candidates(text: str) -> tuple[LayerBits, ...]:
     """Read "2,4,8" (the same for weights and activations) or "w=2,4,8;a=8" into all pairs."""
     halves = [part.rpartition("=") for part in text.replace(" ", "").split(";") if part]
     parts = {kind: widths for kind, _, widths in halves}
-    if not parts or not (parts.keys() == {""} or parts.keys() == {"w", "a"}):
+    if len(parts) != len(halves) or not (parts.keys() == {""} or parts.keys() == {"w", "a"}):
         raise BitscapeError(f"--candidates {text!r}: write e.g. 2,3,4,8 (weights and activations), or w=2,4,8;a=8")
     weights, activations = (_widths(text, parts.get(kind, parts.get("", ""))) for kind in ("w", "a"))
     with prefixed(f"--candidates {text!r}"):
