@@ -252,6 +252,21 @@ def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
     torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("task", [Classes(), Dense(), Binary(), Follow()], ids=lambda task: task.name)
+def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch(task: Task) -> None:
+    outputs = torch.randn(40, 5, 3, generator=torch.Generator().manual_seed(0))
+    outputs = outputs[..., 0] if task.name == "classes" else outputs
+    generator = torch.Generator().manual_seed(1)
+    whole = task.drawn_loss(outputs, torch.Generator().manual_seed(1))
+    parts = [task.drawn_loss(part, generator) for part in outputs.split([1, 17, 22])]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_class_without_a_chance_is_never_drawn() -> None:
+    logits = torch.tensor([[-200.0, 0.0, -200.0, 1.0, -200.0]]).repeat(1000, 1)
+    assert set(drawn_labels(logits, torch.Generator().manual_seed(0)).tolist()) == {1, 3}
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

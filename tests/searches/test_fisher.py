@@ -5,20 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from bitscape.data.samples import Samples
+from bitscape.engine.task import Classes
 from bitscape.policy import LayerBits
 from bitscape.searches.allocation import allocate
 from bitscape.searches.choices import InfeasibleBudget
-from bitscape.searches.fisher import Fisher, _weighted, pair_scores
+from bitscape.searches.fisher import Fisher, Variant, pair_scores, weighted_products
 from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import GradedCall, layer_noise
+from bitscape.searches.sensitivity import GradedCall, layer_noise, monotone
 
 pytestmark = pytest.mark.slow
 
@@ -54,13 +56,13 @@ def test_score_is_the_gradient_weighted_output_error_in_closed_form() -> None:
     layer = nn.Linear(16, 5, bias=False)
     noise = layer_noise(nn.Sequential(layer), ["0"], Samples.of(images().flatten(1)), PAIRS)["0"]
     x, g = images(4).flatten(1), torch.randn(4, 5)
-    scores = pair_scores(GradedCall("0", x, layer(x), g), noise, "elementwise", 1.0)
+    scores = pair_scores(GradedCall("0", x, g), noise, "elementwise", 1.0)
     by_weight, by_input = noise.output_changes(x)
     expected = [[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight]
-    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-6)
-    along = pair_scores(GradedCall("0", x, layer(x), g), noise, "directional", 1.0)
+    torch.testing.assert_close(scores, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+    along = pair_scores(GradedCall("0", x, g), noise, "directional", 1.0)
     expected = [[float((g * (w + a)).sum(1).square().sum()) for a in by_input] for w in by_weight]
-    torch.testing.assert_close(along, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(along, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_matters_more_scores_higher_and_gets_more_bits() -> None:
@@ -78,11 +80,43 @@ def test_for_training_counts_a_share_of_the_weight_noise() -> None:
     assert dict(zip(PAIRS, float_scores.values[0], strict=True))[LayerBits(2, 4)] > by_pair[LayerBits(2, 4)]
 
 
-def test_same_seed_same_scores_and_batches_do_not_matter() -> None:
-    one, two = (Fisher(batch_size=size).score(problem(linear_net(), images())) for size in (16, 64))
-    again = Fisher(batch_size=16).score(problem(linear_net(), images()))
-    assert np.array_equal(one.values, again.values)
-    assert np.corrcoef(np.log(one.values.ravel()), np.log(two.values.ravel()))[0, 1] > 0.99
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["elementwise", "directional"])
+def test_same_seed_same_scores_and_neither_batches_nor_parts_matter(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    def values(size: int | None) -> NDArray[np.float64]:
+        return Fisher(batch_size=size, variant=variant).score(problem(convolutions(), images())).values
+
+    expected = values(None)
+    assert np.array_equal(values(None), expected)
+    monkeypatch.setattr("bitscape.searches.sensitivity.PART_ELEMENTS", 100)
+    monkeypatch.setattr("bitscape.searches.fisher.CACHED_ELEMENTS", 7)
+    for size in (None, 1, 16, 64):
+        np.testing.assert_allclose(values(size), expected, rtol=1e-4)
+
+
+def test_scores_are_those_of_the_definition() -> None:
+    """Every layer's output changed by every pair in turn, and weighted by autograd's gradient at it."""
+    model, x = convolutions(), images(8)
+    table = Fisher(images=8).score(problem(model, x))
+    prepared = problem(model, x).prepared
+    loss = lambda y: Classes().drawn_loss(y, torch.Generator().manual_seed(0)).sum()  # noqa: E731
+    for name, row in zip(table.layers, table.values, strict=True):
+        at, noise = int(name), layer_noise(prepared, [name], Samples.of(x), PAIRS)[name]
+        with torch.no_grad():
+            before = prepared[:at](x)
+            output = prepared[at](before)
+            by_weight, by_input = noise.output_changes(before)
+        output.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(prepared[at + 1 :](output.clone())), output)
+        scores = [[float((gradient * (w + a)).double().square().sum()) / 8 for a in by_input] for w in by_weight]
+        np.testing.assert_allclose(row, monotone(np.array(scores).reshape(1, -1), PAIRS)[0], rtol=1e-4)
 
 
 def test_a_saved_table_is_solved_for_any_budget(tmp_path: Path) -> None:
@@ -124,11 +158,9 @@ def test_pairs_of_a_one_channel_convolution_are_those_of_the_plain_sum() -> None
     expected = torch.tensor([[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight])
     for memory_format in (torch.channels_last, torch.contiguous_format):
         mixed = [by_weight[0].contiguous(memory_format=memory_format), *by_weight[1:]]
-        with torch.no_grad():
-            products = _weighted([*mixed, *by_input], g).flatten(1)
-        gram = products @ products.T
+        gram = weighted_products([*mixed, *by_input], g)
         scores = gram.diagonal()[:3, None] + gram.diagonal()[None, 3:] + 2 * gram[:3, 3:]
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores, expected.double(), rtol=1e-4, atol=1e-5)
 
 
 class Odd(nn.Module):

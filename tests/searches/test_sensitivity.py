@@ -13,6 +13,7 @@ from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
+from bitscape.models.products import MatMul
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.quant.layers import apply_layer
 from bitscape.searches.allocation import allocate
@@ -22,7 +23,16 @@ from bitscape.searches.hawq import Hawq
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.problem import SearchProblem
-from bitscape.searches.sensitivity import calls, calls_with_gradients, candidate_widths, layer_noise, monotone, score_table
+from bitscape.searches.sensitivity import (
+    GradedCall,
+    calls,
+    candidate_widths,
+    images_a_pass,
+    layer_noise,
+    monotone,
+    score_table,
+    visit_gradients,
+)
 from tests.searches.small import layer, network
 
 PAIRS = tuple(LayerBits(w, a) for w, a in product((2, 4, 8), (2, 8)))
@@ -70,15 +80,22 @@ def test_output_changes_are_those_of_the_quantized_layer() -> None:
     torch.testing.assert_close(changed + bias - call.output, by_weight[1] + by_input[0] + cross, rtol=1e-4, atol=1e-5)
 
 
+def visited(model: nn.Module, names: list[str], x: torch.Tensor, generator: torch.Generator) -> list[GradedCall]:
+    seen: list[GradedCall] = []
+    visit_gradients(model, names, Minibatch(x), Classes(), generator, seen.append)
+    return seen
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients_are_those_at_the_layers_own_output(inplace: bool) -> None:
-    graded, plain = (
-        {c.name: c for c in calls_with_gradients(model, ["0"], Minibatch(images()), Classes(), torch.Generator().manual_seed(0))}
-        for model in (small_net(inplace), small_net())
-    )
-    torch.testing.assert_close(graded["0"].output, plain["0"].output)
-    torch.testing.assert_close(graded["0"].gradient, plain["0"].gradient)
-    assert (plain["0"].output < 0).any()
+    model, x, generator = small_net(inplace), images(), torch.Generator().manual_seed(0)
+    (seen,) = visited(model, ["0"], x, generator)
+    with torch.enable_grad():
+        output = model[0](x).detach().requires_grad_()
+        loss = Classes().drawn_loss(model[1:](output.clone()), torch.Generator().manual_seed(0)).sum()
+    torch.testing.assert_close(seen.gradient, torch.autograd.grad(loss, output)[0])
+    torch.testing.assert_close(seen.input, x)
+    assert (output < 0).any()
 
 
 def test_a_layer_that_runs_twice_is_seen_twice() -> None:
@@ -103,7 +120,7 @@ class Returning(nn.Module):
     [
         (lambda y: "logits", "it returns no tensor but str"),
         (lambda y: {"best": y.argmax(1)}, "no floating-point tensor"),
-        (lambda y: y[:3, :3], r"output output0 has shape \(3, 3\) for 6 images"),
+        (lambda y: y[:3, :3], r"the model returns shape \(3, 3\) for 6 images"),
         (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's outputs of image 5 are not finite"),
         (lambda y: y * torch.nan, "the model's outputs of image 0 are not finite"),
     ],
@@ -146,12 +163,10 @@ class Odd(nn.Module):
         return self.head(x)
 
 
-def test_a_layer_called_by_keyword_is_seen_and_one_that_nothing_uses_has_no_gradient() -> None:
+def test_a_layer_called_by_keyword_is_visited_and_one_that_nothing_uses_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
-    graded = calls_with_gradients(Odd(), ["named", "unread"], Minibatch(torch.randn(2, 1, 2, 2, generator=generator)), Classes(), generator)
-    seen = {call.name: call for call in graded}
-    assert seen["named"].input.shape == (2, 4) and seen["named"].gradient.any()
-    assert seen["unread"].gradient.shape == (2, 4) and not seen["unread"].gradient.any()
+    (seen,) = visited(Odd(), ["named", "unread"], torch.randn(2, 1, 2, 2, generator=generator), generator)
+    assert seen.name == "named" and seen.input.shape == (2, 4) and seen.gradient.any()
 
 
 @pytest.mark.parametrize("method", [Fisher, Hawq, Kl, Local])
@@ -164,6 +179,25 @@ def test_tables_carry_the_networks_fingerprint_and_serve_no_other(method: type[F
     other = SearchProblem.of(model=wider, samples=images(), budget="mean_weight_bits=8", candidates=PAIRS)
     with pytest.raises(BitscapeError, match=r"scores: they are of a network with fingerprint .* this one has"):
         allocate(table, other.choices)
+
+
+def test_a_pass_takes_as_many_images_as_the_layers_outputs_allow() -> None:
+    # 2 x 2^20 outputs of an image in float32 are 8 MB: 16 of them are 128 MB.
+    assert images_a_pass(network(layer("a", outputs=2**20), layer("b", outputs=2**20))) == 16
+    assert images_a_pass(network(layer("a", outputs=2**30))) == 1
+
+
+def test_a_run_is_cut_into_parts_only_where_its_first_dimension_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitscape.searches.sensitivity.PART_ELEMENTS", 1)
+    conv, linear, product = nn.Conv2d(3, 3, 1), nn.Linear(3, 3), MatMul()
+    x, unbatched, row, square = torch.randn(4, 3, 2, 2), torch.randn(3, 2, 2), torch.randn(3), torch.randn(2, 2)
+    parts = list(GradedCall("", x, -x).parts(conv))
+    assert torch.equal(torch.cat([part.input for part in parts]), x) and len(parts) == 4
+    assert torch.equal(torch.cat([part.gradient for part in parts]), -x)
+    assert [len(list(GradedCall("", t, t).parts(layer))) for t, layer in ((unbatched, conv), (row, linear))] == [1, 1]
+    assert len(list(GradedCall("", x, x, second=x).parts(product))) == 4
+    assert len(list(GradedCall("", x, x, second=x[:1]).parts(product))) == 1
+    assert len(list(GradedCall("", square, square, second=square).parts(product))) == 1
 
 
 @given(st.lists(st.floats(0, 100), min_size=len(PAIRS), max_size=len(PAIRS)))

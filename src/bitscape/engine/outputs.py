@@ -115,10 +115,14 @@ def per_sample(values: Tensor) -> Tensor:
 def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device
     draws the same.
+
+    Each row takes one number of `generator`: cut into batches, the same rows get the same labels.
     """
-    return torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(
-        logits.device
-    )
+    cumulated = logits.detach().softmax(1).cpu().double().cumsum(1)
+    chances = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
+    # A chance is below 1, so that the product stays below the last sum, which need not be 1.
+    labels = torch.searchsorted(cumulated, chances * cumulated[:, -1:], right=True)
+    return labels[:, 0].to(logits.device)
 
 
 def softmax_divergence(outputs: Tensor, reference: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitscape.calling import Inputs, call, map_tensors, rows_of, sample_count
+from bitscape.calling import Inputs, call, first_rows, map_tensors, sample_count
 from bitscape.engine.dense import Dense
 from bitscape.engine.forward import as_logits
 from bitscape.engine.metrics import BinaryAccuracy, Metric, RelativeError, TopK
@@ -42,6 +42,8 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.models.modes import evaluating
 
 TaskName = Literal["classes", "dense", "binary", "follow"]
+FEW = 2
+"""Images whose outputs tell what they are: their graph is kept."""
 SAMPLE = 64
 """Images whose outputs determine the spread."""
 _BACKWARD = re.compile(r"Backward\d*$")
@@ -398,16 +400,18 @@ def task_of(
         )
     if name in ("classes", "dense"):
         return Classes() if name == "classes" else Dense()
-    samples = sample_count(images)
-    sample = rows_of(images, slice(SAMPLE), samples)
-    count = min(samples, SAMPLE)
+    few = first_rows(images, FEW)
+    count = sample_count(few)
     with evaluating(model), torch.enable_grad():
-        output = call(model, tracked(sample))
+        output = call(model, tracked(few))
+
+    def follow() -> Follow:
+        with evaluating(model):
+            return Follow(spreads_of(floating(call(model, first_rows(images, SAMPLE)))))
+
     only = output if isinstance(output, Tensor) and output.ndim and len(output) == count else None
     if name == "auto" and isinstance(targets, Tensor):
-        return _by_targets(
-            only_tensor(output), targets[:SAMPLE] if targets.ndim else targets, output
-        )
+        return _by_targets(only_tensor(output), targets[:SAMPLE] if targets.ndim else targets) or follow()
     ends_in_sigmoid = only is not None and _in_sigmoid(only)
     if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
         return Classes()
@@ -416,25 +420,26 @@ def task_of(
     ):
         finite(one_tensor(output, count))
         return Binary(probabilities=ends_in_sigmoid)
-    return Follow(spreads_of(floating(output)))
+    return follow()
 
 
-def _by_targets(output: object, targets: Tensor, returned: object) -> Task:
+def _by_targets(output: object, targets: Tensor) -> Task | None:
+    """The task of outputs for a few samples beside the targets of these and others; None for any values."""
     if not isinstance(output, Tensor) or not output.is_floating_point() or not output.ndim:
-        return Follow(spreads_of(floating(returned)))
+        return None
     whole, several = not targets.is_floating_point(), output.ndim > 1 and output.shape[1] > 1
     if whole and several and targets.ndim == 1 and output.ndim == 2:
         return Classes()
-    if whole and several and output.ndim > 2 and targets.shape == (len(output), *output.shape[2:]):
+    if whole and several and output.ndim > 2 and targets.shape[1:] == output.shape[2:]:
         return Dense()
     in_sigmoid = _in_sigmoid(output)
     answers = targets.numel() > 0 and _yes_or_no(targets)
     if output[0].numel() == 1 and (in_sigmoid or answers):
         return Binary(probabilities=in_sigmoid)
-    if answers and several and output.ndim == 2 and targets.shape == output.shape:
+    if answers and several and output.ndim == 2 and targets.shape[1:] == output.shape[1:]:
         one_of_each = bool((targets.sum(1) == 1).all())  # one-hot labels
         return Classes() if one_of_each and not in_sigmoid else Binary(probabilities=in_sigmoid)
-    return Follow(spreads_of(floating(returned)))
+    return None
 
 
 def _yes_or_no(targets: Tensor) -> bool:

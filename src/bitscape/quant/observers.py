@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import MINIMUM_SCALE, power_of_two
+from bitscape.quant.functional import MINIMUM_SCALE, fake_quantize, power_of_two
 from bitscape.quant.grid import Grid, Number
-from bitscape.quant.reference import dequantize, quantize
+from bitscape.quant.reference import quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def _column(limit: Number, groups: int) -> Number:
 
 
 def _squared_error(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    restored = dequantize(quantize(values, scale[:, None], grid), scale[:, None], grid.zero_point)
+    restored = fake_quantize(values, scale[:, None], grid)
     return restored.sub_(values).square_().sum(1)
 
 

@@ -30,11 +30,11 @@ from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchR
 from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     LayerNoise,
-    Recorder,
     at_least_one,
     call_with_gradients,
     layer_noise,
-    outputs_of,
+    recorded,
+    require_gradient,
     score_table,
     search_by_scores,
     tracked_batches,
@@ -101,17 +101,18 @@ class Hawq:
         self, problem: SearchProblem, batch: Minibatch, noise: dict[str, LayerNoise], generator: torch.Generator
     ) -> dict[str, NDArray[np.float64]]:
         model, names = problem.prepared, list(problem.free_layers)
-        layers = quantizable_layers(model)
+        layers, task = quantizable_layers(model), problem.meaning
         # Fused attention has no second derivative.
-        with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Recorder(model, names) as recorder:
-            values = problem.meaning.outputs(call_with_gradients(model, batch.inputs), len(batch))
-            loss = problem.meaning.curved_loss(values, generator, batch.targets).mean()
-        outputs_of(recorder.seen)  # refuses networks without gradients
+        with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), recorded(model, names) as seen:
+            values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
+            loss = task.curved_loss(values, generator, batch.targets).mean()
+        for call in seen:
+            require_gradient(call.name, call.output)
         weights = [layers[name].get_parameter("weight") for name in names]
-        traces = hutchinson_traces(loss, [*weights, *(call.input for call in recorder.seen)], self.probes, generator)
+        traces = hutchinson_traces(loss, [*weights, *(call.input for call in seen)], self.probes, generator)
         by_weight = {n: weight_scores(noise[n], t / w.numel()) for n, w, t in zip(names, weights, traces, strict=False)}
         by_input = {name: np.zeros(len(noise[name].ranges)) for name in names}
-        for call, trace in zip(recorder.seen, traces[len(names) :], strict=True):
+        for call, trace in zip(seen, traces[len(names) :], strict=True):
             # The mean loss has 1 / n of an image's Hessian in that image's input: the trace over the batch is the mean image's.
             by_input[call.name] += input_scores(noise[call.name], call.input.detach(), trace / call.input[0].numel())
         return {name: np.add.outer(by_weight[name], by_input[name]) for name in names}

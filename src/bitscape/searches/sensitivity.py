@@ -9,6 +9,7 @@ and R_w + R_a runs of the layer give all R_w * R_a pairs up to the cross term, w
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from bitscape import calling
 from bitscape.calling import Inputs, moved
+from bitscape.cost.layers import NetworkProfile
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
@@ -28,6 +30,7 @@ from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, operands_of, record_inputs, second_input
+from bitscape.quant.functional import fake_quantize
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
@@ -46,8 +49,21 @@ Range = tuple[Tensor, Grid]
 """Scale and grid of a tensor."""
 
 
+PASS_BYTES = 1 << 27
+"""Of the layers' outputs in one pass, in float32: the graph of a pass takes three to four times as much."""
+
+
+PART_ELEMENTS = 1 << 18
+"""Of a layer's input or output, for each core of a CPU, for which the changes are made together."""
+
+
+def images_a_pass(network: NetworkProfile) -> int:
+    """How many images go through the network together, at least one, for their layers' outputs to keep within PASS_BYTES."""
+    return max(1, PASS_BYTES // (4 * sum(layer.output_elements for layer in network.layers)))
+
+
 def _noise(x: Tensor, scale: Tensor, levels: Grid) -> Tensor:
-    return dequantize(quantize(x, scale, levels), scale, levels.zero_point).sub_(x)
+    return fake_quantize(x, scale, levels).sub_(x)
 
 
 @dataclass(frozen=True)
@@ -152,77 +168,131 @@ class LayerCall:
     """Second operand of a product of two activations."""
 
 
-@dataclass(frozen=True)
-class GradedCall(LayerCall):
-    """A run with the loss gradient at the layer's output, in the output's shape."""
-
-    gradient: Tensor
-
-
 def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerCall]:
     """Run `inputs` without a graph and yield every run of the named layers."""
-    with evaluating(model), Recorder(model, names) as recorder:
+    with evaluating(model), recorded(model, names) as seen:
         calling.call(model, inputs)
-    for call in recorder.seen:
+    for call in seen:
         yield LayerCall(call.name, widened(call.input), widened(call.output), second=call.second)
 
 
-def calls_with_gradients(
-    model: nn.Module, names: list[str], batch: Minibatch, task: Task, generator: torch.Generator
-) -> Iterator[GradedCall]:
-    """As `calls`, with gradients of the task's drawn loss, summed over images. Only a user's own loss looks at targets.
+@dataclass(frozen=True)
+class GradedCall:
+    """One run of one layer on one batch: what came in, and the loss gradient at what went out, in float32."""
 
-    In expectation the squared gradient is the true Fisher information. Unused outputs get zero gradient.
+    name: str
+    input: Tensor
+    gradient: Tensor
+    second: Tensor | None = field(default=None, kw_only=True)
+    """Second operand of a product of two activations."""
+
+    def parts(self, layer: nn.Module) -> "Iterator[GradedCall]":
+        """On a CPU the run in parts of few images, so that the changes of one part stay in the cache; else all of it.
+
+        All of it, too, where the first dimension may count something else than images.
+        """
+        tensors = [self.input, self.gradient, *([] if self.second is None else [self.second])]
+        unbatched = layer.get_parameter("weight").ndim - 1 if self.second is None else 2
+        (ndim, images), *others = {(tensor.ndim, len(tensor)) for tensor in tensors}
+        if others or ndim <= unbatched or self.input.device.type != "cpu":
+            yield self
+            return
+        elements = PART_ELEMENTS * torch.get_num_threads()
+        together = max(1, elements * images // max(tensor.numel() for tensor in tensors))
+        for of_part in zip(*(tensor.split(together) for tensor in tensors), strict=True):
+            x, gradient, *second = of_part
+            yield GradedCall(self.name, x, gradient, second=second[0] if second else None)
+
+
+def visit_gradients(
+    model: nn.Module,
+    names: list[str],
+    batch: Minibatch,
+    task: Task,
+    generator: torch.Generator,
+    visit: Callable[[GradedCall], None],
+) -> None:
+    """Run the batch, and `visit` every run of the named layers as soon as the backward pass has its gradient.
+
+    The gradients are those of the task's drawn loss, summed over images: in expectation their squares are the true Fisher
+    information. Only a user's own loss looks at targets. What was kept of a run goes when it was visited. Runs on which
+    the loss does not depend are left out.
     """
-    with evaluating(model), torch.enable_grad(), Recorder(model, names) as recorder:
+    start = torch.zeros((), requires_grad=True)  # every output depends on it: the backward pass ends there
+
+    def see(call: LayerCall) -> Tensor:
+        require_gradient(call.name, call.output)
+        return _Visited.apply(call.output, start, call.input.detach(), call.second, call.name, visit)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+
+    with evaluating(model), torch.enable_grad(), seeing(model, names, see):
         values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
         loss = task.drawn_loss(values, generator, batch.targets).sum()
-        outputs = outputs_of(recorder.seen)
-        gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
-    for call, g in zip(recorder.seen, gradients, strict=True):
-        output = widened(call.output.detach())
-        gradient = torch.zeros_like(output) if g is None else widened(g)
-        yield GradedCall(call.name, widened(call.input.detach()), output, gradient, second=call.second)
+        torch.autograd.grad(loss, start, allow_unused=True)
 
 
-def outputs_of(seen: Sequence[LayerCall]) -> list[Tensor]:
-    """The recorded outputs; a BitscapeError where the network lets no gradient through to one."""
-    for call in seen:
-        if torch.is_inference_mode_enabled():
-            raise BitscapeError(
-                "torch.inference_mode is on, and this method needs gradients; call it outside, or use method kl or local"
-            )
-        if not call.output.requires_grad:
-            raise BitscapeError(
-                f"layer {call.name}: no gradient reaches it, because the network runs it without (torch.no_grad, detach); "
-                "use method kl or local, which need none"
-            )
-    return [call.output for call in seen]
+class _Visited(torch.autograd.Function):
+    """A layer's output, with which the network goes on; the backward pass visits the run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, start: Tensor, x: Tensor, second: Tensor | None, name: str, visit: Callable[[GradedCall], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x, second)
+        ctx.name, ctx.visit = name, visit
+        return output.clone()  # an in-place activation behind the layer may not write into what the layer returned
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, second = ctx.saved_tensors
+        ctx.visit(GradedCall(ctx.name, widened(x), widened(gradient), second=second))
+        return gradient, None, None, None, None, None
 
 
-class Recorder:
-    """Collects every run of the named layers while open."""
+def require_gradient(layer: str, output: Tensor) -> None:
+    """Raise BitscapeError where the network lets no gradient through to the layer's output."""
+    if torch.is_inference_mode_enabled():
+        raise BitscapeError(
+            "torch.inference_mode is on, and this method needs gradients; call it outside, or use method kl or local"
+        )
+    if not output.requires_grad:
+        raise BitscapeError(
+            f"layer {layer}: no gradient reaches it, because the network runs it without (torch.no_grad, detach); "
+            "use method kl or local, which need none"
+        )
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        wanted = set(names)
-        self.layers = {name: layer for name, layer in quantizable_layers(model).items() if name in wanted}
-        self.seen: list[LayerCall] = []
 
-    def __enter__(self) -> "Recorder":
-        self.handles = [layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()]
-        return self
+@contextmanager
+def recorded(model: nn.Module, names: list[str]) -> Iterator[list[LayerCall]]:
+    """Within the block every run of the named layers is added to the list."""
+    seen: list[LayerCall] = []
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+    def see(call: LayerCall) -> Tensor:
+        seen.append(call)
+        return call.output.clone()  # an in-place activation behind the layer would overwrite what was recorded
+
+    with seeing(model, names, see):
+        yield seen
+
+
+@contextmanager
+def seeing(model: nn.Module, names: list[str], see: Callable[[LayerCall], Tensor]) -> Iterator[None]:
+    """Within the block `see` gets every run of the named layers, and returns with what output the network goes on."""
+
+    def hook_for(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             operands = operands_of(inputs, named)
             second = None if has_weight(layer) else operands[1].detach()
-            self.seen.append(LayerCall(name, operands[0], output, second=second))
-            return output.clone()  # an in-place activation behind the layer would overwrite what was recorded
+            return see(LayerCall(name, operands[0], output, second=second))
 
-        return record
+        return hook
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    wanted = set(names)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if name in wanted}
+    handles = [layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -11,6 +11,7 @@ from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
 from bitscape.quant.repair import correct_biases
+from bitscape.quant.repair.bias import _Correction
 
 
 def network() -> nn.Module:
@@ -130,3 +131,18 @@ def test_attention_is_corrected_too():
         before = (quantized(x) - model(x)).mean((0, 1)).abs().max()
         assert set(correct_biases(quantized, model, x)) == set(names)
         assert (quantized(x) - model(x)).mean((0, 1)).abs().max() < before
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv1d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Conv3d(6, 4, 1)], ids=repr)
+def test_moments_of_channels_are_those_of_a_plain_mean(layer):
+    (layer,) = quantized_layers(quantized(nn.Sequential(layer), torch.randn(8, 6, *[6] * (layer.weight.ndim - 2)))).values()
+    output = 1000 + torch.randn(5, 4, *[7] * (layer.weight.ndim - 2))
+    axis = 1
+    if isinstance(layer, nn.Linear):
+        output, axis = output[:, None] + torch.randn(5, 3, 4), 2
+    for laid_out in (output, output.transpose(0, axis).contiguous().transpose(0, axis)):
+        moments = _Correction(layer, gain=True)._moments(laid_out)
+        values = output.double().movedim(axis, 0).flatten(1)
+        variance = moments[1] - moments[0].square()
+        torch.testing.assert_close(moments[0], values.mean(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(variance, values.var(1, correction=0), rtol=1e-3, atol=0)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from bitscape.errors import BitscapeError
 from bitscape.quant.repair import input_moments
+from bitscape.quant.repair.moments import _Windows
 
 
 def assert_moments_give_the_output_power(layer: nn.Module, images: torch.Tensor, model: nn.Module | None = None) -> None:
@@ -117,3 +118,14 @@ def test_inputs_that_are_not_finite_are_named():
 def test_what_gives_no_moments_is_an_error(images, message):
     with pytest.raises(BitscapeError, match=message):
         input_moments(nn.Sequential(nn.Linear(2, 2)), images)
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+def test_windows_lie_where_unfolding_puts_them(padding):
+    x, size, dilation = torch.randn(2, 3, 7, 6), (3, 2), (2, 1)
+    windows = _Windows(x.shape[2:], torch.Size(size), (1, 1), padding, dilation)
+    places, inside = windows.places(torch.arange(windows.count))
+    taken = x.flatten(2)[:, :, places].where(inside, 0).unflatten(2, (windows.count, -1))
+    around = {0: (0, 0, 0, 0), 1: (1, 1, 1, 1), "same": (0, 1, 2, 2)}[padding]
+    expected = F.unfold(F.pad(x, around), size, dilation=dilation)
+    assert torch.equal(taken.transpose(2, 3).flatten(1, 2), expected)

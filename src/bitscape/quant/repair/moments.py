@@ -106,13 +106,14 @@ class _Collector(TorchFunctionMode):
         if input.ndim == weight.ndim - 1:
             input = input[None]
         size = weight.shape[2:]
-        stride, dilation = _each(stride, size), _each(dilation, size)
-        input = F.pad(input, _amounts(padding, size, stride, dilation))
-        windows = _windows(input, size, stride, dilation)
-        chosen = self._chosen(windows.shape[2 : 2 + len(size)].numel(), input.device)
+        windows = _Windows(input.shape[2:], size, _each(stride, size), padding, _each(dilation, size))
+        chosen = self._chosen(windows.count, input.device)
+        places, inside = windows.places(chosen)
         per_image = len(chosen) * input.shape[1] * size.numel()
-        for piece in windows.split(max(1, UNFOLDED_ELEMENTS // per_image)):
-            yield _columns(piece, chosen, groups)
+        for piece in input.flatten(2).split(max(1, UNFOLDED_ELEMENTS // per_image)):
+            taken = piece.gather(2, places.expand(*piece.shape[:2], -1)).where(inside, 0).float()
+            taken = taken.unflatten(2, (len(chosen), -1)).permute(1, 3, 0, 2)  # as in a weight: channels, then the kernel
+            yield taken.reshape(groups, -1, len(piece) * len(chosen))
 
     def transposed_rows(
         self,
@@ -164,21 +165,30 @@ def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
     return spread
 
 
-def _windows(input: Tensor, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """A view (n, c, *output positions, *kernel) of padded `input`."""
-    for axis, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
-        input = input.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    return input
+class _Windows:
+    """Where the windows of a convolution's outputs lie in its input."""
 
+    def __init__(
+        self, input_size: torch.Size, size: torch.Size, stride: tuple[int, ...], padding: Any, dilation: tuple[int, ...]
+    ) -> None:
+        before, behind = _paddings(padding, size, dilation)
+        self.input_size, self.size, self.stride, self.before, self.dilation = input_size, size, stride, before, dilation
+        reaches = [n + b + e - d * (k - 1) for n, b, e, d, k in zip(input_size, before, behind, dilation, size, strict=True)]
+        self.outputs = torch.Size([(reach - 1) // s + 1 for reach, s in zip(reaches, stride, strict=True)])
+        self.count = self.outputs.numel()
 
-def _columns(windows: Tensor, chosen: Tensor, groups: int) -> Float[Tensor, "groups k samples"]:
-    """The windows at the `chosen` positions (row-major indices), channels and kernel in a weight's order."""
-    spatial = (windows.ndim - 2) // 2
-    positions = torch.unravel_index(chosen, windows.shape[2 : 2 + spatial])
-    index: tuple[slice | Tensor, ...] = (slice(None), slice(None), *positions)
-    taken = windows[index]  # n, c, positions, *kernel: nothing else is copied
-    taken = taken.flatten(3).permute(1, 3, 0, 2).float()
-    return taken.reshape(groups, -1, taken.shape[2] * taken.shape[3])
+    def places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `chosen` output positions: where in the flat input each value of their windows lies, and whether it is no padding."""
+        place = torch.zeros(len(chosen), *[1] * len(self.size), dtype=torch.long, device=chosen.device)
+        inside = torch.ones_like(place, dtype=torch.bool)
+        positions = torch.unravel_index(chosen, self.outputs)
+        axes = zip(positions, self.input_size, self.size, self.stride, self.before, self.dilation, strict=True)
+        for axis, (position, n, k, s, b, d) in enumerate(axes):
+            along = position[:, None] * s - b + torch.arange(k, device=chosen.device) * d
+            along = along.reshape(len(chosen), *[k if other == axis else 1 for other in range(len(self.size))])
+            place = place * n + along.clamp(0, n - 1)
+            inside = inside & (along >= 0) & (along < n)
+        return place.flatten(), inside.flatten()
 
 
 def _each(value: Any, size: Any) -> tuple[int, ...]:
@@ -186,11 +196,10 @@ def _each(value: Any, size: Any) -> tuple[int, ...]:
     return values * len(size) if len(values) == 1 else values
 
 
-def _amounts(padding: Any, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """What F.pad takes for a convolution's `padding`, last dimension first."""
+def _paddings(padding: Any, size: torch.Size, dilation: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zeros before and behind the input, for each of its dimensions."""
     if padding == "same":
         reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        before_after = [(r // 2, r - r // 2) for r in reach]
-    else:
-        before_after = [(p, p) for p in _each(0 if padding == "valid" else padding, size)]
-    return [amount for pair in reversed(before_after) for amount in pair]
+        return tuple(r // 2 for r in reach), tuple(r - r // 2 for r in reach)
+    both = _each(0 if padding == "valid" else padding, size)
+    return both, both
