@@ -9,17 +9,23 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/bitscape demo
 
+# Compiled files are kept, even where the environment forbids it: without them, collecting the
+# tests takes twice as long, and every process that a test starts compiles bitscape anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two processes of one thread each are the quickest on two cores. Passive waiting: on a shared machine, threads that spin cost up to 7x.
 check test: export OMP_WAIT_POLICY = passive
 check test: export OMP_NUM_THREADS = 1
 
-# Whole files: the tests of one share fixtures.
+# tests/conftest.py says which tests share a process, and in which order they run.
+WORKERS := -n 2 --no-loadscope-reorder
+
 check: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not signals"
+	$(BIN)/pytest $(WORKERS) -m "not slow and not signals"
 
 test: lint
-	$(BIN)/pytest -m signals
-	$(BIN)/pytest -n 2 --dist loadfile -m "not signals"
+	$(BIN)/pytest -m signals $$(grep -rl --include="*.py" mark.signals tests)
+	$(BIN)/pytest $(WORKERS) -m "not signals"
 
 # No cache of import-linter: it does not notice that a module, imported before it existed, has been added.
 lint: $(READY)

@@ -4,12 +4,14 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 from tests import typechecks
 
@@ -29,6 +31,27 @@ torch.manual_seed(0)
 # No deadline: the first call of a torch operator takes much longer than the others.
 settings.register_profile("bitscape", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("bitscape")
+
+
+EXPORTERS = "tests/exporters/"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: while one process runs the last of them, the other still has quick ones."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.nodeid.startswith(EXPORTERS), item.path not in slow))
+
+
+class ByFile(LoadFileScheduling):
+    """A file's tests share a process and its fixtures; the exporters' files also share networks."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return EXPORTERS if nodeid.startswith(EXPORTERS) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.steps.plain import Plain
 from tests.cli.run import MODEL, run_cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.signals]
+pytestmark = pytest.mark.slow
 
 TRAIN = ("train", *MODEL, "--data", "digits", "--batch-size", 256)
 
@@ -151,6 +151,7 @@ def test_ctrl_c_before_training_promises_no_checkpoint(tmp_path, monkeypatch):
     assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted: no result was written; run the command again")
 
 
+@pytest.mark.signals
 def test_ctrl_c_in_training_names_the_checkpoint_from_which_the_run_goes_on(cli, tmp_path, monkeypatch):
     calls, step = [], Plain.__call__
 

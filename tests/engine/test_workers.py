@@ -27,25 +27,21 @@ RUNS = ("plain", "two passes", "partly frozen", "accuracy", "in one go", "contin
 SEARCHES = ("differentiable", "held out", "seam")
 
 
-def run(folder: Path, *launcher: str) -> None:
-    folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, two_workers.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("workers") / "alone"
-    run(folder)
+    folder = tmp_path_factory.mktemp("alone")
+    two_workers.main(folder)
     return json.loads((folder / "worker0.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers") / "two"
-    run(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    folder = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, two_workers.__file__, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

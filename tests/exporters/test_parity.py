@@ -149,9 +149,16 @@ def test_a_convolution_whose_results_are_outputs_may_run_in_float_and_is_compare
     assert [layer.name for layer in wrong.layers if layer.differing] == ["scores"]
 
 
-@pytest.mark.parametrize("rectifier", [nn.ReLU, nn.GELU, nn.Sigmoid, nn.LeakyReLU])
-@pytest.mark.parametrize("shape", [(16, 8), (16, 5, 8)])
-@pytest.mark.parametrize("floats", ["2", "4"])
+@pytest.mark.parametrize(
+    ("rectifier", "shape", "floats"),
+    [
+        (nn.ReLU, (16, 8), "2"),
+        (nn.ReLU, (16, 5, 8), "4"),
+        (nn.GELU, (16, 5, 8), "2"),
+        (nn.Sigmoid, (16, 8), "4"),
+        (nn.LeakyReLU, (16, 5, 8), "2"),
+    ],
+)
 def test_layers_in_front_of_float_layers_compute_with_integers(rectifier, shape, floats, tmp_path):
     runtime_or_skip("onnxruntime")
     torch.manual_seed(0)

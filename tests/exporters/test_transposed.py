@@ -1,11 +1,13 @@
 """Transposed and 3-d convolutions in files: each layer's codes as exact integers say, in either runtime."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 from bitscape.exporters.agreement import compare_outputs
-from bitscape.exporters.integer.form import integer_network
+from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.onnx.qdq import write_onnx
 from bitscape.exporters.openvino.ir import write_openvino
 from bitscape.exporters.openvino.parity import check_openvino_parity
@@ -32,42 +34,55 @@ def upsampler() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 5, 2, 2))
 
 
-CASES = [(lambda: decoder(1), 2), (lambda: decoder(2), 2), (lambda: decoder(8), 2), (volumes, 3), (upsampler, 2)]
-NAMES = ["plain", "grouped", "depthwise", "volumes", "last"]
+CASES = {
+    "plain": (lambda: decoder(1), 2),
+    "grouped": (lambda: decoder(2), 2),
+    "depthwise": (lambda: decoder(8), 2),
+    "volumes": (volumes, 3),
+    "last": (upsampler, 2),
+}
+
+
+@cache
+def integers(name: str) -> tuple[nn.Module, IntegerNetwork, torch.Tensor]:
+    """A quantized network, its integers and what it is called with."""
+    build, dims = CASES[name]
+    network, x = quantized(made(build), examples(dims)), examples(dims)
+    return network, integer_network(network, x), x
 
 
 def examples(dims: int) -> torch.Tensor:
     return torch.randn(6, 3, *[4] * dims, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
-def test_onnx_runtime_computes_them_as_the_integers_say(build, dims, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_onnx_runtime_computes_them_as_the_integers_say(name, tmp_path):
     runtime_or_skip("onnxruntime")
-    network, x = quantized(made(build), examples(dims)), examples(dims)
-    integers, path = integer_network(network, x), tmp_path / "net.onnx"
-    write_onnx(integers, path, x)
+    (network, integer, x), path = integers(name), tmp_path / "net.onnx"
+    write_onnx(integer, path, x)
     report = check_parity(path, x.numpy())
     report.require(0.0)
     transposed = {name for name, layer in network.named_modules() if "ConvTranspose" in type(layer).__name__}
     assert transposed <= {layer.name for layer in report.layers} and set(report.float_outputs) == transposed
-    (agreement,) = compare_outputs(integers, network, OnnxRuntime().open(path), x)[0].values()
+    (agreement,) = compare_outputs(integer, network, OnnxRuntime().open(path), x)[0].values()
     assert agreement.difference < 1e-4
 
 
-@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
-def test_openvino_computes_them_as_the_integers_say(build, dims, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_openvino_computes_them_as_the_integers_say(name, tmp_path):
     runtime_or_skip("openvino")
-    network, x = quantized(made(build), examples(dims)), examples(dims)
-    integers, path = integer_network(network, x), tmp_path / "net.xml"
-    source = write_openvino(integers, path, x).source
+    (network, integer, x), path = integers(name), tmp_path / "net.xml"
+    source = write_openvino(integer, path, x).source
     report = check_openvino_parity(path, source, x.numpy())
     report.require(1e-3)
-    assert len(report.layers) == len(integers.weights)
-    (agreement,) = compare_outputs(integers, network, OpenVino().open(path), x)[0].values()
+    assert len(report.layers) == len(integer.weights)
+    (agreement,) = compare_outputs(integer, network, OpenVino().open(path), x)[0].values()
     assert agreement.difference < 1e-3
 
 
-@pytest.mark.parametrize(("build", "dims"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("build", "dims"), CASES.values(), ids=CASES)
 def test_packed_files_give_the_same_outputs_and_hold_output_channels_first(build, dims, tmp_path):
     from safetensors.torch import load_file
 

@@ -69,6 +69,7 @@ def test_a_packed_file_gives_the_same_outputs(tmp_path):
     assert torch.equal(load_packed(tmp_path / "net.safetensors", net())(images()), network(images()))
 
 
+@pytest.mark.slow
 def test_nothing_on_the_way_to_16_bits_is_rounded_to_8():
     network = quantized((16, 16, 16, 16))
     integers = integer_network(network, images())
@@ -81,6 +82,7 @@ def test_the_integer_form_is_a_word():
     assert (wide.top, narrow.top) == (65535, 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(16, 16, 16, 16), (8, 16, 8, 16)])
 def test_onnx_runtime_computes_them_as_the_integers_say(bits, tmp_path):
     runtime_or_skip("onnxruntime")
@@ -94,6 +96,7 @@ def test_onnx_runtime_computes_them_as_the_integers_say(bits, tmp_path):
     assert np.all([layer.differing == 0 for layer in report.layers])
 
 
+@pytest.mark.slow
 def test_openvino_files_are_refused_by_name(tmp_path):
     runtime_or_skip("openvino")
     with pytest.raises(BitscapeError, match="layers b take 16-bit activations, and OpenVINO computes in 8"):

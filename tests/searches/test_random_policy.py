@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -40,6 +40,7 @@ BUDGETS = [
 ]
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from(BUDGETS))
 def test_the_policy_is_within_two_percent_below_the_tightest_cap(seed: int, budget: Any) -> None:
     stated = problem(budget, seed=seed)

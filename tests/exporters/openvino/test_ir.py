@@ -17,7 +17,7 @@ from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.openvino.ir import CONTAINERS, OpenvinoInfo, openvino_model, pack, save_openvino, write_openvino
 from bitscape.runtimes.sessions import OpenVino
 from tests.exporters import networks
-from tests.exporters.networks import OUTPUTS_OF_HEADS, Applied, head, images, made, mobile, other_images, plain, quantized, residual
+from tests.exporters.networks import OUTPUTS_OF_HEADS, Applied, head, images, made, mobile, other_images, plain, quantized
 from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def normed() -> nn.Module:
     return Applied(forward, patches=nn.Conv2d(3, 8, 2, 2), first=nn.Linear(8, 8), second=nn.Linear(8, 12), last=nn.Linear(12, 5), **norms)
 
 
-NETWORKS = {build.__name__: build for build in (plain, mobile, residual, tokens, joined, normed)}
+NETWORKS = {build.__name__: build for build in (plain, mobile, tokens, joined, normed)}
 
 
 @cache
@@ -201,15 +201,15 @@ def test_padding_of_every_mode_is_computed_in_integers(mode: str, tmp_path: Path
 
 
 def test_batch_size_is_free(written: Written) -> None:
-    _, session = written("residual")
+    _, session = written("plain")
     together = session.run(X[:5].numpy())[0]
     for n in (1, 3):
         np.testing.assert_allclose(session.run(X[:n].numpy())[0], together[:n], atol=1e-6)
 
 
 def test_same_network_gives_the_same_files(tmp_path: Path, written: Written) -> None:
-    first, _ = written("residual")
-    again = write_openvino(integers("residual"), tmp_path / "again.xml", X)
+    first, _ = written("plain")
+    again = write_openvino(integers("plain"), tmp_path / "again.xml", X)
     for suffix in (".xml", ".bin"):
         assert first.path.with_suffix(suffix).read_bytes() == again.path.with_suffix(suffix).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.bin", "again.xml"]
