@@ -126,7 +126,7 @@ def compress(
         method=method,
         repair=None if repair == "none" else repair,
         task=task,
-        evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, 128),
+        evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, None, network),
         count=len(samples),
         candidates=offered,
         pinned=pinned,

@@ -72,7 +72,7 @@ def _check_beside(context: click.Context, parameter: click.Parameter, value: Pat
 @network_options
 @data_options
 @image_options
-@click.option("--batch-size", default=128, show_default=True, type=COUNT, help="Images at once.")
+@click.option("--batch-size", type=COUNT, help="Images at once. Default: 128, or fewer of large ones.")
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
 @calibration_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
@@ -97,7 +97,7 @@ def evaluate(
     split: str | None,
     input_size: int | None,
     normalize: str | None,
-    batch_size: int,
+    batch_size: int | None,
     policy_file: Path | None,
     calibration: str | None,
     calibration_images: int | None,
@@ -133,7 +133,7 @@ def evaluate(
         raise BitscapeError("--latency: times are predicted at the bits of a policy; give --policy, --packed or a static --checkpoint")
     network = load_network(model, weights, device, seed)
     settings = settings.of_model(network)
-    batches = load_batches(data, split or EVALUATION, settings, batch_size)
+    batches = load_batches(data, split or EVALUATION, settings, batch_size, network)
     shape = tuple(batches.dataset.images.shape[1:])
     if corruptions is not None and shape[0] != 3:
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")

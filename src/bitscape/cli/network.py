@@ -104,12 +104,17 @@ def load_images(source: str, split: "Split", settings: ImageSettings, *, limit: 
     return load_dataset(source, split=split, size=settings.input_size, limit=limit, seed=seed)
 
 
-def load_batches(source: str, split: "Split", settings: ImageSettings, batch_size: int) -> "Batches":
-    """Load a data set as plain batches, for evaluation."""
+def load_batches(
+    source: str, split: "Split", settings: ImageSettings, batch_size: int | None, network: "nn.Module"
+) -> "Batches":
+    """Load a data set as plain batches, for evaluation; of a size that fits the network for None."""
     from bitscape.data.batches import Batches
+    from bitscape.engine.forward import samples_at_once
 
-    normalization = parse_normalization(settings.normalize, source)
-    return Batches(dataset=load_images(source, split, settings), normalization=normalization, batch_size=batch_size)
+    images, normalization = load_images(source, split, settings), parse_normalization(settings.normalize, source)
+    if batch_size is None:
+        batch_size = samples_at_once(network, normalization.apply(images.subset(slice(0, 2)).images), 128)
+    return Batches(dataset=images, normalization=normalization, batch_size=batch_size)
 
 
 def draw_images(

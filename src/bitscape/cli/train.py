@@ -130,7 +130,7 @@ def train(
     teacher = load_network(model, weights, device, recipe["seed"])
     settings = settings.of_model(teacher)
     batches = _training_batches(data, split or TRAINING, settings, recipe)
-    checked = None if validation is None else load_batches(validation, EVALUATION, settings, recipe["batch_size"])
+    checked = None if validation is None else load_batches(validation, EVALUATION, settings, recipe["batch_size"], teacher)
     student = training.network(teacher, batches, recipe["seed"])
     try:
         result = _train(student, batches, checked, training, _loss(teacher, recipe), trackers, out, recipe)

@@ -6,18 +6,24 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, sample_count
+from bitscape.calling import Inputs, call, moved, sample_count
+from bitscape.data.samples import Minibatch
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.memory_format import set_memory_format
+from bitscape.models.modes import evaluating
+from bitscape.nested import tensors_in
 from bitscape.quant.convert import bypassed
 
 _log = logging.getLogger("bitscape.engine")
+
+OUTPUT_BYTES = 1 << 27
+"""Of a module in one pass of an evaluation. Four or five outputs are held at the same time."""
 
 
 @contextmanager
@@ -52,6 +58,24 @@ def loop_forward(
 def autocast_on(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:
     """Return the autocast context of `dtype`, or one that does nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def samples_at_once(model: nn.Module, inputs: Inputs, most: int) -> int:
+    """How many samples go through the network together, for every module's output to keep within OUTPUT_BYTES.
+
+    At least one, and at most `most`. Tried on two of the samples in `inputs`, in eval mode.
+    """
+    tried, largest = Minibatch(inputs).rows(slice(0, 2)), 1
+
+    def see(_module: nn.Module, _inputs: object, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, *(tensor.nbytes for tensor in tensors_in(output)), 0)
+
+    with evaluating(model), explained_forward(tried.inputs), ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(see))
+        call(model, moved(tried.inputs, device_of(model)))
+    return min(most, max(1, OUTPUT_BYTES * len(tried) // largest))
 
 
 def as_logits(output: object, images: int, highest_label: int) -> Tensor:

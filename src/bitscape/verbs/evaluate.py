@@ -3,13 +3,15 @@ out.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.data.epochs import first_of
+from bitscape.data.epochs import Rows, first_of
 from bitscape.engine.evaluate import Evaluation, known_labels, measured
+from bitscape.engine.forward import samples_at_once
 from bitscape.engine.task import Task, TaskName
 from bitscape.engine.user_task import User
 from bitscape.verbs.arguments import read_epochs, stated_task
@@ -55,7 +57,8 @@ def evaluate(
             it.
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to what the outputs are compared with; see `BatchReader`.
-        batch_size: samples at once, of tensors and datasets; None = 128.
+        batch_size: samples at once, of tensors and datasets; None = 128, or fewer where the network's
+            outputs on the way are large.
         autocast: None = float32; or torch.bfloat16.
         channels_last: memory format of the convolutions, in which the network is left; None = as it
             is.
@@ -66,6 +69,9 @@ def evaluate(
         BitscapeError: data, outputs or targets that cannot be used.
     """
     batches = read_epochs(network, data, inputs, targets, batch_size=batch_size, seed=seed)
+    if batch_size is None and isinstance(batches, Rows):
+        most = samples_at_once(network, first_of(batches).inputs, batches.batch_size)
+        batches = replace(batches, batch_size=most)
     if metric is not None:
         meaning: Task = User(loss, metric)
     else:
