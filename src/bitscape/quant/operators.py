@@ -20,13 +20,13 @@ _LIBRARY = torch.library.Library("bitscape", "FRAGMENT")
 
 def quantized(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """`reference.quantized`."""
-    kind, limits = _limits(grid)
+    kind, limits = _limits(x, grid)
     return getattr(torch.ops.bitscape.quantize, kind)(x, scale, *limits)  # type: ignore[no-any-return]  # operators are untyped
 
 
 def quantized_backward(gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Gradients:
     """`reference.quantized_backward`."""
-    kind, limits = _limits(grid)
+    kind, limits = _limits(x, grid)
     return getattr(torch.ops.bitscape.quantize_backward, kind)(gradient, x, scale, *limits)  # type: ignore[no-any-return]  # as above
 
 
@@ -42,13 +42,20 @@ def mixed_backward(
     return torch.ops.bitscape.mix_backward.default(gradient, x, scale, shares, *_columns(grids))  # type: ignore[no-any-return]  # as above
 
 
-def _limits(grid: Grid) -> tuple[str, tuple[Number, Number, Number]]:
+def _limits(x: Tensor, grid: Grid) -> tuple[str, tuple[Number, Number, Number]]:
     """The overload for the grid's limits and zero point, and these: numbers, or all of them tensors."""
     limits = grid.qmin, grid.qmax, grid.zero_point
     if not any(isinstance(one, Tensor) for one in limits):
         return "default", limits
-    qmin, qmax, zero_point = (torch.as_tensor(one, dtype=torch.float32) for one in limits)
+    qmin, qmax, zero_point = (_tensor(x, one) for one in limits)
     return "tensors", (qmin, qmax, zero_point)
+
+
+def _tensor(x: Tensor, number: Number) -> Tensor:
+    """In float32; a number is filled in on the device of `x`, for which nothing has to wait."""
+    if isinstance(number, Tensor):
+        return number.float()
+    return torch.full((), number, dtype=torch.float32, device=x.device)
 
 
 def _columns(grids: Sequence[Grid]) -> tuple[list[float], ...]:
