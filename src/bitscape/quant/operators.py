@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitscape.quant import reference
 from bitscape.quant.grid import Grid, Number
-from bitscape.quant.kernels import native
+from bitscape.quant.kernels import gpu, native
 from bitscape.quant.reference import Arithmetic, Gradients
 
 _LIBRARY = torch.library.Library("bitscape", "FRAGMENT")
@@ -65,7 +65,9 @@ def _columns(grids: Sequence[Grid]) -> tuple[list[float], ...]:
 
 def _kernels(x: Tensor) -> Arithmetic:
     """The fastest that can work on `x`."""
-    return native if native.supports(x) else reference
+    if native.supports(x):
+        return native
+    return gpu if gpu.supports(x) else reference
 
 
 def _quantize(x: Tensor, scale: Tensor, *limits: Number) -> Tensor:

@@ -67,7 +67,7 @@ def _table(rows: Rows, numbers: Sequence[Number]) -> Any:
     if rows.channels == 1:
         plain = (one.item() if isinstance(one, Tensor) else one for one in numbers)
         return (ctypes.c_float * len(numbers))(*plain)
-    return torch.stack([rows.by_channel(one) for one in numbers])
+    return torch.cat([rows.by_channel(torch.as_tensor(one).unsqueeze(0)) for one in numbers])
 
 
 def _sums(rows: Rows, columns: int) -> Tensor:
@@ -79,8 +79,6 @@ def _sums(rows: Rows, columns: int) -> Tensor:
 def _summed(rows: Rows, sums: Tensor) -> Tensor:
     """Add up what `sums` (units, columns) holds of each channel; (columns, ...) in the tensor's axes."""
     units, columns = sums.shape
-    if rows.channels == 1:
-        return sums.sum(0).reshape(columns, *[1] * len(rows.axes))
     by_channel = sums.reshape(-1, rows.channels, units // rows.count, columns).sum((0, 2))
     return rows.in_place(by_channel.T)
 

@@ -42,21 +42,27 @@ class Rows:
         at = self.differing
         return tuple(n if at.start <= axis < at.stop else 1 for axis, n in enumerate(self.shape))
 
-    def by_channel(self, values: Number) -> Tensor:
-        """`values`, which broadcast against the tensor, in float32 (channels,)."""
-        values = torch.as_tensor(values, dtype=torch.float32)
-        full = values[(None,) * (len(self.axes) - values.ndim)].permute(self.axes)
-        return full.expand(self.kept).reshape(-1)
+    def by_channel(self, values: Tensor) -> Tensor:
+        """`values` (columns, ...), each of which broadcasts against the tensor, as float32
+        (columns, channels), contiguous."""
+        columns, *sizes = values.shape
+        if self.channels == 1:
+            return values.float().reshape(columns, 1).contiguous()
+        aligned = values.float().reshape(columns, *[1] * (len(self.axes) - len(sizes)), *sizes)
+        full = aligned.permute(0, *(1 + axis for axis in self.axes))
+        return full.expand(columns, *self.kept).reshape(columns, self.channels).contiguous()
 
     def in_place(self, totals: Tensor) -> Tensor:
-        """`totals` (columns, channels) with the channels where the tensor's axes have them."""
+        """`totals` (columns, channels) with the channels along the tensor's axes."""
+        if self.channels == 1:
+            return totals.reshape(len(totals), *self.kept)
         back = [1 + self.axes.index(axis) for axis in range(len(self.axes))]
         return totals.reshape(len(totals), *self.kept).permute(0, *back)
 
 
 @lru_cache(maxsize=4096)
 def _layout(shape: torch.Size, stride: tuple[int, ...], sizes: torch.Size) -> Rows | None:
-    """How a tensor's elements lie, if they fill one block of memory; `sizes` are those of the grids."""
+    """How a tensor's elements lie, if they fill one block of memory; the grids have `sizes`."""
     axes = tuple(sorted(range(len(shape)), key=lambda axis: (-stride[axis], axis)))
     expected = 1
     for axis in reversed(axes):
@@ -70,7 +76,10 @@ def _layout(shape: torch.Size, stride: tuple[int, ...], sizes: torch.Size) -> Ro
 
 
 def rows_of(x: Tensor, numbers: Sequence[Number]) -> tuple[Tensor, Rows]:
-    """`x`, copied if its elements do not fill one block of memory, and its rows for grids of `numbers`."""
+    """`x`, copied if its elements do not fill one block of memory, and its rows.
+
+    Numbers of the grids that are tensors broadcast against `x`.
+    """
     shapes = [one.shape for one in numbers if isinstance(one, Tensor) and one.numel() > 1]
     sizes = torch.broadcast_shapes(*shapes) if len(shapes) > 1 else (*shapes, torch.Size())[0]
     rows = _layout(x.shape, x.stride(), sizes)
