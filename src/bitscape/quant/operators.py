@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitscape.quant import reference
 from bitscape.quant.grid import Grid, Number
-from bitscape.quant.kernels import native
+from bitscape.quant.kernels import gpu, native
 from bitscape.quant.reference import Arithmetic, Gradients
 
 _LIBRARY = torch.library.Library("bitscape", "FRAGMENT")
@@ -20,13 +20,13 @@ _LIBRARY = torch.library.Library("bitscape", "FRAGMENT")
 
 def quantized(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """`reference.quantized`."""
-    kind, limits = _limits(grid)
+    kind, limits = _limits(x, grid)
     return getattr(torch.ops.bitscape.quantize, kind)(x, scale, *limits)  # type: ignore[no-any-return]  # operators are untyped
 
 
 def quantized_backward(gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Gradients:
     """`reference.quantized_backward`."""
-    kind, limits = _limits(grid)
+    kind, limits = _limits(x, grid)
     return getattr(torch.ops.bitscape.quantize_backward, kind)(gradient, x, scale, *limits)  # type: ignore[no-any-return]  # as above
 
 
@@ -42,13 +42,20 @@ def mixed_backward(
     return torch.ops.bitscape.mix_backward.default(gradient, x, scale, shares, *_columns(grids))  # type: ignore[no-any-return]  # as above
 
 
-def _limits(grid: Grid) -> tuple[str, tuple[Number, Number, Number]]:
+def _limits(x: Tensor, grid: Grid) -> tuple[str, tuple[Number, Number, Number]]:
     """The overload for the grid's limits and zero point, and these: numbers, or all of them tensors."""
     limits = grid.qmin, grid.qmax, grid.zero_point
     if not any(isinstance(one, Tensor) for one in limits):
         return "default", limits
-    qmin, qmax, zero_point = (torch.as_tensor(one, dtype=torch.float32) for one in limits)
+    qmin, qmax, zero_point = (_tensor(x, one) for one in limits)
     return "tensors", (qmin, qmax, zero_point)
+
+
+def _tensor(x: Tensor, number: Number) -> Tensor:
+    """In float32; a number is filled in on the device of `x`, for which nothing has to wait."""
+    if isinstance(number, Tensor):
+        return number.float()
+    return torch.full((), number, dtype=torch.float32, device=x.device)
 
 
 def _columns(grids: Sequence[Grid]) -> tuple[list[float], ...]:
@@ -58,7 +65,9 @@ def _columns(grids: Sequence[Grid]) -> tuple[list[float], ...]:
 
 def _kernels(x: Tensor) -> Arithmetic:
     """The fastest that can work on `x`."""
-    return native if native.supports(x) else reference
+    if native.supports(x):
+        return native
+    return gpu if gpu.supports(x) else reference
 
 
 def _quantize(x: Tensor, scale: Tensor, *limits: Number) -> Tensor:
