@@ -88,7 +88,9 @@ def test_parts_of_a_batch_ascend_together_and_drop_the_same(settings: SharpSetti
     passes()
     with saq.ascent():
         passes(drawn_between=True)  # each pass draws what its first one drew, whatever is drawn between
-    assert same(gradients(network), gradients(twin)) and same_state(network, twin)
+    # The engine adds the parts' gradients up before they go through the quantizers of weights.
+    torch.testing.assert_close(gradients(network), gradients(twin), rtol=1e-4, atol=1e-7)
+    assert same_state(network, twin)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=IDS[:4])

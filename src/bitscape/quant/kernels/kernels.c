@@ -18,7 +18,6 @@ which are the work of threads; what is summed over a unit lies in float64 at its
 
 #define BLOCK 1024
 #define PIECE 16384
-#define MOST_WIDTHS 32
 #define MOST_THREADS 256
 #define EDGE 1e-6f
 
@@ -245,7 +244,7 @@ static void mix_block_backward(const Job *job, int64_t from, int n, const Grid *
 }
 
 static void mix_units(const Job *job, int64_t first, int64_t last) {
-    Grid grids[MOST_WIDTHS];
+    Grid grids[job->widths];
     for (int64_t at = first; at < last; at++) {
         Unit unit = unit_at(job, at);
         double *sums = job->sums ? job->sums + 2 * job->widths * at : NULL;

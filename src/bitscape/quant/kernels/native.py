@@ -22,8 +22,6 @@ from bitscape.quant.reference import Gradients
 
 FILE = Path(__file__).with_name("kernels.so")
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_WIDTHS = 32
-"""Of a mixture, as in kernels.c."""
 ELEMENTS_PER_THREAD = 1 << 18
 """Fewer are not worth starting a thread for: about 0.1 ms of work."""
 

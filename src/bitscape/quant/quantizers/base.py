@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import PLAIN, WeightLayout
 from bitscape.policy import MAX_BITS
-from bitscape.quant.functional import fake_quantize, require_finite, without_autocast
+from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize, require_finite, without_autocast
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.observers import Observer
 from bitscape.quant.reference import dequantize, quantize, widened
@@ -170,8 +170,11 @@ class WeightFakeQuantizer(FakeQuantizer):
         """What is laid on the grid, in the weight's shape."""
 
     @abstractmethod
+    def _spacing(self, weight: Tensor) -> Tensor: ...
+
     def grid_scale(self, weight: Tensor) -> Tensor:
-        """Spacing of the grid for the transformed weight."""
+        """Spacing of the grid for the transformed weight, at least MINIMUM_SCALE."""
+        return at_least(self._spacing(weight), MINIMUM_SCALE)
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         wide = widened(x)

@@ -40,9 +40,9 @@ class DorefaWeight(WeightFakeQuantizer):
         stretch: Tensor = self._reach(weight) / squashed.detach().abs().max().clamp(min=MINIMUM_SCALE)
         return squashed * stretch
 
-    def grid_scale(self, weight: Tensor) -> Tensor:
+    def _spacing(self, weight: Tensor) -> Tensor:
         if self.bits == 1:
-            return (2 * weight.detach().abs().mean()).clamp(min=MINIMUM_SCALE)
+            return 2 * weight.detach().abs().mean()
         spacing: Tensor = self._reach(weight) * (2 / (2 ** int(self.bits) - 1))
         return spacing
 

@@ -41,8 +41,8 @@ class LiqWeight(WeightFakeQuantizer):
         centered = weight - weight.detach().mean()
         return centered if self.restore_scale else centered / _deviation(weight)
 
-    def grid_scale(self, weight: Tensor) -> Tensor:
-        return at_least(self.scale * _deviation(weight), MINIMUM_SCALE) if self.restore_scale else self.scale
+    def _spacing(self, weight: Tensor) -> Tensor:
+        return self.scale * _deviation(weight) if self.restore_scale else self.scale
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         normalized = (values - values.mean()) / _deviation(values)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize
+from bitscape.quant.functional import fake_quantize
 from bitscape.quant.observers import Observer
 from bitscape.quant.quantizers.base import (
     FakeQuantizer,
@@ -40,8 +40,8 @@ class LsqWeight(WeightFakeQuantizer):
     def transform(self, weight: Tensor) -> Tensor:
         return weight
 
-    def grid_scale(self, weight: Tensor) -> Tensor:
-        return at_least(self.scale, MINIMUM_SCALE)
+    def _spacing(self, weight: Tensor) -> Tensor:
+        return self.scale
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         scales = observer.scale(grouped(values, self.scale.shape), self.grid)
