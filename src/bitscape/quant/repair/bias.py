@@ -34,6 +34,7 @@ from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.convert import Data, batches_of
 from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_layers
+from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
 
@@ -75,7 +76,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
     try:
-        with evaluating(model), evaluating(float_model):
+        with evaluating(model), evaluating(float_model), weights_quantized_once(model):
             for inputs in batches_of(data, model):
                 with explained_forward(inputs):
                     call(float_model, inputs)
