@@ -1,10 +1,11 @@
 # make demo, make check, make test, make docs: all work in .venv, which the versions in constraints.txt fill once.
+# make speed: beside the stored ratios of this kind of machine; none of the tests.
 # make bounds: an environment of its own, with the lowest versions that pyproject.toml allows.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo lint check test docs bounds
+.PHONY: demo lint check test docs bounds speed
 
 demo: $(READY)
 	$(BIN)/bitscape demo
@@ -14,8 +15,8 @@ demo: $(READY)
 unexport PYTHONDONTWRITEBYTECODE
 
 # Two processes of one thread each are the quickest on two cores. Passive waiting: on a shared machine, threads that spin cost up to 7x.
-check test: export OMP_WAIT_POLICY = passive
-check test: export OMP_NUM_THREADS = 1
+check test speed: export OMP_WAIT_POLICY = passive
+check test speed: export OMP_NUM_THREADS = 1
 
 # tests/conftest.py says which tests share a process, and in which order they run.
 WORKERS := -n 2 --no-loadscope-reorder
@@ -37,6 +38,10 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/pytest tests/docs tests/test_readme.py
+
+# Not a part of `make test`: about a minute, and other programs disturb it. STORE=1 stores what a quiet machine measures.
+speed: $(READY)
+	$(BIN)/python -m benchmarks.speed_gate $(if $(STORE),--store)
 
 # Not a part of `make test`: it downloads. For example: make bounds PYTHON=python3.12 BOUNDS="--torch 2.11.0 tests/searches"
 bounds:

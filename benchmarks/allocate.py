@@ -19,7 +19,8 @@ import torch
 
 import bitscape as bs
 from benchmarks.common import DATA, dataset, do_missing, proxy_images
-from benchmarks.speed import clocked, random_scores
+from benchmarks.speed_clock import clocked
+from benchmarks.speed_jobs import random_scores
 from bitscape.cost.budget import Budget
 from bitscape.cost.layers import LayerCost, NetworkProfile
 from bitscape.cost.policy_cost import cost

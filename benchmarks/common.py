@@ -16,11 +16,27 @@ from bitscape.cost.layers import measure
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset
 from bitscape.report.records import append_run, missing, read_runs
-from recipes.networks import WEIGHTS
+from recipes.networks import WEIGHTS, load, resnet18, resnet50, vit_tiny
 
 RESULTS = Path(__file__).parent / "results"
 Run = Mapping[str, Any]
 DATA = Path(os.environ.get("BITSCAPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+WITHOUT_WEIGHTS = {"resnet18": resnet18, "resnet50": resnet50, "vit_tiny": vit_tiny}
+
+
+def published(network: str) -> nn.Module:
+    """The network as it is handed out, in eval mode, with trained weights or seeded random ones."""
+    if network not in WITHOUT_WEIGHTS:
+        return load(network, DATA)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WITHOUT_WEIGHTS[network]().eval()
+
+
+def input_size(network: str) -> int:
+    """Side of the network's square input image in pixels."""
+    return WEIGHTS[network].input_size if network in WEIGHTS else 224
 
 
 def dataset(name: str, size: int | None = None) -> Dataset:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import bitscape as bs
-from benchmarks.common import DATA, RESULTS, bits_of, record
+from benchmarks.common import RESULTS, bits_of, input_size, published, record
 from bitscape.cost.layers import measure as measure_layers
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.exporters.packed.file import save_packed
@@ -29,11 +29,10 @@ from bitscape.quant.fold import fold_norms
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.choices import Choices
 from bitscape.searches.random_policy import Random
-from recipes.networks import WEIGHTS, load, resnet18, resnet50
+from recipes.networks import WEIGHTS
 
 NAME = "packed-sizes"
 KEYS = ("network", "method", "variant", "seed")
-WITHOUT_WEIGHTS = {"resnet18": resnet18, "resnet50": resnet50}
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2_tfslim", "squeezenet1_1", "resnet20")
 POLICIES = (("uniform", "w4"), ("uniform", "w8"), ("random", "bytes of w4"))
 ACTIVATION_BITS = 8
@@ -47,19 +46,9 @@ def wanted(networks: tuple[str, ...] = NETWORKS) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def published(network: str) -> nn.Module:
-    """The network as it is handed out, in eval mode, with trained weights or seeded random ones."""
-    if network not in WITHOUT_WEIGHTS:
-        return load(network, DATA)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return WITHOUT_WEIGHTS[network]().eval()
-
-
-@cache
 def images(network: str) -> Tensor:
     """Eight images (8, 3, h, w) of normal noise: enough to set scales and to compare outputs."""
-    size = WEIGHTS[network].input_size if network in WEIGHTS else 224
+    size = input_size(network)
     return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 

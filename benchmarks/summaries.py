@@ -13,12 +13,13 @@ from benchmarks.dqmq_summaries import dqmq
 from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
 from benchmarks.saq_summaries import saq
+from benchmarks.speed_summaries import speed
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
 from benchmarks.tasks_summaries import tasks
 from benchmarks.transfer_summaries import asga_ladder, seam_margins, transfer_policies, transfer_scores
 from benchmarks.workers_summaries import workers
 from bitscape.report.records import identity, read_runs, value_of
-from bitscape.report.tables import Column, Row, aggregate, render
+from bitscape.report.tables import Column, Row, render
 
 NO_RUNS = "no runs yet"
 
@@ -105,16 +106,6 @@ def peer(runs: Sequence[Run]) -> str:
     return heading + "\n\n" + with_column(table, "against fisher with these widths, points [95 %]", cells)
 
 
-def generic(runs: Sequence[Run]) -> str:
-    """Any runs: a table for each method and set of measured numbers, above it what all its runs share."""
-    # Without seeds: runs that agree otherwise are repetitions.
-    runs = [{name: value for name, value in run.items() if name != "seed"} for run in runs]
-    kinds: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        kinds.setdefault((run.get("method"), *_numbers(run)), []).append(run)
-    return "\n\n".join(_generic_table(group, numbers) for (_, *numbers), group in kinds.items())
-
-
 MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "ptq-imagenet": ptq_imagenet,
     "qat-cifar10": qat_cifar10,
@@ -128,7 +119,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "compatibility": compatibility,
     "hardening": hardening,
     "packed-sizes": packed_sizes,
-    "speed": generic,
+    "speed": speed,
     "allocate": allocate,
     "workers": workers,
     "first-policy": first_policy,
@@ -189,43 +180,3 @@ def _top1_by_seed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[tuple[Any, .
     for run in runs:
         by_row[identity(run, ("method", "variant"))][run["seed"]] = run["top1"]
     return by_row
-
-
-def _numbers(run: Run) -> list[str]:
-    """Measured numbers of a run, outside and inside `extra`."""
-    names = ["top1", "search_s", "train_s", "peak_bytes", *(f"extra.{name}" for name in run.get("extra", {}))]
-    return [name for name in names if type(value_of(run, name)) in (int, float)]
-
-
-def _generic_table(runs: Sequence[Run], numbers: Sequence[str]) -> str:
-    inner = [f"{field}.{name}" for field in ("settings", "extra") for run in runs for name in (run.get(field) or {})]
-    known = ("method", "network", "variant", "proxy", "step", "device", "threads", "dtype", "clock")
-    named = [name for name in dict.fromkeys((*known, *inner)) if name not in numbers and _is_short(runs, name)]
-    keys = [name for name in named if len({identity(run, (name,)) for run in runs}) > 1 or name == "network"]
-    stated = [name for name in named if name not in (*keys, "device", "threads") and value_of(runs[0], name) != ""]
-    shared = [f"{_words(name)} {value_of(runs[0], name)}" for name in stated]
-    columns = [_column(name, [value_of(run, name) for run in runs]) for name in numbers]
-    return f"{', '.join(shared)}:\n\n" + render(aggregate(runs, keys, numbers), {key: _words(key) for key in keys}, columns)
-
-
-def _is_short(runs: Sequence[Run], name: str) -> bool:
-    """Whether some run has the field, and every value fits a cell: a text, a number, a few numbers."""
-    values = [value_of(run, name) for run in runs]
-    fits = all(isinstance(value, str | int | float | None) or (isinstance(value, list) and len(value) <= 4) for value in values)
-    return fits and any(value is not None for value in values)
-
-
-def _words(name: str) -> str:
-    return name.rpartition(".")[2].replace("_", " ")
-
-
-def _column(name: str, values: Sequence[float]) -> Column:
-    """Unit by the name's ending, digits by the size of the numbers."""
-    plain = _words(name)
-    scale = 1e-6 if plain.endswith(" bytes") else 1.0
-    units = {" per s": "/s", " s": ", s", " bytes": ", MB"}
-    heading = next((plain.removesuffix(end) + unit for end, unit in units.items() if plain.endswith(end)), plain)
-    largest = max(abs(value) for value in values) * scale
-    whole = scale == 1.0 and all(isinstance(value, int) for value in values)
-    digits = 0 if whole or largest >= 1000 else 1 if largest >= 10 else 3
-    return Column(value=name, heading=heading, digits=digits, scale=scale)

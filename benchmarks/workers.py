@@ -30,7 +30,7 @@ from torch import Tensor
 
 import bitscape as bs
 from benchmarks.common import DATA, RESULTS, record
-from benchmarks.speed import quantized
+from benchmarks.speed_steps import quantized
 from bitscape.cli.memory import keep_freed_memory
 from bitscape.cli.network import pick_device
 from bitscape.data.samples import Samples

@@ -1,4 +1,4 @@
-"""The networks of the shared weights, under the key names of those files, and two ImageNet ResNets for measuring.
+"""The networks of the shared weights, under the key names of those files, two ImageNet ResNets and a ViT for measuring.
 
 `load("resnet20", data_folder)` returns a trained network, `--model recipes.networks:resnet20` an untrained one.
 """
@@ -27,6 +27,7 @@ from recipes.networks.cifar import (
     wrn16_1_kc,
 )
 from recipes.networks.imagenet import mobilenetv1_025_128, mobilenetv2_tfslim, resnet18, resnet50, squeezenet1_1
+from recipes.networks.vit import vit_tiny
 
 __all__ = [
     "WEIGHTS",
@@ -48,6 +49,7 @@ __all__ = [
     "resnet44",
     "resnet50",
     "squeezenet1_1",
+    "vit_tiny",
     "wrn16_1_kc",
 ]
 

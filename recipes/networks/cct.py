@@ -27,12 +27,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a perceptron of two layers, each behind a norm and beside a shortcut."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attention_pre_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.mlp_pre_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width), nn.Dropout(0.1))
+        first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), second, nn.Dropout(dropout))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(n, tokens, width) -> the same."""
@@ -62,7 +63,7 @@ class CompactTransformer(nn.Module):
         layers = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         self.tokenizer = nn.Sequential(OrderedDict(tokenizer_layers=layers))
         self.positional_embeddings = nn.Parameter(torch.zeros(1, tokens, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, hidden) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(width, heads, hidden, 0.1) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
         self.pool = AttentionPool(width)
         self.fc = nn.Linear(width, classes)

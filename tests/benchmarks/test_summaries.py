@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.summaries import MAKERS, NO_RUNS, generic, packed_sizes, peer, ptq_imagenet, qat_cifar10, tables
+from benchmarks.summaries import MAKERS, NO_RUNS, packed_sizes, peer, ptq_imagenet, qat_cifar10, tables
 from benchmarks.summaries_common import with_column
 
 CONDITIONS = {
@@ -92,19 +92,6 @@ def test_peers_are_paired_with_the_same_widths():
     assert _cells(table, "mct", "narrow")[-1] == "no seed in common"
     assert [_cells(table, *row)[-1] for row in (("fisher", "wide"), ("float", ""))] == ["-", "-"]
     assert peer(runs[:2]).startswith("Peer: no runs yet.")
-
-
-def test_generic_tables_have_a_column_for_every_number_and_key():
-    shared = {"method": "train", "clock": "process", "settings": {"batch_size": 8, "device_kind": "x"}}
-    first = {**shared, "network": "a", "seed": 0, "extra": {"lsq_images_per_s": 200.5, "peak_bytes": 3_000_000, "quartiles": [1, 2, 3]}}
-    second = {**first, "network": "b", "seed": 0, "settings": {"batch_size": 16, "device_kind": "x"}}
-    repeated = {**first, "extra": {**first["extra"], "lsq_images_per_s": 100.5}}
-    other = {"method": "fisher", "network": "a", "search_s": 2.0}
-    trained, searched = generic([first, second, repeated, other]).split("\n\nmethod fisher")
-    assert trained.startswith("method train, clock process, device kind x, quartiles [1, 2, 3]:")
-    assert "| network | batch size | lsq images/s | peak, MB | n |" in trained
-    assert _cells(trained, "a", "8") == ["a", "8", "150.5 ± 70.7", "3.000 ± 0.000", "2"]
-    assert _cells(searched, "a")[1:] == ["2.000", "1"]
 
 
 def test_a_column_of_text_is_added_to_a_table():

@@ -38,12 +38,13 @@ def test_new_runs_edits_and_lost_pages_are_stale(repository: Path):
     (repository / "docs" / "methods" / "fisher.md").write_text("edited\n")
     (repository / "docs" / "methods" / "local.md").unlink()
     shared = {"device": "a CPU", "threads": 1, "versions": {}, "commit": "a", "date": "2026-01-02", "command": "c"}
-    run = {"method": "fisher", "network": "net", "search_s": 1.0, **shared}
+    measured = {"search_s": 1.0, "peak_bytes": 2e6, "extra": {"wall_s": 1.0, "load_average": [0.0]}}
+    run = {"method": "job", "variant": "fisher", "network": "net", "settings": {"images": 8}, **measured, **shared}
     (repository / "benchmarks" / "results" / "speed.jsonl").write_text(json.dumps(run) + "\n")
     names = {"README.md", "docs/results.md", "docs/methods/fisher.md", "docs/methods/local.md"}
     assert {path.relative_to(repository).as_posix() for path in tables.stale(repository)} == names
     tables.write(repository)
-    assert "| net | 1.000 | 1 |" in (repository / "README.md").read_text()
+    assert "| net | fisher | 8 | 1 | 1.0 | 1.0 | 2 | 0.0 |" in (repository / "README.md").read_text()
 
 
 def test_an_unknown_table_is_an_error_that_names_the_file(repository: Path):

@@ -53,8 +53,8 @@ def test_network_has_its_parameters_and_runs(name):
     assert set(called) == set(quantizable_layers(model))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
-def test_imagenet_resnets_have_their_parameters(name, parameters):
+@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032), ("vit_tiny", 5_717_416)])
+def test_networks_without_weights_have_their_parameters(name, parameters):
     with torch.device("meta"):
         model = find_model(f"recipes.networks:{name}")
         assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
