@@ -297,3 +297,15 @@ def test_numbers_of_classes_are_no_values_to_follow(name: TaskName) -> None:
 
     with pytest.raises(BitscapeError, match=r"no floating-point tensor|returns torch\.int64, as of classes"):
         task_of(Deciding(linear(3)), IMAGES, name)
+
+
+def test_outputs_of_two_heads_side_by_side_are_no_classes_of_two_images():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return torch.stack([self.first(x)[:, 0], self.second(x)[:, 0]])  # (2, n)
+
+    assert task_of(Heads(), torch.randn(20, 4)).name == "follow"

@@ -570,3 +570,8 @@ def test_norms_of_a_network_of_several_inputs_average_over_samples():
     recalibrate_norms(network, Samples.of(inputs))
     maps = network.body[0](torch.cat(inputs, 1))
     torch.testing.assert_close(network.body[1].running_mean, maps.mean((0, 2, 3)))
+
+
+def test_a_network_is_not_quantized_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(BitscapeError, match="inference_mode is on"):
+        with_quantizers(nn.Sequential(nn.Linear(3, 2)), Policy({"0": LayerBits(4, 4)}))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -169,6 +170,40 @@ def test_other_types_take_the_definition(kind):
     assert y.dtype == kind and torch.equal(y, reference.quantized(x, torch.tensor(0.3), grid(4, signed=True)))
 
 
+@needs_native
+def test_shares_of_another_type_count():
+    x, shares, grids = normal(50), normal(3, seed=2).softmax(0), [grid(bits, signed=True) for bits in (2, 4, 8)]
+    scale = torch.tensor([0.9, 0.3, 0.02])
+    y = native.mixed(x, scale, shares.double(), grids)
+    assert torch.equal(y, native.mixed(x, scale, shares, grids))
+
+
+@needs_native
+def test_a_scale_that_would_enlarge_the_values_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(1, 3\), which does not broadcast to that of x, \(3,\)"):
+        native.quantized(normal(3), torch.ones(1, 3), grid(4, signed=True))
+
+
+@needs_native
+def test_a_library_of_another_source_is_not_used(tmp_path, monkeypatch, caplog):
+    library = tmp_path / "kernels.so"
+    library.write_bytes(native.FILE.read_bytes())
+    library.with_suffix(".c").write_text("/* other arguments */")
+    monkeypatch.setattr(native, "FILE", library)
+    native._functions.cache_clear()
+    try:
+        with caplog.at_level("INFO"):
+            assert not native.supports(torch.empty(1))
+    finally:
+        native._functions.cache_clear()
+    assert "built from another version of kernels.c" in caplog.text
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler")
+def test_where_there_is_a_compiler_there_are_kernels():
+    assert native.supports(torch.empty(1))
+
+
 def test_operators_stay_in_traced_graphs_and_know_their_shapes():
     levels = grid(4, signed=True)
     graph = make_fx(lambda x, s: fake_quantize(x, s, levels), tracing_mode="fake")(normal(2, 3), torch.tensor(0.3))
@@ -177,9 +212,10 @@ def test_operators_stay_in_traced_graphs_and_know_their_shapes():
     assert torch.equal(graph(x, scale), fake_quantize(x, scale, levels))
 
 
-@pytest.mark.parametrize("levels", [grid(4, signed=True), GRIDS["bits by image"](torch.empty(4, 3))], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("levels", [grid(4, signed=True), GRIDS["bits by image"](torch.empty(4, 3, 1, 1))], ids=["numbers", "tensors"])
 def test_operators_pass_the_checks_of_pytorch(levels):
-    x, scale = normal(4, 3), torch.tensor(0.3)
+    part = normal(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)[:, :, 1:, 1:]
+    x, scale = part, torch.tensor(0.3)
     limits = (levels.qmin, levels.qmax, levels.zero_point)
     kind = "tensors" if isinstance(levels.qmin, torch.Tensor) else "default"
     numbers = [one.float() if isinstance(one, torch.Tensor) else float(one) for one in limits]

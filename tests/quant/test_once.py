@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, with_quantizers
@@ -95,3 +96,46 @@ def test_a_block_that_fails_leaves_nothing_behind(network):
     assert network.first.weight.grad is None
     network(IMAGES).square().sum().backward()
     assert network.first.weight.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpoints_take_the_same_weight(network, reentrant):
+    def forward(net):
+        inner = checkpoint(lambda x: net.first(x).relu(), IMAGES.clone().requires_grad_(), use_reentrant=reentrant)
+        return net.second(net.first(inner).relu())
+
+    alike = copy.deepcopy(network)
+    forward(alike).square().sum().backward()
+    with weights_quantized_once(network):
+        forward(network).square().sum().backward()
+    for (name, ours), (_, expected) in zip(network.named_parameters(), alike.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_first_use_without_gradients_takes_none_from_later_ones(network):
+    with weights_quantized_once(network):
+        with torch.no_grad():
+            network(IMAGES)
+        network(IMAGES).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_copies_made_within_a_block_are_outside_of_it(network):
+    with weights_quantized_once(network):
+        network(IMAGES)
+        twin = copy.deepcopy(network)
+    with torch.no_grad():
+        twin.second.weight.zero_()
+        assert not torch.equal(twin(IMAGES), network(IMAGES))
+
+
+def test_an_inner_block_on_more_layers_ends_for_all_of_them(network):
+    with torch.no_grad(), weights_quantized_once(nn.Sequential(network.first)), weights_quantized_once(network):
+        network(IMAGES)
+    assert {layer.weight_quantizer.results for layer in quantized_layers(network).values()} == {None}
+
+
+def test_the_block_may_stand_in_inference_mode(network):
+    expected = network(IMAGES)
+    with torch.inference_mode(), weights_quantized_once(network):
+        assert torch.equal(network(IMAGES), expected)

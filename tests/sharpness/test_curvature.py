@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.convert import bypassed
+from bitscape.policy import LayerBits, Policy
+from bitscape.quant.convert import bypassed, calibrate, with_quantizers
 from bitscape.sharpness.ball import Ball
 from bitscape.sharpness.curvature import top_eigenvalue
 from tests.sharpness.small import batch, half_squared_error, quantized, regression, small_net
@@ -135,3 +136,15 @@ def test_settings_out_of_range_are_named():
         top_eigenvalue(small_net(), *batch(), iterations=0)
     with pytest.raises(BitscapeError, match=r"without clips"):
         top_eigenvalue(small_net(), *batch(), ball=Ball(clips=True))
+
+
+def test_latent_weights_have_the_curvature_of_the_values_that_they_stand_for():
+    images = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    policy = Policy({"0": LayerBits(8, 16), "2": LayerBits(8, 16)})
+    network = calibrate(with_quantizers(model, policy), images)
+    ball, settings = Ball(weights="latent"), {"iterations": 200, "tolerance": 1e-5}
+    found = top_eigenvalue(network, images, labels, ball=ball, **settings)
+    expected = top_eigenvalue(model, images, labels, ball=ball, **settings)
+    assert found.value == pytest.approx(expected.value, rel=0.05)

@@ -624,7 +624,7 @@ def foreign() -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"network": "resnet"}, "network is a str; it must be a torch.nn.Module"),
+        ({"network": "resnet"}, "network: a str where a network is needed; give a torch.nn.Module"),
         ({"data": "photos/"}, "a name or path is read by bitscape.load_dataset"),
         ({"data": bs.Batches}, "data: the class .*; pass a tensor"),
         ({"data": []}, "data: it holds no batch"),

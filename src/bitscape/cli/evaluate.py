@@ -123,6 +123,8 @@ def evaluate(
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
+    if repair and policy_file is None:
+        raise BitscapeError("--repair: only a --policy is repaired, on the --calibration images; give both")
     if decisions is not None and checkpoint is None:
         raise _undecided(decisions)
     from bitscape.data.splits import EVALUATION

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -104,14 +103,14 @@ def _image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def _countable() -> Iterator[None]:
-    """Run attention and recurrent layers as plain matrix products, and nothing compiled: fused operations have no count."""
+    """Run encoder and recurrent layers as plain matrix products, and nothing compiled: their fused operations have no count."""
     mha, cudnn, mkldnn = torch.backends.mha, torch.backends.cudnn, torch.backends.mkldnn
     before = mha.get_fastpath_enabled(), cudnn.enabled, mkldnn.enabled
     mha.set_fastpath_enabled(False)
     cudnn.enabled = False
     mkldnn.enabled = False  # type: ignore[assignment]  # torch types the property as an attribute
     try:
-        with sdpa_kernel(SDPBackend.MATH), _uncompiled():
+        with _uncompiled():
             yield
     finally:
         mha.set_fastpath_enabled(before[0])
@@ -177,6 +176,9 @@ class _Makers:
         self._names[_storage(tensor)] = names
 
 
+_ATEN = torch.ops.aten
+_COUNTED_AS = {_ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention}
+"""Operations that torch has no count for -> one of the same arguments that it has one for."""
 _SUMS = {"add", "add_", "sub", "sub_"}
 
 
@@ -216,7 +218,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operation, one made of others as these."""
         kwargs = kwargs or {}
-        count_flops = flop_registry.get(func.overloadpacket)
+        count_flops = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
         if count_flops is None:
             with self:
                 result = func.decompose(*args, **kwargs)

@@ -1,12 +1,13 @@
 """The model's forward as the loop runs it: autocast, compiled, outputs read."""
 
+import copy
 import functools
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,19 +64,27 @@ def autocast_on(device: torch.device, dtype: torch.dtype | None) -> torch.autoca
 def samples_at_once(model: nn.Module, inputs: Inputs, most: int) -> int:
     """How many samples go through the network together, for every module's output to keep within OUTPUT_BYTES.
 
-    At least one, and at most `most`. Tried on two of the samples in `inputs`, in eval mode.
+    At least two, which some networks need, and at most `most`. A copy of the network tries two of the samples in
+    `inputs`; one that cannot be copied, or does not take them, gets `most`.
     """
-    tried, largest = Minibatch(inputs).rows(slice(0, 2)), 1
+    largest = 1
 
     def see(_module: nn.Module, _inputs: object, output: Any) -> None:
         nonlocal largest
         largest = max(largest, *(tensor.nbytes for tensor in tensors_in(output)), 0)
 
-    with evaluating(model), explained_forward(tried.inputs), ExitStack() as hooks:
-        for module in model.modules():
-            hooks.enter_context(module.register_forward_hook(see))
-        call(model, moved(tried.inputs, device_of(model)))
-    return min(most, max(1, OUTPUT_BYTES * len(tried) // largest))
+    try:
+        tried, trial = Minibatch(inputs).rows(slice(0, 2)), copy.deepcopy(model)
+        for module in trial.modules():
+            module.register_forward_hook(see)
+        with evaluating(trial):
+            call(trial, moved(tried.inputs, device_of(model)))
+    except Exception:
+        return most
+    fitting = max(2, OUTPUT_BYTES * len(tried) // largest)
+    if fitting < most:
+        _log.info("%d samples at once, not %d: outputs on the way are large; batch_size says otherwise", fitting, most)
+    return min(most, fitting)
 
 
 def as_logits(output: object, images: int, highest_label: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What the loop and a training step say to each other."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -127,7 +128,7 @@ class Batch:
 
     def backward(self, model: nn.Module) -> StepRecord:
         """Run forward and backward of every part: `.grad` gains the gradient of the batch's mean loss."""
-        with weights_quantized_once(model):
+        with weights_quantized_once(model) if len(self.parts) > 1 else nullcontext():
             return sum_of([self._of_part(model, part) for part in self.parts])
 
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:

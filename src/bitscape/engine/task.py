@@ -42,8 +42,8 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.models.modes import evaluating
 
 TaskName = Literal["classes", "dense", "binary", "follow"]
-FEW = 2
-"""Images whose outputs tell what they are: their graph is kept."""
+FEW = 7
+"""Images whose outputs tell what they are: their graph is kept. An uncommon number, which no output has by chance."""
 SAMPLE = 64
 """Images whose outputs determine the spread."""
 _BACKWARD = re.compile(r"Backward\d*$")

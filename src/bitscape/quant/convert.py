@@ -58,6 +58,11 @@ def with_quantizers(
     """
     check_float32(model)
     require_float(model)
+    if torch.is_inference_mode_enabled():
+        raise BitscapeError(
+            "torch.inference_mode is on, and a network made in it could not be used outside; "
+            "quantize outside of it, or use torch.no_grad"
+        )
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise BitscapeError(

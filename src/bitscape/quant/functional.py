@@ -18,7 +18,7 @@ from torch import Tensor
 from bitscape.errors import BitscapeError
 from bitscape.quant import operators, reference
 from bitscape.quant.grid import Grid, Number
-from bitscape.quant.reference import widened
+from bitscape.quant.reference import Arithmetic, widened
 
 MINIMUM_SCALE = 2.0**-100
 """Scales never get smaller, so that a dead channel still has a grid. 2^26 times the smallest normal float32: the reciprocal is finite,
@@ -64,6 +64,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def at_least(x: Tensor, minimum: float) -> Tensor:
     """`x`, but not below `minimum`; the gradient passes straight through, so that a learned scale can grow again."""
+    x = widened(x)  # a minimum may be 0 in float16
     return x.clamp(min=minimum).detach() + (x - x.detach())  # what is added is exactly 0
 
 
@@ -101,21 +102,29 @@ def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], facto
 
 
 def _traced(x: Tensor, scale: Tensor, grid: Grid, factor: float) -> Tensor:
-    """`fake_quantize` for a compiler, which finds the gradients by itself: what has them is zero."""
-    wide, spacing = widened(x), scale.detach().clamp(min=MINIMUM_SCALE)
-    with torch.no_grad():
-        inside, level, distance = reference.placed(wide, spacing, grid)
-    y = level * spacing + torch.where(inside, wide - wide.detach(), 0.0)
-    y = y + (level - distance) * factor * (scale - scale.detach())
-    if isinstance(grid.zero_point, Tensor):
-        y = y - torch.where(inside, 0.0, (grid.zero_point - grid.zero_point.detach()) * spacing)
-    return y.to(x.dtype)
+    """`fake_quantize` for a compiler, which finds the gradients by itself and fuses all of this.
+
+    Of values on the very ends of the range, rounding decides whether their gradient passes: EDGE would cost a pass.
+    """
+    scale = widened(scale)
+    spacing = scale.detach().clamp(min=MINIMUM_SCALE)
+    scale = spacing + factor * (scale - scale.detach())  # what is added is exactly 0
+    ratio = widened(x) / spacing
+    # The derivative by the scale, term by term: that of a quotient holds 1 / scale^2, which is infinite for the smallest scales.
+    ratio = ratio - ratio.detach() * ((scale - spacing) / spacing)
+    code = torch.clamp(ratio + grid.zero_point, grid.qmin, grid.qmax)  # type: ignore[arg-type]  # both numbers or both tensors
+    return ((round_ste(code) - grid.zero_point) * scale).to(x.dtype)
+
+
+def _twice_differentiable() -> Arithmetic:
+    """For a backward pass: the definition where a second one may follow (create_graph), which operators lack."""
+    return reference if torch.is_grad_enabled() else operators
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: Number, qmax: Number, zero_point: Number, factor: float) -> Tensor:
-        scale = scale.clamp(min=MINIMUM_SCALE)
+        scale = widened(scale).clamp(min=MINIMUM_SCALE)
         ctx.save_for_backward(x, scale, *(one for one in (qmin, qmax, zero_point) if isinstance(one, Tensor)))
         ctx.numbers = tuple(None if isinstance(one, Tensor) else one for one in (qmin, qmax, zero_point))
         ctx.factor = factor
@@ -126,14 +135,14 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, *tensors = ctx.saved_tensors
         queue = iter(tensors)
         grid = Grid(*(next(queue) if one is None else one for one in ctx.numbers))
-        passed, by_scale, by_zero_point = operators.quantized_backward(gradient, x, scale, grid)
+        passed, by_scale, by_zero_point = _twice_differentiable().quantized_backward(gradient, x, scale, grid)
         return passed, by_scale * ctx.factor, None, None, by_zero_point if ctx.needs_input_grad[4] else None, None
 
 
 class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shares: Tensor, grids: tuple[Grid, ...], factors: tuple[float, ...]) -> Tensor:
-        scale = scale.clamp(min=MINIMUM_SCALE)
+        scale = widened(scale).clamp(min=MINIMUM_SCALE)
         ctx.save_for_backward(x, scale, shares)
         ctx.grids, ctx.factors = grids, factors
         return operators.mixed(x, scale, shares, grids)
@@ -141,7 +150,7 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shares = ctx.saved_tensors
-        passed, by_scale, by_level = operators.mixed_backward(gradient, x, scale, shares, ctx.grids)
+        passed, by_scale, by_level = _twice_differentiable().mixed_backward(gradient, x, scale, shares, ctx.grids)
         factors = shares * torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device)
         by_shares = (by_level * scale).flatten().reshape(len(shares), -1).sum(1)
         return passed, by_scale * factors.reshape(-1, *[1] * (scale.ndim - 1)), by_shares, None, None

@@ -1,7 +1,7 @@
 """The definition of fake-quantization and of mixtures of widths, forward and backward, in PyTorch.
 
 `operators.py` offers these functions as operators of PyTorch, which faster kernels compute. Kernels
-give the same bits, except that they add up in another order. Values of less than float32 are widened
+give the same values, but for the sign of zeros, and add up in another order. Values of less than float32 are widened
 first, and results have the type of the values.
 
 Arguments, throughout:
@@ -92,7 +92,7 @@ def quantized_backward(
         the range, added up. Of one that is a number, 0.
     """
     wide, upstream = widened(x), widened(gradient)
-    inside, level, distance = placed(wide, scale, grid)
+    inside, level, distance = _placed(wide, scale, grid)
     passed = torch.where(inside, upstream, 0.0)
     by_scale = (upstream * (level - distance)).float().sum_to_size(scale.shape)
     return passed.to(x.dtype), by_scale, by_zero_point(lambda: (passed - upstream) * scale, grid)
@@ -128,7 +128,7 @@ def mixed_backward(
     wide, upstream = widened(x), widened(gradient)
     passed, by_scale, by_level = None, [], []
     for one, share, grid in zip(scale, shares, grids, strict=True):
-        inside, level, distance = placed(wide, one, grid)
+        inside, level, distance = _placed(wide, one, grid)
         part = torch.where(inside, upstream, 0.0) * share
         passed = part if passed is None else passed + part
         by_scale.append((upstream * (level - distance)).float().sum_to_size(one.shape))
@@ -137,7 +137,8 @@ def mixed_backward(
     return passed.to(x.dtype), torch.stack(by_scale), torch.stack(by_level)
 
 
-def placed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def _placed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Where `x` lies: whether inside the range; its level, code - zero_point; x / scale if inside, else 0."""
     low, high = (grid.qmin - grid.zero_point) * scale, (grid.qmax - grid.zero_point) * scale
     inside = (x >= low - EDGE * low.abs()) & (x <= high + EDGE * high.abs())

@@ -18,7 +18,7 @@ Measured  docs/flat-training: saq.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -131,21 +131,27 @@ class SharpStep:
         return self._perturbed(model, batch) if sharp else self._plain(model, batch)
 
     def _perturbed(self, model: nn.Module, batch: Batch) -> StepRecord:
-        # Only in the latent form do weights change between the passes, before their quantizers.
-        once = nullcontext() if self.settings.weights == "latent" else weights_quantized_once(model)
-        with once:
+        with self._once(model):
             return self._passes(model, batch)
+
+    def _once(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Only in the latent form do weights change between the passes, before their quantizers."""
+        return nullcontext() if self.settings.weights == "latent" else weights_quantized_once(model)
+
+    def _backward(self, model: nn.Module, batch: Batch) -> StepRecord:
+        with self._once(model):  # at its end gradients reach the weights
+            return batch.backward(model)
 
     def _passes(self, model: nn.Module, batch: Batch) -> StepRecord:
         settings, state = self.settings, random_state(model)
         with settings.ball.watched(model) as ascent:
-            record = batch.backward(model)
+            record = self._backward(model, batch)
         if settings.descent == "perturbed":
             model.zero_grad(set_to_none=True)
         rho = settings.radius(ascent)
         again = settings.ball.watched(model) if settings.reuse == "orthogonal" else nullcontext()
         with repeating(model, state), ascent.applied(ascent.factor(rho)), again as second:
-            gap = batch.backward(model).loss - record.loss
+            gap = self._backward(model, batch).loss - record.loss
         if second is not None:
             per_length = 1 / (_length(ascent.gradients) + TINY)
             # In the memory order that a checkpoint gives back: sums in another one have other bits.

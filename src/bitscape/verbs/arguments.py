@@ -19,6 +19,7 @@ from bitscape.engine.outputs import rows_by_name, spreads_of
 from bitscape.engine.task import Classes, Follow, Task, TaskName, task_of
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError, explained_forward, first_line
+from bitscape.models.dtypes import check_module
 from bitscape.models.modes import evaluating
 
 _log = logging.getLogger("bitscape.verbs")
@@ -39,8 +40,7 @@ def read_epochs(
     shuffle: bool = False,
 ) -> Epochs:
     """Return the user's data in batches. Raises BitscapeError for data that cannot be read."""
-    if not isinstance(network, nn.Module):
-        raise BitscapeError(f"network is a {type(network).__name__}; it must be a torch.nn.Module")
+    check_module(network, "network")
     reader = BatchReader.of(network, inputs, targets)
     batches = epochs_of(data, reader, batch_size=batch_size, shuffle=shuffle, seed=seed)
     if (inputs or targets) and not isinstance(batches, Rows | Loaded):

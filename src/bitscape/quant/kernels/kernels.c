@@ -1,8 +1,9 @@
 /* Fake-quantization and mixtures of widths, each in one walk through memory.
 
 Every element is computed by the operations of reference.py in their order, in float32 and without
-fused multiply-adds, so that values and their gradients have the same bits. Sums over elements have
-an order of their own: float32 within BLOCK elements, float64 beyond; threads do not change it.
+fused multiply-adds, so that values and their gradients are the same, but for the sign of zeros.
+Sums over elements have an order of their own: float32 within BLOCK elements, float64 beyond. Threads
+do not change it.
 
 A tensor is seen as rows of `inner` elements in storage order. Row r has the grid of channel
 r % channels; `grids` holds the scale, lowest and highest code and zero point of each channel, in
@@ -294,6 +295,12 @@ static void in_threads(Work work, const Job *job, int64_t units, int threads) {
     for (int at = 0; at < threads; at++)
         if (running[at]) pthread_join(started[at], NULL);
 }
+
+/* A hash of this file, so that a library of another version is told from one that fits. */
+#ifndef BITSCAPE_SOURCE
+#define BITSCAPE_SOURCE ""
+#endif
+const char *bitscape_source(void) { return BITSCAPE_SOURCE; }
 
 int64_t bitscape_units(int64_t rows, int64_t inner) {
     return rows * ((inner + PIECE - 1) / PIECE);

@@ -1,10 +1,12 @@
 """The kernels of kernels.c, called through ctypes.
 
 The library is built with the package (hatch_build.py) and needs nothing of torch or Python, so that
-one file serves every version of both. Where it is missing, `supports` is false and a log line says so.
+one file serves every version of both. Where it is missing, `supports` is false and a log line says
+so.
 """
 
 import ctypes
+import hashlib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -43,9 +45,11 @@ def _functions() -> Mapping[str, Any]:
     """The library's functions; none, and one log line, where it was not built or does not load."""
     try:
         library = ctypes.CDLL(str(FILE))
+        _check_source(library)
     except OSError as error:
         logging.getLogger(__name__).info(
-            "no native kernels, quantization takes longer: install a C compiler, then bitscape again (%s)",
+            "no native kernels, quantization takes longer: "
+            "install a C compiler, then bitscape again (%s)",
             error,
         )
         return {}
@@ -53,6 +57,16 @@ def _functions() -> Mapping[str, Any]:
     for name, (arguments, result) in _SIGNATURES.items():
         functions[name].argtypes, functions[name].restype = arguments, result
     return functions
+
+
+def _check_source(library: ctypes.CDLL) -> None:
+    """Raise OSError for a library that was built from another kernels.c: its arguments may differ."""
+    built_from = getattr(library, "bitscape_source", None)
+    if built_from is not None:
+        built_from.restype = ctypes.c_char_p
+    present = hashlib.sha256(FILE.with_suffix(".c").read_bytes()).hexdigest()
+    if built_from is None or built_from() != present.encode():
+        raise OSError(f"{FILE.name} was built from another version of kernels.c")
 
 
 def supports(x: Tensor) -> bool:
@@ -136,4 +150,4 @@ def mixed_backward(
 def _mixture(rows: Rows, scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> tuple[Any, Tensor, int]:
     """What the mixture kernels take beside the data: grids, shares and the number of candidates."""
     numbers = [(one, grid.qmin, grid.qmax, grid.zero_point) for one, grid in zip(scale, grids, strict=True)]
-    return _table(rows, [*itertools.chain(*numbers)]), shares.contiguous(), len(grids)
+    return _table(rows, [*itertools.chain(*numbers)]), shares.float().contiguous(), len(grids)

@@ -6,7 +6,7 @@ A quantizer is a frozen setting with two functions, `for_weight(weight, bits)` a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,10 @@ class FakeQuantizer(nn.Module, ABC):
         """Let the values decide whether codes below zero are needed."""
         self.signed = bool(values.min() < 0)
         self._grid = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are outside of any block."""
+        return {**self.__dict__, "results": None}
 
     # The sign and the state travel with the state dict, as a tensor, so that nothing has to be unpickled.
     def get_extra_state(self) -> Tensor:
