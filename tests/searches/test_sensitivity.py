@@ -120,7 +120,7 @@ class Returning(nn.Module):
     [
         (lambda y: "logits", "it returns no tensor but str"),
         (lambda y: {"best": y.argmax(1)}, "no floating-point tensor"),
-        (lambda y: y[:3, :3], r"the model returns shape \(3, 3\) for 6 images"),
+        (lambda y: y[:3, :3], r"output output0 has shape \(3, 3\) for 6 images"),
         (lambda y: torch.where(y == y[-1], torch.inf, y), r"the model's outputs of image 5 are not finite"),
         (lambda y: y * torch.nan, "the model's outputs of image 0 are not finite"),
     ],

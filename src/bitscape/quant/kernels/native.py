@@ -48,8 +48,7 @@ def _functions() -> Mapping[str, Any]:
         _check_source(library)
     except OSError as error:
         logging.getLogger(__name__).info(
-            "no native kernels, quantization takes longer: "
-            "install a C compiler, then bitscape again (%s)",
+            "no native kernels, quantization is slow: install a C compiler, then bitscape again (%s)",
             error,
         )
         return {}
