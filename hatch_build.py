@@ -50,7 +50,9 @@ class KernelHook(BuildHookInterface):
                 break
         else:
             why = "; ".join(errors) or "there is no C compiler"
-            self.app.display_warning(f"bitscape is built without native kernels, and is slower: {why}")
+            self.app.display_warning(
+                f"bitscape is built without native kernels, and is slower: {why}"
+            )
             return
         if version != "editable":
             system = sysconfig.get_platform().replace("universal2", platform.machine())

@@ -52,7 +52,9 @@ GRIDS = {
     "signs": lambda x: grid(1, signed=True),
     "16 bits": lambda x: grid(16, signed=False),
     "zero point": lambda x: Grid(0, 15, torch.tensor(3.3)),
-    "bits by image": lambda x: grid(1 + torch.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) % 8, signed=True),
+    "bits by image": lambda x: grid(
+        1 + torch.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)) % 8, signed=True
+    ),
 }
 
 
@@ -134,10 +136,14 @@ def test_threads_change_nothing():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(native.quantized_backward(gradient, x, torch.tensor(0.3), grid(4, signed=True)))
+            results.append(
+                native.quantized_backward(gradient, x, torch.tensor(0.3), grid(4, signed=True))
+            )
     finally:
         torch.set_num_threads(threads)
-    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
+    assert all(map(torch.equal, results[0], results[1])) and all(
+        map(torch.equal, results[0], results[2])
+    )
 
 
 @pytest.mark.parametrize("kernels, kind", KERNELS)
@@ -167,12 +173,18 @@ def test_other_types_take_the_definition(kind):
     x = normal(5, 6).to(kind)
     assert not native.supports(x)
     y = operators.quantized(x, torch.tensor(0.3), grid(4, signed=True))
-    assert y.dtype == kind and torch.equal(y, reference.quantized(x, torch.tensor(0.3), grid(4, signed=True)))
+    assert y.dtype == kind and torch.equal(
+        y, reference.quantized(x, torch.tensor(0.3), grid(4, signed=True))
+    )
 
 
 @needs_native
 def test_shares_of_another_type_count():
-    x, shares, grids = normal(50), normal(3, seed=2).softmax(0), [grid(bits, signed=True) for bits in (2, 4, 8)]
+    x, shares, grids = (
+        normal(50),
+        normal(3, seed=2).softmax(0),
+        [grid(bits, signed=True) for bits in (2, 4, 8)],
+    )
     scale = torch.tensor([0.9, 0.3, 0.02])
     y = native.mixed(x, scale, shares.double(), grids)
     assert torch.equal(y, native.mixed(x, scale, shares, grids))
@@ -180,7 +192,9 @@ def test_shares_of_another_type_count():
 
 @needs_native
 def test_a_scale_that_would_enlarge_the_values_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(1, 3\), which does not broadcast to that of x, \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(1, 3\), which does not broadcast to that of x, \(3,\)"
+    ):
         native.quantized(normal(3), torch.ones(1, 3), grid(4, signed=True))
 
 
@@ -199,20 +213,28 @@ def test_a_library_of_another_source_is_not_used(tmp_path, monkeypatch, caplog):
     assert "built from another version of kernels.c" in caplog.text
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler")
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+)
 def test_where_there_is_a_compiler_there_are_kernels():
     assert native.supports(torch.empty(1))
 
 
 def test_operators_stay_in_traced_graphs_and_know_their_shapes():
     levels = grid(4, signed=True)
-    graph = make_fx(lambda x, s: fake_quantize(x, s, levels), tracing_mode="fake")(normal(2, 3), torch.tensor(0.3))
+    graph = make_fx(lambda x, s: fake_quantize(x, s, levels), tracing_mode="fake")(
+        normal(2, 3), torch.tensor(0.3)
+    )
     assert torch.ops.bitscape.quantize.default in {node.target for node in graph.graph.nodes}
     x, scale = normal(7, 3), torch.tensor(0.1)
     assert torch.equal(graph(x, scale), fake_quantize(x, scale, levels))
 
 
-@pytest.mark.parametrize("levels", [grid(4, signed=True), GRIDS["bits by image"](torch.empty(4, 3, 1, 1))], ids=["numbers", "tensors"])
+@pytest.mark.parametrize(
+    "levels",
+    [grid(4, signed=True), GRIDS["bits by image"](torch.empty(4, 3, 1, 1))],
+    ids=["numbers", "tensors"],
+)
 def test_operators_pass_the_checks_of_pytorch(levels):
     part = normal(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)[:, :, 1:, 1:]
     x, scale = part, torch.tensor(0.3)
@@ -221,10 +243,14 @@ def test_operators_pass_the_checks_of_pytorch(levels):
     numbers = [one.float() if isinstance(one, torch.Tensor) else float(one) for one in limits]
     for name, tensors in {"quantize": (x, scale), "quantize_backward": (x, x, scale)}.items():
         operator = getattr(getattr(torch.ops.bitscape, name), kind)
-        torch.library.opcheck(operator, (*tensors, *numbers), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operator, (*tensors, *numbers), test_utils=("test_schema", "test_faketensor")
+        )
 
 
-def test_without_the_library_the_definition_is_used_and_the_log_says_so(tmp_path, monkeypatch, caplog):
+def test_without_the_library_the_definition_is_used_and_the_log_says_so(
+    tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(native, "FILE", tmp_path / "kernels.so")
     native._functions.cache_clear()
     try:

@@ -52,7 +52,9 @@ def test_gradients_of_parts_are_those_without_the_block(network):
     with weights_quantized_once(network):
         for part in IMAGES.split(2):
             network(part).square().sum().backward()
-    for (name, ours), (_, expected) in zip(network.named_parameters(), alike.named_parameters(), strict=True):
+    for (name, ours), (_, expected) in zip(
+        network.named_parameters(), alike.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -101,14 +103,18 @@ def test_a_block_that_fails_leaves_nothing_behind(network):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpoints_take_the_same_weight(network, reentrant):
     def forward(net):
-        inner = checkpoint(lambda x: net.first(x).relu(), IMAGES.clone().requires_grad_(), use_reentrant=reentrant)
+        inner = checkpoint(
+            lambda x: net.first(x).relu(), IMAGES.clone().requires_grad_(), use_reentrant=reentrant
+        )
         return net.second(net.first(inner).relu())
 
     alike = copy.deepcopy(network)
     forward(alike).square().sum().backward()
     with weights_quantized_once(network):
         forward(network).square().sum().backward()
-    for (name, ours), (_, expected) in zip(network.named_parameters(), alike.named_parameters(), strict=True):
+    for (name, ours), (_, expected) in zip(
+        network.named_parameters(), alike.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -130,9 +136,15 @@ def test_copies_made_within_a_block_are_outside_of_it(network):
 
 
 def test_an_inner_block_on_more_layers_ends_for_all_of_them(network):
-    with torch.no_grad(), weights_quantized_once(nn.Sequential(network.first)), weights_quantized_once(network):
+    with (
+        torch.no_grad(),
+        weights_quantized_once(nn.Sequential(network.first)),
+        weights_quantized_once(network),
+    ):
         network(IMAGES)
-    assert {layer.weight_quantizer.results for layer in quantized_layers(network).values()} == {None}
+    assert {layer.weight_quantizer.results for layer in quantized_layers(network).values()} == {
+        None
+    }
 
 
 def test_the_block_may_stand_in_inference_mode(network):

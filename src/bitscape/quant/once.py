@@ -55,7 +55,9 @@ class Results:
         reached = [one for one in every if one.leaf.grad is not None]
         if reached:
             gradients = [one.leaf.grad for one in reached]
-            torch.autograd.backward([one.quantized for one in reached], gradients, retain_graph=True)
+            torch.autograd.backward(
+                [one.quantized for one in reached], gradients, retain_graph=True
+            )
         for one in reached:
             one.leaf.grad = None
 

@@ -107,7 +107,11 @@ def _fake_mix_backward(_: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> Gradi
 
 for _kind, _type in {"": "float", ".tensors": "Tensor"}.items():
     _grid = f"Tensor scale, {_type} qmin, {_type} qmax, {_type} zero_point"
-    _define(f"quantize{_kind}(Tensor x, {_grid}) -> Tensor", _quantize, lambda x, *_: torch.empty_like(x))
+    _define(
+        f"quantize{_kind}(Tensor x, {_grid}) -> Tensor",
+        _quantize,
+        lambda x, *_: torch.empty_like(x),
+    )
     _define(
         f"quantize_backward{_kind}(Tensor gradient, Tensor x, {_grid}) -> (Tensor, Tensor, Tensor)",
         _quantize_backward,

@@ -36,7 +36,9 @@ class Arithmetic(Protocol):
 
     def quantized(self, x: Tensor, scale: Tensor, grid: Grid) -> Tensor: ...
 
-    def quantized_backward(self, gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Gradients: ...
+    def quantized_backward(
+        self, gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid
+    ) -> Gradients: ...
 
     def mixed(self, x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> Tensor: ...
 
@@ -79,9 +81,7 @@ def quantized(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return dequantize(quantize(wide, scale, grid), scale, grid.zero_point).to(x.dtype)
 
 
-def quantized_backward(
-    gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid
-) -> Gradients:
+def quantized_backward(gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Gradients:
     """Gradients of `quantized` (Esser et al., ICLR 2020, Eq. 3 and 5).
 
     Returns:

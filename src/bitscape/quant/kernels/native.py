@@ -112,9 +112,7 @@ def quantized(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return y
 
 
-def quantized_backward(
-    gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid
-) -> Gradients:
+def quantized_backward(gradient: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Gradients:
     """As `reference.quantized_backward`."""
     numbers = (scale, grid.qmin, grid.qmax, grid.zero_point)
     x, rows = rows_of(x, numbers)
@@ -146,7 +144,11 @@ def mixed_backward(
     return passed, sums[:, 0], sums[:, 1]
 
 
-def _mixture(rows: Rows, scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> tuple[Any, Tensor, int]:
+def _mixture(
+    rows: Rows, scale: Tensor, shares: Tensor, grids: Sequence[Grid]
+) -> tuple[Any, Tensor, int]:
     """What the mixture kernels take beside the data: grids, shares and the number of candidates."""
-    numbers = [(one, grid.qmin, grid.qmax, grid.zero_point) for one, grid in zip(scale, grids, strict=True)]
+    numbers = [
+        (one, grid.qmin, grid.qmax, grid.zero_point) for one, grid in zip(scale, grids, strict=True)
+    ]
     return _table(rows, [*itertools.chain(*numbers)]), shares.float().contiguous(), len(grids)

@@ -83,7 +83,9 @@ def rows_of(x: Tensor, numbers: Sequence[Number]) -> tuple[Tensor, Rows]:
     shapes = [one.shape for one in numbers if isinstance(one, Tensor) and one.numel() > 1]
     sizes = torch.broadcast_shapes(*shapes) if len(shapes) > 1 else (*shapes, torch.Size())[0]
     if torch.broadcast_shapes(x.shape, sizes) != x.shape:
-        raise ValueError(f"scale, grid: of shape {tuple(sizes)}, which does not broadcast to that of x, {tuple(x.shape)}")
+        raise ValueError(
+            f"scale, grid: of shape {tuple(sizes)}, which does not broadcast to that of x, {tuple(x.shape)}"
+        )
     rows = _layout(x.shape, x.stride(), sizes)
     if rows is None:
         x = torch.empty_like(x).copy_(x)
