@@ -20,9 +20,9 @@ import torch
 import bitscape as bs
 from benchmarks.common import DATA, dataset, do_missing, proxy_images
 from benchmarks.speed_clock import clocked
-from benchmarks.speed_jobs import random_scores
+from benchmarks.speed_jobs import network_of, random_scores, random_sizes
 from bitscape.cost.budget import Budget
-from bitscape.cost.layers import LayerCost, NetworkProfile
+from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import cost
 from bitscape.policy import uniform_policy
 from bitscape.searches.allocation import allocate
@@ -55,27 +55,12 @@ def wanted() -> Iterator[dict[str, Any]]:
 
 def made_network(kind: str, layers: int, seed: int) -> NetworkProfile:
     """Layers of random size over three magnitudes, of four sizes in turn, or of one size but for a relative spread."""
-    rng = np.random.default_rng(seed)
     if kind == "random":
-        sizes = np.exp(rng.uniform(np.log([1e5, 1e2, 1e2]), np.log([1e8, 1e6, 1e5]), (layers, 3)))
-    elif kind == "blocks":
-        sizes = np.array([BLOCK[at % len(BLOCK)] for at in range(layers)])
-    else:
-        sizes = np.array([1e9, 1e6, 1e6]) + rng.integers(0, max(3, int(1e9 * float(kind.split()[1]))), (layers, 3)) / [1, 1e3, 1e3]
-    return NetworkProfile(layers=tuple(_layer(at, *row) for at, row in enumerate(sizes.astype(int).tolist())), input_shape=(3, 32, 32))
-
-
-def _layer(at: int, macs: int, columns: int, inputs: int) -> LayerCost:
-    return LayerCost(
-        name=f"layer{at}",
-        kind="Linear",
-        macs=macs,
-        weights=16 * columns,
-        weight_shape=(16, columns),
-        scales=16,
-        input_elements=inputs,
-        output_elements=inputs,
-    )
+        return network_of(random_sizes(layers, seed))
+    if kind == "blocks":
+        return network_of(np.array([BLOCK[at % len(BLOCK)] for at in range(layers)]))
+    spread = np.random.default_rng(seed).integers(0, max(3, int(1e9 * float(kind.split()[1]))), (layers, 3))
+    return network_of(np.array([1e9, 1e6, 1e6]) + spread / [1, 1e3, 1e3])
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bitscape as bs
@@ -152,16 +153,14 @@ def measure_growth(run: dict[str, Any], _: int) -> dict[str, Any]:
     return measured_job(make)
 
 
-def random_costs(seed: int) -> NetworkProfile:
-    """Layers of random size, over three magnitudes."""
+def random_sizes(layers: int, seed: int) -> NDArray[np.float64]:
+    """MACs, weight columns and inputs of layers (layers, 3), over three magnitudes."""
     rng = np.random.default_rng(seed)
-    sizes = (
-        np.exp(
-            rng.uniform(np.log([1e5, 1e2, 1e2]), np.log([1e8, 1e6, 1e5]), (ALLOCATION["layers"], 3))
-        )
-        .astype(int)
-        .tolist()
-    )
+    return np.exp(rng.uniform(np.log([1e5, 1e2, 1e2]), np.log([1e8, 1e6, 1e5]), (layers, 3)))
+
+
+def network_of(sizes: NDArray[Any]) -> NetworkProfile:
+    """Linear layers of these MACs, weight columns and inputs (layers, 3)."""
     layers = [
         LayerCost(
             name=f"layer{at}",
@@ -173,7 +172,7 @@ def random_costs(seed: int) -> NetworkProfile:
             input_elements=inputs,
             output_elements=inputs,
         )
-        for at, (macs, columns, inputs) in enumerate(sizes)
+        for at, (macs, columns, inputs) in enumerate(sizes.astype(int).tolist())
     ]
     return NetworkProfile(layers=tuple(layers), input_shape=(3, 32, 32))
 
@@ -194,7 +193,7 @@ def random_scores(
 def allocation_clocks(seed: int) -> Clocks:
     """One instance; tightness goes round from 3 to 5 bits."""
     network, candidates = (
-        random_costs(seed),
+        network_of(random_sizes(ALLOCATION["layers"], seed)),
         tuple(bs.LayerBits(w, a) for w, a in product((2, 3, 4, 6, 8), repeat=2)),
     )
     bits = 3 + seed % 3
