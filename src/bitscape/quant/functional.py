@@ -95,8 +95,8 @@ def mixed(x: Tensor, scale: Tensor, shares: Tensor, grids: Sequence[Grid], facto
         factors: what each scale's gradient is multiplied by.
     """
     if torch.compiler.is_compiling():
-        each = zip(shares, scale, grids, factors, strict=True)
-        parts = [share * _traced(widened(x), one, grid, factor) for share, one, grid, factor in each]
+        candidates = zip(shares, scale, grids, factors, strict=True)
+        parts = [share * _traced(widened(x), one, grid, factor) for share, one, grid, factor in candidates]
         return torch.stack(parts).sum(0).to(x.dtype)
     return _Mixed.apply(x, scale, shares, tuple(grids), tuple(factors))  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
@@ -154,13 +154,3 @@ class _Mixed(torch.autograd.Function):
         factors = shares * torch.tensor(ctx.factors, dtype=torch.float32, device=scale.device)
         by_shares = (by_level * scale).flatten().reshape(len(shares), -1).sum(1)
         return passed, by_scale * factors.reshape(-1, *[1] * (scale.ndim - 1)), by_shares, None, None
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one block of memory, images outermost: contiguous or channels_last."""
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def storage_order(x: Tensor) -> Tensor:
-    """A dense tensor's elements as they lie in memory, without a copy."""
-    return x.as_strided((x.numel(),), (1,))

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from bitscape.errors import BitscapeError
-from bitscape.quant.functional import is_dense, storage_order
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
@@ -81,11 +80,21 @@ def weighted_products(changes: Sequence[Tensor], gradient: Tensor) -> Tensor:
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """Each tensor in flat pieces, elements of all in the same order: on a CPU small enough for its cache, else in one."""
-    first = tensors[0] if is_dense(tensors[0]) else tensors[0].contiguous()
+    first = tensors[0] if _is_dense(tensors[0]) else tensors[0].contiguous()
     alike = [t if t.stride() == first.stride() else torch.empty_like(first).copy_(t) for t in tensors]
     on_cpu = first.device.type == "cpu"
     size = CACHED_ELEMENTS * torch.get_num_threads() if on_cpu else first.numel()
-    return [storage_order(tensor).split(size) for tensor in alike]
+    return [_storage_order(tensor).split(size) for tensor in alike]
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory, images outermost: contiguous or channels_last."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _storage_order(x: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory, without a copy."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 @dataclass(frozen=True, kw_only=True)

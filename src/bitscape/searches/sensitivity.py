@@ -35,7 +35,7 @@ from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
 from bitscape.quant.observers import Mse
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
-from bitscape.quant.reference import dequantize, quantize, widened
+from bitscape.quant.reference import widened
 from bitscape.searches.choices import Choices
 from bitscape.searches.gain import gain_of
 from bitscape.searches.pick import check_pick, chosen
@@ -154,18 +154,24 @@ def _weight_noise(layer: nn.Module, bits: int) -> Tensor:
     weight, levels = layer.get_parameter("weight"), grid(bits, signed=True)
     shape = scale_shape(weight.shape, PerChannel(), scale_axis(layer))
     scale = Mse().scale(grouped(weight, shape), levels).reshape(shape)
-    return dequantize(quantize(weight, scale, levels), scale, levels.zero_point) - weight
+    return _noise(weight, scale, levels)
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """One run of one layer on one batch: what came in and what went out; `calls` gives both in float32, also under autocast."""
+class _Run:
+    """One run of one layer on one batch."""
 
     name: str
     input: Tensor
-    output: Tensor
     second: Tensor | None = field(default=None, kw_only=True)
     """Second operand of a product of two activations."""
+
+
+@dataclass(frozen=True)
+class LayerCall(_Run):
+    """What came in and what went out; `calls` gives both in float32, also under autocast."""
+
+    output: Tensor
 
 
 def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerCall]:
@@ -177,14 +183,10 @@ def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerC
 
 
 @dataclass(frozen=True)
-class GradedCall:
-    """One run of one layer on one batch: what came in, and the loss gradient at what went out, in float32."""
+class GradedCall(_Run):
+    """What came in, and the loss gradient at what went out, in float32."""
 
-    name: str
-    input: Tensor
     gradient: Tensor
-    second: Tensor | None = field(default=None, kw_only=True)
-    """Second operand of a product of two activations."""
 
     def parts(self, layer: nn.Module) -> "Iterator[GradedCall]":
         """On a CPU the run in parts of few images, so that the changes of one part stay in the cache; else all of it.

@@ -70,8 +70,9 @@ def evaluate(
     """
     batches = read_epochs(network, data, inputs, targets, batch_size=batch_size, seed=seed)
     if batch_size is None and isinstance(batches, Rows):
-        most = samples_at_once(network, first_of(batches).inputs, batches.batch_size)
-        batches = replace(batches, batch_size=most)
+        few = first_of(replace(batches, batch_size=2))
+        fitting = samples_at_once(network, few.inputs, most=batches.batch_size)
+        batches = replace(batches, batch_size=fitting)
     if metric is not None:
         meaning: Task = User(loss, metric)
     else:

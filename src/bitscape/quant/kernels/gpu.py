@@ -153,4 +153,4 @@ def mixed_backward(
 def _mixture(rows: Rows, scale: Tensor, shares: Tensor, grids: Sequence[Grid]) -> tuple[Any, ...]:
     """What programs take of a mixture: scales, shares, and each limit of all the grids."""
     limits = [(float(one.qmin), float(one.qmax), float(one.zero_point)) for one in grids]
-    return rows.by_channel(scale), shares.contiguous(), *zip(*limits, strict=True)
+    return rows.by_channel(scale), shares.float().contiguous(), *zip(*limits, strict=True)

@@ -296,6 +296,8 @@ static void in_threads(Work work, const Job *job, int64_t units, int threads) {
         if (running[at]) pthread_join(started[at], NULL);
 }
 
+static int64_t units_of_row(int64_t inner) { return (inner + PIECE - 1) / PIECE; }
+
 /* A hash of this file, so that a library of another version is told from one that fits. */
 #ifndef BITSCAPE_SOURCE
 #define BITSCAPE_SOURCE ""
@@ -303,13 +305,13 @@ static void in_threads(Work work, const Job *job, int64_t units, int threads) {
 const char *bitscape_source(void) { return BITSCAPE_SOURCE; }
 
 int64_t bitscape_units(int64_t rows, int64_t inner) {
-    return rows * ((inner + PIECE - 1) / PIECE);
+    return rows * units_of_row(inner);
 }
 
 void bitscape_quantize(const void *x, void *out, int bfloat16, int64_t rows, int64_t channels,
                        int64_t inner, const float *grids, int threads) {
     Job job = {.x = x, .out = out, .grids = grids, .channels = channels, .inner = inner,
-               .units_of_row = (inner + PIECE - 1) / PIECE, .bfloat16 = bfloat16};
+               .units_of_row = units_of_row(inner), .bfloat16 = bfloat16};
     in_threads(quantize_units, &job, bitscape_units(rows, inner), threads);
 }
 
@@ -319,7 +321,7 @@ void bitscape_quantize_backward(const void *x, const void *gradient, void *out, 
                                 double *sums, int threads) {
     Job job = {.x = x, .gradient = gradient, .out = out, .grids = grids, .sums = sums,
                .channels = channels, .inner = inner,
-               .units_of_row = (inner + PIECE - 1) / PIECE, .bfloat16 = bfloat16};
+               .units_of_row = units_of_row(inner), .bfloat16 = bfloat16};
     in_threads(backward_units, &job, bitscape_units(rows, inner), threads);
 }
 
@@ -328,7 +330,7 @@ void bitscape_mix(const void *x, void *out, int bfloat16, int64_t rows, int64_t 
                   int64_t inner, const float *grids, const float *shares, int widths,
                   int threads) {
     Job job = {.x = x, .out = out, .grids = grids, .shares = shares, .channels = channels,
-               .inner = inner, .units_of_row = (inner + PIECE - 1) / PIECE, .widths = widths,
+               .inner = inner, .units_of_row = units_of_row(inner), .widths = widths,
                .bfloat16 = bfloat16};
     in_threads(mix_units, &job, bitscape_units(rows, inner), threads);
 }
@@ -339,7 +341,7 @@ void bitscape_mix_backward(const void *x, const void *gradient, void *out, int b
                            const float *shares, int widths, double *sums, int threads) {
     Job job = {.x = x, .gradient = gradient, .out = out, .grids = grids, .shares = shares,
                .sums = sums, .channels = channels, .inner = inner,
-               .units_of_row = (inner + PIECE - 1) / PIECE, .widths = widths,
+               .units_of_row = units_of_row(inner), .widths = widths,
                .bfloat16 = bfloat16};
     in_threads(mix_units, &job, bitscape_units(rows, inner), threads);
 }
