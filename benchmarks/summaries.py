@@ -12,6 +12,7 @@ from benchmarks.deploy_summaries import deploy
 from benchmarks.dqmq_summaries import dqmq
 from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
+from benchmarks.ptq_summaries import ptq
 from benchmarks.saq_summaries import saq
 from benchmarks.speed_summaries import speed
 from benchmarks.summaries_common import Run, groups, paired, rows_of, with_column
@@ -107,6 +108,7 @@ def peer(runs: Sequence[Run]) -> str:
 
 
 MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
+    "ptq": ptq,
     "ptq-imagenet": ptq_imagenet,
     "qat-cifar10": qat_cifar10,
     "transfer-scores": transfer_scores,
