@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -115,7 +115,9 @@ def make(name: str, runtime: str, method: tuple[str, str], folder: Path) -> Made
     if method in (FLOAT, OWN):
         return _baseline(name, runtime, method, folder, images)
     found = policy(name, runtime, method[1])
-    quantized = bs.quantize(network(name), found, images, for_training=name not in WEIGHTS, count=len(images))
+    trained = name in WEIGHTS
+    repair: Literal["compensate"] | None = "compensate" if trained else None
+    quantized = bs.quantize(network(name), found, images, repair=repair, for_training=not trained, count=len(images))
     integers = integer_network(quantized, images)
     stem = f"{method[0]}-{method[1]}".replace(" ", "-")
     write: Callable[..., OnnxInfo] = write_onnx if runtime == "onnxruntime" else write_openvino

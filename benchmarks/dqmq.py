@@ -223,7 +223,7 @@ def static(run: dict[str, Any]) -> dict[str, Any]:
         )
         policy = bs.Fisher(images=SCORED).search(problem, for_training=True).policy
     images = normalized(data.subset(torch.arange(CALIBRATION)))
-    network = bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, count=CALIBRATION)
+    network = bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, repair=None, count=CALIBRATION)
     seconds = trained(network, run, Plain(), bs.Sgd(lr=0.01))
     hits, _, _ = right(network, tests()[0])
     cost = policy_cost(reference(), policy)

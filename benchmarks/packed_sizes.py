@@ -94,7 +94,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Quantize, pack, load, compare."""
     network = run["network"]
     model, inputs, policy = folded(network), images(network), policy_of(run)
-    quantized = bs.quantize(model, policy, inputs, for_training=True)
+    quantized = bs.quantize(model, policy, inputs, for_training=True, repair=None)
     cost = policy_cost(measure_layers(model, tuple(inputs.shape[1:])), policy)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

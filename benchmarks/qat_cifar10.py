@@ -127,7 +127,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, calibrate, train, evaluate."""
     stated = problem(run)
     policy, seconds = find(run, stated)
-    network = bs.quantize(load(NETWORK, DATA), policy, stated.samples.first(256), for_training=True)
+    network = bs.quantize(load(NETWORK, DATA), policy, stated.samples.first(256), for_training=True, repair=None)
     before = bs.evaluate(network, tests()).value
     train_s = trained(run, network, run["settings"]["images"])
     return {

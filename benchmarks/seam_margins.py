@@ -76,7 +76,7 @@ def network_of(run: dict[str, Any], policy: bs.Policy | None) -> nn.Module:
         return trained(run, policy)[0]
     own = proxy_of(NETWORK, None, run["seed"]).images[:CALIBRATION]
     images = WEIGHTS[NETWORK].normalization.apply(own)
-    return bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, count=len(images))
+    return bs.quantize(load(NETWORK, DATA), policy, images, for_training=True, repair=None, count=len(images))
 
 
 def measure(run: dict[str, Any], epochs: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def trained(
     entry, seed, images = WEIGHTS[run["network"]], run["seed"], images_of(CASES[run["network"]].training)
     own = proxy_of(run["network"], None, seed)
     images = entry.normalization.apply(own.images[:CALIBRATION])
-    settings: dict[str, Any] = {"for_training": True, "quantizer": quantizer or Lsq(), "count": CALIBRATION}
+    settings: dict[str, Any] = {"for_training": True, "repair": None, "quantizer": quantizer or Lsq(), "count": CALIBRATION}
     network = bs.quantize(load(run["network"], DATA), policy, images, **settings)
     before = evaluate(network, tests(run["network"]))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

@@ -133,6 +133,18 @@ def test_files_are_written_checked_and_told_of(build, suffix, runtime, tmp_path)
     assert report.exact["output0" if build is classifier else "boxes"].images == 10  # every fourth of forty sets no range
 
 
+def test_training_starts_nearer_to_the_float_network_if_it_starts_repaired():
+    model, policy = classifier(), uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
+    with torch.no_grad():
+        expected = model(IMAGES)
+        networks = [
+            bs.quantize(model, policy, IMAGES, repair=repair, for_training=True)
+            for repair in ("compensate", None)
+        ]
+        repaired, calibrated = (float((each(IMAGES) - expected).norm()) for each in networks)
+    assert repaired < calibrated
+
+
 def test_packed_files_are_read_back(tmp_path):
     model = classifier()
     network = bs.quantize(model, uniform_policy(["0", "3", "7"], bs.LayerBits(4, 8)), IMAGES, for_training=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -127,7 +127,10 @@ class Digits:
 
     def quantized(self, policy: bs.Policy, *, repair: bool = False) -> "nn.Module":
         """The network at the policy's bits, without training."""
-        return bs.quantize(self.network, policy, self.images, for_training=not repair)
+        chosen: Literal["compensate"] | None = "compensate" if repair else None
+        return bs.quantize(
+            self.network, policy, self.images, repair=chosen, for_training=not repair
+        )
 
     def trained(self, policy: bs.Policy) -> Trained:
         """Train the network at the policy's bits, once with each seed."""

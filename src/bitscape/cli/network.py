@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -179,7 +179,15 @@ def quantize_network(network: "nn.Module", policy: Policy, images: "Tensor", *, 
     import bitscape as bs
     from bitscape.data.samples import Samples
 
-    return bs.quantize(network, policy, Samples.of(images), for_training=not repair, count=len(images))
+    chosen: Literal["compensate"] | None = "compensate" if repair else None
+    return bs.quantize(
+        network,
+        policy,
+        Samples.of(images),
+        repair=chosen,
+        for_training=not repair,
+        count=len(images),
+    )
 
 
 def calibration_images(batches: "Batches", seed: int, images: int = CALIBRATION_IMAGES) -> "Tensor":

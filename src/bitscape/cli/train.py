@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import click
 
@@ -85,6 +85,13 @@ _recipe = all_of(
     "--validation", type=SOURCE, metavar="SOURCE", help="Evaluate on this after each epoch; split test, or val, where there is one."
 )
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Train at these bits (LSQ).  [default: float]")
+@click.option(
+    "--repair",
+    type=click.Choice(["compensate", "adaptive", "none"]),
+    default="compensate",
+    show_default=True,
+    help="How rounding is repaired before training at the bits of --policy.",
+)
 @_recipe
 @mixed_option
 @dynamic_options
@@ -164,18 +171,22 @@ class StaticTraining:
 
     policy: Policy | None
     """None = float."""
+    repair: Literal["compensate", "adaptive"] | None
+    """Of the rounding that training starts from."""
     settings: "Step | StepSettings"
     """Of the step."""
     optimizer: "Sgd | AdamW"
     """Of all parameters."""
 
     def network(self, float_model: "nn.Module", batches: "Batches", seed: int) -> "nn.Module":
-        """A copy of the float network, or the network at the policy's bits with scales from training images."""
+        """A copy of the float network, or the network at the policy's bits, repaired on training images."""
         from bitscape.models.copies import copied
 
         if self.policy is None:
             return copied(float_model)
-        return bs.quantize(float_model, self.policy, batches, for_training=True, seed=seed)
+        return bs.quantize(
+            float_model, self.policy, batches, for_training=True, repair=self.repair, seed=seed
+        )
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
         """The step, the same for every network."""
@@ -195,6 +206,7 @@ def _static_training(policy_file: Path | None, recipe: dict[str, Any]) -> Static
     kind = Sgd if recipe["optimizer"] == "sgd" else AdamW
     return StaticTraining(
         policy=None if policy_file is None else Policy.load(policy_file),
+        repair=None if recipe["repair"] == "none" else recipe["repair"],
         settings=make_step(recipe["step_name"] or "plain", recipe["settings"]),
         optimizer=kind() if recipe["lr"] is None else kind(lr=recipe["lr"]),
     )

@@ -38,7 +38,7 @@ def quantize(
         policy: bits of every layer, e.g. `search(...).policy`.
         data: samples like those the network will see, of one shape or several; see `search`.
         repair: how rounding is repaired: "compensate" (seconds), "adaptive" (minutes), or None for neither rounding nor biases.
-        for_training: keep norms and rounding as they are, since training adapts both; nothing is repaired.
+        for_training: keep norms, which training adapts; their statistics take the correction of biases.
         quantizer: how weights and activations are laid on their grids; repair needs `Lsq` or `LsqPlus`.
         count: most samples that are used.
         inputs: from a batch to what the network is called with, a tensor, a tuple of arguments or a mapping of keywords;
@@ -50,8 +50,7 @@ def quantize(
         BitscapeError: any other argument that cannot be used.
     """
     samples = proxy_of(model, data, count=count, inputs=inputs, seed=seed)
-    if for_training:
-        return in_eval_mode(calibrate(with_quantizers(model, policy, quantizer), samples))
-    folded = fold_norms(model, samples.first(2))
-    network = calibrate(with_quantizers(folded, policy, quantizer), samples)
-    return in_eval_mode(network if repair is None else repaired(network, folded, samples, rounding=repair))
+    if not for_training:
+        model = fold_norms(model, samples.first(2))
+    network = calibrate(with_quantizers(model, policy, quantizer), samples)
+    return in_eval_mode(network if repair is None else repaired(network, model, samples, rounding=repair))

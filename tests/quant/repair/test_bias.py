@@ -146,3 +146,22 @@ def test_moments_of_channels_are_those_of_a_plain_mean(layer):
         variance = moments[1] - moments[0].square()
         torch.testing.assert_close(moments[0], values.mean(1), rtol=1e-6, atol=0)
         torch.testing.assert_close(variance, values.var(1, correction=0), rtol=1e-3, atol=0)
+
+
+def test_statistics_of_norms_move_so_that_channels_keep_their_mean_and_deviation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[1].weight.uniform_(-1, 1)
+        model[1].bias.uniform_(-1, 1)
+        model[1].running_mean.uniform_(-1, 1)
+        model[1].running_var.uniform_(0.5, 2)
+    images = torch.randn(64, 3, 8, 8)
+    network = quantized(model, images, bits=3)
+    correct_biases(network, model, images)
+    assert not torch.equal(network[1].running_mean, model[1].running_mean)
+    expected, corrected = (
+        outputs(m, {"1": m[1]}, images)["1"] for m in (model, network)
+    )
+    torch.testing.assert_close(corrected.mean(1), expected.mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(corrected.std(1), expected.std(1), rtol=1e-4, atol=0)

@@ -37,6 +37,7 @@ from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_
 from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
+from bitscape.quant.repair.norms import NormCorrection, channel_moments, norms_with_statistics, variance
 
 _log = logging.getLogger("bitscape.quant.repair")
 GAIN_LIMIT = 2.0
@@ -46,8 +47,8 @@ GAIN_LIMIT = 2.0
 def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain: bool = True) -> dict[str, float]:
     """Give each channel of each layer's output the float network's mean, by its bias, and standard deviation, by its scale.
 
-    In place. A layer without a bias stays as it is: where a norm follows, `recalibrate_norms` does the same, and
-    `fold_norms` gives it a bias. Layers with a gain end with weights that lie on their grid.
+    In place. A layer without a bias stays as it is; `fold_norms` gives it one. Norms that are not folded do the same by
+    their statistics. Layers with a gain end with weights that lie on their grid.
 
     Args:
         model: quantized and calibrated.
@@ -60,14 +61,15 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
         Layer name -> root mean square of the shift of the channels' means, relative to their standard deviations.
 
     Raises:
-        BitscapeError: no image, or a layer with a bias that the float network lacks.
+        BitscapeError: no image, or a layer with a bias or a norm that the float network lacks.
     """
     check_float32(float_model, "float_model")
     float_model = as_prepared(float_model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
     shared = shared_parameters(model)
-    partners = quantizable_layers(float_model)
-    missing = [name for name in layers if name not in partners]
+    norms, float_norms = norms_with_statistics(model), norms_with_statistics(float_model)
+    partners = quantizable_layers(float_model) | float_norms
+    missing = [name for name in (*layers, *norms) if name not in partners]
     if missing:
         hint = nearest(missing[0], partners)
         raise BitscapeError(f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized")
@@ -75,6 +77,10 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
+    for name, norm in norms.items():
+        correction = NormCorrection(norm)
+        handles.append(float_norms[name].register_forward_pre_hook(correction.see_float))
+        handles.append(norm.register_forward_pre_hook(correction.correct))
     try:
         with evaluating(model), evaluating(float_model), weights_quantized_once(model):
             for inputs in batches_of(data, model):
@@ -85,9 +91,13 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
         for handle in handles:
             handle.remove()
     shifts = {name: c.write() for name, c in corrections.items() if c.images}
-    if not shifts:
+    if not shifts and not norms:
         raise BitscapeError("images: no layer with a bias ran; pass at least one image, and fold norms first where biases are missing")
-    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), sum(shifts.values()) / len(shifts))
+    mean_shift = sum(shifts.values()) / max(1, len(shifts))
+    _log.info(
+        "outputs of %d layers and statistics of %d norms corrected: mean shift %.3g standard deviations",
+        *(len(shifts), len(norms), mean_shift),
+    )
     return shifts
 
 
@@ -117,7 +127,7 @@ class _Correction:
         """The gain and shift that give the quantized channels the float mean and deviation."""
         gain = torch.ones_like(self.seen[0])
         if self.gain:
-            expected, seen = (_variance(m).sqrt() for m in (self.expected, self.seen))
+            expected, seen = (variance(m).sqrt() for m in (self.expected, self.seen))
             varies = (seen > 0) & (expected > 0)
             gain = torch.where(varies, expected / torch.where(varies, seen, 1.0), 1.0).clamp(1 / GAIN_LIMIT, GAIN_LIMIT)
         return gain, self.expected[0] - gain * self.seen[0]
@@ -131,21 +141,14 @@ class _Correction:
         if self.gain:
             _multiply_rows(self.layer, gain)
         moved = (self.expected[0] - self.seen[0]).norm()
-        return float(moved / _variance(self.expected).sum().sqrt().clamp(min=torch.finfo(moved.dtype).tiny))
+        return float(moved / variance(self.expected).sum().sqrt().clamp(min=torch.finfo(moved.dtype).tiny))
 
     def _moments(self, output: Tensor) -> Float[Tensor, "2 c"]:
         """Mean and mean square of each channel, float64."""
-        by_channel = output.movedim(self._axis(output), 1)
-        # What norms take of a batch; torch.var_mean over several dimensions needs ten times as long on a CPU.
-        mean, variance = torch.batch_norm_update_stats(by_channel.float(), None, None, 0.0)
-        return torch.stack([mean.double(), variance.double() + mean.double().square()])
+        return channel_moments(output.movedim(self._axis(output), 1))
 
     def _axis(self, output: Tensor) -> int:
         return output.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
-
-
-def _variance(moments: Float[Tensor, "2 c"]) -> Float[Tensor, " c"]:
-    return (moments[1] - moments[0].square()).clamp(min=0.0)
 
 
 def _multiply_rows(layer: QuantizedLayer, gain: Tensor) -> None:
