@@ -27,7 +27,7 @@ from bitscape.verbs.quantize import quantize
 _log = logging.getLogger("bitscape.verbs")
 USUAL_BITS = LayerBits(4, 8)
 """At which a float network is analyzed."""
-AT_ONCE = 32
+AT_ONCE = 8
 """Samples of a batch, at most."""
 
 
@@ -40,7 +40,7 @@ def analyze(
     task: TaskName | Literal["auto"] | Task = "auto",
     attention_products: bool = False,
     count: int = 256,
-    compared: int = 32,
+    compared: int = 16,
     inputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
 ) -> Analysis:

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitscape.calling import call
 from bitscape.data.samples import Samples
 from bitscape.errors import explained_forward, prefixed
-from bitscape.measure.analysis.tensors import NoiseMeter, TensorNoise, decibels
+from bitscape.measure.analysis.tensors import NoiseMeter, TensorNoise, decibels, energy
 from bitscape.measure.analysis.twins import Twins
 from bitscape.models.layers import has_weight
 from bitscape.models.modes import evaluating
@@ -85,9 +84,9 @@ class _LayerMeter:
         self.input.add(first, self.layer.input_quantizer(first))
         if not has_weight(self.layer):
             self.weight.add(others[0], self.layer.weight_quantizer(others[0]))
-        self.signal += _energy(widened(output))
+        self.signal += energy(widened(output))
         changes = [widened(half(*inputs, **named)) - widened(output) for half in self.halves]
-        self.noises = [noise + _energy(d) for noise, d in zip(self.noises, changes, strict=True)]
+        self.noises = [noise + energy(d) for noise, d in zip(self.noises, changes, strict=True)]
         self.runs += 1
 
     def result(self) -> LayerNoise:
@@ -98,10 +97,6 @@ class _LayerMeter:
             output_db_by_weight=by_weight,
             output_db_by_input=by_input,
         )
-
-
-def _energy(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 @contextmanager

@@ -131,10 +131,10 @@ class _Sums:
         self.norms = self.norms + self.metric.sums(outputs.by_name, reference.by_name, samples).cpu()
         self.divergence += float(self.task.divergence(outputs.of_task, reference.of_task).sum())
         self.samples += samples
-        answers = self.task.answers(reference.of_task)
-        if answers is not None:
-            self.changed += int((self.task.answers(outputs.of_task) != answers).sum())
-            self.answers += answers.numel()
+        before, after = map(self.task.answers, (reference.of_task, outputs.of_task))
+        if before is not None and after is not None:
+            self.changed += int((before != after).count_nonzero())
+            self.answers += before.numel()
 
     def error(self) -> OutputError:
         relative = self.metric.numbers(self.norms)["relative_error"]

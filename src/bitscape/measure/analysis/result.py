@@ -30,7 +30,7 @@ COLUMNS = (
     "input dB",
     "output dB",
     "by",
-    "input range",
+    "its range",
     "99.9 %",
     "clipped %",
     "kurtosis",
@@ -63,6 +63,11 @@ class LayerAnalysis:
         """Which of the two adds more noise to the layer's output."""
         weight, input = self.noise.output_db_by_weight, self.noise.output_db_by_input
         return "weight" if _or_infinite(weight) <= _or_infinite(input) else "input"
+
+    @property
+    def noisier_tensor(self) -> TensorNoise:
+        """The noise of that one."""
+        return self.noise.weight if self.noisier == "weight" else self.noise.input
 
     @property
     def output_db(self) -> float | None:
@@ -108,9 +113,10 @@ class Analysis(Shown):
 
             weight, input dB     signal to quantization noise of the tensor
             output dB, by        the same of the layer's output, from the noisier of the two
-            input range          smallest and largest input; 99.9 %: the size that so many do not exceed
-            clipped %            inputs more than half a step beyond the grid
-            kurtosis             of the inputs; 3 is normal
+            its range            smallest and largest value of that one; 99.9 %: the size that so
+                                 many of its values do not exceed
+            clipped %            of its values, those more than half a step beyond the grid
+            kurtosis             of its values; 3 is normal
             error %, divergence, changed %   of the network's outputs, this layer alone quantized
             saves                divergence that goes if this layer alone stays float
         """
@@ -146,15 +152,15 @@ class Analysis(Shown):
 
     def _row(self, name: str) -> list[str]:
         layer = self.layers[name]
-        noise, seen = layer.noise, layer.noise.input
+        noise, seen = layer.noise, layer.noisier_tensor
         texts = {
             "layer": name,
             "bits": layer.bits,
             "weight dB": _decibels(noise.weight.sqnr_db),
-            "input dB": _decibels(seen.sqnr_db),
+            "input dB": _decibels(noise.input.sqnr_db),
             "output dB": _decibels(layer.output_db),
             "by": layer.noisier,
-            "input range": f"{seen.low:.3g}..{seen.high:.3g}",
+            "its range": f"{seen.low:.3g}..{seen.high:.3g}",
             "99.9 %": f"{_reached(seen):.3g}",
             "clipped %": f"{100 * seen.clipped:.2g}",
             "kurtosis": NONE if seen.kurtosis is None else f"{seen.kurtosis:.3g}",

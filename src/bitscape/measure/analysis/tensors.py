@@ -28,8 +28,8 @@ PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
 """In percent, of `TensorNoise.percentiles`."""
 BINS = 64
 """Of a histogram."""
-PART = 1 << 18
-"""Values summed at once in float64."""
+PART = 1 << 16
+"""Values summed at once in float32; their sums are added up in float64."""
 DRAWS = 8
 """Parts of a batch, of each of which `ValueSample` draws."""
 FAR = 1e30
@@ -85,7 +85,7 @@ class NoiseMeter:
         wide = widened(values.detach())
         if self._sums is None:
             # Powers of values near their mean keep their digits.
-            self._shift = wide.double().mean()
+            self._shift = wide.mean()
         sums = _sums(wide, widened(quantized), self._shift)
         self._sums = sums if self._sums is None else self._sums + sums
         self._count += wide.numel()
@@ -97,14 +97,14 @@ class NoiseMeter:
         """Return the figures of all values so far, at least one.
 
         Raises:
-            BitscapeError: values that are not finite, or whose squares are not.
+            BitscapeError: values that are not finite, or whose fourth powers in float32 are not.
         """
         assert self._sums is not None, "no values were added"
         signal, noise, *powers = self._sums.tolist()
         if not all(map(math.isfinite, (signal, noise, *powers))):
             raise BitscapeError(
-                "its values, or their squares, are not finite; check the checkpoint and the "
-                "normalization of the samples"
+                "values, or their fourth powers in float32, are not finite; check the checkpoint "
+                "and the normalization of the samples"
             )
         variance, kurtosis = _moments([power / self._count for power in powers])
         *_, low, high = self._sample.values().tolist()
@@ -126,7 +126,8 @@ class NoiseMeter:
     def _add_clipped(self, values: Tensor) -> None:
         laid, low, high = _on_grid(self._quantizer, values)
         half_step = (high - low) / (2 ** cast(int, self._quantizer.bits) - 1) / 2
-        self._clipped += int(((laid < low - half_step) | (laid > high + half_step)).sum())
+        beyond = (laid < low - half_step) | (laid > high + half_step)
+        self._clipped += int(beyond.count_nonzero())
         self._ends = float(low.min()), float(high.max())
 
 
@@ -135,18 +136,23 @@ def decibels(signal: float, noise: float) -> float | None:
     return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
 
 
+def energy(values: Tensor) -> float:
+    """Return the sum of squares of float32 `values`."""
+    parts = [part.dot(part) for part in values.flatten().split(PART)]
+    return float(torch.stack(parts).sum(dtype=torch.float64))
+
+
 def _sums(values: Tensor, quantized: Tensor, shift: Tensor) -> Tensor:
     """Sums of x^2, of squared noise, and of the first four powers of x - shift, float64 (6,)."""
-    total = torch.zeros(6, dtype=torch.float64, device=values.device)
+    sums = []
     parts = (tensor.flatten().split(PART) for tensor in (values, quantized))
-    for part, on_grid in zip(*parts, strict=True):
-        exact = part.double()
-        noise, centered = on_grid.double() - exact, exact - shift
+    for exact, on_grid in zip(*parts, strict=True):
+        noise, centered = on_grid - exact, exact - shift
         squares = centered.square()
         pairs = ((exact, exact), (noise, noise), (centered, squares), (squares, squares))
         signal, error, cubes, fourths = (one.dot(other) for one, other in pairs)
-        total += torch.stack([signal, error, centered.sum(), squares.sum(), cubes, fourths])
-    return total
+        sums.append(torch.stack([signal, error, centered.sum(), squares.sum(), cubes, fourths]))
+    return torch.stack(sums).sum(0, dtype=torch.float64)
 
 
 def _moments(means: list[float]) -> tuple[float, float | None]:
