@@ -8,6 +8,7 @@ from tests.cli.run import MIXED, MODEL
 ANALYZE = ("analyze", *MODEL, "--data", "digits", "--images", 16, "--compared", 4)
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_worst_layers_and_the_file_goes_into_a_report(cli, tmp_path):
     policy, out = tmp_path / "policy.json", tmp_path / "analysis.json"
     MIXED.save(policy)
@@ -18,7 +19,7 @@ def test_the_table_shows_the_worst_layers_and_the_file_goes_into_a_report(cli, t
     }
     assert shown[0] == "Analysis: 8 layers, task classes, 16 samples, outputs of 4 compared"
     assert [line.split()[0] for line in shown[3:5]] == found.by_error()[:2]
-    assert shown[6].startswith("6 more layers move the outputs less.")
+    assert shown[6].startswith("less error: 6 more layers. all quantized: error ")
     assert shown[-1] == f"analysis: {out}"
     page = tmp_path / "report.html"
     cli("report", out, policy, "--out", page)

@@ -89,7 +89,7 @@ def test_every_task_has_a_table_and_a_file(tmp_path, task):
     assert ("changed %" in lines[1]) == (task != "follow")
     assert [line.split()[0] for line in lines[2:4]] == found.by_error()
     assert lines[4].startswith("all quantized: error ")
-    assert len(found.layer_table(1).rows) == 1 and "1 more layers move the outputs less." in found.layer_table(1).note
+    assert len(found.layer_table(1).rows) == 1 and found.layer_table(1).note.startswith("less error: 1 more layer. all quantized")
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
@@ -116,6 +116,28 @@ def test_dicts_nested_outputs_and_several_inputs_are_compared():
     # Each layer makes one of two outputs, whose errors count alike however small they are.
     parts = [found.layers[name].alone.relative_error for name in ("left", "right")]
     assert found.whole.relative_error == pytest.approx(sum(parts))
+
+
+def test_products_of_attention_are_layers_too():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attention().eval()
+    tokens = drawn(16, 5, 8)
+    assert "attention.scores" not in bs.analyze(model, tokens, "4/8").layers
+    found = bs.analyze(model, tokens, "4/8", attention_products=True)
+    noise = found.layers["attention.values"].noise
+    assert (noise.weight.bits, noise.input.bits) == (4, 8)  # the weight's place has the second operand
+    assert noise.weight.low < 0 < noise.weight.high
+    assert noise.input.low >= 0 and noise.input.high <= 1  # what a softmax gives
+    assert found.layers["attention.scores"].alone.divergence > 0
 
 
 def test_a_repaired_network_is_compared_with_its_reference():

@@ -34,15 +34,18 @@ def _analysis(name: str, analysis: Analysis) -> list[Block]:
     ]
     return [
         Text(
-            f"{worst[0]}, at {first.bits} bits, moves the outputs most by itself; most of its noise "
-            f"is from its {first.noisier}.",
+            f"{worst[0]}, at {first.bits} bits, moves the outputs most by itself; most of its "
+            f"noise is from its {first.noisier}.",
             True,
         ),
         Text(f"{table.note}."),
-        Figure(caption=f"{name}: {table.title}", pictures=[noise_panels(f"Error of {name}", analysis)]),
         Figure(
-            caption="Values of the layers that move the outputs most, counts on a log scale; dashes "
-            "mark the ends of the grid, of a weight those of its widest channel",
+            caption=f"{name}: {table.title}",
+            pictures=[noise_panels(f"Error of {name}", analysis)],
+        ),
+        Figure(
+            caption="Values of the layers that move the outputs most, counts on a log scale; "
+            "dashes mark the ends of the grid, of a weight those of its widest channel",
             pictures=pictures,
         ),
         Table(

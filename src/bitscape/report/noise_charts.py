@@ -1,4 +1,4 @@
-"""Charts of an analysis: error and noise layer by layer, and the values of one tensor on its grid."""
+"""Charts of an analysis: error and noise layer by layer, and the values of a tensor on its grid."""
 
 import math
 

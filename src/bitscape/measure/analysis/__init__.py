@@ -1,1 +1,1 @@
-"""Which layers of a quantized network hurt it, and why: noise, ranges, and the error of each layer alone."""
+"""Which layers of a quantized network hurt it, and why: noise, ranges, the error of each alone."""

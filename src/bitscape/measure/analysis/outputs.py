@@ -128,7 +128,8 @@ class _Sums:
     def add(self, outputs: _Outputs, reference: _Outputs) -> None:
         samples = len(reference.of_task)
         self.metric = RelativeError(tuple(reference.by_name))
-        self.norms = self.norms + self.metric.sums(outputs.by_name, reference.by_name, samples).cpu()
+        norms = self.metric.sums(outputs.by_name, reference.by_name, samples)
+        self.norms = self.norms + norms.cpu()
         self.divergence += float(self.task.divergence(outputs.of_task, reference.of_task).sum())
         self.samples += samples
         before, after = map(self.task.answers, (reference.of_task, outputs.of_task))

@@ -121,17 +121,21 @@ class Analysis(Shown):
             saves                divergence that goes if this layer alone stays float
         """
         names = self.by_error()[:count]
-        left = len(self.layers) - len(names)
+        others = counted(len(self.layers) - len(names), "more layer")
         columns = [column for column in COLUMNS if self.has_answers or column != "changed %"]
         rows = [self._row(name) for name in names]
-        states = {"all quantized": self.whole, "weights alone": self.weights, "inputs alone": self.inputs}
+        states = {
+            "all quantized": self.whole,
+            "weights alone": self.weights,
+            "inputs alone": self.inputs,
+        }
         note = "; ".join(f"{state}: {self._said(error)}" for state, error in states.items())
         return Table(
             title=f"Analysis: {counted(len(self.layers), 'layer')}, task {self.task}, "
             f"{counted(self.samples, 'sample')}, outputs of {self.compared} compared",
             columns=columns,
             rows=rows,
-            note=f"{f'{left} more layers move the outputs less. ' if left else ''}{note}",
+            note=note if len(names) == len(self.layers) else f"less error: {others}. {note}",
         )
 
     @property
@@ -173,7 +177,8 @@ class Analysis(Shown):
 
     def _said(self, error: OutputError) -> str:
         changed = f", {_percent(error.changed)} % changed" if self.has_answers else ""
-        return f"error {_percent(error.relative_error)} %, divergence {error.divergence:.3g}{changed}"
+        relative = _percent(error.relative_error)
+        return f"error {relative} %, divergence {error.divergence:.3g}{changed}"
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))

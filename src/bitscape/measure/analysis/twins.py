@@ -1,4 +1,4 @@
-"""A quantized network beside its float twin, layer by layer, and each layer in the other's place."""
+"""A quantized network beside its float twin, and each layer of one in the place of the other's."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,7 @@ class Twins:
 
     @contextmanager
     def exact_in_network(self, *names: str) -> Iterator[nn.Module]:
-        """Within the block the named layers of the quantized network are float; yields the network."""
+        """Within the block the named layers of the network are float; yields the network."""
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(standing_in(self.layers[name], self.exact[name]))
