@@ -14,7 +14,7 @@ WIDTH, HEIGHT, LEFT, TOP = 300, 150, 8, 24
 
 
 def noise_panels(title: str, analysis: Analysis) -> Markup:
-    """The outputs' error with each layer alone quantized, and signal to noise of weights and inputs."""
+    """The outputs' error, each layer alone quantized; signal to noise of weights and inputs."""
     layers = analysis.layers
     error = {name: layer.alone.relative_error for name, layer in layers.items()}
     weight = {name: layer.noise.weight.sqnr_db for name, layer in layers.items()}
@@ -31,7 +31,7 @@ def noise_panels(title: str, analysis: Analysis) -> Markup:
 
 
 def histogram(title: str, noise: TensorNoise) -> Markup:
-    """Counts of values on a log scale, between the smallest and the largest; dashes mark the ends of
+    """Counts on a log scale, between the smallest and the largest value; dashes mark the ends of
     the grid.
     """
     low, high = _ends(noise)

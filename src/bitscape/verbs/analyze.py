@@ -46,7 +46,7 @@ def analyze(
 ) -> Analysis:
     """Find the layers that a network's quantization error comes from.
 
-    Each layer is looked at by itself, on the float network's activations: signal to noise of weight,
+    Each layer is looked at by itself on the float network's activations: signal to noise of weight,
     input and output, ranges, outliers. Then the outputs are compared with each layer alone
     quantized, and with each layer alone float, which takes two passes a layer. Labels are not used.
 
