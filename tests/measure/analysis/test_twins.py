@@ -47,7 +47,7 @@ def test_the_twin_of_a_network_with_norms_keeps_them():
 
 def test_without_a_reference_the_twin_has_the_weights_before_their_quantizers():
     model = net()
-    network = bs.quantize(model, policy(model), IMAGES, for_training=True)
+    network = bs.quantize(model, policy(model), IMAGES, for_training=True, repair=None)
     twins = Twins.of(network, None, Samples.of(IMAGES))
     assert torch.equal(twins.twin(IMAGES), model(IMAGES))
 
