@@ -11,6 +11,7 @@ from .searches.fisher import Fisher as Fisher
 from .searches.problem import SearchResult as SearchResult
 from .searches.seam import Seam as Seam
 from .steps import Saq as Saq
+from .verbs.analyze import analyze as analyze
 from .verbs.compress import compress as compress
 from .verbs.evaluate import evaluate as evaluate
 from .verbs.export import export as export

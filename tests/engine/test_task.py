@@ -124,6 +124,15 @@ def test_constant_outputs_have_the_unit_one() -> None:
     assert task_of(model, IMAGES) == Follow({"output0": 1.0})
 
 
+def test_answers_are_classes_or_yes_and_no_or_none() -> None:
+    logits = torch.tensor([[1.0, 3.0], [0.7, 0.6]])
+    assert Classes().answers(logits).tolist() == [1, 0]
+    assert Dense().answers(logits[:, :, None]).tolist() == [[1], [0]]
+    assert Binary().answers(torch.tensor([-0.1, 0.1])).tolist() == [False, True]
+    assert Binary(probabilities=True).answers(torch.tensor([0.4, 0.6])).tolist() == [False, True]
+    assert Follow().answers(logits) is None and User().answers(logits) is None
+
+
 def test_divergence_of_classes_in_closed_form() -> None:
     reference, logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])
     q = 1 / (1 + math.exp(-1))

@@ -9,6 +9,10 @@ from torch import nn
 
 from bitscape.cost.latency import LatencyTable
 from bitscape.cost.layers import NetworkProfile, measure
+from bitscape.measure.analysis.layers import LayerNoise
+from bitscape.measure.analysis.outputs import OutputError
+from bitscape.measure.analysis.result import Analysis, LayerAnalysis
+from bitscape.measure.analysis.tensors import TensorNoise
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.report.documents import EvaluationDocument
 from bitscape.searches.scores import ScoreTable
@@ -105,3 +109,23 @@ def bench(path: Path, file: str = "net.onnx") -> Path:
     about = {"format": 1, "tool": "bitscape", "machine": "a CPU", "threads": 1, "rounds": 5, "input_shape": [1, 4, 4]}
     path.write_text(json.dumps({**about, "rows": [row, other]}))
     return path
+
+
+def noise(sqnr_db: float | None = 20.0, **changed: Any) -> TensorNoise:
+    """Of values from -1 to 3 in 4 bits that reach from -0.5 to 2.5; four are counted, in two bins."""
+    counts = (3, *(0 for _ in range(62)), 1)
+    about = {"low": -1.0, "high": 3.0, "percentiles": (-1.0, -0.9, 0.5, 2.0, 2.5), "std": 1.0, "kurtosis": 4.5}
+    grid = {"bits": 4, "clip_min": -0.5, "clip_max": 2.5, "clipped": 0.25}
+    return TensorNoise(**{**about, **grid, "histogram": counts, "sqnr_db": sqnr_db, **changed})
+
+
+def analysis(*names: str) -> Analysis:
+    """Of layers each of which moves the outputs twice as much as the one before."""
+    layers = {}
+    for row, name in enumerate(names or LAYERS):
+        own = LayerNoise(weight=noise(30.0 - row), input=noise(None, bits=8), output_db_by_weight=25.0, output_db_by_input=None)
+        error = OutputError(relative_error=0.1 * 2**row, divergence=2.0**row, changed=0.125)
+        layers[name] = LayerAnalysis(noise=own, alone=error, others=OutputError(relative_error=0.5, divergence=16.0 - row, changed=0.25))
+    whole = OutputError(relative_error=0.75, divergence=16.5, changed=0.5)
+    states = {"whole": whole, "weights": whole, "inputs": OutputError(relative_error=0.0, divergence=0.0, changed=0.0)}
+    return Analysis(task="classes", samples=32, compared=8, seconds=1.5, fingerprint=mark(), layers=layers, **states)

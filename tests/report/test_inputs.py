@@ -9,22 +9,24 @@ from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
 from bitscape.report.documents import save_evaluation, save_quality
 from bitscape.report.inputs import read_inputs
-from tests.report.made import bench, evaluation, latency, policy, run, scores, searched
+from tests.report.made import analysis, bench, evaluation, latency, policy, run, scores, searched
 from tests.report.test_documents import grid
 
 
 def test_every_kind_is_told_by_its_content_whatever_its_name(tmp_path: Path) -> None:
-    files = [tmp_path / f"{at}.json" for at in range(6)]
+    files = [tmp_path / f"{at}.json" for at in range(7)]
     searched().save(files[0])
     scores().save(files[1])
     save_quality(grid(), files[2])
     bench(files[3])
     latency().save(files[4])
     save_evaluation(evaluation(), files[5])
+    analysis().save(files[6])
     folder = run(tmp_path / "run", policy=policy())
     read = read_inputs([*files, folder])
-    assert read.names == ("0.json", "1.json", "2.json", "3.json", "4.json", "5.json", "run")
+    assert read.names == (*(f"{at}.json" for at in range(7)), "run")
     assert read.evaluations == {"5.json": evaluation()}
+    assert read.analyses == {"6.json": analysis()}
     assert list(read.policies) == ["0.json", "run"]
     assert [list(kind) for kind in (read.scores, read.quality_tables, read.benches, read.latencies)] == [
         ["1.json"],

@@ -15,14 +15,14 @@ from bitscape.report.page import report_page
 from bitscape.report.reproduce_section import _as_given, search_command
 from bitscape.searches.scores import ScoreTable
 from bitscape.words import NO_BREAK, cost_text
-from tests.report.made import CAPS, LAYERS, bench, evaluation, latency, network, policy, run, scores, searched
+from tests.report.made import CAPS, LAYERS, analysis, bench, evaluation, latency, network, policy, run, scores, searched
 from tests.report.reading import Page
 from tests.report.test_documents import grid
 
 RESULT, BITS, COSTS, FRONT = "What was asked and what came out", "Bits per layer", "Cost by layer", "What the scores promise at each cost"
-MIXED, SCORES, TRAINING = "Does mixed beat uniform here?", "Sensitivity of layers", "Training"
+MIXED, SCORES, ERRORS, TRAINING = "Does mixed beat uniform here?", "Sensitivity of layers", "Error by layer", "Training"
 QUALITY, DEPLOYED, AGAIN, ABSENT = "Images of lesser quality", "Deployed: milliseconds and bytes", "How to reproduce", "Not in this report"
-ORDER = [RESULT, BITS, COSTS, FRONT, MIXED, SCORES, TRAINING, QUALITY, DEPLOYED, AGAIN]
+ORDER = [RESULT, BITS, COSTS, FRONT, MIXED, SCORES, ERRORS, TRAINING, QUALITY, DEPLOYED, AGAIN]
 
 
 def page(*paths: Path, **more: Any) -> Page:
@@ -40,7 +40,8 @@ def everything(tmp_path: Path) -> list[Path]:
     uniform = searched("3/3", "3/3", "uniform")
     runs = [run(tmp_path / f"uniform{seed}", policy=uniform, seed=seed, top1=90.0) for seed in range(3)]
     runs += [run(tmp_path / f"mixed{seed}", policy=searched(), seed=seed, top1=91.0 + seed) for seed in range(3)]
-    return [*(tmp_path / f"{name}.json" for name in ("policy", "scores", "latency", "grid", "bench")), *runs]
+    analysis().save(tmp_path / "analysis.json")
+    return [*(tmp_path / f"{name}.json" for name in ("policy", "scores", "latency", "grid", "bench")), *runs, tmp_path / "analysis.json"]
 
 
 def test_every_section_has_its_place(everything: list[Path]) -> None:
@@ -57,6 +58,8 @@ def test_every_section_has_its_place(everything: list[Path]) -> None:
         (["policy.json"], [RESULT, BITS, AGAIN], {COSTS: "--model NAME", FRONT: "`bitscape search --scores`", MIXED: "No ended run with"}),
         (["policy.json", "scores.json"], [RESULT, BITS, SCORES, AGAIN], {FRONT: "--model NAME"}),
         (["grid.json"], [QUALITY, AGAIN], {RESULT: "a policy file", TRAINING: "bitscape train --out"}),
+        (["analysis.json"], [ERRORS, AGAIN], {QUALITY: "bitscape evaluate --corruptions"}),
+        (["policy.json"], [RESULT, BITS, AGAIN], {ERRORS: "`bitscape analyze --out`"}),
         (["bench.json"], [DEPLOYED, AGAIN], {QUALITY: "bitscape evaluate --corruptions"}),
         (["mixed0"], [RESULT, BITS, TRAINING, AGAIN], {DEPLOYED: "bitscape bench --json"}),
     ],
@@ -119,6 +122,16 @@ def test_accuracy_and_the_answer_are_those_of_the_runs(everything: list[Path]) -
     assert "No difference seen between fisher and uniform 3/3: +2.00 points" in shown.said(MIXED)
     assert "-0.48 to +4.48 holds zero" in shown.said(MIXED)
     assert "Top-1 after training: 90.00 % uniform 3/3 (3 seeds) and 92.00 % fisher (3 seeds)." in shown.said(RESULT)
+
+
+def test_the_layer_that_hurts_is_named_and_its_values_are_drawn(everything: list[Path]) -> None:
+    shown = page(everything[-1])
+    assert "last, at 4/8 bits, moves the outputs most by itself; most of its noise is from its weight." in shown.said(ERRORS)
+    table = shown.table("Layers by the error that each causes alone")
+    assert list(table) == ["last", "third", "second", "first"]
+    assert (table["last"]["error %"], table["last"]["divergence"], table["last"]["saves"]) == ("80", "8", "3.5")
+    assert (table["last"]["weight dB"], table["last"]["input dB"], table["last"]["its range"]) == ("27.0", "-", "-1..3")
+    assert len(shown.pictures) == 1 + 8
 
 
 def test_scores_of_the_file_are_in_the_page(everything: list[Path]) -> None:
@@ -266,7 +279,7 @@ def test_the_page_fetches_nothing_and_is_the_same_every_time(everything: list[Pa
     for picture in shown.pictures:
         assert picture.get("role") == "img" and [each.tag.rpartition("}")[2] for each in picture][:2] == ["title", "desc"]
         assert all(each.text for each in list(picture)[:2])
-    assert len(shown.pictures) == 10
+    assert len(shown.pictures) == 19
     headed = [rows for rows in shown.tables.values() if not rows[0] or not all(rows[0])]
     assert headed == []
 

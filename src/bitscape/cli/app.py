@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import click
 
+from bitscape.cli.analyze import analyze
 from bitscape.cli.bench import bench
 from bitscape.cli.compress import compress
 from bitscape.cli.demo import demo
@@ -82,5 +83,8 @@ def _message(error: Exception) -> str | None:
     return str(error) if isinstance(error, BitscapeError | OSError) else None
 
 
-for command in (demo, compress, search, solve, train, evaluate, tiers, export, bench, latency, report, policy, methods):
+for command in (
+    *(demo, compress, search, solve, train, evaluate, analyze, tiers, export, bench, latency),
+    *(report, policy, methods),
+):
     commands.add_command(command)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def report(runs: tuple[Path, ...], model: str | None, weights: Path | None, input_shape: str | None, out: Path) -> None:
     """Make one HTML page of what was searched, trained and measured.
 
-    RUN is any mix of folders of `train` and `tiers`, policy and score files, and the .json of `evaluate --corruptions`, `bench` and
+    RUN is any mix of folders of `train` and `tiers`, policy and score files, and the .json of `analyze`, `evaluate`, `bench` and
     `latency build`, all of one network. The page is one file that fetches nothing.
 
     \b

@@ -37,6 +37,10 @@ class Dense:
         """KL of the softmax, mean over the positions of each image, (n,)."""
         return softmax_divergence(outputs, reference).sum(1).flatten(1).mean(1)
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """The most likely class at every position, int64 (n, ...)."""
+        return outputs.argmax(1)
+
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:

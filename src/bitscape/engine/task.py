@@ -82,6 +82,12 @@ class Task(Protocol):
         """How far each sample's outputs are from the reference, (n,)."""
         ...
 
+    def answers(self, outputs: Tensor) -> Tensor | None:
+        """Return the class, or yes or no, that `outputs` say, of each sample or position; None where
+        they are values.
+        """
+        ...
+
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:
@@ -152,6 +158,10 @@ class Classes:
         """KL(softmax(reference) || softmax(outputs)) of each image, (n,)."""
         return softmax_divergence(outputs, reference).sum(1)
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """The most likely class of each image, int64 (n,)."""
+        return outputs.argmax(1)
+
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:
@@ -205,7 +215,7 @@ class Binary:
     @property
     def metric(self) -> Metric:
         """Accuracy over all answers."""
-        return BinaryAccuracy(0.5 if self.probabilities else 0.0)
+        return BinaryAccuracy(self._threshold)
 
     def outputs(self, output: Any, samples: int) -> Tensor:
         """Return finite float32 outputs (n, ...)."""
@@ -218,6 +228,10 @@ class Binary:
         yes = share * (functional.logsigmoid(reference) - functional.logsigmoid(outputs))
         no = (1 - share) * (functional.logsigmoid(-reference) - functional.logsigmoid(-outputs))
         return per_sample(yes + no)
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Whether each output says yes, bool in their shape."""
+        return outputs > self._threshold
 
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
@@ -275,6 +289,10 @@ class Binary:
         """Return which samples' outputs are not finite."""
         return not_finite(outputs)
 
+    @property
+    def _threshold(self) -> float:
+        return 0.5 if self.probabilities else 0.0
+
     def _logits(self, outputs: Tensor) -> Tensor:
         if not self.probabilities:
             return outputs
@@ -306,6 +324,9 @@ class Follow:
     def divergence(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Half the squared difference of each image, (n,)."""
         return per_sample((outputs - reference).square()) / 2
+
+    def answers(self, outputs: Tensor) -> None:
+        """None: these are values."""
 
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None

@@ -48,6 +48,9 @@ class User:
         """Half the squared difference of each sample, (n,)."""
         return self.follow.divergence(outputs, reference)
 
+    def answers(self, outputs: Tensor) -> None:
+        """None: these are values."""
+
     def drawn_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
     ) -> Tensor:

@@ -18,17 +18,19 @@ from bitscape.engine.quality_table import QualityTable
 from bitscape.errors import BitscapeError
 from bitscape.files import parse_json, read_limited
 from bitscape.folders import DYNAMIC_FILE, METRICS, POLICY_FILE, RUN, TIERS_FILE
+from bitscape.measure.analysis.result import Analysis
 from bitscape.policy import Policy
 from bitscape.report.documents import BenchDocument, EvaluationDocument, load_bench, load_evaluation, load_quality
 from bitscape.searches.scores import ScoreTable
 
 READS = (
     "folders of `bitscape train` and `tiers`; policy and score files of `bitscape search` and `solve`; "
-    "the .json of `bitscape evaluate --json` and `--corruptions`, `bench --json` and `latency build`"
+    "the .json of `bitscape evaluate --json` and `--corruptions`, `analyze --out`, `bench --json` and `latency build`"
 )
 
 _READERS: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
     ("network_ms", "latencies", LatencyTable.load),  # before policies: it has layers too
+    ("compared", "analyses", Analysis.load),  # likewise
     ("layers", "policies", Policy.load),
     ("evaluated", "evaluations", load_evaluation),
     ("scores", "scores", ScoreTable.load),
@@ -99,6 +101,7 @@ class Inputs:
     policies: Mapping[str, Policy]
     """Of policy files, of runs, and of tiers."""
     scores: Mapping[str, ScoreTable]
+    analyses: Mapping[str, Analysis]
     tiers: Mapping[str, TiersDocument]
     evaluations: Mapping[str, EvaluationDocument]
     quality_tables: Mapping[str, QualityTable]
@@ -117,7 +120,7 @@ def read_inputs(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
     found = list(dict.fromkeys(Path(path) for path in paths))
     if not found:
         raise BitscapeError(f"RUN is missing; give at least one of: {READS}")
-    names_of_kinds = ("runs", "policies", "scores", "tiers", "evaluations", "quality_tables", "benches", "latencies")
+    names_of_kinds = ("runs", "policies", "scores", "analyses", "tiers", "evaluations", "quality_tables", "benches", "latencies")
     kinds: dict[str, dict[str, Any]] = {kind: {} for kind in names_of_kinds}
     names = _names(found)
     for path, name in zip(found, names, strict=True):
@@ -205,7 +208,7 @@ def _parsed(where: Path | str, content: bytes) -> dict[str, Any]:
 
 def _check_one_network(inputs: Inputs) -> None:
     """Refuse files of two networks: layer names, or fingerprints where both have one, differ."""
-    parts: dict[str, ScoreTable | LatencyTable] = {**inputs.scores, **inputs.latencies}
+    parts: dict[str, ScoreTable | LatencyTable | Analysis] = {**inputs.scores, **inputs.latencies, **inputs.analyses}
     first = next(iter(inputs.policies), None)
     for name, policy in inputs.policies.items():
         if policy.layers.keys() != inputs.policies[first or name].layers.keys():
@@ -213,7 +216,11 @@ def _check_one_network(inputs: Inputs) -> None:
     for name, part in parts.items():
         if first is not None and not set(part.layers) <= inputs.policies[first].layers.keys():
             raise _two_networks(name, first)
-    everything: dict[str, Policy | ScoreTable | LatencyTable | EvaluationDocument] = {**inputs.policies, **parts, **inputs.evaluations}
+    everything: dict[str, Policy | ScoreTable | LatencyTable | Analysis | EvaluationDocument] = {
+        **inputs.policies,
+        **parts,
+        **inputs.evaluations,
+    }
     marks = {name: part.fingerprint for name, part in everything.items() if part.fingerprint is not None}
     for name, mark in marks.items():
         if mark != next(iter(marks.values())):

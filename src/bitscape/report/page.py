@@ -8,6 +8,7 @@ from markupsafe import Markup, escape
 
 from bitscape.cost.layers import NetworkProfile
 from bitscape.errors import printable_lines
+from bitscape.report.analysis_section import error_by_layer
 from bitscape.report.blocks import Missing, Section
 from bitscape.report.heat_map import BLUES, shade, web_color
 from bitscape.report.inputs import Inputs
@@ -20,7 +21,7 @@ from bitscape.report.run_sections import corruptions, curves, deployed, mixed_or
 
 SECTIONS: tuple[Callable[[Material], Section | Missing], ...] = (
     *(asked, bits_per_layer, layer_costs, pareto, mixed_or_uniform),
-    *(sensitivity, curves, corruptions, deployed, reproduce),
+    *(sensitivity, error_by_layer, curves, corruptions, deployed, reproduce),
 )
 """In the order of the page."""
 

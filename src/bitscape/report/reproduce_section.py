@@ -1,4 +1,4 @@
-"""Section 10: the commands, versions, seeds and machines behind a report, as far as its files tell."""
+"""Section 11: the commands, versions, seeds and machines behind a report, as far as its files tell."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ AS_GIVEN = "Commands of trainings as run.json records them: what was given last,
 
 
 def reproduce(material: Material) -> Section:
-    """Section 10."""
+    """Section 11."""
     files = {each.name: _file_of(each) for each in material.policies}
     searches = [line for each in material.policies if (line := search_command(each.policy, files[each.name]))]
     file_of = {name: files[each.name] for each in material.policies for name in each.names if not each.is_widest}

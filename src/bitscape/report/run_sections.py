@@ -40,7 +40,7 @@ def mixed_or_uniform(material: Material) -> Section | Missing:
 
 
 def curves(material: Material) -> Section | Missing:
-    """Section 7."""
+    """Section 8."""
     title = "Training"
     runs = {name: run for name, run in material.inputs.runs.items() if run.records}
     if not runs:
@@ -59,7 +59,7 @@ def curves(material: Material) -> Section | Missing:
 
 
 def corruptions(material: Material) -> Section | Missing:
-    """Section 8."""
+    """Section 9."""
     title = "Images of lesser quality"
     if not material.inputs.quality_tables:
         return Missing(title=title, reason="Needs the .json that `bitscape evaluate --corruptions` writes")
@@ -72,7 +72,7 @@ def corruptions(material: Material) -> Section | Missing:
 
 
 def deployed(material: Material) -> Section | Missing:
-    """Section 9."""
+    """Section 10."""
     title = "Deployed: milliseconds and bytes"
     if not material.inputs.benches and not material.inputs.latencies:
         return Missing(title=title, reason="Needs the .json of `bitscape bench --json`, or a table of `bitscape latency build`")
