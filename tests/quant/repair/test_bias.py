@@ -165,3 +165,12 @@ def test_statistics_of_norms_move_so_that_channels_keep_their_mean_and_deviation
     )
     torch.testing.assert_close(corrected.mean(1), expected.mean(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(corrected.std(1), expected.std(1), rtol=1e-4, atol=0)
+
+
+def test_a_network_without_biases_stays_as_it_is():
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)).eval(), torch.randn(8, 3, 6, 6)
+    network = quantized(model, images)
+    before = network(images)
+    assert correct_biases(network, model, images) == {}
+    assert torch.equal(network(images), before)

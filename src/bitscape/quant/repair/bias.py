@@ -91,8 +91,8 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
         for handle in handles:
             handle.remove()
     shifts = {name: c.write() for name, c in corrections.items() if c.images}
-    if not shifts and not norms:
-        raise BitscapeError("images: no layer with a bias ran; pass at least one image, and fold norms first where biases are missing")
+    if layers and not shifts:
+        raise BitscapeError("images: no layer with a bias ran; pass at least one image")
     mean_shift = sum(shifts.values()) / max(1, len(shifts))
     _log.info(
         "outputs of %d layers and statistics of %d norms corrected: mean shift %.3g standard deviations",
