@@ -160,7 +160,7 @@ def test_tables_of_a_card_exist(card: Card):
 
 
 def test_a_table_that_does_not_exist_is_found():
-    assert unknown_tables("docs/results: qat-cifar10, qat-cifar100. docs/flat-training: saq.") == ["qat-cifar100"]
+    assert unknown_tables("docs/results: qat-cifar10, qat-cifar100. docs/results-flat-training: saq.") == ["qat-cifar100"]
 
 
 def _targets(computes: str) -> Iterator[str]:
