@@ -8,7 +8,7 @@ Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range
 Departs   Weights start where the observer puts them, as LSQ's do. The paper's start, max|mean +- 3 std| / 2^(b-1), is meant for
           training: it cuts off the outliers that a trained network needs before it is trained again.
 Costs     As LSQ, one more pass over the activations.
-Measured  docs/flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 79.4 % top-1
+Measured  docs/results-flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 79.4 % top-1
           after plain training, 80.5 % with LSQ.
 """
 
