@@ -55,13 +55,13 @@ def images(n: int = 64) -> torch.Tensor:
 def test_score_is_the_gradient_weighted_output_error_in_closed_form() -> None:
     layer = nn.Linear(16, 5, bias=False)
     noise = layer_noise(nn.Sequential(layer), ["0"], Samples.of(images().flatten(1)), PAIRS)["0"]
-    x, g = images(4).flatten(1), torch.randn(4, 5)
-    scores = pair_scores(GradedCall("0", x, g), noise, "elementwise", 1.0)
+    x, draws = images(4).flatten(1), torch.randn(2, 4, 5)
+    scores = pair_scores(GradedCall("0", x, tuple(draws)), noise, "elementwise", 1.0)
     by_weight, by_input = noise.output_changes(x)
-    expected = [[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight]
+    expected = [[float((draws * (w + a)).square().mean(0).sum()) for a in by_input] for w in by_weight]
     torch.testing.assert_close(scores, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
-    along = pair_scores(GradedCall("0", x, g), noise, "directional", 1.0)
-    expected = [[float((g * (w + a)).sum(1).square().sum()) for a in by_input] for w in by_weight]
+    along = pair_scores(GradedCall("0", x, tuple(draws)), noise, "directional", 1.0)
+    expected = [[float((draws * (w + a)).sum(2).square().mean(0).sum()) for a in by_input] for w in by_weight]
     torch.testing.assert_close(along, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_definition() -> None:
     model, x = convolutions(), images(8)
     table = Fisher(images=8).score(problem(model, x))
     prepared = problem(model, x).prepared
-    loss = lambda y: Classes().drawn_loss(y, torch.Generator().manual_seed(0)).sum()  # noqa: E731
+    losses = lambda y: Classes().drawn_losses(y, torch.Generator().manual_seed(0), draws=4).sum(1)  # noqa: E731
     for name, row in zip(table.layers, table.values, strict=True):
         at, noise = int(name), layer_noise(prepared, [name], Samples.of(x), PAIRS)[name]
         with torch.no_grad():
@@ -114,8 +114,9 @@ def test_scores_are_those_of_the_definition() -> None:
             output = prepared[at](before)
             by_weight, by_input = noise.output_changes(before)
         output.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(prepared[at + 1 :](output.clone())), output)
-        scores = [[float((gradient * (w + a)).double().square().sum()) / 8 for a in by_input] for w in by_weight]
+        by_draw = losses(prepared[at + 1 :](output.clone())).unbind()
+        gradients = torch.stack([torch.autograd.grad(loss, output, retain_graph=True)[0] for loss in by_draw])
+        scores = [[float((gradients * (w + a)).double().square().sum()) / 32 for a in by_input] for w in by_weight]
         np.testing.assert_allclose(row, monotone(np.array(scores).reshape(1, -1), PAIRS)[0], rtol=1e-4)
 
 
