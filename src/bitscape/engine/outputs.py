@@ -137,7 +137,7 @@ def softmax_roots(logits: Tensor, draws: int, generator: torch.Generator) -> Ten
     hadamard = _hadamard(draws).to(chances)
     columns = hadamard[:draws, ranks % hadamard.shape[1]]  # (draws, n, k, ...)
     # A draw's own sign changes nothing within a softmax; it parts the positions of dense classes.
-    roots = chances.sqrt() * of_class * columns * of_draw.movedim(1, 0)[:, :, None]
+    roots: Tensor = chances.sqrt() * of_class * columns * of_draw.movedim(1, 0)[:, :, None]
     return roots - chances * roots.sum(2, keepdim=True)
 
 

@@ -25,7 +25,7 @@ from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import has_weight, quantizable_layers, scale_axis
+from bitscape.models.layers import channel_axis, has_weight, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
@@ -82,6 +82,8 @@ class LayerNoise:
     """activation bits -> scale and grid of the layer's input."""
     second: Mapping[int, "Range"] = field(default_factory=dict)
     """Of a product of two activations: weight bits -> scale and grid of the second."""
+    shifts: Tensor | None = None
+    """What repair takes back of each output channel, (R_w + R_a, c), in the order of `output_changes`."""
 
     def of_input(self, x: Tensor, bits: int) -> Tensor:
         """Q(X) - X, in float32."""
@@ -94,11 +96,14 @@ class LayerNoise:
         Of a product of two activations `second` is the other one, and stands in the place of the weight.
         """
         if second is not None:
-            by_second = [torch.matmul(widened(x), _noise(widened(second), *levels)) for levels in self.second.values()]
-            return by_second, [torch.matmul(self.of_input(x, bits), widened(second)) for bits in self.ranges]
+            by_weight = [torch.matmul(widened(x), _noise(widened(second), *levels)) for levels in self.second.values()]
+            return by_weight, [torch.matmul(self.of_input(x, bits), widened(second)) for bits in self.ranges]
         weight = self.layer.get_parameter("weight")
         by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
         by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
+        if self.shifts is not None:
+            for change, shift in zip([*by_weight, *by_input], self.shifts, strict=True):
+                change.movedim(channel_axis(self.layer, change), -1).sub_(shift)
         return by_weight, by_input
 
 
@@ -128,12 +133,19 @@ def candidate_widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list
 
 
 @torch.no_grad()
-def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
+def layer_noise(
+    model: nn.Module,
+    names: list[str],
+    samples: Samples,
+    candidates: tuple[LayerBits, ...],
+    weights: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> dict[str, LayerNoise]:
     """Calibrate every candidate width of the named layers once: squared-error scales, per channel for weights, per tensor for inputs.
 
     Args:
         model: float network, eval mode.
         samples: the first 64 are used for the input ranges.
+        weights: layer -> weight bits -> Q(W) - W; None rounds to nearest.
     """
     weight_bits, activation_bits = candidate_widths(candidates)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
@@ -142,7 +154,8 @@ def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates
     for name, layer in layers.items():
         ranges = _ranges(inputs[name], activation_bits)
         if has_weight(layer):
-            noise[name] = LayerNoise(layer, {bits: _weight_noise(layer, bits) for bits in weight_bits}, ranges)
+            of_weight = {bits: _weight_noise(layer, bits) for bits in weight_bits} if weights is None else weights[name]
+            noise[name] = LayerNoise(layer, of_weight, ranges)
         else:
             noise[name] = LayerNoise(layer, {}, ranges, _ranges(inputs[second_input(name)], weight_bits))
     return noise
