@@ -150,12 +150,13 @@ class Fisher:
     def score(self, problem: SearchProblem, *, for_training: bool = False) -> ScoreTable:
         """The table of scores alone; any budget is then one integer programme away."""
         names, samples = list(problem.free_layers), problem.samples.first(self.images)
+        batch_size = self.batch_size or images_a_pass(problem.network, self.draws)
         if for_training:  # which keeps norms and repairs nothing
             model = problem.prepared
             noise = layer_noise(model, names, samples, problem.choices.candidates)
         else:
             model = fold_norms(problem.prepared, samples.first(2).parts[0].inputs)
-            noise = repaired_noise(model, names, samples, problem.choices.candidates)
+            noise = repaired_noise(model, names, samples, problem.choices.candidates, batch_size)
         generator = torch.Generator().manual_seed(problem.seed)
         weight_bits, activation_bits = candidate_widths(problem.choices.candidates)
         weight_share = self.weight_share_for_training if for_training else 1.0
@@ -164,7 +165,6 @@ class Fisher:
         def visit(call: GradedCall) -> None:
             totals[call.name] += pair_scores(call, noise[call.name], self.variant, weight_share).cpu()
 
-        batch_size = self.batch_size or images_a_pass(problem.network, self.draws)
         for batch in tracked_batches(samples, model, batch_size, label="fisher: batch"):
             visit_gradients(model, names, batch, problem.meaning, generator, visit, self.draws)
         return score_table("fisher", problem.choices, {name: (total / len(samples)).numpy() for name, total in totals.items()})

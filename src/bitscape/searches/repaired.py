@@ -8,12 +8,13 @@ The gain that repair restores too is left in: it grows with the noise squared.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
 from bitscape.models.layers import channel_axis, quantizable_layers, weighted_layers
 from bitscape.policy import LayerBits, Policy
@@ -25,17 +26,22 @@ from bitscape.searches.sensitivity import RANGE_SAMPLES, LayerNoise, calls, cand
 
 
 def repaired_noise(
-    model: nn.Module, names: list[str], samples: Samples, candidates: tuple[LayerBits, ...]
+    model: nn.Module,
+    names: list[str],
+    samples: Samples,
+    candidates: tuple[LayerBits, ...],
+    batch_size: int = 16,
 ) -> dict[str, LayerNoise]:
     """Return what `layer_noise` does, of repaired weights and without the shifts that repair takes back.
 
     Args:
         model: float network, eval mode, norms folded.
         samples: all count for the rounding, the first 64 for ranges and shifts.
+        batch_size: samples at once whose layers' inputs and outputs are held.
     """
     weights = _weight_changes(model, samples, candidate_widths(candidates)[0])
     noise = layer_noise(model, names, samples, candidates, weights)
-    shifts = _shifts(model, names, samples.first(RANGE_SAMPLES), noise)
+    shifts = _shifts(model, names, batches_of(samples.first(RANGE_SAMPLES), model, batch_size), noise)
     return {name: replace(of_layer, shifts=shifts.get(name)) for name, of_layer in noise.items()}
 
 
@@ -67,7 +73,7 @@ def rounded_weights(model: nn.Module, moments: Mapping[str, Tensor], bits: int) 
 
 
 def _shifts(
-    model: nn.Module, names: list[str], samples: Samples, noise: Mapping[str, LayerNoise]
+    model: nn.Module, names: list[str], batches: Iterable[Inputs], noise: Mapping[str, LayerNoise]
 ) -> dict[str, Tensor]:
     """Mean of each layer's output changes in each channel, in their order, (changes, c).
 
@@ -76,7 +82,7 @@ def _shifts(
     sums: dict[str, Tensor] = {}
     runs: dict[str, int] = {}
     biased = [name for name in names if noise[name].layer.bias is not None]
-    for inputs in track(batches_of(samples, model), label="shifts: batch"):
+    for inputs in track(batches, label="shifts: batch"):
         for call in calls(model, biased, inputs):
             changes = itertools.chain(*noise[call.name].output_changes(call.input, call.second))
             axis = channel_axis(noise[call.name].layer, call.output)
