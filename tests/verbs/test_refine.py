@@ -58,6 +58,17 @@ def test_factors_are_learned_from_what_was_measured() -> None:
     assert (of_weights < 1.0).all()
 
 
+def test_a_choice_rises_by_what_is_not_known_of_it_until_it_is_measured() -> None:
+    stated = problem()
+    beliefs = Beliefs(group_scores(scores(stated), stated.choices), stated.choices)
+    first, other = (stated.choices.uniform(PAIRS.index(LayerBits(*bits))) for bits in ((4, 2), (2, 4)))
+    beliefs.add(first, 1.0)
+    start, unknown = beliefs.rises([first, other])
+    assert start == 0.0 < 0.1 < unknown  # their scores are equal
+    beliefs.add(other, 0.1)
+    assert beliefs.rises([other])[0] < -0.1
+
+
 def test_first_comes_the_given_choice_then_uniform_bits_then_new_ones_within_the_budget() -> None:
     stated = problem()
     beliefs = Beliefs(group_scores(scores(stated), stated.choices), stated.choices)
