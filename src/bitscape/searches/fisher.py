@@ -18,8 +18,11 @@ Departs   No labels are drawn (ours): with H = diag(p) - p p^T = S S^T at the lo
           cannot give back what coarse activations lost. The tenth is ours, chosen on ResNet-20/CIFAR-10 among 1, 0.1 and 0.01 at one
           budget and one seed.
 Costs     2 + 2 draws + R_w + R_a forward passes over the images, 512 MB for a pass, and R_w times the rounding of repair.
-Measured  docs/results. Without training: above uniform and kl on MobileNetV2, no difference on SqueezeNet. After training, ResNet-20:
-          level with uniform at the BitOps of W4A4 and W3A3, ahead at 2.5 bits by an interval that still touches zero.
+Measured  CIFAR-10, BitOps of W3A3, 256 images, default repair, 2,000 test images, two draws, scores of this noise / of nearest
+          rounding / uniform bits: ResNet-20 89.2 88.4 / 86.3 86.2 / 88.9 88.1; ResNet-44 91.3 91.1 / 89.9 89.8 / 90.7 91.5.
+          The rows of docs/results are of scores by nearest rounding and drawn labels.
+          After training, ResNet-20: level with uniform at the BitOps of W4A4 and W3A3, ahead at 2.5 bits by an interval that still
+          touches zero.
 """
 
 import math
