@@ -13,8 +13,8 @@ Departs   No labels are drawn (ours): with H = diag(p) - p p^T = S S^T at the lo
           a layer's score, 32 images, ResNet-20: 2.9 and 0.98 with 1 and 4 labels drawn, 0.31 and 0.023 with 1 and 4 sign draws.
           dY of a pair is dY_w + dY_a: the cross term is dropped, which makes R_w + R_a runs of a layer enough for R_w * R_a pairs.
           dY is that of the network that will run: weights rounded as repair rounds them, and each channel without the mean shift that
-          repair takes back -> `repaired_noise`. A network that will be trained (`for_training`) is not repaired: dY is of nearest
-          rounding, and only a tenth of the weight noise counts: dY = sqrt(0.1) dY_w + dY_a. Training moves weights to their grid but
+          repair takes back -> `repaired_noise`. For a network that will be trained (`for_training`) dY is of nearest rounding, and only
+          a tenth of the weight noise counts: dY = sqrt(0.1) dY_w + dY_a. Training moves weights to their grid wherever they start, but
           cannot give back what coarse activations lost. The tenth is ours, chosen on ResNet-20/CIFAR-10 among 1, 0.1 and 0.01 at one
           budget and one seed.
 Costs     2 + 2 draws + R_w + R_a forward passes over the images, 512 MB for a pass, and R_w times the rounding of repair.
@@ -154,7 +154,7 @@ class Fisher:
         """The table of scores alone; any budget is then one integer programme away."""
         names, samples = list(problem.free_layers), problem.samples.first(self.images)
         batch_size = self.batch_size or images_a_pass(problem.network, self.draws)
-        if for_training:  # which keeps norms and repairs nothing
+        if for_training:  # which moves the weights from where repair rounds them to
             model = problem.prepared
             noise = layer_noise(model, names, samples, problem.choices.candidates)
         else:
