@@ -41,6 +41,7 @@ SETTINGS = (
     "latency",
     "pick",
     "pinned",
+    "refine",
     "target",
     "tied",
 )

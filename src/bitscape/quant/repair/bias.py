@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bitscape.calling import call
 from bitscape.errors import BitscapeError, explained_forward, nearest
 from bitscape.models.dtypes import check_float32
-from bitscape.models.layers import output_channels, quantizable_layers
+from bitscape.models.layers import channel_axis, output_channels, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
@@ -119,7 +119,7 @@ class _Correction:
         self.seen = torch.lerp(self.seen, self._moments(output), share)
         self.images += len(output)
         shape = [1] * output.ndim
-        shape[self._axis(output)] = -1
+        shape[channel_axis(self.layer, output)] = -1
         gain, shift = (v.to(output.dtype).reshape(shape) for v in self.affine())
         return torch.addcmul(shift, output, gain)
 
@@ -145,10 +145,7 @@ class _Correction:
 
     def _moments(self, output: Tensor) -> Float[Tensor, "2 c"]:
         """Mean and mean square of each channel, float64."""
-        return channel_moments(output.movedim(self._axis(output), 1))
-
-    def _axis(self, output: Tensor) -> int:
-        return output.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
+        return channel_moments(output.movedim(channel_axis(self.layer, output), 1))
 
 
 def _multiply_rows(layer: QuantizedLayer, gain: Tensor) -> None:
