@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.quant.functional import fake_quantize
-from bitscape.quant.observers import Observer
+from bitscape.quant.observers import Observer, activation_range
 from bitscape.quant.quantizers.base import (
     FakeQuantizer,
     PerChannel,
@@ -49,19 +49,21 @@ class LsqWeight(WeightFakeQuantizer):
 
 
 class LsqActivation(FakeQuantizer):
-    """Activations with one learned scale; unsigned if no value below zero was seen."""
+    """Activations with one learned scale, on the grid that `activation_range` chooses."""
 
-    def __init__(self, bits: int | Tensor) -> None:
+    def __init__(self, bits: int | Tensor, zero_points: bool = True) -> None:
         super().__init__(bits, signed=False)
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+        self.zero_points = zero_points
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
         return fake_quantize(x, self.scale, self.grid, scale_gradient_factor=factor)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
-        self.see_sign(values)
-        self.scale.copy_(observer.scale(values.reshape(1, -1), self.grid)[0])
+        scale, levels = activation_range(values.flatten(), self.bits, observer, zero_points=self.zero_points)
+        self.use(levels)
+        self.scale.copy_(scale)
 
 
 def lsq_gradient_factor(elements: int, qmax: float | Tensor) -> float:
@@ -76,6 +78,8 @@ class Lsq:
 
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""
+    zero_points: bool = True
+    """Whether grids of activations may begin between signed and unsigned ones; False for FINN, which takes no zero point."""
 
     def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
@@ -83,4 +87,4 @@ class Lsq:
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:
         """Fake-quantizer for a layer's input."""
-        return LsqActivation(bits)
+        return LsqActivation(bits, self.zero_points)
