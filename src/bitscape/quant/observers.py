@@ -89,7 +89,7 @@ class Mse:
         ordered, (low, high) = _Ordered(values), values.aminmax()
         spread = max(float(high.clamp(min=0) - low.clamp(max=0)), MINIMUM_SCALE)
         scales = (torch.linspace(0.1, 1.0, self.points) * (spread / (2**bits - 1))).tolist()
-        return int(min(ordered.best_lowest(scale, bits) for scale in scales)[1])
+        return min(ordered.best_lowest(scale, bits) for scale in scales)[1]
 
 
 Observer = MinMax | Percentile | Mse
@@ -162,7 +162,8 @@ def _sums(values: Tensor) -> Tensor:
 def _lowest_between(low: Tensor, high: Tensor, bits: int) -> int:
     bottom, top = min(float(low), 0.0), max(float(high), 0.0)
     spread = max(top - bottom, MINIMUM_SCALE)
-    return round(bottom / spread * (2**bits - 1))
+    top_code: int = 2**bits - 1
+    return round(bottom / spread * top_code)
 
 
 def _scale_to_hold(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
