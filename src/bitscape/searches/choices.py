@@ -201,7 +201,7 @@ class Choices:
 
     @property
     def with_first_free(self) -> "Choices":
-        """The same choices, where caps are on weights alone with the weights of the first layer free, too."""
+        """The same choices, where a cap is on weights alone with the weights of the first layer free, too."""
         return self if self.freedom.with_first is None else replace(self, freedom=self.freedom.with_first)
 
     def narrowest(self) -> Choice:
