@@ -108,7 +108,7 @@ class Choices:
             tied=tied,
             always=None if target is None else target.pins(network),
         )
-        absolute = budget if isinstance(budget, Budget) else parse_budget(budget, network, freedom.pinned)
+        absolute = budget if isinstance(budget, Budget) else parse_budget(budget, network, freedom.pinned, freedom.activations)
         fixed = product(sorted({bits.weight for bits in offered}), sorted(set(freedom.activations.values())))
         choices = cls(
             network=network,
