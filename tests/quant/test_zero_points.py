@@ -143,7 +143,7 @@ def test_layers_that_read_one_tensor_share_its_grid():
     recalibrated = quantized_layers(calibrate(quantized(8), large))  # more values than are kept
     for found in (layers, recalibrated):
         first, second = found["b"].input_quantizer, found["c"].input_quantizer
-        assert (first.grid, float(first.scale)) == (second.grid, float(second.scale))
+        assert first.grid == second.grid and torch.equal(first.scale, second.scale)
 
 
 def test_every_width_of_a_mixture_has_a_zero_point_of_its_own():

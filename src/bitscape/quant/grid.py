@@ -15,7 +15,7 @@ A real value is ``scale * (q - zero_point)`` with q in qmin .. qmax (the ONNX fo
     8     signed, mid-rise  -128   127        -0.5   no         -127.5 .. 127.5
     4     from -3             -3    12           0   yes             -3 .. 12
 
-Grids that begin between the signed and the unsigned one (`grid_from`) are for activations with a short negative tail: an
+Grids that begin between the signed and the unsigned one are for activations with a short negative tail: an
 integer zero point, written as levels instead of as codes.
 
 A signed 1-bit grid is always mid-rise, also when narrow: {-1, 0} with zero at an end could hold no sign.

@@ -5,9 +5,14 @@ Idea      The grid spacing is trained together with the weights. Its gradient se
           between codes, and is scaled by 1 / sqrt(N * qmax) so that scales and weights move at a like pace.
 Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> lsq_gradient_factor
 Departs   One scale per output channel for weights by default (paper: per layer), N then counts a channel. Scales start at the squared-error
-          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid.
+          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid. Grids of activations
+          may begin between the signed and the unsigned one, our own choice: of all whole zero points that of the least
+          squared error, where it leaves at most 3/4 of the signed grid's. Training keeps the zero point.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
-Measured  docs/results: the default quantizer of every benchmark.
+Measured  docs/results: the default quantizer of every benchmark. Zero points, without training, repaired, one run, from a
+          signed grid: text direction (MobileNetV3, 2,000 lines) 73.7 -> 83.4 % at W4A4 and 95.3 -> 95.9 % at W6A6 BitOps;
+          YOLOX-nano (200 images, AP against the float boxes) 10.9 -> 21.7 % at W6A6 BitOps, 26.0 -> 30.8 % at 4-bit bytes and A8;
+          CCT (2,000 images) 82.7 -> 83.7 % at W4A4 BitOps; MobileNetV2 (744 images) 57.5 -> 59.7 % at W4A4 BitOps.
 """
 
 import math
