@@ -166,7 +166,7 @@ def test_packed_files_and_the_integer_form_compute_the_same(bits, tmp_path):
     own = quantized_layers(network)["d"].input_quantizer  # alone behind its tensor
     lowest, shift = own.lowest, 128 if bits == 4 else -own.lowest
     limits = {"qmin": lowest + shift, "qmax": lowest + 2**bits - 1 + shift}
-    assert kept[float(own.scale)] == ActivationGrid(scale=float(own.scale), zero_point=shift, **limits)
+    assert kept[own.scale.item()] == ActivationGrid(scale=own.scale.item(), zero_point=shift, **limits)
     assert {added.zero_point for added in integer.added.values()} != {128.0}
 
 
