@@ -13,7 +13,7 @@ from bitscape.cli.options import all_of, image_options, network_options
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
-from bitscape.policy import Policy
+from bitscape.policy import WIDE_BITS, Policy
 from bitscape.words import counted
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class ExportSource:
         settings = ImageSettings.checked(options["input_size"], options["normalize"], options["calibration"])
         check_packages(form)
         policy = _policy(policy_file, packed, checkpoint)
+        if form == "openvino":
+            from bitscape.exporters.openvino.ir import refuse_wide
+
+            refuse_wide((name for name, bits in policy.layers.items() if bits.activation == WIDE_BITS), "policy")
         network = load_network(options["model"], options["weights"], options["device"], options["seed"])
         settings, images, held_out = settings.of_model(network), None, None
         if options["calibration"] is not None:

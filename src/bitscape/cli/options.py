@@ -115,7 +115,7 @@ pin_option = click.option(
     multiple=True,
     metavar="LAYER=W/A",
     help="Fix weight/activation bits by name or pattern, e.g. conv1=8/8 or 'head*=8/8'; repeatable. The first layer and the heads "
-    "are at 8/8 unless pinned otherwise; under caps on weights alone, of the heads only the activations. `--pin none` frees them.",
+    "are at 8/8 unless pinned otherwise; under a cap on weights alone, of the heads only the activations. `--pin none` frees them.",
 )
 keep_float_option = click.option(
     "--keep-float",

@@ -171,14 +171,13 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data)
     Of products of two activations the second operand stands under `second_input`.
     """
     samples: defaultdict[str, ValueSample] = defaultdict(ValueSample)
-    generator = torch.Generator().manual_seed(0)
 
     def hook_for(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
             operands = operands_of(inputs, named)
-            samples[name].add(operands[0], generator)
+            samples[name].add(operands[0])
             if not has_weight(module):
-                samples[second_input(name)].add(operands[1], generator)
+                samples[second_input(name)].add(operands[1])
 
         return record
 

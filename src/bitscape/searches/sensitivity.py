@@ -33,7 +33,7 @@ from bitscape.quant.convert import batches_of, operands_of, record_inputs, secon
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
-from bitscape.quant.observers import Mse
+from bitscape.quant.observers import Mse, activation_range
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
 from bitscape.quant.reference import widened
 from bitscape.searches.choices import Choices
@@ -162,10 +162,7 @@ def layer_noise(
 
 
 def _ranges(values: Tensor, widths: Sequence[int]) -> dict[int, Range]:
-    values = values.reshape(1, -1)
-    signed = bool(values.min() < 0)
-    grids = {bits: grid(bits, signed=signed) for bits in widths}
-    return {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()}
+    return {bits: activation_range(values, bits, Mse()) for bits in widths}
 
 
 def _weight_noise(layer: nn.Module, bits: int) -> Tensor:

@@ -17,14 +17,14 @@ from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.interface import check_one_shape
 from bitscape.exporters.onnx.qdq import CONTAINERS, PORTABLE, OnnxInfo, write_onnx
 from bitscape.exporters.onnx.qonnx import save_qonnx
-from bitscape.exporters.openvino.ir import OpenvinoInfo, write_openvino
+from bitscape.exporters.openvino.ir import OpenvinoInfo, refuse_wide, write_openvino
 from bitscape.exporters.openvino.parity import check_openvino_parity
 from bitscape.exporters.packed.file import load_packed, save_packed
 from bitscape.exporters.parity import ALLOWED, IMAGES_AT_ONCE, PARITY_IMAGES, ParityReport, check_parity
 from bitscape.folders import replaced_if_good
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
-from bitscape.policy import Policy
+from bitscape.policy import WIDE_BITS, Policy
 from bitscape.quant.layers import quantized_layers
 from bitscape.runtimes.sessions import OnnxRuntime, OpenVino, Session
 from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
@@ -107,6 +107,9 @@ def export(
         raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
     _check_folder(path)
     form = check_path(path) if form is None else form
+    if form == "openvino":
+        layers = quantized_layers(network).items()
+        refuse_wide(name for name, layer in layers if getattr(layer.input_quantizer, "bits", None) == WIDE_BITS)
     if data is None and form != "packed":
         raise BitscapeError(f"data is missing: samples set ranges in {path.suffix} files, and check them; pass some of the training data")
     read = [None if part is None else proxy_of(network, part, count=count, inputs=inputs, seed=seed) for part in (data, held_out)]

@@ -72,7 +72,7 @@ def search(
         candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what
             the target has.
         pinned: layers with fixed bits, by name or pattern, e.g. {"head*": "8/8"}; {} pins none. None pins the first layer
-            and the heads at 8/8; if the budget caps weights alone, only the first layer, and the heads keep 8-bit activations.
+            and the heads at 8/8; under a cap on weights alone, only the first layer, and the heads keep 8-bit activations.
         keep_float: names, patterns or types of layers that stay float, e.g. ["head*", nn.LayerNorm].
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.

@@ -18,22 +18,16 @@ from bitscape.exporters.integer.calls import separate_calls
 from bitscape.exporters.integer.graph import BYTE, WORD, ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.exporters.integer.interface import Interface, as_samples
 from bitscape.exporters.integer.norms import fold_into_integers
-from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
+from bitscape.exporters.integer.placement import place_quantizers, quantized_source, repeat_quantizers
 from bitscape.exporters.integer.rectifiers import absorb_rectifiers, loosen_limits
 from bitscape.exporters.integer.weights import IntegerWeight, integer_bias, integer_weight, write_back
 from bitscape.quant.convert import batches_of
 from bitscape.quant.functional import require_finite
-from bitscape.quant.grid import Grid
-from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.observers import Mse, Observer, activation_range
 from bitscape.quant.reference import HALF
 from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.exporters")
-SIGNED_ZERO = 128
-"""Signed activations are uint8 with this zero point: runtimes want one type for what goes in and comes out of a kernel. Of 16 bits
-they are uint16 with half of its range."""
-
-
 @dataclass(frozen=True, eq=False)
 class IntegerNetwork:
     """A network whose layers compute with integers."""
@@ -158,9 +152,10 @@ def _place(quantizer: fx.Node) -> str:
 
 
 def unsigned_grid(grid: ActivationGrid) -> ActivationGrid:
-    """The same grid in codes from 0 to 255, or to 65,535 for activations of 16 bits.
+    """The same grid in codes from 0 to 255, or to 65,535 for activations of 16 bits: runtimes want one type for all of them.
 
-    A zero point between two codes (LSQ+) moves to the nearer one.
+    Zero is the middle code of grids that reach below it and fit around that. A zero point between two codes (LSQ+) moves to
+    the nearer one.
 
     Raises:
         BitscapeError: the signs of one bit, between which no code stands for zero; or levels that lie so far from zero that the type
@@ -177,7 +172,9 @@ def unsigned_grid(grid: ActivationGrid) -> ActivationGrid:
             f"{needed} codes, and integer runtimes have {top + 1}; give its input fewer bits, or quantize with Lsq, "
             "whose levels begin at zero"
         )
-    shift = (top + 1) // 2 if grid.qmin < 0 else max(0, -zero_point)
+    half = (top + 1) // 2
+    fits_around = grid.qmin < 0 and -half <= grid.qmin and grid.qmax < half
+    shift = half if fits_around else max(0, -zero_point, -grid.qmin)
     return ActivationGrid(scale=grid.scale, zero_point=float(zero_point + shift), qmin=grid.qmin + shift, qmax=grid.qmax + shift)
 
 
@@ -190,9 +187,9 @@ def _calibrate(traced: Traced, added: list[fx.Node], samples: Samples, observer:
         values = sample.values()
         with prefixed("images, behind the network's operators"):
             require_finite(values)
-        signed = bool(values.min() < 0)
-        scale = float(observer.scale(values[None], Grid(-128, 127) if signed else Grid(0, 255))[0])
-        set_grid(node, replace(PLACEHOLDER, scale=scale, zero_point=float(SIGNED_ZERO if signed else 0)))
+        scale, levels = activation_range(values, 8, observer)
+        limits = {"qmin": int(levels.qmin), "qmax": int(levels.qmax)}
+        set_grid(node, unsigned_grid(ActivationGrid(scale=float(scale), zero_point=0.0, **limits)))
 
 
 class _Recorder(fx.Interpreter):
@@ -201,11 +198,10 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, added: list[fx.Node]) -> None:
         super().__init__(module)
         self.samples = {node: ValueSample() for node in added}
-        self._generator = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> object:
         if n not in self.samples:
             return super().run_node(n)
         value: Tensor = self.fetch_args_kwargs_from_env(n)[0][0]
-        self.samples[n].add(value, self._generator)
+        self.samples[n].add(value)
         return value
