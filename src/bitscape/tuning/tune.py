@@ -16,8 +16,7 @@ Measured  not yet
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.calling import Inputs
-from bitscape.data.epochs import AS_READ, Rows
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine import Batch, BatchLoss, Cosine, StepRecord, train
 from bitscape.engine.following import FollowFloat
@@ -35,13 +33,12 @@ from bitscape.models.layers import quantizable_layers
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.layers import quantized_layers
 from bitscape.tuning.guard import Guard
+from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Rates, relaxed
 
 RATES = Rates(scales=1e-3, codes=3e-3)
 LAYERS = 3.0
 """Weight of the layers' errors beside the divergence of the outputs."""
-EXAMPLE = 32
-"""Images that show how large outputs are."""
 
 
 def tune(
@@ -82,7 +79,7 @@ def tune(
     with relaxed(model, example) as relaxation, loss.watching():
         train(
             model,
-            Shuffled(samples, batch_size, seed),
+            Shuffled(Samples(Minibatch(part.inputs) for part in samples.parts), batch_size, seed),
             step=learn,
             optimizer=relaxation.optimizer(model, rates),
             schedule=Cosine(),
@@ -130,12 +127,6 @@ class FollowLayers:
         return loss
 
 
-def relative_error(output: Tensor, expected: Tensor) -> Tensor:
-    """Mean squared difference over the variance of what is expected."""
-    power = expected.var().clamp(min=torch.finfo(expected.dtype).tiny)
-    return (output - expected).square().mean() / power
-
-
 class LayerOutputs:
     """What layers returned since it was last asked."""
 
@@ -163,29 +154,3 @@ class LayerOutputs:
 
     def _see(self, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self._outputs[name] = output
-
-
-@dataclass(frozen=True, eq=False)
-class Shuffled:
-    """Samples of one shape or several, in batches of one shape, in another order in every epoch."""
-
-    samples: Samples
-    batch_size: int
-    seed: int
-
-    @cached_property
-    def _parts(self) -> list[Rows]:
-        return [
-            Rows(data=Minibatch(part.inputs), reader=AS_READ, batch_size=self.batch_size, seed=self.seed)
-            for part in self.samples.parts
-        ]
-
-    def __len__(self) -> int:
-        """Batches of one epoch."""
-        return sum(map(len, self._parts))
-
-    def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Inputs, Any]]:
-        """See `Epochs`."""
-        for part in self._parts:
-            yield from part.epoch(number, start=min(start, len(part)))
-            start = max(start - len(part), 0)
