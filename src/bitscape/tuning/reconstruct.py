@@ -37,8 +37,7 @@ from bitscape.engine.checkpoint import (
     save_checkpoint,
 )
 from bitscape.engine.describe import bits_of, describe
-from bitscape.engine.rates import Position
-from bitscape.engine.rates import Rates as LearningRates
+from bitscape.engine.rates import Position, Rates
 from bitscape.engine.task import Task
 from bitscape.errors import BitscapeError
 from bitscape.folders import CHECKPOINT, locked
@@ -49,11 +48,11 @@ from bitscape.progress import track
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.tuning.blocks import Block, find_blocks
 from bitscape.tuning.guard import Guard
-from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
-from bitscape.tuning.relaxed import Rates, relaxed
+from bitscape.tuning.learning import EXAMPLE, Shuffled, check_counts, relative_error
+from bitscape.tuning.relaxed import Reach, relaxed
 
 _log = logging.getLogger("bitscape.tuning")
-RATES = Rates(scales=1e-3, codes=3e-3)
+REACH = Reach(scales=0.05, codes=0.6)
 HELD_BYTES = 1 << 30
 """Of a block's inputs and outputs in memory: blocks of larger ones are trained on fewer samples."""
 _AT_ONCE = 32
@@ -69,7 +68,7 @@ def reconstruct(
     *,
     epochs: int = 20,
     batch_size: int = 32,
-    rates: Rates = RATES,
+    reach: Reach = REACH,
     drop: float = 0.5,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -84,7 +83,7 @@ def reconstruct(
         task: what the outputs mean; it decides about the result alone.
         epochs: passes of each block over the samples, at least 1.
         batch_size: samples a step.
-        rates: how far a step goes.
+        reach: how far codes and scales may come.
         drop: share of a block's activations that stay float in a training step, from 0 to below 1.
         seed: of the order of the samples, and of what is dropped.
         folder: where each block's checkpoint is kept; the same call goes on from there. None: nowhere.
@@ -93,6 +92,7 @@ def reconstruct(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
+    check_counts(epochs=epochs, batch_size=batch_size)
     if not 0 <= drop < 1:
         raise BitscapeError(f"drop = {drop}: a share from 0 (none) to below 1; 0.5 is usual")
     float_model = as_prepared(float_model)
@@ -101,7 +101,7 @@ def reconstruct(
     blocks = find_blocks(model, example)
     seen = samples.first(_fitting(blocks))
     _log.info("block reconstruction: %d blocks on %d samples", len(blocks), len(seen))
-    settings = {"epochs": epochs, "batch_size": batch_size, "rates": rates, "drop": drop, "seed": seed}
+    settings = {"epochs": epochs, "batch_size": batch_size, "reach": reach, "drop": drop, "seed": seed}
     made = _Checkpoint(folder, describe({**settings, "bits": bits_of(model), "start": model}))
     own, followed = _Stream(model, seen), _Stream(float_model, seen)
     with made.locked(), relaxed(model, example) as relaxation:
@@ -113,8 +113,9 @@ def reconstruct(
             taken = own.taken(block, block.module)
             expected = _run(partner, followed.taken(block, partner))
             data = Shuffled(Samples(map(Minibatch, taken, expected)), batch_size, seed)
+            optimizer = relaxation.optimizer(block.module, reach, epochs * len(data))
             with dropping(block.module, drop):
-                _train(block.module, data, relaxation.optimizer(block.module, rates), epochs, seed)
+                _train(block.module, data, optimizer, epochs, seed)
             own.returned, followed.returned = _run(block.module, taken), expected
             made.save(model, number + 1)
     guard.decide("block reconstruction")
@@ -131,7 +132,7 @@ def _fitting(blocks: list[Block]) -> int:
 def _train(
     module: nn.Module, data: Shuffled, optimizer: torch.optim.Optimizer, epochs: int, seed: int
 ) -> None:
-    rates = LearningRates(optimizer=optimizer, schedule=Cosine())
+    rates = Rates(optimizer=optimizer, schedule=Cosine())
     module.eval()
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -144,7 +145,10 @@ def _train(
 
 
 class Dropping(nn.Module):
-    """In the place of an activation's quantizer: a random share of the values stays float."""
+    """In the place of an activation's quantizer: a random share of the values stays float.
+
+    The same values of every sample, since random numbers cost as much as the layer.
+    """
 
     def __init__(self, quantizer: nn.Module, share: float) -> None:
         super().__init__()
@@ -152,7 +156,7 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return values, some of them quantized."""
-        return torch.where(torch.rand_like(x) < self.share, x, self.quantizer(x))
+        return torch.where(torch.rand_like(x[0]) < self.share, x, self.quantizer(x))
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""A quantized network as its training sees it: codes and scales apart, and a rate for every parameter."""
+"""A quantized network as its training sees it: codes and scales apart, and how far each parameter may come."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,20 @@ _EPSILON = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Learning rates, each in units of what it moves."""
+class Reach:
+    """How far a parameter comes that moves the same way in every step of the run; under Adam none comes further."""
 
     scales: float
-    """Of scales, biases and norms: a share of their size a step."""
+    """Of scales, biases and norms, as a share of their size."""
     codes: float
-    """Of the weights: codes a step."""
+    """Of weights, in codes: below 1/2 none changes."""
+
+    def __post_init__(self) -> None:
+        """Check both fields."""
+        if not (0 < self.scales < 1 and 0 <= self.codes < math.inf):
+            raise BitscapeError(
+                f"scales = {self.scales}, codes = {self.codes}: scales are above 0 and below 1, codes at least 0"
+            )
 
 
 class CodesAndScales(nn.Module):
@@ -73,37 +81,42 @@ class Relaxed:
 
     def __init__(self, model: nn.Module, example: Inputs) -> None:
         self.model = model
-        self._quantizers = {
-            layer: layer.weight_quantizer for layer in _trainable_weights(model)
-        }
-        self._units = _units_of_vectors(model, example)
+        self._quantizers = dict(_trainable_weights(model))
+        self._sizes = _sizes_of_vectors(model, example)
         for layer, quantizer in self._quantizers.items():
             layer.weight_quantizer = CodesAndScales(layer, quantizer)
 
-    def optimizer(self, part: nn.Module, rates: Rates) -> torch.optim.Optimizer:
-        """Return Adam over what is trained of `part`, a module of the network; all else is frozen."""
+    def optimizer(self, part: nn.Module, reach: Reach, steps: int) -> torch.optim.Optimizer:
+        """Return Adam over what is trained of `part`, a module of the network; all else is frozen.
+
+        It reaches so far in that many steps of rates that fall by a half cosine.
+        """
         self.model.requires_grad_(False)
-        groups = [group for group in self._groups(part, rates) if group["lr"] > 0]
-        for group in groups:
-            group["params"][0].requires_grad_(True)
+        groups = list[dict[str, Any]]()
+        for parameter, way in self._ways(part, reach):
+            if way > 0:
+                parameter.requires_grad_(True)
+                groups.append({"params": [parameter], "lr": 2 * way / steps})
         return torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
 
-    def _groups(self, part: nn.Module, rates: Rates) -> Iterator[dict[str, Any]]:
+    def _ways(self, part: nn.Module, reach: Reach) -> Iterator[tuple[nn.Parameter, float]]:
+        """Each parameter of `part` that is trained, and how far it reaches."""
         for module in part.modules():
             if isinstance(module, CodesAndScales):
-                yield {"params": [module.growth], "lr": rates.scales}
-                yield {"params": [module.position], "lr": rates.codes}
+                yield module.growth, reach.scales
+                yield module.position, reach.codes
             elif isinstance(module, FakeQuantizer) and not isinstance(module, LsqWeight):
-                yield from _of_activation(module, rates.scales)
+                for parameter, size in _sizes(module):
+                    yield parameter, reach.scales * size
             for parameter in module.parameters(recurse=False):
-                if parameter in self._units:
-                    yield {"params": [parameter], "lr": rates.scales * self._units[parameter]}
+                if parameter in self._sizes:
+                    yield parameter, reach.scales * self._sizes[parameter]
 
     @torch.no_grad()
     def settle(self) -> None:
         """Give the layers their own quantizers back, with the codes and scales at hand."""
         for layer, quantizer in self._quantizers.items():
-            trained: Any = layer.weight_quantizer
+            trained = cast(CodesAndScales, layer.weight_quantizer)
             layer.weight_quantizer = quantizer
             quantizer.scale.copy_(trained.scale())
             codes = trained.codes().to(torch.int8)
@@ -129,7 +142,7 @@ def relaxed(model: nn.Module, example: Inputs) -> Iterator[Relaxed]:
             parameter.requires_grad_(flag)
 
 
-def _trainable_weights(model: nn.Module) -> Iterable[QuantizedLayer]:
+def _trainable_weights(model: nn.Module) -> Iterator[tuple[QuantizedLayer, LsqWeight]]:
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError(
@@ -145,28 +158,28 @@ def _trainable_weights(model: nn.Module) -> Iterable[QuantizedLayer]:
                 f"layer {name}: its weight quantizer is {type(quantizer).__name__}; "
                 "tuning needs Lsq or LsqPlus with one width a layer"
             )
-        yield layer
+        yield layer, quantizer
 
 
-def _of_activation(quantizer: FakeQuantizer, rate: float) -> Iterator[dict[str, Any]]:
-    """The scale moves by a share of itself, an offset by the same share of the range."""
+def _sizes(quantizer: FakeQuantizer) -> Iterator[tuple[nn.Parameter, float]]:
+    """The scale of activations, and the reach of its codes as the size of an offset."""
     scale = float(quantizer.get_parameter("scale").detach().abs())
     levels = float(quantizer.grid.qmax) - float(quantizer.grid.qmin)
     for name, parameter in quantizer.named_parameters(recurse=False):
-        yield {"params": [parameter], "lr": rate * scale * (1.0 if name == "scale" else levels)}
+        yield parameter, scale if name == "scale" else scale * levels
 
 
-def _units_of_vectors(model: nn.Module, example: Inputs) -> dict[nn.Parameter, float]:
+def _sizes_of_vectors(model: nn.Module, example: Inputs) -> dict[nn.Parameter, float]:
     """Biases and factors of layers and norms -> what size they have.
 
     Of a bias that is the spread of its module's outputs, of others the root mean square of their values.
     """
-    units: dict[nn.Parameter, float] = {}
+    sizes: dict[nn.Parameter, float] = {}
     handles = []
 
     def see(module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            units[module.get_parameter("bias")] = float(output.float().std())
+            sizes[module.get_parameter("bias")] = float(output.float().std())
 
     for module in model.modules():
         if isinstance(module, FakeQuantizer):
@@ -174,7 +187,7 @@ def _units_of_vectors(model: nn.Module, example: Inputs) -> dict[nn.Parameter, f
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim != 1:
                 continue
-            units[parameter] = float(parameter.detach().square().mean().sqrt())
+            sizes[parameter] = float(parameter.detach().square().mean().sqrt())
             if name == "bias":
                 handles.append(module.register_forward_hook(see))
     try:
@@ -183,4 +196,4 @@ def _units_of_vectors(model: nn.Module, example: Inputs) -> dict[nn.Parameter, f
     finally:
         for handle in handles:
             handle.remove()
-    return units
+    return sizes

@@ -33,10 +33,10 @@ from bitscape.models.layers import quantizable_layers
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.layers import quantized_layers
 from bitscape.tuning.guard import Guard
-from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
-from bitscape.tuning.relaxed import Rates, relaxed
+from bitscape.tuning.learning import EXAMPLE, Shuffled, check_counts, relative_error
+from bitscape.tuning.relaxed import Reach, relaxed
 
-RATES = Rates(scales=1e-3, codes=3e-3)
+REACH = Reach(scales=0.05, codes=0.6)
 LAYERS = 3.0
 """Weight of the layers' errors beside the divergence of the outputs."""
 
@@ -50,7 +50,7 @@ def tune(
     *,
     epochs: int = 8,
     batch_size: int = 16,
-    rates: Rates = RATES,
+    reach: Reach = REACH,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
@@ -64,7 +64,7 @@ def tune(
         task: what the outputs mean.
         epochs: passes over the samples, at least 1.
         batch_size: samples a step.
-        rates: how far a step goes.
+        reach: how far codes and scales may come.
         seed: of the order of the samples.
         folder: where the checkpoint is kept; the same call goes on from there. None: nowhere.
 
@@ -72,16 +72,19 @@ def tune(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
+    check_counts(epochs=epochs, batch_size=batch_size)
     float_model = as_prepared(float_model)
     guard = Guard(model, float_model, held_out, task)
     loss = FollowLayers(FollowFloat(float_model, task), model)
     example = samples.first(EXAMPLE).parts[0].inputs
+    inputs = Samples(Minibatch(part.inputs) for part in samples.parts)
+    batches = Shuffled(inputs, batch_size, seed)
     with relaxed(model, example) as relaxation, loss.watching():
         train(
             model,
-            Shuffled(Samples(Minibatch(part.inputs) for part in samples.parts), batch_size, seed),
+            batches,
             step=learn,
-            optimizer=relaxation.optimizer(model, rates),
+            optimizer=relaxation.optimizer(model, reach, epochs * len(batches)),
             schedule=Cosine(),
             epochs=epochs,
             task=User(name=task.name),
