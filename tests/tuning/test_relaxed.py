@@ -55,7 +55,7 @@ def test_each_parameter_reaches_a_share_of_its_size():
         groups = relaxation.optimizer(network[-1], REACH, steps=4).param_groups
         rates = {id(group["params"][0]): group["lr"] for group in groups}
         layer, activation = network[-1], network[-1].input_quantizer
-        scale = float(activation.scale)
+        scale = activation.scale.item()
         assert rates == {
             id(layer.weight_quantizer.growth): pytest.approx(0.05),
             id(layer.weight_quantizer.position): pytest.approx(0.25),
