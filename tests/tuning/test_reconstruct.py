@@ -15,7 +15,7 @@ SEEN, HELD_OUT = Samples.of(images(16)), Samples.of(images(24)[16:])
 
 
 def reconstructed(network, **settings):
-    given = {"epochs": 2, "batch_size": 8, **settings}
+    given = {"steps": 4, "batch_size": 8, **settings}
     return reconstruct(network, float_net(), SEEN, HELD_OUT, Classes(), **given)
 
 
@@ -60,8 +60,8 @@ def test_a_killed_reconstruction_goes_on_after_the_blocks_that_are_done(tmp_path
     assert len(blocks) == 5  # of four, the third one twice
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    with pytest.raises(CheckpointError, match="epochs was 2 and is 3"):
-        reconstructed(copy.deepcopy(made), folder=tmp_path, epochs=3)
+    with pytest.raises(CheckpointError, match="steps was 4 and is 5"):
+        reconstructed(copy.deepcopy(made), folder=tmp_path, steps=5)
 
 
 def test_a_share_of_the_activations_stays_float():
@@ -87,12 +87,20 @@ def test_memory_bounds_the_samples(monkeypatch):
     assert seen == [5] * 4
 
 
+def test_a_step_has_fewer_samples_of_large_maps(monkeypatch):
+    monkeypatch.setattr(reconstruction, "STEP_BYTES", 6 * 2 * 4 * 4 * 4 * 4)  # of 6 samples of a residual block
+    sizes = []
+    monkeypatch.setattr(reconstruction, "_train", lambda _, data, *rest: sizes.append(data.batch_size))
+    reconstructed(quantized(float_net()))
+    assert sizes == [4, 6, 6, 8]
+
+
 def test_samples_of_several_shapes_are_taken(monkeypatch):
     seen = Samples([Minibatch(images(4)), Minibatch(torch.randn(4, 3, 8, 8))])
-    reconstruct(quantized(float_net()), float_net(), seen, HELD_OUT, Classes(), epochs=1)
+    reconstruct(quantized(float_net()), float_net(), seen, HELD_OUT, Classes(), steps=1)
 
 
-@pytest.mark.parametrize("wrong", [{"drop": -0.1}, {"drop": 1.0}, {"epochs": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("wrong", [{"drop": -0.1}, {"drop": 1.0}, {"steps": 0}, {"batch_size": 0}])
 def test_an_argument_out_of_range_is_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(BitscapeError, match=f"{name} = {value}"):

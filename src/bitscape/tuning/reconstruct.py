@@ -11,7 +11,8 @@ Departs   Rounding starts from compensated codes, whose positions move and are r
           AdaRound's soft choice from the float weights: some hundred steps are enough. The plain squared error, without
           Fisher weights. The block's input is the quantized network's alone. A quarter of the images is held out: the
           network is returned as it was unless it follows the float network better there.
-Costs     epochs * (a forward and a backward pass) over the images, and each block's inputs and outputs in memory.
+Costs     For each block, a pass over the images in either network, and `steps` forward and backward passes over 4 to 32
+          images; each block's inputs and outputs in memory.
 Measured  not yet
 """
 
@@ -20,6 +21,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,10 @@ _log = logging.getLogger("bitscape.tuning")
 REACH = Reach(scales=0.05, codes=0.6)
 HELD_BYTES = 1 << 30
 """Of a block's inputs and outputs in memory: blocks of larger ones are trained on fewer samples."""
+STEP_BYTES = 1 << 22
+"""Of a block's inputs and outputs in a training step."""
+FEWEST = 4
+"""Samples of a step, however large their maps are."""
 _AT_ONCE = 32
 """Samples that go through a network together."""
 
@@ -66,7 +72,7 @@ def reconstruct(
     held_out: Samples,
     task: Task,
     *,
-    epochs: int = 20,
+    steps: int = 80,
     batch_size: int = 32,
     reach: Reach = REACH,
     drop: float = 0.5,
@@ -81,8 +87,8 @@ def reconstruct(
         samples: inputs that are learned from; targets are not used.
         held_out: other inputs, which decide whether the result is kept; none that rounding saw.
         task: what the outputs mean; it decides about the result alone.
-        epochs: passes of each block over the samples, at least 1.
-        batch_size: samples a step.
+        steps: of each block, at least 1.
+        batch_size: most samples a step; of large maps fewer say as much, 4 at least.
         reach: how far codes and scales may come.
         drop: share of a block's activations that stay float in a training step, from 0 to below 1.
         seed: of the order of the samples, and of what is dropped.
@@ -92,7 +98,7 @@ def reconstruct(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
-    check_counts(epochs=epochs, batch_size=batch_size)
+    check_counts(steps=steps, batch_size=batch_size)
     if not 0 <= drop < 1:
         raise BitscapeError(f"drop = {drop}: a share from 0 (none) to below 1; 0.5 is usual")
     float_model = as_prepared(float_model)
@@ -101,7 +107,7 @@ def reconstruct(
     blocks = find_blocks(model, example)
     seen = samples.first(_fitting(blocks))
     _log.info("block reconstruction: %d blocks on %d samples", len(blocks), len(seen))
-    settings = {"epochs": epochs, "batch_size": batch_size, "reach": reach, "drop": drop, "seed": seed}
+    settings = {"steps": steps, "batch_size": batch_size, "reach": reach, "drop": drop, "seed": seed}
     made = _Checkpoint(folder, describe({**settings, "bits": bits_of(model), "start": model}))
     own, followed = _Stream(model, seen), _Stream(float_model, seen)
     with made.locked(), relaxed(model, example) as relaxation:
@@ -112,10 +118,10 @@ def reconstruct(
             partner = float_model.get_submodule(block.name)
             taken = own.taken(block, block.module)
             expected = _run(partner, followed.taken(block, partner))
-            data = Shuffled(Samples(map(Minibatch, taken, expected)), batch_size, seed)
-            optimizer = relaxation.optimizer(block.module, reach, epochs * len(data))
+            together = min(batch_size, max(FEWEST, STEP_BYTES // block.sample_bytes))
+            data = Shuffled(Samples(map(Minibatch, taken, expected)), together, seed)
             with dropping(block.module, drop):
-                _train(block.module, data, optimizer, epochs, seed)
+                _train(block.module, data, relaxation.optimizer(block.module, reach, steps), steps, seed)
             own.returned, followed.returned = _run(block.module, taken), expected
             made.save(model, number + 1)
     guard.decide("block reconstruction")
@@ -130,18 +136,18 @@ def _fitting(blocks: list[Block]) -> int:
 
 @torch.enable_grad()
 def _train(
-    module: nn.Module, data: Shuffled, optimizer: torch.optim.Optimizer, epochs: int, seed: int
+    module: nn.Module, data: Shuffled, optimizer: torch.optim.Optimizer, steps: int, seed: int
 ) -> None:
     rates = Rates(optimizer=optimizer, schedule=Cosine())
+    batches = chain.from_iterable(map(data.epoch, count()))
     module.eval()
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for epoch in range(epochs):
-            for batch, (inputs, expected) in enumerate(data.epoch(epoch)):
-                rates.before_step(Position.at(epoch, batch, epochs=epochs, batches=len(data)))
-                optimizer.zero_grad()
-                relative_error(module(inputs), expected).backward()
-                optimizer.step()
+        for step, (inputs, expected) in enumerate(islice(batches, steps)):
+            rates.before_step(Position(step, steps, len(data)))
+            optimizer.zero_grad()
+            relative_error(module(inputs), expected).backward()
+            optimizer.step()
 
 
 class Dropping(nn.Module):
