@@ -20,6 +20,7 @@ SECTIONS = {
     "Bits for each image": "bitscape.dynamic",
     "Quantizers": "bitscape.quant.quantizers",
     "Repair without training": "bitscape.quant.repair",
+    "Tuning without labels": "bitscape.tuning",
 }
 """Heading -> the package whose modules may carry a card."""
 FIELDS = ("Paper", "Idea", "Computes", "Departs", "Costs", "Measured")

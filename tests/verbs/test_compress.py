@@ -139,7 +139,8 @@ def test_a_drop_without_data_for_evaluation_is_measured_on_samples_held_out(tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repair": "bogus"}, "repair='bogus': allowed are 'compensate', 'adaptive' and None"),
+        ({"repair": "tuned"}, "repair='tuned': allowed are .*'tune', 'reconstruct' and None; nearest: tune"),
+        ({"repair_folder": "kept"}, "folder='kept': repair='compensate' keeps nothing there"),
         ({"evaluation": "absent/folder"}, "data: str; pass a tensor"),
         ({"evaluation": (IMAGES, torch.zeros(3, dtype=torch.int64))}, "rows"),
         ({"metric": len}, "metric: it is measured on evaluation=, which is missing"),

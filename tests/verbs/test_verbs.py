@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bitscape as bs
+import bitscape.verbs.quantize as quantizing
 from bitscape.engine.forward import device_of
 from bitscape.policy import uniform_policy
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers, static_bits
+from bitscape.quant.repair import repair
 from bitscape.searches.problem import SearchProblem
 
 pytestmark = pytest.mark.slow
@@ -96,6 +99,33 @@ def test_repair_brings_outputs_nearer_to_those_of_the_float_network():
         expected = model(IMAGES)
         errors = [float((bs.quantize(model, policy, IMAGES, repair=repair)(IMAGES) - expected).norm()) for repair in ("compensate", None)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("word", ["tune", "reconstruct"])
+def test_words_that_train_see_three_quarters_of_the_samples_repaired(word, monkeypatch, tmp_path):
+    told, policy = [], uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
+
+    def train(network, *given, **settings):
+        told.append((network, *given, settings))
+        return network
+
+    monkeypatch.setitem(quantizing._TUNINGS, word, train)
+    network = bs.quantize(classifier(), policy, IMAGES, repair=word, task="follow", seed=3, folder=tmp_path)
+    ((trained, folded, seen, held_out, task, settings),) = told
+    assert trained is network and (len(seen), len(held_out)) == (30, 10)
+    assert task.name == "follow" and settings == {"seed": 3, "folder": tmp_path}
+    torch.testing.assert_close(folded(IMAGES), classifier()(IMAGES))
+    expected = repair(calibrate(with_quantizers(folded, policy), seen), folded, seen)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_words_that_train_refuse_what_they_cannot_use(tmp_path):
+    model, policy = classifier(), uniform_policy(["0", "3", "7"], bs.LayerBits(3, 8))
+    with pytest.raises(bs.BitscapeError, match="3 samples; repair='tune' needs at least 4"):
+        bs.quantize(model, policy, IMAGES[:3], repair="tune")
+    with pytest.raises(bs.BitscapeError, match="repair=None keeps nothing there"):
+        bs.quantize(model, policy, IMAGES, repair=None, folder=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fisher", "kl", "hawq", "local"])

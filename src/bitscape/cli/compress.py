@@ -22,12 +22,12 @@ from bitscape.cli.options import (
 )
 from bitscape.cli.output import print_table
 from bitscape.cli.parsing import make_method, parse_candidates, parse_pins
-from bitscape.cli.paths import SOURCE, OutputFile
+from bitscape.cli.paths import OUTPUT_FOLDER, SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
     from bitscape.engine.task import TaskName
-    from bitscape.verbs.compress import Repair
+    from bitscape.verbs.quantize import Repair
 
 FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json": ()})
 
@@ -59,10 +59,16 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json":
 @click.option("--candidates", metavar="BITS", help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.")
 @click.option(
     "--repair",
-    type=click.Choice(["compensate", "adaptive", "none"]),
+    type=click.Choice(["compensate", "adaptive", "tune", "reconstruct", "none"]),
     default="compensate",
     show_default=True,
-    help="How rounding is repaired: seconds, minutes, or not at all.",
+    help="What is done about the errors of rounding: seconds (compensate), minutes, or nothing.",
+)
+@click.option(
+    "--repair-folder",
+    type=OUTPUT_FOLDER,
+    metavar="FOLDER",
+    help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
 )
 @task_option
 @latency_option
@@ -87,6 +93,7 @@ def compress(
     settings: tuple[str, ...],
     candidates: str | None,
     repair: "Repair | Literal['none']",
+    repair_folder: Path | None,
     task: "TaskName",
     latency: Path | None,
     target_name: str | None,
@@ -125,6 +132,7 @@ def compress(
         to,
         method=method,
         repair=None if repair == "none" else repair,
+        repair_folder=repair_folder,
         task=task,
         evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, None, network),
         count=len(samples),

@@ -4,16 +4,16 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call, moved, sample_count
+from bitscape.calling import call, moved
 from bitscape.data.epochs import AS_READ, Rows
 from bitscape.data.samples import Minibatch, Samples
-from bitscape.engine import AdamW, Batch, BatchLoss, LossFunction, StepRecord, train
-from bitscape.engine.dense import Dense
+from bitscape.engine import AdamW, Batch, LossFunction, StepRecord, train
+from bitscape.engine.following import FollowFloat
 from bitscape.engine.forward import device_of
 from bitscape.engine.outputs import spreads_of
 from bitscape.engine.step import Part, TaskLoss
@@ -30,30 +30,6 @@ _log = logging.getLogger("bitscape.searches")
 Learned = Literal["auto", "labels", "new-head", "follow"]
 HEAD_RATE = 0.01
 """Learning rate of a new classifier's warm-up, with Adam, which takes features of any size."""
-
-
-@dataclass(frozen=True)
-class FollowFloat:
-    """The task's divergence from the float network's outputs: learning without targets, on any inputs.
-
-    It is the mean over samples, and over the values of each where they are answers by themselves, as
-    losses of tasks are: sums over maps of outputs would need learning rates of their own.
-    """
-
-    teacher: nn.Module
-    task: Task
-
-    def for_batch(self, inputs: Inputs) -> BatchLoss:
-        """Run the float network once on `inputs`."""
-        samples = sample_count(inputs)
-        with evaluating(self.teacher):
-            followed = self.task.outputs(call(self.teacher, inputs), samples)
-        answers = 1 if isinstance(self.task, Classes | Dense) else followed[0].numel()
-
-        def loss(outputs: Any, _: Any) -> Tensor:
-            return self.task.divergence(self.task.outputs(outputs, samples), followed).mean() / answers
-
-        return loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,13 @@ from bitscape.tables import Shown, Table
 from bitscape.verbs.evaluate import evaluate
 from bitscape.verbs.export import ExportReport, check_path, export
 from bitscape.verbs.proxy import parted, proxy_of
-from bitscape.verbs.quantize import quantize
+from bitscape.verbs.quantize import Repair, check_repair, quantize
 from bitscape.verbs.search import MOST_EVALUATED, method_of, samples_for, search
 from bitscape.words import amount, counted
 
 _log = logging.getLogger("bitscape.verbs")
 
 POLICY_SUFFIX = ".json"
-Repair = Literal["compensate", "adaptive"]
 SETTINGS = (
     "attention_products",
     "candidates",
@@ -105,6 +104,7 @@ def compress(
     *,
     method: str | SearchMethod = "fisher",
     repair: Repair | None = "compensate",
+    repair_folder: str | os.PathLike[str] | None = None,
     task: TaskName | Literal["auto"] | Task = "auto",
     evaluation: Any = None,
     metric: Any = None,
@@ -123,7 +123,8 @@ def compress(
             `evaluation`, and without it on the samples held out, which then need targets. See `search`.
         to: one or several files, told apart by the ends of their names: .json is the policy, the others are those of `export`.
         method: how bits are searched; see `search`.
-        repair: how rounding is repaired; see `quantize`.
+        repair: what is done about the errors of rounding; see `quantize`.
+        repair_folder: where "tune" and "reconstruct" keep their checkpoints; the same call goes on from there.
         task: what the outputs mean; see `search`.
         evaluation: data with targets on which the forms are measured, e.g. a validation loader. None: how far the outputs are
             from the float network's, on a quarter of the samples that neither search nor repair sees.
@@ -142,7 +143,8 @@ def compress(
     """
     paths = [Path(to)] if isinstance(to, str | os.PathLike) else [Path(path) for path in to]
     check_files(paths)
-    _check(repair, settings, evaluation, metric)
+    check_repair(repair, repair_folder)
+    _check(settings, evaluation, metric)
     _check_widths(paths, settings)
     budget = lasting(budget)
     drop, _ = split_drop(budget)
@@ -161,21 +163,22 @@ def compress(
         seed=seed,
     )
 
-    def quantized(policy: Policy) -> nn.Module:
-        return quantize(model, policy, seen, repair=repair, count=len(seen), seed=seed)
+    def quantized(policy: Policy, name: str) -> nn.Module:
+        folder = None if repair_folder is None else Path(repair_folder) / name
+        return quantize(model, policy, seen, repair=repair, task=task, folder=folder, count=len(seen), seed=seed)
 
     in_float = judge.evaluation(model)  # shows what is wrong with the data, the task and the metric
     _log.info("compress: searching bits on %s", counted(len(seen), "sample"))
     measuring = {} if drop is None else {"evaluation": judge.samples(), "metric": metric}
     result = search(model, seen, budget, method=method, task=task, count=len(seen), seed=seed, **measuring, **settings)
     _log.info("compress: quantizing, repairing and measuring")
-    network = quantized(result.policy)
+    network = quantized(result.policy, "quantized")
     forms = [
         Form(name="float", cost=_float_cost(result), evaluation=in_float),
         Form(name="quantized", cost=result.policy.cost, evaluation=judge.evaluation(network)),
     ]
     if drop is None and (uniform := _uniform(result)) is not None:
-        forms.append(Form(name="uniform", cost=uniform.cost, evaluation=judge.evaluation(quantized(uniform))))
+        forms.append(Form(name="uniform", cost=uniform.cost, evaluation=judge.evaluation(quantized(uniform, "uniform"))))
     checked = _Checked(model, network, result.policy, seen, task, seed)
     files = [_written(path, checked) for path in paths]
     return Compression(
@@ -193,14 +196,12 @@ def check_files(paths: Iterable[Path]) -> None:
         check_packages(check_path(path, also=POLICY_SUFFIX))
 
 
-def _check(repair: Any, settings: Mapping[str, Any], evaluation: Any, metric: Any) -> None:
+def _check(settings: Mapping[str, Any], evaluation: Any, metric: Any) -> None:
     """Raise BitscapeError for arguments that would fail after the search, or have no effect."""
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise BitscapeError(
             f"{unknown[0]}: compress has no such argument{nearest(unknown[0], SETTINGS)}; of search's it takes {', '.join(SETTINGS)}"
         )
-    if repair is not None and repair not in get_args(Repair):
-        raise BitscapeError(f"repair={repair!r}: allowed are {', '.join(map(repr, get_args(Repair)))} and None")
     if metric is not None and evaluation is None:
         raise BitscapeError("metric: it is measured on evaluation=, which is missing; pass data with targets there, or leave metric out")
 
