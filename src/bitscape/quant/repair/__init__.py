@@ -3,22 +3,34 @@
 `equalize` belongs before `quantize`, on the float network; `repair` does the rest afterwards.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitscape.calling import Inputs, sample_count
+from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError, nearest
-from bitscape.quant.convert import Data
-from bitscape.quant.repair.adaptive import adaptive_rounding
-from bitscape.quant.repair.bias import correct_biases
+from bitscape.models.prepare import as_prepared
+from bitscape.quant.convert import Data, batches_of
+from bitscape.quant.repair.adaptive import adaptations, adaptive_rounding
+from bitscape.quant.repair.bias import correct_biases, correcting
 from bitscape.quant.repair.equalize import ChannelClip, Equalized, equalize
-from bitscape.quant.repair.moments import input_moments
-from bitscape.quant.repair.rounding import RoundingError, compensate_rounding
+from bitscape.quant.repair.in_order import round_in_order
+from bitscape.quant.repair.moments import InputMoments, input_moments
+from bitscape.quant.repair.rounding import (
+    Rounding,
+    RoundingError,
+    compensate_rounding,
+    compensations,
+    log_errors,
+)
 
 __all__ = [
     "ChannelClip",
     "Equalized",
+    "InputMoments",
     "RoundingError",
     "adaptive_rounding",
     "compensate_rounding",
@@ -30,10 +42,14 @@ __all__ = [
 
 HELD = 1024
 """Samples of an iterator that are held for a second pass."""
-_ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, RoundingError]]] = {
-    "compensate": compensate_rounding,
-    "adaptive": adaptive_rounding,
+COMPARED = 64
+"""Samples whose maps are in memory at once, while layers are rounded."""
+_ROUNDINGS: dict[str, Callable[[], Sequence[Rounding]]] = {
+    "compensate": compensations,
+    "adaptive": adaptations,
 }
+
+_NAMES = {"compensate": "compensated rounding", "adaptive": "adaptive rounding"}
 
 
 def repair(
@@ -41,7 +57,7 @@ def repair(
     float_model: nn.Module,
     data: Data,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, InputMoments] | None = None,
     rounding: str | None = "compensate",
     bias: bool = True,
 ) -> nn.Module:
@@ -62,24 +78,32 @@ def repair(
     """
     if rounding is not None and rounding not in _ROUNDINGS:
         raise BitscapeError(f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None{nearest(rounding, _ROUNDINGS)}")
-    second = data
+    float_model = as_prepared(float_model)
+    again = data
     if rounding is not None:
+        if isinstance(data, Iterator):
+            again = list(_first(data, HELD))
+            data = chain(again, data)
         if moments is None:
-            if bias and isinstance(data, Iterator):
-                second = list[Inputs]()
-                data = _holding(data, second)
             moments = input_moments(float_model, data)
-        _ROUNDINGS[rounding](model, moments)
+        inputs = _one_batch(batches_of(again, model, COMPARED))
+        beside = correcting(model, float_model) if bias else nullcontext()
+        with beside:
+            errors = round_in_order(model, float_model, inputs, moments, _ROUNDINGS[rounding]())
+        log_errors(_NAMES[rounding], errors)
     if bias:
-        correct_biases(model, float_model, second)
+        correct_biases(model, float_model, again)
     return model
 
 
-def _holding(batches: Iterable[Inputs], held: list[Inputs]) -> Iterator[Inputs]:
-    """Yield the batches; the first ones stay in `held`, HELD samples at most but for one batch."""
-    count = 0
-    for inputs in batches:
-        if count < HELD:
-            held.append(inputs)
-            count += sample_count(inputs)
+def _first(batches: Iterator[Inputs], count: int) -> Iterator[Inputs]:
+    """Yield batches until they hold `count` samples."""
+    while count > 0 and (inputs := next(batches, None)) is not None:
         yield inputs
+        count -= sample_count(inputs)
+
+
+def _one_batch(batches: Iterator[Inputs]) -> Inputs:
+    """The first samples as one batch; where their shapes differ, those of the most frequent."""
+    samples = Samples(map(Minibatch, _first(batches, COMPARED))).first(COMPARED)
+    return max(samples.parts, key=len).inputs

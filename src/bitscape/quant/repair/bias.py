@@ -19,6 +19,8 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_
 from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
+from bitscape.quant.repair.moments import BATCH
 
 _log = logging.getLogger("bitscape.quant.repair")
 GAIN_LIMIT = 2.0
@@ -62,33 +65,57 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
-    check_float32(float_model, "float_model")
     float_model = as_prepared(float_model)
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
+    with correcting(model, float_model, gain=gain) as shifts, weights_quantized_once(model):
+        for inputs in batches_of(data, model, batch_size=BATCH):
+            with explained_forward(inputs):
+                call(float_model, inputs)
+                call(model, inputs)
+    if not shifts:
+        raise BitscapeError(
+            "images: no layer with a bias ran; pass at least one image, and fold norms first where "
+            "biases are missing"
+        )
+    mean = sum(shifts.values()) / len(shifts)
+    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), mean)
+    return shifts
+
+
+@contextmanager
+def correcting(
+    model: nn.Module, float_model: nn.Module, *, gain: bool = True
+) -> Iterator[dict[str, float]]:
+    """Within the block both networks run in eval mode, each batch in `float_model` first.
+
+    A layer's output in `model` is corrected by all calls so far. The layers take the corrections at
+    the end of the block, and the dictionary then holds the shifts of `correct_biases`, whose
+    arguments and errors these are; `float_model` is prepared.
+    """
+    check_float32(float_model, "float_model")
+    layers = {name: one for name, one in quantized_layers(model).items() if one.bias is not None}
     shared = shared_parameters(model)
     partners = quantizable_layers(float_model)
     missing = [name for name in layers if name not in partners]
     if missing:
         hint = nearest(missing[0], partners)
-        raise BitscapeError(f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized")
-    gains = {name: gain and layer.weight not in shared and has_channel_scales(layer) for name, layer in layers.items()}
+        raise BitscapeError(
+            f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized"
+        )
+    gains = {
+        name: gain and layer.weight not in shared and has_channel_scales(layer)
+        for name, layer in layers.items()
+    }
     corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
+    shifts: dict[str, float] = {}
     try:
-        with evaluating(model), evaluating(float_model), weights_quantized_once(model):
-            for inputs in batches_of(data, model):
-                with explained_forward(inputs):
-                    call(float_model, inputs)
-                    call(model, inputs)
+        with evaluating(model), evaluating(float_model):
+            yield shifts
     finally:
         for handle in handles:
             handle.remove()
-    shifts = {name: c.write() for name, c in corrections.items() if c.images}
-    if not shifts:
-        raise BitscapeError("images: no layer with a bias ran; pass at least one image, and fold norms first where biases are missing")
-    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), sum(shifts.values()) / len(shifts))
-    return shifts
+    shifts |= {name: c.write() for name, c in corrections.items() if c.images}
 
 
 class _Correction:

@@ -16,8 +16,9 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -30,13 +31,21 @@ from bitscape.quant.grid import Grid
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
 from bitscape.quant.quantizers.lsq import LsqWeight
 from bitscape.quant.reference import dequantize, quantize
+from bitscape.quant.repair.moments import InputMoments
 
 _log = logging.getLogger("bitscape.quant.repair")
 
 
+SHRINKAGES = (1.0, 10.0)
+"""Weights k of k / samples that are tried, in H shrunk towards its diagonal."""
+
+
 @dataclass(frozen=True)
 class RoundingError:
-    """Squared output error of one layer from its weights, relative to its squared output, on the images of the moments."""
+    """Squared output error of one layer from its weights, relative to its squared output.
+
+    On the images of the moments.
+    """
 
     nearest: float
     """Of rounding every weight to the nearest code."""
@@ -48,15 +57,16 @@ class RoundingError:
 @without_autocast()
 def compensate_rounding(
     model: nn.Module,
-    moments: Mapping[str, Tensor],
+    moments: Mapping[str, InputMoments],
     *,
     activation_order: bool = True,
     damping: float = 0.01,
     block: int = 64,
 ) -> dict[str, RoundingError]:
-    """Choose the codes of every layer's weight so that errors cancel in the layer's output, and write the grid values into the weight.
+    """Choose the codes of every weight so that errors cancel in the layer's output, and write them.
 
-    Afterwards `layer.weight_quantizer(layer.weight)` equals `layer.weight`. Scales and activations stay as they are.
+    Afterwards `layer.weight_quantizer(layer.weight)` equals `layer.weight`. Scales and activations
+    stay as they are. `repair` also makes good what the layers before a layer do to its input.
 
     Args:
         model: quantized by LSQ or LSQ+; changed in place.
@@ -69,16 +79,46 @@ def compensate_rounding(
         Layer name -> squared output errors before and after.
 
     Raises:
-        BitscapeError: no quantized layer, a weight quantizer that is not LSQ's, or moments of another network.
+        BitscapeError: no quantized layer, a weight quantizer that is not LSQ's, or moments of
+            another network.
     """
-    if damping <= 0 or block < 1:
-        raise BitscapeError(f"damping = {damping}, block = {block}: damping is above 0 (0.01 is usual), block at least 1")
-    errors = {}
-    for name, task in rounding_tasks(model, moments).items():
-        codes = _ordered_codes(task, activation_order, damping, block)
-        errors[name] = task.write(codes)
+    methods = compensations(activation_order=activation_order, damping=damping, block=block)
+    tasks = rounding_tasks(model, moments)
+    errors = {name: task.write(best_codes(task, methods)) for name, task in tasks.items()}
     log_errors("compensated rounding", errors)
     return errors
+
+
+def compensations(
+    *, activation_order: bool = True, damping: float = 0.01, block: int = 64
+) -> list["Rounding"]:
+    """Compensated rounding with less and less trust in H, at last none: nearest rounding."""
+    if damping <= 0 or block < 1:
+        raise BitscapeError(
+            f"damping = {damping}, block = {block}: damping is above 0 (0.01 is usual), "
+            "block at least 1"
+        )
+
+    def compensated(shrinkage: float) -> Rounding:
+        return lambda task: _ordered_codes(task.shrunk(shrinkage), activation_order, damping, block)
+
+    return [*map(compensated, SHRINKAGES), RoundingTask.nearest]
+
+
+def best_codes(task: "RoundingTask", methods: Sequence["Rounding"]) -> Float[Tensor, "g r k"]:
+    """Codes by the method whose codes from one part of the data are best on the other part.
+
+    Where there is one part only, the first method is taken.
+    """
+    if len(task.parts) < 2:
+        return methods[0](task)
+    seen, unseen = (task.on(part) for part in task.parts[:2])
+    errors = [float(unseen.error(method(seen))) for method in methods]
+    return methods[errors.index(min(errors))](task)
+
+
+Part: TypeAlias = tuple[Float[Tensor, "g k k"], int]
+"""Moments of a part of the data, and how many inputs they average."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +127,25 @@ class RoundingTask:
 
     layer: QuantizedLayer
     weight: Float[Tensor, "g r k"]
+    """What codes shall act like."""
     scale: Float[Tensor, "g r k"]
     grid: Grid
     moments: Float[Tensor, "g k k"]
     """In units of their size."""
+    samples: int
+    """Inputs that the moments average."""
+    parts: tuple[Part, ...]
+    """Of which the moments are the mean."""
     unit: Tensor
     """Size of the weights."""
+
+    def on(self, part: Part) -> "RoundingTask":
+        """The same, known from a part of the data."""
+        return replace(self, moments=part[0], samples=part[1], parts=(part,))
+
+    def shrunk(self, shrinkage: float) -> "RoundingTask":
+        """The same with moments shrunk towards their diagonal."""
+        return replace(self, moments=shrunk(self.moments, self.samples, shrinkage))
 
     def nearest(self) -> Tensor:
         """Codes of nearest rounding."""
@@ -103,32 +156,59 @@ class RoundingTask:
         return codes.clamp(float(self.grid.qmin), float(self.grid.qmax))
 
     def output_error(self, difference: Float[Tensor, "g r k"]) -> Tensor:
-        """Squared output error of weights that differ by `difference`, of one row each: (g, r); in units of weights and moments."""
+        """Squared output error of weights that differ by `difference`, of one row each: (g, r).
+
+        In units of weights and moments.
+        """
         difference = difference / self.unit
         return ((difference @ self.moments) * difference).sum(2)
 
+    def error(self, codes: Float[Tensor, "g r k"]) -> Tensor:
+        """Squared output error of `codes`, relative to the squared output."""
+        total = self.output_error(self.weight).sum().clamp(min=1e-20)
+        return self.output_error(self.real(codes) - self.weight).sum() / total
+
     def write(self, codes: Float[Tensor, "g r k"]) -> RoundingError:
         """Put the grid values of `codes` into the layer's weight, and say what that gained."""
-        total = self.output_error(self.weight).sum().clamp(min=1e-20)
-
-        def error(candidate: Tensor) -> float:
-            return float(self.output_error(self.real(candidate) - self.weight).sum() / total)
-
-        result = RoundingError(error(self.nearest()), error(codes))
+        before = quantize(self._rows(self.layer.weight), self.scale, self.grid)
+        result = RoundingError(float(self.error(before)), float(self.error(codes)))
         rows = self.real(codes).reshape(outputs_first(self.layer, self.layer.weight).shape)
         self.layer.weight.copy_(outputs_first(self.layer, rows))
         return result
+
+    def _rows(self, weight: Tensor) -> Float[Tensor, "g r k"]:
+        return outputs_first(self.layer, weight).float().reshape(self.weight.shape)
 
     def real(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
         return dequantize(codes, self.scale, self.grid.zero_point)
 
 
-def rounding_tasks(model: nn.Module, moments: Mapping[str, Tensor]) -> dict[str, RoundingTask]:
-    """The tasks of every quantized layer that has moments; raises as `compensate_rounding` says."""
+Rounding: TypeAlias = Callable[[RoundingTask], Tensor]
+"""From a task to its codes (g, r, k)."""
+
+
+def shrunk(
+    moments: Float[Tensor, "g k k"], samples: int, shrinkage: float
+) -> Float[Tensor, "g k k"]:
+    """Moments whose share s / (s + 1), s = shrinkage * k / samples, is their diagonal alone.
+
+    Of fewer samples than weights a row, H says more about the samples than about the inputs.
+    """
+    ratio = shrinkage * moments.shape[1] / samples
+    diagonal = torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
+    return torch.lerp(moments, diagonal, ratio / (ratio + 1))
+
+
+def rounding_tasks(
+    model: nn.Module, moments: Mapping[str, InputMoments]
+) -> dict[str, RoundingTask]:
+    """Tasks of every quantized layer that has moments; raises as `compensate_rounding` says."""
     layers = quantized_layers(model)
     if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+        raise BitscapeError(
+            "model: it has no quantized layer; call bitscape.quantize(model, policy, data) first"
+        )
     known = quantizable_layers(model)  # those that stay float need no repair
     unknown = [name for name in moments if name not in known]
     if unknown:
@@ -139,22 +219,37 @@ def rounding_tasks(model: nn.Module, moments: Mapping[str, Tensor]) -> dict[str,
     return {name: _task(name, layers[name], moments[name]) for name in layers if name in moments}
 
 
-def _task(name: str, layer: QuantizedLayer, moments: Tensor) -> RoundingTask:
+def _task(name: str, layer: QuantizedLayer, given: InputMoments) -> RoundingTask:
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
     if not isinstance(quantizer, LsqWeight) or isinstance(quantizer.bits, Tensor):
         raise BitscapeError(
-            f"layer {name}: its weight quantizer is {type(quantizer).__name__}, whose grid moves with the weights or holds several widths; "
-            "rounding can be repaired for Lsq and LsqPlus with one width a layer"
+            f"layer {name}: its weight quantizer is {type(quantizer).__name__}, whose grid moves "
+            "with the weights or holds several widths; rounding can be repaired for Lsq and "
+            "LsqPlus with one width a layer"
         )
-    scale = outputs_first(layer, quantizer.grid_scale(weight).detach().expand_as(weight))
-    weight = outputs_first(layer, weight)
-    shape = (moments.shape[0], -1, weight[0].numel())
-    if weight[0].numel() != moments.shape[1] or weight.shape[0] % moments.shape[0]:
-        raise BitscapeError(f"moments: layer {name} has weights of {tuple(layer.weight.shape)}, its moments {tuple(moments.shape)}")
-    scale, weight, moments = scale.reshape(shape), weight.float().reshape(shape), moments.to(weight.device)
+    scale = quantizer.grid_scale(weight).detach().expand_as(weight)
+    scale, weight = outputs_first(layer, scale), outputs_first(layer, weight)
+    groups, k = given.parts[0].shape[:2]
+    if weight[0].numel() != k or weight.shape[0] % groups:
+        raise BitscapeError(
+            f"moments: layer {name} has weights of {tuple(layer.weight.shape)}, "
+            f"its moments {tuple(given.parts[0].shape)}"
+        )
+    scale, weight = (values.float().reshape(groups, -1, k) for values in (scale, weight))
+    moments = given.mean.to(weight.device)
     # Squares of small weights and inputs are zero in float32.
     size = power_of_two(moments.diagonal(dim1=1, dim2=2).mean())
-    return RoundingTask(layer, weight, scale, quantizer.grid, moments / size, power_of_two(weight.abs().max()))
+    parts = zip(given.parts, given.samples, strict=True)
+    return RoundingTask(
+        layer=layer,
+        weight=weight,
+        scale=scale,
+        grid=quantizer.grid,
+        moments=moments / size,
+        samples=sum(given.samples),
+        parts=tuple((part.to(weight.device) / size, samples) for part, samples in parts),
+        unit=power_of_two(weight.abs().max()),
+    )
 
 
 def _ordered_codes(task: RoundingTask, activation_order: bool, damping: float, block: int) -> Tensor:
