@@ -6,7 +6,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, with_quantizers
-from bitscape.quant.repair import correct_biases, input_moments, repair
+from bitscape.quant.repair import input_moments, repair
 from recipes.networks import WEIGHTS, load
 
 pytestmark = pytest.mark.slow
@@ -65,12 +65,12 @@ def test_a_trained_network_comes_closer_to_its_float_output(shared_data):
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_of_an_iterator_the_first_samples_are_held_for_the_biases(monkeypatch):
+def test_of_an_iterator_the_first_samples_are_held_for_a_second_pass(monkeypatch):
     monkeypatch.setattr("bitscape.quant.repair.HELD", 10)
     model, batches = network(), list(torch.randn(24, 3, 8, 8).split(4))
-    expected = quantized(model, torch.cat(batches))
-    repair(expected, model, batches, bias=False)
-    correct_biases(expected, model, batches[:3])  # 12 samples: the third batch reaches HELD
-    repaired = repair(quantized(model, torch.cat(batches)), model, iter(batches))
+    moments = input_moments(model, batches)
+    expected, repaired = (quantized(model, torch.cat(batches)) for _ in range(2))
+    repair(expected, model, batches[:3], moments=moments)  # the third batch reaches HELD
+    repair(repaired, model, iter(batches))
     for name, value in expected.state_dict().items():
         assert torch.equal(repaired.state_dict()[name], value)

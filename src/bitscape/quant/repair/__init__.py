@@ -4,21 +4,19 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import chain
 
 from torch import nn
 
 from bitscape.calling import Inputs, sample_count
-from bitscape.data.samples import Minibatch, Samples
 from bitscape.errors import BitscapeError, nearest
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.convert import Data, batches_of
 from bitscape.quant.repair.adaptive import adaptations, adaptive_rounding
-from bitscape.quant.repair.bias import correct_biases, correcting
+from bitscape.quant.repair.bias import correct_biases
 from bitscape.quant.repair.equalize import ChannelClip, Equalized, equalize
 from bitscape.quant.repair.in_order import round_in_order
-from bitscape.quant.repair.moments import InputMoments, input_moments
+from bitscape.quant.repair.moments import BATCH, InputMoments, input_moments
 from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
@@ -42,8 +40,6 @@ __all__ = [
 
 HELD = 1024
 """Samples of an iterator that are held for a second pass."""
-COMPARED = 64
-"""Samples whose maps are in memory at once, while layers are rounded."""
 _ROUNDINGS: dict[str, Callable[[], Sequence[Rounding]]] = {
     "compensate": compensations,
     "adaptive": adaptations,
@@ -79,20 +75,19 @@ def repair(
     if rounding is not None and rounding not in _ROUNDINGS:
         raise BitscapeError(f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None{nearest(rounding, _ROUNDINGS)}")
     float_model = as_prepared(float_model)
-    again = data
     if rounding is not None:
+        again = data
         if isinstance(data, Iterator):
             again = list(_first(data, HELD))
             data = chain(again, data)
         if moments is None:
             moments = input_moments(float_model, data)
-        inputs = _one_batch(batches_of(again, model, COMPARED))
-        beside = correcting(model, float_model) if bias else nullcontext()
-        with beside:
-            errors = round_in_order(model, float_model, inputs, moments, _ROUNDINGS[rounding]())
+        batches = batches_of(again, model, BATCH)
+        methods = _ROUNDINGS[rounding]()
+        errors = round_in_order(model, float_model, batches, moments, methods, correct=bias)
         log_errors(_NAMES[rounding], errors)
-    if bias:
-        correct_biases(model, float_model, again)
+    elif bias:
+        correct_biases(model, float_model, data)
     return model
 
 
@@ -101,9 +96,3 @@ def _first(batches: Iterator[Inputs], count: int) -> Iterator[Inputs]:
     while count > 0 and (inputs := next(batches, None)) is not None:
         yield inputs
         count -= sample_count(inputs)
-
-
-def _one_batch(batches: Iterator[Inputs]) -> Inputs:
-    """The first samples as one batch; where their shapes differ, those of the most frequent."""
-    samples = Samples(map(Minibatch, _first(batches, COMPARED))).first(COMPARED)
-    return max(samples.parts, key=len).inputs

@@ -5,7 +5,7 @@ Paper     Nagel, van Baalen, Blankevoort, Welling: "Data-Free Quantization Throu
 Idea      Rounding errors of weights and activations do not average to zero; each channel's output shifts, and later layers
           see the shift. Added here: outputs also shrink, a little in every layer, because a scale of least squared error
           makes the quantized weight shorter than the weight.
-Computes  section 4.2, from images -> correct_biases; its Eq. 17 -> _Correction.affine with gain 1
+Computes  section 4.2, from images -> correct_biases; its Eq. 17 -> Correction.affine with gain 1
 Departs   With `gain` (default) the channel's standard deviation is restored too, by its weight scale; without, a shrunken
           output around the right mean is worse than a shrunken output (figures below). One pass: each batch runs through
           the float network and then through the quantized one, in which a layer's output is corrected before it goes on,
@@ -19,8 +19,7 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,35 +64,9 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     Raises:
         BitscapeError: no image, or a layer with a bias that the float network lacks.
     """
-    float_model = as_prepared(float_model)
-    with correcting(model, float_model, gain=gain) as shifts, weights_quantized_once(model):
-        for inputs in batches_of(data, model, batch_size=BATCH):
-            with explained_forward(inputs):
-                call(float_model, inputs)
-                call(model, inputs)
-    if not shifts:
-        raise BitscapeError(
-            "images: no layer with a bias ran; pass at least one image, and fold norms first where "
-            "biases are missing"
-        )
-    mean = sum(shifts.values()) / len(shifts)
-    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), mean)
-    return shifts
-
-
-@contextmanager
-def correcting(
-    model: nn.Module, float_model: nn.Module, *, gain: bool = True
-) -> Iterator[dict[str, float]]:
-    """Within the block both networks run in eval mode, each batch in `float_model` first.
-
-    A layer's output in `model` is corrected by all calls so far. The layers take the corrections at
-    the end of the block, and the dictionary then holds the shifts of `correct_biases`, whose
-    arguments and errors these are; `float_model` is prepared.
-    """
     check_float32(float_model, "float_model")
+    float_model = as_prepared(float_model)
     layers = {name: one for name, one in quantized_layers(model).items() if one.bias is not None}
-    shared = shared_parameters(model)
     partners = quantizable_layers(float_model)
     missing = [name for name in layers if name not in partners]
     if missing:
@@ -101,24 +74,39 @@ def correcting(
         raise BitscapeError(
             f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized"
         )
-    gains = {
-        name: gain and layer.weight not in shared and has_channel_scales(layer)
+    shared = shared_parameters(model)
+    corrections = {
+        name: Correction(layer, gain and layer.weight not in shared and has_channel_scales(layer))
         for name, layer in layers.items()
     }
-    corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
-    shifts: dict[str, float] = {}
     try:
-        with evaluating(model), evaluating(float_model):
-            yield shifts
+        with evaluating(model), evaluating(float_model), weights_quantized_once(model):
+            for inputs in batches_of(data, model, batch_size=BATCH):
+                with explained_forward(inputs):
+                    call(float_model, inputs)
+                    call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    shifts |= {name: c.write() for name, c in corrections.items() if c.images}
+    shifts = {name: c.write() for name, c in corrections.items() if c.images}
+    if not shifts:
+        raise BitscapeError(
+            "images: no layer with a bias ran; pass at least one image, and fold norms first where "
+            "biases are missing"
+        )
+    log_shifts(shifts)
+    return shifts
 
 
-class _Correction:
+def log_shifts(shifts: Mapping[str, float]) -> None:
+    """Log the mean shift of the layers."""
+    mean = sum(shifts.values()) / len(shifts)
+    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), mean)
+
+
+class Correction:
     """One layer's outputs in the float and the quantized network, averaged over the calls so far."""
 
     def __init__(self, layer: QuantizedLayer, gain: bool) -> None:
@@ -131,10 +119,18 @@ class _Correction:
         self.waiting.append(self._moments(output))
 
     def correct(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        self.see_quantized(output)
+        return self.corrected(output)
+
+    def see_quantized(self, output: Tensor) -> None:
+        """Take an output whose float form has been seen."""
         share = len(output) / (self.images + len(output))
         self.expected = torch.lerp(self.expected, self.waiting.pop(0), share)
         self.seen = torch.lerp(self.seen, self._moments(output), share)
         self.images += len(output)
+
+    def corrected(self, output: Tensor) -> Tensor:
+        """The output with the float mean and deviation of what was seen so far."""
         shape = [1] * output.ndim
         shape[self._axis(output)] = -1
         gain, shift = (v.to(output.dtype).reshape(shape) for v in self.affine())

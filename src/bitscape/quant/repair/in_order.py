@@ -1,28 +1,33 @@
 """Rounding layer after layer: each weight also makes good what the layers before did to its input.
 
-The float network runs beside the quantized one, a layer ahead, so that memory holds the maps of one
-batch in either network, and the inputs of one layer.
+Both networks run on the data side by side and stop at every layer, so that all data have reached a
+layer before its codes are chosen, and no layer runs twice. Where maps are large, fewer samples come
+along at first; the others catch up behind.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from queue import Full, Queue
-from typing import Any, cast
+from functools import reduce
+from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, call
+from bitscape.calling import Inputs, call, sample_count
+from bitscape.data.samples import Samples
 from bitscape.errors import explained_forward
-from bitscape.models.layers import has_weight, quantizable_layers
+from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
+from bitscape.nested import tensors_in
+from bitscape.progress import track
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import without_autocast
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
-from bitscape.quant.repair.moments import InputMoments, LayerInputs
+from bitscape.quant.layers import has_channel_scales
+from bitscape.quant.repair.bias import Correction, log_shifts
+from bitscape.quant.repair.moments import BATCH, InputMoments
+from bitscape.quant.repair.pairs import Pair, weights_named
 from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
@@ -32,197 +37,182 @@ from bitscape.quant.repair.rounding import (
     shrunk,
 )
 
-POSITIONS = 128
-"""Output positions (or tokens) of each image that are compared, drawn at random."""
 DAMPING = 0.01
 """Share of the mean diagonal that is added before the inverse is taken."""
+MAP_BYTES = 1 << 29
+"""Most bytes of the inputs and outputs of one layer, for all samples in both networks."""
 
 
 def round_in_order(
     model: nn.Module,
     float_model: nn.Module,
-    inputs: Inputs,
+    batches: Iterable[Inputs],
     moments: Mapping[str, InputMoments],
     methods: Sequence[Rounding],
+    *,
+    correct: bool = True,
 ) -> dict[str, RoundingError]:
-    """Choose and write the codes of every layer when it runs for the first time.
+    """Choose and write the codes of every layer when all data have reached it.
 
     Args:
         model: quantized by LSQ or LSQ+ and calibrated; changed in place.
         float_model: the network that was quantized, prepared.
-        inputs: one batch, which both networks run on once.
+        batches: inputs, on the networks' device.
         moments: `input_moments` of the float network; layers without moments keep nearest rounding.
         methods: of which `best_codes` takes one for each layer.
+        correct: give each layer's output its float mean and deviation before it goes on, as
+            `correct_biases` does.
 
     Returns:
-        Layer name -> squared output errors before and after.
+        Layer name -> squared output errors before and after, in the order of the calls.
 
     Raises:
         BitscapeError: what `compensate_rounding` raises.
     """
-    tasks = rounding_tasks(model, moments)
-    layers, partners = quantized_layers(model), quantizable_layers(float_model)
-    ahead = {name: partners[name] for name in layers if name in partners}
-    with evaluating(model), evaluating(float_model), running_ahead(float_model, ahead, inputs) as wait:
-        rounder = _Rounder(tasks, methods, shared_parameters(model))
-        with rounder.watching(layers, wait), rounder, explained_forward(inputs):
-            call(model, inputs)
+    rounder = _Rounder(model, float_model, moments, methods, correct)
+    with evaluating(model), evaluating(float_model), without_autocast():
+        rounder.run(inputs for batch in batches for inputs in _cut(batch))
+    if rounder.shifts:
+        log_shifts(rounder.shifts)
     return rounder.errors
 
 
+def _cut(inputs: Inputs) -> Iterator[Inputs]:
+    return (batch.inputs for batch in Samples.of(inputs).batches(BATCH))
+
+
 def corrected_target(
-    weight: Float[Tensor, "g r k"], rows: Float[Tensor, "g k n"], expected: Float[Tensor, "g k n"]
+    weight: Float[Tensor, "g r k"],
+    moments: Float[Tensor, "g k k"],
+    missing: Float[Tensor, "g k k"],
+    samples: int,
 ) -> Float[Tensor, "g r k"]:
-    """The weight t with the least |t x - w y|^2 over inputs x = `rows` in place of y = `expected`.
+    """The weight t with the least |t x - w y|^2 over inputs x that took the place of y.
 
-    Least squares: t - w = w E[(y - x) x^T] E[x x^T]^-1, the second mean shrunk towards its diagonal
-    as for rounding, since n samples of k inputs fit themselves.
+    Least squares: t - w = w E[(y - x) x^T] E[x x^T]^-1. The second mean is shrunk towards its
+    diagonal as for rounding, since few samples of many inputs fit themselves.
+
+    Args:
+        weight: w.
+        moments: E[x x^T].
+        missing: E[(y - x) x^T].
+        samples: that both average.
     """
-    samples = rows.shape[2]
-    moments = shrunk(rows @ rows.mT / samples, samples, 1.0)
+    moments = shrunk(moments, samples, 1.0)
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(moments.dtype).tiny)
+    unit = mean[:, None, None]
     identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    damped = moments / mean[:, None, None] + DAMPING * identity
-    missing = weight @ ((expected - rows) @ rows.mT / samples) / mean[:, None, None]
-    return weight + torch.linalg.solve(damped, missing.mT).mT
+    damped = moments / unit + DAMPING * identity
+    return weight + torch.linalg.solve(damped, (weight @ (missing / unit)).mT).mT
 
 
-class _Rows(LayerInputs):
-    """The inputs of each layer's first call, at the same positions in every network."""
-
-    def __init__(self, names: Mapping[Tensor, str]) -> None:
-        super().__init__(names, POSITIONS, torch.Generator())
-
-    def drawn(self, rows: Iterator[Tensor]) -> Float[Tensor, "g k n"]:
-        """All rows of one call."""
-        self.generator.manual_seed(0)
-        return torch.cat(list(rows), 2)
-
-
-class _Rounder(_Rows):
-    """Gives each layer its codes before its weight is first used."""
-
+class _Rounder:
     def __init__(
         self,
-        tasks: Mapping[str, RoundingTask],
+        model: nn.Module,
+        float_model: nn.Module,
+        moments: Mapping[str, InputMoments],
         methods: Sequence[Rounding],
-        shared: set[nn.Parameter],
+        correct: bool,
     ) -> None:
-        super().__init__({})
-        self.tasks, self.methods, self.shared = tasks, methods, shared
-        self.expected: Tensor | None = None
-        self.running = ""
+        self.model, self.float_model, self.methods = model, float_model, methods
+        self.tasks, self.shared = rounding_tasks(model, moments), shared_parameters(model)
+        self.correct = correct
         self.errors: dict[str, RoundingError] = {}
+        self.shifts: dict[str, float] = {}
 
-    @contextmanager
-    def watching(
-        self, layers: Mapping[str, QuantizedLayer], wait: Callable[[str], Tensor | None]
-    ) -> Iterator[None]:
-        """Within the block a layer waits for the float network, and its quantized weight is known."""
-
-        def start_of(name: str) -> Callable[..., None]:
-            def start(module: nn.Module, inputs: Any) -> None:
-                self.running, self.expected = name, wait(name)
-
-            return start
-
-        def name_weight(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.names = {output: self.running}
-
-        quantizers = {layer.weight_quantizer for layer in layers.values() if has_weight(layer)}
-        handles = [layer.register_forward_pre_hook(start_of(name)) for name, layer in layers.items()]
-        handles += [quantizer.register_forward_hook(name_weight) for quantizer in quantizers]
+    def run(self, batches: Iterator[Inputs]) -> None:
+        """Take the batches from layer to layer, as many at once as memory allows."""
+        first = next(batches)
+        sizes = map_bytes(self.float_model, self.tasks, first)
+        pairs: list[Pair] = []
+        stops = self._stops(pairs, chain([first], batches), sizes)
         try:
-            yield
+            with weights_named(self.model):
+                for name in track(stops, label="rounding", total=len(self.tasks)):
+                    self._round(name, [pair for pair in pairs if pair.name == name])
         finally:
-            for handle in handles:
-                handle.remove()
+            for pair in pairs:
+                pair.close()
 
-    def see(self, name: str, rows: Iterator[Tensor]) -> Tensor | None:
-        if name in self.errors or name not in self.tasks:
-            return None
-        with without_autocast():
-            task = self._corrected(self.tasks[name], rows)
-            self.errors[name] = task.write(best_codes(task, self.methods))
+    def _stops(
+        self, pairs: list[Pair], batches: Iterator[Inputs], sizes: Mapping[str, int]
+    ) -> Iterator[str]:
+        """Yield the layers that `pairs` stop at; more batches join them where maps leave room."""
+        while not self.errors or pairs:
+            samples = BATCH + sum(pair.samples for pair in pairs)
+            has_room = not pairs or samples * sizes[pairs[0].name] <= MAP_BYTES
+            inputs = next(batches, None) if has_room else None
+            if inputs is not None:
+                pairs.append(
+                    Pair(self.float_model, self.model, inputs, self.tasks, self.errors)
+                )
+            elif not pairs:
+                return
+            else:
+                yield pairs[0].name
+            pairs[:] = [pair for pair in pairs if pair.name]
+
+    def _round(self, name: str, pairs: Sequence[Pair]) -> None:
+        task = self.tasks[name]
         layer: Any = task.layer
-        return cast(Tensor, layer.weight_quantizer(layer.weight))
+        if layer.weight not in self.shared:
+            task = self._corrected(task, pairs)
+        self.errors[name] = task.write(best_codes(task, self.methods))
+        weight = layer.weight_quantizer(layer.weight)
+        for pair in pairs:
+            pair.advance(weight)
+        if layer.bias is None or not self.correct:
+            for pair in pairs:
+                pair.advance(pair.value)
+            return
+        gain = layer.weight not in self.shared and has_channel_scales(layer)
+        correction = Correction(layer, gain)
+        for pair in pairs:
+            correction.see_float(layer, None, pair.float_value)
+            correction.see_quantized(pair.value)
+        for pair in pairs:
+            pair.advance(correction.corrected(pair.value))
+        self.shifts[name] = correction.write()
 
-    def _corrected(self, task: RoundingTask, rows: Iterator[Tensor]) -> RoundingTask:
-        if self.expected is None or task.layer.weight in self.shared:
-            return task
-        target = corrected_target(task.weight, self.drawn(rows), self.expected)
+    def _corrected(self, task: RoundingTask, pairs: Sequence[Pair]) -> RoundingTask:
+        samples = sum(pair.value.shape[2] for pair in pairs)
+        moments = sum_of(pair.value @ pair.value.mT for pair in pairs) / samples
+        missing = sum_of((pair.float_value - pair.value) @ pair.value.mT for pair in pairs) / samples
+        target = corrected_target(task.weight, moments, missing, samples)
         return replace(task, weight=target)
 
 
-class _Ahead(_Rows):
-    """Holds the inputs of the layer that is running."""
-
-    rows: Tensor | None = None
-
-    def see(self, name: str, rows: Iterator[Tensor]) -> None:
-        self.rows = self.drawn(rows)
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum, in the memory of two."""
+    return reduce(Tensor.add_, tensors)
 
 
-class _Stopped(Exception):
-    """Nobody waits for the float network any more."""
+def map_bytes(model: nn.Module, names: Collection[str], inputs: Inputs) -> dict[str, int]:
+    """Layer name -> most bytes, of a sample, of the inputs and outputs of any layer from it on.
 
-
-@contextmanager
-def running_ahead(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs
-) -> Iterator[Callable[[str], Tensor | None]]:
-    """Run `model` in a thread of its own, at most two layers ahead of who asks for their inputs.
-
-    Yields a function that waits until the named layer has run once more, and returns the inputs
-    that it had, (g, k, n), or None where it does not run, or not with its own weight.
+    In two networks.
     """
-    results: Queue[tuple[str, Tensor | None] | BaseException | None] = Queue(maxsize=1)
-    received: dict[str, list[Tensor | None]] = {}
-    ahead = _Ahead({layer.get_parameter("weight"): n for n, layer in layers.items() if has_weight(layer)})
-    stopped, ended = threading.Event(), False
+    layers = quantizable_layers(model)
+    seen: list[tuple[str, int]] = []
 
-    def hand_over(result: tuple[str, Tensor | None] | BaseException | None) -> None:
-        while not stopped.is_set():
-            with suppress(Full):
-                return results.put(result, timeout=0.1)
-        raise _Stopped
+    def see(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            held = sum(tensor.nbytes for tensor in tensors_in((inputs, output)))
+            seen.append((name, 2 * held // samples))
 
-    def after(name: str) -> Callable[..., None]:
-        def finish(module: nn.Module, inputs: Any, output: Any) -> None:
-            rows, ahead.rows = ahead.rows, None
-            hand_over((name, rows))
+        return hook
 
-        return finish
-
-    def run() -> None:
-        end: BaseException | None = None
-        try:
-            with torch.no_grad(), ahead, explained_forward(inputs):
-                call(model, inputs)
-        except BaseException as error:
-            end = error
-        with suppress(_Stopped):
-            hand_over(end)
-
-    def wait(name: str) -> Tensor | None:
-        nonlocal ended
-        while not ended and not received.get(name):
-            result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                ended = True
-            else:
-                received.setdefault(result[0], []).append(result[1])
-        return received[name].pop(0) if received.get(name) else None
-
-    handles = [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    samples = sample_count(inputs)
+    handles = [layers[name].register_forward_hook(see(name)) for name in names]
     try:
-        yield wait
+        with explained_forward(inputs):
+            call(model, inputs)
     finally:
-        stopped.set()
-        thread.join()
         for handle in handles:
             handle.remove()
+    sizes, most = dict.fromkeys(names, 0), 0
+    for name, held in reversed(seen):
+        most = max(most, held)
+        sizes[name] = most
+    return sizes

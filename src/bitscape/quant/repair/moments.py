@@ -86,21 +86,27 @@ class LayerInputs(TorchFunctionMode):
         super().__init__()
         self.names, self.positions, self.generator = dict(names), positions, generator
 
-    def see(self, name: str, rows: Iterator[Float[Tensor, "groups k samples"]]) -> Tensor | None:
+    def before(self, name: str, rows: Iterator[Float[Tensor, "groups k n"]]) -> Tensor | None:
         """Take the inputs of layer `name`; return the weight to compute with, None for its own."""
         raise NotImplementedError
+
+    def after(self, name: str, output: Tensor) -> Tensor:
+        """Take what the layer computed; return what it shall have computed."""
+        return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rows_of, kwargs = _ROWS.get(func), dict(kwargs or {})
         if rows_of is None:
             return func(*args, **kwargs)
         name = self.names.get(kwargs["weight"] if "weight" in kwargs else args[1])
-        weight = None if name is None else self.see(name, rows_of(self, *args, **kwargs))
-        if weight is None:
+        if name is None:
             return func(*args, **kwargs)
-        if "weight" in kwargs:
-            return func(*args, **(kwargs | {"weight": weight}))
-        return func(args[0], weight, *args[2:], **kwargs)
+        weight = self.before(name, rows_of(self, *args, **kwargs))
+        if weight is not None and "weight" in kwargs:
+            kwargs["weight"] = weight
+        elif weight is not None:
+            args = (args[0], weight, *args[2:])
+        return self.after(name, func(*args, **kwargs))
 
     def linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
         """Inputs of a linear layer, in one piece."""
@@ -187,7 +193,7 @@ class _Sums(LayerInputs):
             yield inputs
             self.part = 1 - self.part
 
-    def see(self, name: str, rows: Iterator[Tensor]) -> None:
+    def before(self, name: str, rows: Iterator[Tensor]) -> None:
         sums, counts = self.sums.setdefault(name, {}), self.counts.setdefault(name, {})
         for piece in rows:
             with without_autocast():  # the network may compute in half precision in its forward
