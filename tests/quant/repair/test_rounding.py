@@ -79,7 +79,7 @@ def test_it_lies_between_the_best_of_all_choices_and_nearest_rounding():
     model = nn.Sequential(nn.Linear(6, 8, bias=False))
     repaired = with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(2, 8)))
     moments = input_moments(model, inputs)
-    task = rounding_tasks(repaired, moments)["0"]
+    task = rounding_tasks(repaired, moments)["0"]()
     best = torch.full((1, 8), torch.inf)
     for choice in itertools.product(range(-2, 2), repeat=6):
         codes = torch.tensor(choice, dtype=torch.float32).expand_as(task.weight)

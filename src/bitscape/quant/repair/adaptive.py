@@ -26,7 +26,6 @@ from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
     RoundingTask,
-    best_codes,
     compensations,
     log_errors,
     rounding_tasks,
@@ -66,8 +65,8 @@ def adaptive_rounding(
     tasks = rounding_tasks(model, moments)
     with torch.no_grad(), without_autocast():
         errors = {
-            name: task.write(best_codes(task, methods))
-            for name, task in track(tasks.items(), label="adaptive rounding", total=len(tasks))
+            name: make().round(methods)
+            for name, make in track(tasks.items(), label="adaptive rounding", total=len(tasks))
         }
     log_errors("adaptive rounding", errors)
     return errors

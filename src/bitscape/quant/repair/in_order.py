@@ -32,7 +32,7 @@ from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
     RoundingTask,
-    best_codes,
+    compensations,
     rounding_tasks,
     shrunk,
 )
@@ -154,11 +154,14 @@ class _Rounder:
             pairs[:] = [pair for pair in pairs if pair.name]
 
     def _round(self, name: str, pairs: Sequence[Pair]) -> None:
-        task = self.tasks[name]
+        task = self.tasks[name]()
         layer: Any = task.layer
+        own_scales = layer.weight not in self.shared and has_channel_scales(layer)
         if layer.weight not in self.shared:
             task = self._corrected(task, pairs)
-        self.errors[name] = task.write(best_codes(task, self.methods))
+        if own_scales:
+            task = task.fitted(compensations()[0](task))
+        self.errors[name] = task.round(self.methods)
         weight = layer.weight_quantizer(layer.weight)
         for pair in pairs:
             pair.advance(weight)
@@ -166,8 +169,7 @@ class _Rounder:
             for pair in pairs:
                 pair.advance(pair.value)
             return
-        gain = layer.weight not in self.shared and has_channel_scales(layer)
-        correction = Correction(layer, gain)
+        correction = Correction(layer, own_scales)
         for pair in pairs:
             correction.see_float(layer, None, pair.float_value)
             correction.see_quantized(pair.value)

@@ -18,7 +18,8 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from bitscape.errors import BitscapeError, nearest
 from bitscape.models.layers import outputs_first, quantizable_layers
 from bitscape.quant.functional import power_of_two, without_autocast
 from bitscape.quant.grid import Grid
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_layers
 from bitscape.quant.quantizers.lsq import LsqWeight
 from bitscape.quant.reference import dequantize, quantize
 from bitscape.quant.repair.moments import InputMoments
@@ -36,6 +37,8 @@ from bitscape.quant.repair.moments import InputMoments
 _log = logging.getLogger("bitscape.quant.repair")
 
 
+SCALE_LIMIT = 2.0
+"""A fitted scale stays within 1/2 .. 2 of the scale of the weights."""
 SHRINKAGES = (1.0, 10.0)
 """Weights k of k / samples that are tried, in H shrunk towards its diagonal."""
 
@@ -84,7 +87,7 @@ def compensate_rounding(
     """
     methods = compensations(activation_order=activation_order, damping=damping, block=block)
     tasks = rounding_tasks(model, moments)
-    errors = {name: task.write(best_codes(task, methods)) for name, task in tasks.items()}
+    errors = {name: make().round(methods) for name, make in tasks.items()}
     log_errors("compensated rounding", errors)
     return errors
 
@@ -103,18 +106,6 @@ def compensations(
         return lambda task: _ordered_codes(task.shrunk(shrinkage), activation_order, damping, block)
 
     return [*map(compensated, SHRINKAGES), RoundingTask.nearest]
-
-
-def best_codes(task: "RoundingTask", methods: Sequence["Rounding"]) -> Float[Tensor, "g r k"]:
-    """Codes by the method whose codes from one part of the data are best on the other part.
-
-    Where there is one part only, the first method is taken.
-    """
-    if len(task.parts) < 2:
-        return methods[0](task)
-    seen, unseen = (task.on(part) for part in task.parts[:2])
-    errors = [float(unseen.error(method(seen))) for method in methods]
-    return methods[errors.index(min(errors))](task)
 
 
 Part: TypeAlias = tuple[Float[Tensor, "g k k"], int]
@@ -168,10 +159,39 @@ class RoundingTask:
         total = self.output_error(self.weight).sum().clamp(min=1e-20)
         return self.output_error(self.real(codes) - self.weight).sum() / total
 
+    def fitted(self, codes: Float[Tensor, "g r k"]) -> "RoundingTask":
+        """The same with the scale of each row that gives `codes` the least output error."""
+        levels = codes - self.grid.zero_point
+        products = levels @ self.moments
+        power = (products * levels).sum(2, keepdim=True)
+        fit = (products * self.weight).sum(2, keepdim=True) / power
+        scale = torch.where(power > 0, fit, self.scale)
+        return replace(self, scale=scale.clamp(self.scale / SCALE_LIMIT, self.scale * SCALE_LIMIT))
+
+    def best(self, methods: Sequence["Rounding"]) -> "Rounding":
+        """The method whose codes from one part of the data are best on the other part.
+
+        The first one where there is one part only.
+        """
+        if len(self.parts) < 2:
+            return methods[0]
+        seen, unseen = (self.on(part) for part in self.parts[:2])
+        errors = [float(unseen.error(method(seen))) for method in methods]
+        return methods[errors.index(min(errors))]
+
+    def round(self, methods: Sequence["Rounding"]) -> RoundingError:
+        """Write codes by the best of the methods into the layer; say what that gained."""
+        return self.write(self.best(methods)(self))
+
     def write(self, codes: Float[Tensor, "g r k"]) -> RoundingError:
         """Put the grid values of `codes` into the layer's weight, and say what that gained."""
-        before = quantize(self._rows(self.layer.weight), self.scale, self.grid)
-        result = RoundingError(float(self.error(before)), float(self.error(codes)))
+        quantizer = cast(LsqWeight, self.layer.weight_quantizer)
+        before = quantizer(self.layer.weight).detach()
+        error = self.output_error(self._rows(before) - self.weight).sum()
+        total = self.output_error(self.weight).sum().clamp(min=1e-20)
+        result = RoundingError(float(error / total), float(self.error(codes)))
+        if has_channel_scales(self.layer):
+            quantizer.scale.copy_(self.scale[:, :, 0].reshape(quantizer.scale.shape))
         rows = self.real(codes).reshape(outputs_first(self.layer, self.layer.weight).shape)
         self.layer.weight.copy_(outputs_first(self.layer, rows))
         return result
@@ -202,8 +222,11 @@ def shrunk(
 
 def rounding_tasks(
     model: nn.Module, moments: Mapping[str, InputMoments]
-) -> dict[str, RoundingTask]:
-    """Tasks of every quantized layer that has moments; raises as `compensate_rounding` says."""
+) -> dict[str, Callable[[], RoundingTask]]:
+    """What makes the task of each quantized layer that has moments.
+
+    Raises what `compensate_rounding` says.
+    """
     layers = quantized_layers(model)
     if not layers:
         raise BitscapeError(
@@ -216,30 +239,39 @@ def rounding_tasks(
             f"moments: no quantized layer {unknown[0]!r}{nearest(unknown[0], layers)}; "
             "collect them from the float network that was quantized"
         )
-    return {name: _task(name, layers[name], moments[name]) for name in layers if name in moments}
+    chosen = {name: layer for name, layer in layers.items() if name in moments}
+    for name, layer in chosen.items():
+        _check(name, layer, moments[name].parts[0].shape)
+    return {name: partial(_task, layer, moments[name]) for name, layer in chosen.items()}
 
 
-def _task(name: str, layer: QuantizedLayer, given: InputMoments) -> RoundingTask:
-    quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+def _check(name: str, layer: QuantizedLayer, shape: torch.Size) -> None:
+    quantizer = layer.weight_quantizer
     if not isinstance(quantizer, LsqWeight) or isinstance(quantizer.bits, Tensor):
         raise BitscapeError(
             f"layer {name}: its weight quantizer is {type(quantizer).__name__}, whose grid moves "
             "with the weights or holds several widths; rounding can be repaired for Lsq and "
             "LsqPlus with one width a layer"
         )
-    scale = quantizer.grid_scale(weight).detach().expand_as(weight)
-    scale, weight = outputs_first(layer, scale), outputs_first(layer, weight)
-    groups, k = given.parts[0].shape[:2]
-    if weight[0].numel() != k or weight.shape[0] % groups:
+    weight = outputs_first(layer, layer.weight)
+    if weight[0].numel() != shape[1] or weight.shape[0] % shape[0]:
         raise BitscapeError(
             f"moments: layer {name} has weights of {tuple(layer.weight.shape)}, "
-            f"its moments {tuple(given.parts[0].shape)}"
+            f"its moments {tuple(shape)}"
         )
-    scale, weight = (values.float().reshape(groups, -1, k) for values in (scale, weight))
+
+
+def _task(layer: QuantizedLayer, given: InputMoments) -> RoundingTask:
+    quantizer, weight = cast(LsqWeight, layer.weight_quantizer), layer.weight.detach()
+    scale = quantizer.grid_scale(weight).detach().expand_as(weight)
+    groups, k = given.parts[0].shape[:2]
+    scale, weight = (
+        outputs_first(layer, values).float().reshape(groups, -1, k) for values in (scale, weight)
+    )
+    parts = [part.to(weight.device) for part in given.parts]
     moments = given.mean.to(weight.device)
     # Squares of small weights and inputs are zero in float32.
     size = power_of_two(moments.diagonal(dim1=1, dim2=2).mean())
-    parts = zip(given.parts, given.samples, strict=True)
     return RoundingTask(
         layer=layer,
         weight=weight,
@@ -247,7 +279,7 @@ def _task(name: str, layer: QuantizedLayer, given: InputMoments) -> RoundingTask
         grid=quantizer.grid,
         moments=moments / size,
         samples=sum(given.samples),
-        parts=tuple((part.to(weight.device) / size, samples) for part, samples in parts),
+        parts=tuple((p / size, n) for p, n in zip(parts, given.samples, strict=True)),
         unit=power_of_two(weight.abs().max()),
     )
 
