@@ -34,7 +34,6 @@ from bitscape.quant.repair.rounding import (
     RoundingTask,
     compensations,
     rounding_tasks,
-    shrunk,
 )
 
 DAMPING = 0.01
@@ -59,7 +58,7 @@ def round_in_order(
         float_model: the network that was quantized, prepared.
         batches: inputs, on the networks' device.
         moments: `input_moments` of the float network; layers without moments keep nearest rounding.
-        methods: of which `best_codes` takes one for each layer.
+        methods: of which each layer takes the one that `RoundingTask.best` picks.
         correct: give each layer's output its float mean and deviation before it goes on, as
             `correct_biases` does.
 
@@ -89,8 +88,8 @@ def corrected_target(
 ) -> Float[Tensor, "g r k"]:
     """The weight t with the least |t x - w y|^2 over inputs x that took the place of y.
 
-    Least squares: t - w = w E[(y - x) x^T] E[x x^T]^-1. The second mean is shrunk towards its
-    diagonal as for rounding, since few samples of many inputs fit themselves.
+    Least squares: t - w = w E[(y - x) x^T] E[x x^T]^-1, with a ridge of k / samples of the
+    diagonal: few samples of many inputs fit themselves.
 
     Args:
         weight: w.
@@ -98,12 +97,13 @@ def corrected_target(
         missing: E[(y - x) x^T].
         samples: that both average.
     """
-    moments = shrunk(moments, samples, 1.0)
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(moments.dtype).tiny)
-    unit = mean[:, None, None]
-    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    damped = moments / unit + DAMPING * identity
-    return weight + torch.linalg.solve(damped, (weight @ (missing / unit)).mT).mT
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(moments.dtype).tiny)
+    ridge = diagonal / mean * (moments.shape[1] / samples) + DAMPING
+    unit = mean[:, :, None]
+    damped = moments / unit + torch.diag_embed(ridge)
+    shift: Tensor = torch.linalg.solve(damped, (weight @ (missing / unit)).mT).mT
+    return weight + shift
 
 
 class _Rounder:
@@ -128,7 +128,10 @@ class _Rounder:
         pairs: list[Pair] = []
         stops = self._stops(pairs, chain([first], batches), sizes)
         try:
-            with weights_named(self.model):
+            with (
+                weights_named(self.float_model, self.tasks),
+                weights_named(self.model, self.tasks),
+            ):
                 for name in track(stops, label="rounding", total=len(self.tasks)):
                     self._round(name, [pair for pair in pairs if pair.name == name])
         finally:
@@ -144,9 +147,7 @@ class _Rounder:
             has_room = not pairs or samples * sizes[pairs[0].name] <= MAP_BYTES
             inputs = next(batches, None) if has_room else None
             if inputs is not None:
-                pairs.append(
-                    Pair(self.float_model, self.model, inputs, self.tasks, self.errors)
-                )
+                pairs.append(Pair(self.float_model, self.model, inputs, self.errors))
             elif not pairs:
                 return
             else:

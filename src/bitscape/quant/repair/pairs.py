@@ -1,7 +1,7 @@
 """The float and the quantized network on the same batch, stopping at the same layers."""
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitscape.calling import Inputs, call, sample_count
 from bitscape.errors import explained_forward
 from bitscape.models.layers import has_weight, quantizable_layers
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.repair.moments import LayerInputs
 
 POSITIONS = 128
@@ -30,14 +30,11 @@ class Pair:
         float_model: nn.Module,
         model: nn.Module,
         inputs: Inputs,
-        names: Collection[str],
         done: Collection[str],
     ) -> None:
         self.samples = sample_count(inputs)
-        layers = quantizable_layers(float_model)
-        weights = {layers[name].get_parameter("weight"): name for name in names}
-        self._float = _Run(float_model, inputs, weights, done)
-        self._quantized = _Run(model, inputs, {}, done)
+        self._float = _Run(float_model, inputs, done)
+        self._quantized = _Run(model, inputs, done)
         self.advance(None)
 
     @property
@@ -75,14 +72,8 @@ class _Closed(Exception):
 class _Run(LayerInputs):
     """A network on one batch, in a thread of its own that works only while `advance` waits."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        weights: Mapping[Tensor, str],
-        done: Collection[str],
-    ) -> None:
-        super().__init__(weights, POSITIONS, torch.Generator())
+    def __init__(self, model: nn.Module, inputs: Inputs, done: Collection[str]) -> None:
+        super().__init__({}, POSITIONS, torch.Generator())
         self.model, self.inputs, self.done = model, inputs, done
         self.name, self.value = "", torch.empty(0)
         self._answer: Tensor | None = None
@@ -136,37 +127,38 @@ class _Run(LayerInputs):
                     call(self.model, self.inputs)
         except _Closed:
             pass
-        except BaseException as error:  # noqa: BLE001 - it is raised where `advance` waits
+        except BaseException as error:  # raised where `advance` waits
             self._error = error
         self.name, self.value = "", torch.empty(0)
         self._stopped.release()
 
 
 _thread = threading.local()
-"""Holds the `run` that a thread works for."""
+"""Holds the `run` that a thread works for, and the name of the `layer` that is running."""
 
 
 @contextmanager
-def weights_named(model: nn.Module) -> Iterator[None]:
-    """Within the block, pairs know a quantized weight by the layer that had it quantized."""
+def weights_named(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Within the block, pairs know the weight of a layer in `names` while the layer runs.
+
+    That is its parameter, and what its quantizer makes of it. Layers may share either.
+    """
 
     def start_of(name: str) -> Callable[..., None]:
-        def start(module: nn.Module, inputs: Any) -> None:
-            if hasattr(_thread, "run"):
-                _thread.layer = name
+        def start(layer: nn.Module, inputs: Any) -> None:
+            _thread.layer = name
+            name_weight(layer, inputs, layer.weight)
 
         return start
 
-    def name_weight(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def name_weight(module: nn.Module, inputs: Any, weight: Any) -> None:
         if hasattr(_thread, "run"):
-            _thread.run.names = {output: _thread.layer}
+            _thread.run.names = {weight: _thread.layer} if _thread.layer in names else {}
 
-    layers = {name: one for name, one in quantized_layers(model).items() if has_weight(one)}
+    layers = {n: layer for n, layer in quantizable_layers(model).items() if has_weight(layer)}
+    quantizers = {layer.weight_quantizer for layer in layers.values() if isinstance(layer, QuantizedLayer)}
     handles = [layer.register_forward_pre_hook(start_of(name)) for name, layer in layers.items()]
-    handles += [
-        quantizer.register_forward_hook(name_weight)
-        for quantizer in {layer.weight_quantizer for layer in layers.values()}
-    ]
+    handles += [quantizer.register_forward_hook(name_weight) for quantizer in quantizers]
     try:
         yield
     finally:
