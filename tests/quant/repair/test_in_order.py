@@ -9,7 +9,7 @@ from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
-from bitscape.quant.repair import in_order, input_moments
+from bitscape.quant.repair import in_order
 from bitscape.quant.repair.in_order import corrected_target, map_bytes, round_in_order
 from bitscape.quant.repair.rounding import compensations
 
@@ -29,8 +29,7 @@ def quantized(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 def rounded(model: nn.Module, images: torch.Tensor, **settings) -> nn.Module:
     network = quantized(model, images)
-    moments = input_moments(model, images)
-    round_in_order(network, model, images.split(12), moments, compensations(), **settings)
+    round_in_order(network, model, images.split(12), compensations(), **settings)
     return network
 
 
@@ -47,13 +46,11 @@ def test_a_target_makes_good_what_happened_to_the_inputs():
 
 
 def test_few_samples_move_a_target_less():
-    generator = torch.Generator().manual_seed(0)
-    expected = torch.randn(1, 50, 10, generator=generator)
-    rows = expected + 0.3 * torch.randn(1, 50, 10, generator=generator)
-    weight = torch.randn(1, 3, 50, generator=generator)
-    moments, missing = rows @ rows.mT / 10, (expected - rows) @ rows.mT / 10
-    few, many = (corrected_target(weight, moments, missing, samples) for samples in (10, 10**6))
-    assert (few - weight).norm() < (many - weight).norm()
+    weight, moments, missing = torch.ones(1, 1, 4), torch.eye(4)[None], 0.5 * torch.eye(4)[None]
+    few, many = (corrected_target(weight, moments, missing, samples) for samples in (4, 10**6))
+    # w + 0.5 / (1 + 4 / 4 + 0.01) and w + 0.5 / (1 + 0.01)
+    torch.testing.assert_close(few, torch.full((1, 1, 4), 1 + 0.5 / 2.01))
+    torch.testing.assert_close(many, torch.full((1, 1, 4), 1 + 0.5 / 1.01))
 
 
 def test_every_layer_is_rounded_in_the_order_of_the_calls_and_outputs_come_closer():
@@ -135,9 +132,23 @@ def test_an_error_in_the_network_ends_every_thread():
             return y
 
     model, x = Fails().eval(), torch.randn(8, 4)
-    network, moments = quantized(model, x), input_moments(model, x)
+    network = quantized(model, x)
     network.fails = True
     before = threading.active_count()
     with pytest.raises((BitscapeError, RuntimeError), match="three"):
-        round_in_order(network, model, [x[:5], x[5:]], moments, compensations())
+        round_in_order(network, model, [x[:5], x[5:]], compensations())
     assert threading.active_count() == before
+
+
+def test_what_cannot_be_rounded_is_said(caplog):
+    class Standardised(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+    model, x = nn.Sequential(Standardised(4, 4), nn.Linear(4, 2)), torch.randn(16, 4)
+    rounded(model, x)
+    assert "layer 0: nearest rounding" in caplog.text
+    with pytest.raises(BitscapeError, match="images: no batch"):
+        round_in_order(quantized(model, x), model, [], compensations())
+    with pytest.raises(BitscapeError, match=r"layer 1: its inputs, .*not finite"):
+        round_in_order(quantized(model, x), model, [x * torch.inf], compensations())

@@ -4,11 +4,13 @@ Paper     Nagel, Amjad, van Baalen, Louizos, Blankevoort: "Up or Down? Adaptive 
           arXiv 2004.10568
 Idea      Rounding is a choice of one bit a weight. A soft choice h in 0..1 is trained, and a regulariser drives it to 0 or 1.
 Computes  Eq. 23 -> soft_choice; Eq. 24 -> its regulariser, beta annealed; Eq. 21 -> RoundingTask.output_error
-Departs   The squared output error comes from the second moments of the layer's inputs, over all images at once, instead
-          of drawn batches: no image is needed any more. So it has float inputs and no activation function (Eq. 25 has
-          quantized inputs and the activation). The error is taken relative to that of nearest rounding, so that one
-          weight of the regulariser suits every layer; the choice starts at the weight's own fraction.
-Costs     Two products of rows x k x k a step and layer; 1000 steps.
+Departs   The squared output error comes from the second moments of the layer's inputs, over all
+          images at once, instead of drawn batches. It has no activation function (Eq. 25). The
+          error is taken relative to that of nearest rounding, so that one weight of the regulariser
+          suits every layer; the choice starts at the weight's own fraction. Moments are shrunk, and
+          a layer takes compensated or nearest rounding where they do better on the half of the data
+          that the choice was not trained on, as for compensated rounding.
+Costs     Two products of rows x k x k a step and layer; 1000 steps, twice.
 Measured  not yet
 """
 

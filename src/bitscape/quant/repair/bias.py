@@ -11,6 +11,7 @@ Departs   With `gain` (default) the channel's standard deviation is restored too
           the float network and then through the quantized one, in which a layer's output is corrected before it goes on,
           so that later layers see corrected inputs as in the paper's layer-by-layer form. Comparing the same images
           keeps the noise between images out.
+          `repair` corrects a layer's output when the layer has been rounded.
 Costs     One forward pass of either network over the images.
 Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and last layer 8), 8-bit activations, 128 images to
           repair, 200 to 300 others of an ImageNet sample to test, one run, standard error 3 points: after

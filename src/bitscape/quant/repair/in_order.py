@@ -5,6 +5,7 @@ layer before its codes are chosen, and no layer runs twice. Where maps are large
 along at first; the others catch up behind.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from bitscape.calling import Inputs, call, sample_count
 from bitscape.data.samples import Samples
-from bitscape.errors import explained_forward
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.nested import tensors_in
@@ -26,16 +27,17 @@ from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import without_autocast
 from bitscape.quant.layers import has_channel_scales
 from bitscape.quant.repair.bias import Correction, log_shifts
-from bitscape.quant.repair.moments import BATCH, InputMoments
-from bitscape.quant.repair.pairs import Pair, weights_named
+from bitscape.quant.repair.moments import BATCH, InputMoments, mean_of
+from bitscape.quant.repair.pairs import Pair, release_memory, weights_named
 from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
-    RoundingTask,
     compensations,
-    rounding_tasks,
+    roundable_layers,
+    task_of,
 )
 
+_log = logging.getLogger("bitscape.quant.repair")
 DAMPING = 0.01
 """Share of the mean diagonal that is added before the inverse is taken."""
 MAP_BYTES = 1 << 29
@@ -46,7 +48,6 @@ def round_in_order(
     model: nn.Module,
     float_model: nn.Module,
     batches: Iterable[Inputs],
-    moments: Mapping[str, InputMoments],
     methods: Sequence[Rounding],
     *,
     correct: bool = True,
@@ -57,8 +58,7 @@ def round_in_order(
         model: quantized by LSQ or LSQ+ and calibrated; changed in place.
         float_model: the network that was quantized, prepared.
         batches: inputs, on the networks' device.
-        moments: `input_moments` of the float network; layers without moments keep nearest rounding.
-        methods: of which each layer takes the one that `RoundingTask.best` picks.
+        methods: of which `RoundingTask.best` picks one for each layer.
         correct: give each layer's output its float mean and deviation before it goes on, as
             `correct_biases` does.
 
@@ -68,9 +68,11 @@ def round_in_order(
     Raises:
         BitscapeError: what `compensate_rounding` raises.
     """
-    rounder = _Rounder(model, float_model, moments, methods, correct)
+    rounder = _Rounder(model, float_model, methods, correct)
     with evaluating(model), evaluating(float_model), without_autocast():
         rounder.run(inputs for batch in batches for inputs in _cut(batch))
+    for name in rounder.layers.keys() - rounder.errors.keys():
+        _log.warning("layer %s: nearest rounding; it never ran, or not with its own weight", name)
     if rounder.shifts:
         log_shifts(rounder.shifts)
     return rounder.errors
@@ -111,28 +113,29 @@ class _Rounder:
         self,
         model: nn.Module,
         float_model: nn.Module,
-        moments: Mapping[str, InputMoments],
         methods: Sequence[Rounding],
         correct: bool,
     ) -> None:
         self.model, self.float_model, self.methods = model, float_model, methods
-        self.tasks, self.shared = rounding_tasks(model, moments), shared_parameters(model)
+        self.layers, self.shared = roundable_layers(model), shared_parameters(model)
         self.correct = correct
         self.errors: dict[str, RoundingError] = {}
         self.shifts: dict[str, float] = {}
 
     def run(self, batches: Iterator[Inputs]) -> None:
         """Take the batches from layer to layer, as many at once as memory allows."""
-        first = next(batches)
-        sizes = map_bytes(self.float_model, self.tasks, first)
+        first = next(batches, None)
+        if first is None:
+            raise BitscapeError("images: no batch; give at least one image, better a few hundred")
+        sizes = map_bytes(self.float_model, self.layers, first)
         pairs: list[Pair] = []
         stops = self._stops(pairs, chain([first], batches), sizes)
         try:
             with (
-                weights_named(self.float_model, self.tasks),
-                weights_named(self.model, self.tasks),
+                weights_named(self.float_model, self.layers),
+                weights_named(self.model, self.layers),
             ):
-                for name in track(stops, label="rounding", total=len(self.tasks)):
+                for name in track(stops, label="rounding", total=len(self.layers)):
                     self._round(name, [pair for pair in pairs if pair.name == name])
         finally:
             for pair in pairs:
@@ -153,13 +156,18 @@ class _Rounder:
             else:
                 yield pairs[0].name
             pairs[:] = [pair for pair in pairs if pair.name]
+            release_memory()
 
     def _round(self, name: str, pairs: Sequence[Pair]) -> None:
-        task = self.tasks[name]()
-        layer: Any = task.layer
+        layer: Any = self.layers[name]
         own_scales = layer.weight not in self.shared and has_channel_scales(layer)
+        moments = _moments(name, pairs)
+        task = task_of(layer, moments)
         if layer.weight not in self.shared:
-            task = self._corrected(task, pairs)
+            total = sum_of((pair.float_value - pair.value) @ pair.value.mT for pair in pairs)
+            missing = mean_of(name, total, task.samples)
+            target = corrected_target(task.weight, moments.mean, missing, task.samples)
+            task = replace(task, weight=target)
         if own_scales:
             task = task.fitted(compensations()[0](task))
         self.errors[name] = task.round(self.methods)
@@ -178,12 +186,14 @@ class _Rounder:
             pair.advance(correction.corrected(pair.value))
         self.shifts[name] = correction.write()
 
-    def _corrected(self, task: RoundingTask, pairs: Sequence[Pair]) -> RoundingTask:
-        samples = sum(pair.value.shape[2] for pair in pairs)
-        moments = sum_of(pair.value @ pair.value.mT for pair in pairs) / samples
-        missing = sum_of((pair.float_value - pair.value) @ pair.value.mT for pair in pairs) / samples
-        target = corrected_target(task.weight, moments, missing, samples)
-        return replace(task, weight=target)
+
+def _moments(name: str, pairs: Sequence[Pair]) -> InputMoments:
+    """Of what the quantized layer's weight is multiplied with, in two parts."""
+    parts = [part for part in (pairs[0::2], pairs[1::2]) if part]
+    samples = [sum(pair.value.shape[2] for pair in part) for part in parts]
+    sums = [sum_of(pair.value @ pair.value.mT for pair in part) for part in parts]
+    means = (mean_of(name, *part) for part in zip(sums, samples, strict=True))
+    return InputMoments(tuple(means), tuple(samples))
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

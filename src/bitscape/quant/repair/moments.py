@@ -208,14 +208,15 @@ class _Sums(LayerInputs):
         """The means, layer by layer."""
         return {
             name: InputMoments(
-                tuple(_mean(name, total, self.counts[name][part]) for part, total in sums.items()),
+                tuple(mean_of(name, total, self.counts[name][part]) for part, total in sums.items()),
                 tuple(self.counts[name].values()),
             )
             for name, sums in self.sums.items()
         }
 
 
-def _mean(name: str, total: Tensor, count: int) -> Tensor:
+def mean_of(name: str, total: Tensor, count: int) -> Tensor:
+    """The sum of x x^T over `count` inputs as their mean; it has to be finite."""
     if not torch.isfinite(total).all():
         raise BitscapeError(
             f"layer {name}: its inputs, or their squares in float32, are not finite; "

@@ -1,5 +1,7 @@
 """The float and the quantized network on the same batch, stopping at the same layers."""
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -131,6 +133,12 @@ class _Run(LayerInputs):
             self._error = error
         self.name, self.value = "", torch.empty(0)
         self._stopped.release()
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps some of it for every thread that had it."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 _thread = threading.local()
