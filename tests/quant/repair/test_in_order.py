@@ -152,3 +152,27 @@ def test_what_cannot_be_rounded_is_said(caplog):
         round_in_order(quantized(model, x), model, [], compensations())
     with pytest.raises(BitscapeError, match=r"layer 1: its inputs, .*not finite"):
         round_in_order(quantized(model, x), model, [x * torch.inf], compensations())
+
+
+def test_what_a_forward_keeps_in_the_network_belongs_to_its_batch():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.kept = x
+            y = self.first(x)
+            return self.second(y + self.kept)
+
+    class Passes(Keeps):
+        def forward(self, x):
+            return self.second(self.first(x) + x)
+
+    torch.manual_seed(0)
+    keeps, x = Keeps().eval(), torch.randn(32, 4)
+    passes = Passes().eval()
+    passes.load_state_dict(keeps.state_dict())
+    expected, actual = rounded(passes, x).state_dict(), rounded(keeps, x).state_dict()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value)

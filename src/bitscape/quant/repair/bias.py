@@ -39,7 +39,6 @@ from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_
 from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
-from bitscape.quant.repair.moments import BATCH
 
 _log = logging.getLogger("bitscape.quant.repair")
 GAIN_LIMIT = 2.0
@@ -84,7 +83,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
     try:
         with evaluating(model), evaluating(float_model), weights_quantized_once(model):
-            for inputs in batches_of(data, model, batch_size=BATCH):
+            for inputs in batches_of(data, model):
                 with explained_forward(inputs):
                     call(float_model, inputs)
                     call(model, inputs)

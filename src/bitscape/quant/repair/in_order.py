@@ -28,7 +28,7 @@ from bitscape.quant.functional import without_autocast
 from bitscape.quant.layers import has_channel_scales
 from bitscape.quant.repair.bias import Correction, log_shifts
 from bitscape.quant.repair.moments import BATCH, InputMoments, mean_of
-from bitscape.quant.repair.pairs import Pair, release_memory, weights_named
+from bitscape.quant.repair.pairs import Pair, release_memory
 from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
@@ -131,12 +131,8 @@ class _Rounder:
         pairs: list[Pair] = []
         stops = self._stops(pairs, chain([first], batches), sizes)
         try:
-            with (
-                weights_named(self.float_model, self.layers),
-                weights_named(self.model, self.layers),
-            ):
-                for name in track(stops, label="rounding", total=len(self.layers)):
-                    self._round(name, [pair for pair in pairs if pair.name == name])
+            for name in track(stops, label="rounding", total=len(self.layers)):
+                self._round(name, [pair for pair in pairs if pair.name == name])
         finally:
             for pair in pairs:
                 pair.close()
@@ -150,13 +146,16 @@ class _Rounder:
             has_room = not pairs or samples * sizes[pairs[0].name] <= MAP_BYTES
             inputs = next(batches, None) if has_room else None
             if inputs is not None:
-                pairs.append(Pair(self.float_model, self.model, inputs, self.errors))
+                pairs.append(self._pair(inputs))
             elif not pairs:
                 return
             else:
                 yield pairs[0].name
             pairs[:] = [pair for pair in pairs if pair.name]
             release_memory()
+
+    def _pair(self, inputs: Inputs) -> Pair:
+        return Pair(self.float_model, self.model, inputs, self.layers, self.errors)
 
     def _round(self, name: str, pairs: Sequence[Pair]) -> None:
         layer: Any = self.layers[name]

@@ -1,10 +1,11 @@
 """The float and the quantized network on the same batch, stopping at the same layers."""
 
+import copy
 import ctypes
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ POSITIONS = 128
 class Pair:
     """Both networks on one batch.
 
-    They stop at every layer that is not done: first at its input, then at its output. After the
-    last one, or where the two go different ways, `name` is "".
+    They stop at every layer of `names` that is not done: first at its input, then at its output.
+    After the last one, or where the two go different ways, `name` is "".
     """
 
     def __init__(
@@ -32,12 +33,17 @@ class Pair:
         float_model: nn.Module,
         model: nn.Module,
         inputs: Inputs,
+        names: Collection[str],
         done: Collection[str],
     ) -> None:
         self.samples = sample_count(inputs)
-        self._float = _Run(float_model, inputs, done)
-        self._quantized = _Run(model, inputs, done)
-        self.advance(None)
+        self._float = _Run(float_model, inputs, names, done)
+        self._quantized = _Run(model, inputs, names, done)
+        try:
+            self.advance(None)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def name(self) -> str:
@@ -74,9 +80,12 @@ class _Closed(Exception):
 class _Run(LayerInputs):
     """A network on one batch, in a thread of its own that works only while `advance` waits."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, done: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, names: Collection[str], done: Collection[str]
+    ) -> None:
         super().__init__({}, POSITIONS, torch.Generator())
-        self.model, self.inputs, self.done = model, inputs, done
+        self.model, self.inputs, self.done = _twin(model), inputs, done
+        self._watch(names)
         self.name, self.value = "", torch.empty(0)
         self._answer: Tensor | None = None
         self._error: BaseException | None = None
@@ -84,6 +93,27 @@ class _Run(LayerInputs):
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    def _watch(self, names: Collection[str]) -> None:
+        """While a layer of `names` runs, know its weight: the parameter, or what is made of it."""
+        running = ""
+
+        def start_of(name: str) -> Callable[..., None]:
+            def start(layer: nn.Module, inputs: Any) -> None:
+                nonlocal running
+                running = name
+                see(layer, inputs, layer.weight)
+
+            return start
+
+        def see(module: nn.Module, inputs: Any, weight: Any) -> None:
+            self.names = {weight: running} if running in names else {}
+
+        for name, layer in quantizable_layers(self.model).items():
+            if has_weight(layer):
+                layer.register_forward_pre_hook(start_of(name))
+            if has_weight(layer) and isinstance(layer, QuantizedLayer):
+                layer.weight_quantizer.register_forward_hook(see)  # layers may share one
 
     def advance(self, answer: Tensor | None) -> None:
         """Work until the next stop, where `name` is the layer and `value` its rows or its output."""
@@ -122,7 +152,6 @@ class _Run(LayerInputs):
 
     def _work(self) -> None:
         self._go.acquire()
-        _thread.run = self
         try:
             if not self._closed:
                 with torch.no_grad(), self, explained_forward(self.inputs):
@@ -141,34 +170,7 @@ def release_memory() -> None:
         trim(0)
 
 
-_thread = threading.local()
-"""Holds the `run` that a thread works for, and the name of the `layer` that is running."""
-
-
-@contextmanager
-def weights_named(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Within the block, pairs know the weight of a layer in `names` while the layer runs.
-
-    That is its parameter, and what its quantizer makes of it. Layers may share either.
-    """
-
-    def start_of(name: str) -> Callable[..., None]:
-        def start(layer: nn.Module, inputs: Any) -> None:
-            _thread.layer = name
-            name_weight(layer, inputs, layer.weight)
-
-        return start
-
-    def name_weight(module: nn.Module, inputs: Any, weight: Any) -> None:
-        if hasattr(_thread, "run"):
-            _thread.run.names = {weight: _thread.layer} if _thread.layer in names else {}
-
-    layers = {n: layer for n, layer in quantizable_layers(model).items() if has_weight(layer)}
-    quantizers = {layer.weight_quantizer for layer in layers.values() if isinstance(layer, QuantizedLayer)}
-    handles = [layer.register_forward_pre_hook(start_of(name)) for name, layer in layers.items()]
-    handles += [quantizer.register_forward_hook(name_weight) for quantizer in quantizers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters and buffers: what a forward leaves in a module is its own."""
+    memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo)
