@@ -20,6 +20,7 @@ from bitscape.models.modes import evaluating
 from bitscape.models.prepare import check_layers, prepare
 from bitscape.models.products import product_names
 from bitscape.models.trial import check_weight_uses
+from bitscape.nested import tensors_in
 from bitscape.policy import Policy
 from bitscape.quant.layers import quantized_class, quantized_layers, require_float
 from bitscape.quant.observers import Mse, Observer
@@ -192,7 +193,11 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data)
     return {name: sample.values() for name, sample in samples.items()}
 
 
-def batches_of(data: Data, model: nn.Module, batch_size: int = 32) -> Iterator[Inputs]:
+BATCH_ELEMENTS = 1 << 20
+"""Most input values in a batch, unless a batch size is given: with larger maps, memory and time grow."""
+
+
+def batches_of(data: Data, model: nn.Module, batch_size: int | None = None) -> Iterator[Inputs]:
     """Yield the inputs of `data`, samples, a tensor, a mapping of keywords or batches of inputs, on the model's device.
 
     Batches pass one by one, so that memory does not grow with their number. Raises BitscapeError for a model or inputs
@@ -203,8 +208,11 @@ def batches_of(data: Data, model: nn.Module, batch_size: int = 32) -> Iterator[I
     if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable | Samples):
         check_inputs(data, model=model)
         data = Samples.of(data)
-    batches = (batch.inputs for batch in data.batches(batch_size)) if isinstance(data, Samples) else data
-    for inputs in batches:
+    if isinstance(data, Samples):
+        largest = max(t.numel() // len(part) for part in data.parts for t in tensors_in(part.inputs))
+        size = batch_size or min(32, max(2, BATCH_ELEMENTS // max(1, largest)))
+        data = (batch.inputs for batch in data.batches(size))
+    for inputs in data:
         check_inputs(inputs, model=model)
         yield map_tensors(_trackable, moved(inputs, device))
 

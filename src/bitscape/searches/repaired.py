@@ -21,7 +21,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, with_quantizers
 from bitscape.quant.layers import quantized_layers
-from bitscape.quant.repair import compensate_rounding, input_moments
+from bitscape.quant.repair import InputMoments, compensate_rounding, input_moments
 from bitscape.searches.sensitivity import RANGE_SAMPLES, LayerNoise, calls, candidate_widths, layer_noise
 
 
@@ -58,7 +58,7 @@ def _weight_changes(
     return changes
 
 
-def rounded_weights(model: nn.Module, moments: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+def rounded_weights(model: nn.Module, moments: Mapping[str, InputMoments], bits: int) -> dict[str, Tensor]:
     """Name -> the weight that `bs.quantize` gives the layer at this width, of every layer with one.
 
     Args:

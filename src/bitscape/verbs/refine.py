@@ -36,7 +36,7 @@ from bitscape.policy import Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
-from bitscape.quant.repair import input_moments, repair
+from bitscape.quant.repair import repair
 from bitscape.searches.allocation import group_scores
 from bitscape.searches.choices import Choices
 from bitscape.searches.knapsack import solve
@@ -111,17 +111,14 @@ class _Halves:
         first, second = parted(problem.samples, 2)
         self.task, self.sides = problem.meaning, ((first, second), (second, first))
         self.model = fold_norms(problem.prepared, problem.samples.first(2).parts[0].inputs)
-        self.moments = [input_moments(self.model, half) for half in (first, second)]
         self.outputs = [self._outputs(self.model, half) for half in (second, first)]
 
     def divergence(self, policy: Policy) -> float:
         """Mean divergence over all samples of the network at the bits of `policy`."""
         found = []
-        for (seen, judging), moments, outputs in zip(
-            self.sides, self.moments, self.outputs, strict=True
-        ):
+        for (seen, judging), outputs in zip(self.sides, self.outputs, strict=True):
             network = calibrate(with_quantizers(self.model, policy), seen)
-            repair(network, self.model, seen, moments=moments)
+            repair(network, self.model, seen)
             found += list(map(self.task.divergence, self._outputs(network, judging), outputs))
         return float(torch.cat(found).double().mean())
 

@@ -5,12 +5,13 @@ Paper     Nagel, van Baalen, Blankevoort, Welling: "Data-Free Quantization Throu
 Idea      Rounding errors of weights and activations do not average to zero; each channel's output shifts, and later layers
           see the shift. Added here: outputs also shrink, a little in every layer, because a scale of least squared error
           makes the quantized weight shorter than the weight.
-Computes  section 4.2, from images -> correct_biases; its Eq. 17 -> _Correction.affine with gain 1
+Computes  section 4.2, from images -> correct_biases; its Eq. 17 -> Correction.affine with gain 1
 Departs   With `gain` (default) the channel's standard deviation is restored too, by its weight scale; without, a shrunken
           output around the right mean is worse than a shrunken output (figures below). One pass: each batch runs through
           the float network and then through the quantized one, in which a layer's output is corrected before it goes on,
           so that later layers see corrected inputs as in the paper's layer-by-layer form. Comparing the same images
           keeps the noise between images out.
+          `repair` corrects a layer's output when the layer has been rounded.
 Costs     One forward pass of either network over the images.
 Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and last layer 8), 8-bit activations, 128 images to
           repair, 200 to 300 others of an ImageNet sample to test, one run, standard error 3 points: after
@@ -19,6 +20,7 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from bitscape.calling import call
 from bitscape.errors import BitscapeError, explained_forward, nearest
 from bitscape.models.dtypes import check_float32
-from bitscape.models.layers import channel_axis, output_channels, quantizable_layers
+from bitscape.models.layers import output_channels, quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
@@ -37,7 +39,7 @@ from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_
 from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
-from bitscape.quant.repair.norms import NormCorrection, channel_moments, norms_with_statistics, variance
+from bitscape.quant.repair.norms import channel_moments, correcting_hooks, variance
 
 _log = logging.getLogger("bitscape.quant.repair")
 GAIN_LIMIT = 2.0
@@ -47,8 +49,8 @@ GAIN_LIMIT = 2.0
 def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain: bool = True) -> dict[str, float]:
     """Give each channel of each layer's output the float network's mean, by its bias, and standard deviation, by its scale.
 
-    In place. A layer without a bias stays as it is; `fold_norms` gives it one. Norms that are not folded do the same by
-    their statistics. Layers with a gain end with weights that lie on their grid.
+    In place. A layer without a bias stays as it is; `fold_norms` gives it one. Norms that are not
+    folded do the same by their statistics. Layers with a gain end with weights that lie on their grid.
 
     Args:
         model: quantized and calibrated.
@@ -65,22 +67,22 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     """
     check_float32(float_model, "float_model")
     float_model = as_prepared(float_model)
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bias is not None}
-    shared = shared_parameters(model)
-    norms, float_norms = norms_with_statistics(model), norms_with_statistics(float_model)
-    partners = quantizable_layers(float_model) | float_norms
-    missing = [name for name in (*layers, *norms) if name not in partners]
+    layers = {name: one for name, one in quantized_layers(model).items() if one.bias is not None}
+    partners = quantizable_layers(float_model)
+    missing = [name for name in layers if name not in partners]
     if missing:
         hint = nearest(missing[0], partners)
-        raise BitscapeError(f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized")
-    gains = {name: gain and layer.weight not in shared and has_channel_scales(layer) for name, layer in layers.items()}
-    corrections = {name: _Correction(layer, gains[name]) for name, layer in layers.items()}
+        raise BitscapeError(
+            f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized"
+        )
+    shared = shared_parameters(model)
+    corrections = {
+        name: Correction(layer, gain and layer.weight not in shared and has_channel_scales(layer))
+        for name, layer in layers.items()
+    }
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
-    for name, norm in norms.items():
-        correction = NormCorrection(norm)
-        handles.append(float_norms[name].register_forward_pre_hook(correction.see_float))
-        handles.append(norm.register_forward_pre_hook(correction.correct))
+    handles += correcting_hooks(model, float_model)
     try:
         with evaluating(model), evaluating(float_model), weights_quantized_once(model):
             for inputs in batches_of(data, model):
@@ -93,15 +95,18 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     shifts = {name: c.write() for name, c in corrections.items() if c.images}
     if layers and not shifts:
         raise BitscapeError("images: no layer with a bias ran; pass at least one image")
-    mean_shift = sum(shifts.values()) / max(1, len(shifts))
-    _log.info(
-        "outputs of %d layers and statistics of %d norms corrected: mean shift %.3g standard deviations",
-        *(len(shifts), len(norms), mean_shift),
-    )
+    if shifts:
+        log_shifts(shifts)
     return shifts
 
 
-class _Correction:
+def log_shifts(shifts: Mapping[str, float]) -> None:
+    """Log the mean shift of the layers."""
+    mean = sum(shifts.values()) / len(shifts)
+    _log.info("outputs of %d layers corrected: mean shift %.3g standard deviations", len(shifts), mean)
+
+
+class Correction:
     """One layer's outputs in the float and the quantized network, averaged over the calls so far."""
 
     def __init__(self, layer: QuantizedLayer, gain: bool) -> None:
@@ -114,12 +119,20 @@ class _Correction:
         self.waiting.append(self._moments(output))
 
     def correct(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        self.see_quantized(output)
+        return self.corrected(output)
+
+    def see_quantized(self, output: Tensor) -> None:
+        """Take an output whose float form has been seen."""
         share = len(output) / (self.images + len(output))
         self.expected = torch.lerp(self.expected, self.waiting.pop(0), share)
         self.seen = torch.lerp(self.seen, self._moments(output), share)
         self.images += len(output)
+
+    def corrected(self, output: Tensor) -> Tensor:
+        """The output with the float mean and deviation of what was seen so far."""
         shape = [1] * output.ndim
-        shape[channel_axis(self.layer, output)] = -1
+        shape[self._axis(output)] = -1
         gain, shift = (v.to(output.dtype).reshape(shape) for v in self.affine())
         return torch.addcmul(shift, output, gain)
 
@@ -145,7 +158,10 @@ class _Correction:
 
     def _moments(self, output: Tensor) -> Float[Tensor, "2 c"]:
         """Mean and mean square of each channel, float64."""
-        return channel_moments(output.movedim(channel_axis(self.layer, output), 1))
+        return channel_moments(output.movedim(self._axis(output), 1))
+
+    def _axis(self, output: Tensor) -> int:
+        return output.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
 
 
 def _multiply_rows(layer: QuantizedLayer, gain: Tensor) -> None:

@@ -6,6 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from bitscape.calling import call
+from bitscape.errors import BitscapeError, explained_forward, nearest
+from bitscape.models.modes import evaluating
+from bitscape.quant.convert import Data, batches_of
+from bitscape.quant.once import weights_quantized_once
 
 RATIO_LIMIT = 4.0
 """Ratios of variances stay within 1/4 .. 4, as gains of outputs stay within 1/2 .. 2."""
@@ -18,6 +25,48 @@ def norms_with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
+
+
+@torch.no_grad()
+def correct_norms(model: nn.Module, float_model: nn.Module, data: Data) -> None:
+    """Give each channel after a batch norm the float network's mean and deviation, by the norm's statistics.
+
+    In place; norm after norm, so that later ones see corrected inputs.
+
+    Args:
+        model: quantized and calibrated.
+        float_model: the network that was quantized.
+        data: samples, a tensor (n, ...), or batches of inputs; normalized.
+
+    Raises:
+        BitscapeError: a norm that the float network lacks.
+    """
+    handles = correcting_hooks(model, float_model)
+    try:
+        with evaluating(model), evaluating(float_model), weights_quantized_once(model):
+            for inputs in batches_of(data, model):
+                with explained_forward(inputs):
+                    call(float_model, inputs)
+                    call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def correcting_hooks(model: nn.Module, float_model: nn.Module) -> list[RemovableHandle]:
+    """Hooks that correct the norms of `model` while both networks run on the same batches, the float one first."""
+    norms, partners = norms_with_statistics(model), norms_with_statistics(float_model)
+    if missing := [name for name in norms if name not in partners]:
+        raise BitscapeError(
+            f"float_model: it has no norm {missing[0]!r}{nearest(missing[0], partners)}; "
+            "pass the network that was quantized"
+        )
+    handles = []
+    for name, norm in norms.items():
+        correction = NormCorrection(norm)
+        handles.append(partners[name].register_forward_pre_hook(correction.see_float))
+        handles.append(norm.register_forward_pre_hook(correction.correct))
+    return handles
 
 
 class NormCorrection:
