@@ -31,6 +31,12 @@ if TYPE_CHECKING:  # it would bring torch, and the command line lists targets in
     from bitscape.cost.layers import LayerCost, NetworkProfile
 
 EIGHT = LayerBits(8, 8)
+ETHOS_U = (
+    *(f"ethos-u55-{macs}" for macs in (32, 64, 128, 256)),
+    *(f"ethos-u65-{macs}" for macs in (256, 512)),
+    *(f"ethos-u85-{macs}" for macs in (128, 256, 512, 1024, 2048)),
+)
+"""NPUs that Vela compiles for, with their MACs a cycle."""
 HTP_OUTPUTS = 32  # int4 weights pay with more outputs than these
 
 

@@ -93,7 +93,7 @@ def _sorted(groups: Sequence[tuple[str, ...]], fixed: Mapping[str, LayerBits], a
 def _default_pins(network: NetworkProfile, kinds: Iterable[str]) -> tuple[dict[str, LayerBits], dict[str, int]]:
     """Pinned layers, and layers of which only the activations are fixed."""
     first, *heads = network.ends
-    if any("activation" in cap(kind).depends_on for kind in kinds):
+    if any("activation" in cap(kind).widths(network) for kind in kinds):
         return dict.fromkeys([first, *heads], END_BITS), {}
     return {first: END_BITS}, dict.fromkeys(heads, END_BITS.activation)
 

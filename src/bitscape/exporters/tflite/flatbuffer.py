@@ -196,3 +196,38 @@ def unpack_nibbles(content: Array, count: int) -> Array:
     """The codes of `pack_nibbles`, int8 (count,)."""
     both = np.stack([content & 15, content >> 4], 1).reshape(-1)[:count].astype(np.int8)
     return np.where(both > 7, both - 16, both).astype(np.int8)
+
+
+def one_operator(content: bytes, index: int) -> bytes:
+    """A file of one operator of another file, with the constants that it takes."""
+    model = unpacked(content)
+    (graph,) = model.subgraphs
+    operator = graph.operators[index]
+    used = [tensor for tensor in (*operator.inputs, *operator.outputs) if tensor >= 0]
+    places = {tensor: at for at, tensor in enumerate(dict.fromkeys(used))}
+    stored = {tensor: graph.tensors[tensor].buffer for tensor in places}
+    operator.inputs = [places.get(tensor, -1) for tensor in operator.inputs]
+    operator.outputs = [places[tensor] for tensor in operator.outputs]
+    graph.inputs = [places[tensor] for tensor in places if not stored[tensor] and places[tensor] not in operator.outputs]
+    graph.outputs, graph.operators = operator.outputs, [operator]
+    graph.tensors = [graph.tensors[tensor] for tensor in places]
+    model.buffers = [model.buffers[0], *(model.buffers[buffer] for buffer in stored.values() if buffer)]
+    for tensor, place in zip(graph.tensors, _places([bool(buffer) for buffer in stored.values()]), strict=True):
+        tensor.buffer = place
+    return packed(model)
+
+
+def _places(stored: Sequence[bool]) -> list[int]:
+    """Numbers of the buffers of tensors that have one, from 1 on; 0 of the others."""
+    return [sum(stored[: at + 1]) if own else 0 for at, own in enumerate(stored)]
+
+
+def operator_weights(content: bytes) -> list[str]:
+    """For each operator of a file the name of its weight, one that `Writer` stored; "" where it has none."""
+    graph = unpacked(content).subgraphs[0]
+    return [_weight_name(graph, operator) for operator in graph.operators]
+
+
+def _weight_name(graph: Any, operator: Any) -> str:
+    names = (graph.tensors[index].name.decode() for index in operator.inputs if index >= 0 and graph.tensors[index].buffer)
+    return next((name for name in names if name.rpartition(".")[2] == "weight"), "")

@@ -120,7 +120,7 @@ def multiplied(sums: Array, multiplier: Array, *, wide: bool) -> Array:
         short = np.minimum((fixed + (1 << 15)) >> 16, (1 << 15) - 1)
         return _halved(sums * short, 15 - exponent)
     left, right = np.maximum(exponent, 0), np.maximum(-exponent, 0)
-    high = _halved((sums << left) * fixed, np.int64(FRACTION))
+    high = _halved((sums << left) * fixed, np.array(FRACTION))
     return _halved(high, right)
 
 
