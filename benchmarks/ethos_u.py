@@ -47,7 +47,7 @@ TABLE_IMAGES = 16
 """Images that set the ranges of the networks that a table is compiled of."""
 
 
-def wanted(networks: Sequence[str], accelerators: Sequence[str]) -> Iterator[dict[str, Any]]:
+def wanted(networks: Sequence[str] = NETWORKS, accelerators: Sequence[str] = ACCELERATORS) -> Iterator[dict[str, Any]]:
     """Every run."""
     variants = ("w8", *CAPS, *(name for name in UNIFORM if name != "w8"))
     for accelerator, network, variant in itertools.product(accelerators, networks, variants):

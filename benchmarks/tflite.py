@@ -47,7 +47,7 @@ class InLiteRt(nn.Module):
         return torch.from_numpy(self.session.run(x.numpy())[0])
 
 
-def wanted(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def wanted(networks: Sequence[str] = NETWORKS) -> Iterator[dict[str, Any]]:
     """Every run."""
     for network, variant in itertools.product(networks, WIDTHS):
         yield {"network": network, "variant": variant}

@@ -8,7 +8,6 @@ estimates of a compiler, not measurements of silicon.
 import contextlib
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from bitscape.cost.targets import ETHOS_U
 from bitscape.errors import BitscapeError, first_line
 from bitscape.exporters.tflite.flatbuffer import names_of, unpacked
 from bitscape.folders import scratch_folder
-from bitscape.runtimes.packages import runtime_module, version_of
+from bitscape.runtimes.packages import runtime_module, silent_process, version_of
 
 ESTIMATED = "by Vela's performance model, not measured on silicon"
 """Stands beside every figure."""
@@ -88,7 +87,7 @@ def _run(arguments: list[str]) -> None:
     """Call Vela's command without what it prints; it sets how deep Python recurses."""
     main, limit, said = runtime_module("ethosu.vela.vela").main, sys.getrecursionlimit(), io.StringIO()
     try:
-        with _silent(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with silent_process(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             failed = main(arguments)
     except (Exception, SystemExit) as error:
         raise BitscapeError(f"the file: Vela does not compile it: {first_line(error)}") from error
@@ -97,23 +96,6 @@ def _run(arguments: list[str]) -> None:
     if failed:
         lines = said.getvalue().strip().splitlines() or [""]
         raise BitscapeError(f"the file: Vela does not compile it: {lines[-1]}")
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within the block, what the process writes itself, beside Python, is dropped: parts of Vela are no Python."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = [os.dup(descriptor) for descriptor in (1, 2)]
-    try:
-        with open(os.devnull, "wb") as nothing:
-            for descriptor in (1, 2):
-                os.dup2(nothing.fileno(), descriptor)
-            yield
-    finally:
-        for descriptor, own in zip((1, 2), kept, strict=True):
-            os.dup2(own, descriptor)
-            os.close(own)
 
 
 def _read(folder: Path) -> Compiled:

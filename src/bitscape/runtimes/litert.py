@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitscape.runtimes.packages import runtime_module, version_of
+from bitscape.runtimes.packages import runtime_module, silent_process, version_of
 from bitscape.runtimes.sessions import Feed, by_name, refused
 
 Array = NDArray[Any]
@@ -46,8 +46,9 @@ class LiteRtSession:
             else {"model_path": os.fspath(model)}
         )
         try:
-            self._interpreter = interpreter(**source, num_threads=threads)
-            self._interpreter.allocate_tensors()
+            with silent_process():  # it says which kernels it took
+                self._interpreter = interpreter(**source, num_threads=threads)
+                self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise refused("LiteRT", model, error) from error
         self._inputs = {

@@ -62,6 +62,23 @@ def check_packages(form: str | None) -> None:
 
 
 @contextmanager
+def silent_process() -> Iterator[None]:
+    """Within the block, what the process writes itself, beside Python, is dropped: parts of runtimes are no Python."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for descriptor in (1, 2):
+                os.dup2(nothing.fileno(), descriptor)
+            yield
+    finally:
+        for descriptor, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, descriptor)
+            os.close(own)
+
+
+@contextmanager
 def _without_openvino_telemetry() -> Iterator[None]:
     """Hide the package that sends OpenVINO's telemetry, which OpenVINO replaces by a stub then; it has no other switch."""
     if _openvino_choice().is_file():
