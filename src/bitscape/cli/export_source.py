@@ -78,13 +78,13 @@ class ExportSource:
         quantized = _quantized(network, images, policy, checkpoint, packed, options["repair"])
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out)
 
-    def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
+    def write(self, out: Path, form: "Form", **settings: Any) -> "ExportReport":
         """Write and check a file for a runtime, as `bitscape.export` does."""
         from bitscape.data.samples import Samples
 
         images, compared = Samples.of(self.required_images()), Samples.of(self.compared_images)
         count = max(len(images), len(compared))
-        return bs.export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
+        return bs.export(self.network, out, images, form=form, held_out=compared, count=count, **settings)
 
     def write_packed(self, out: Path) -> "ExportReport":
         """Write a packed file as `bitscape.export` does; where there are images, it is read back and compared."""

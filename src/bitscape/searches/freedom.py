@@ -93,7 +93,7 @@ def _sorted(groups: Sequence[tuple[str, ...]], fixed: Mapping[str, LayerBits], a
 def _default_pins(network: NetworkProfile, kinds: Iterable[str]) -> tuple[dict[str, LayerBits], dict[str, int]]:
     """Pinned layers, and layers of which only the activations are fixed."""
     first, *heads = network.ends
-    widths = [cap(kind).depends_on for kind in kinds]
+    widths = [set(cap(kind).widths(network)) for kind in kinds]
     if {"weight"} in widths and not any(len(both) == 2 for both in widths):
         return {first: END_BITS}, dict.fromkeys(heads, END_BITS.activation)
     return dict.fromkeys([first, *heads], END_BITS), {}

@@ -7,6 +7,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.form import (
+    centered,
     integer_network,
     unsigned_grid,
 )
@@ -263,3 +264,25 @@ def test_a_network_that_autocasts_within_its_forward_is_told_so():
 
     with pytest.raises(BitscapeError, match="because it autocasts within its forward: export it without autocast"):
         integer_network(quantized(Autocasting(nn.Conv2d(3, 4, 3), *head(4)), bits=[(8, 8)]), images())
+
+
+def test_16_bit_codes_of_either_kind_get_their_zero_in_the_middle() -> None:
+    signed = ActivationGrid(scale=0.5, zero_point=32768.0, qmin=0, qmax=65535)
+    assert centered(signed) == signed
+    narrow = ActivationGrid(scale=0.5, zero_point=0.0, qmin=0, qmax=255)
+    assert centered(narrow) == narrow
+    unsigned = ActivationGrid(scale=0.5, zero_point=0.0, qmin=0, qmax=65535)
+    assert centered(unsigned) == ActivationGrid(scale=1.0, zero_point=32768.0, qmin=32768, qmax=65535)
+
+
+def test_for_runtimes_of_integers_alone_every_tensor_is_quantized() -> None:
+    network = integer_network(quantized(made(ZOO["excited"]), bits=[(8, 8)]), images(), integers_only=True)
+    nodes = network.module.graph.nodes
+    floats = [node.name for node in nodes if node.target in (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor)]
+    assert floats
+    for node in nodes:
+        if node.name in floats or node.op == "placeholder":
+            users = [user for user in node.users if user.target is not torch.ops.aten.sym_size.int]
+            assert len(users) == 1 and is_quantizer(users[0])
+        if node.op == "output":
+            assert all(is_quantizer(end) for end in node.all_input_nodes)
