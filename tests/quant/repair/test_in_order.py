@@ -176,3 +176,9 @@ def test_what_a_forward_keeps_in_the_network_belongs_to_its_batch():
     expected, actual = rounded(passes, x).state_dict(), rounded(keeps, x).state_dict()
     for name, value in expected.items():
         assert torch.equal(actual[name], value)
+
+
+def test_a_float_network_without_the_layer_is_refused():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(16, 4)
+    with pytest.raises(BitscapeError, match="float_model: it has no layer '1'"):
+        round_in_order(quantized(model, x), model[:1], [x], compensations())

@@ -20,7 +20,7 @@ Measured  MobileNetV2 1.0 and SqueezeNet 1.1, uniform 4-bit weights (first and l
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,16 +65,9 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     Raises:
         BitscapeError: no image, or a layer with a bias or a norm that the float network lacks.
     """
-    check_float32(float_model, "float_model")
     float_model = as_prepared(float_model)
     layers = {name: one for name, one in quantized_layers(model).items() if one.bias is not None}
-    partners = quantizable_layers(float_model)
-    missing = [name for name in layers if name not in partners]
-    if missing:
-        hint = nearest(missing[0], partners)
-        raise BitscapeError(
-            f"float_model: it has no layer {missing[0]!r}{hint}; pass the network that was quantized"
-        )
+    partners = partners_of(layers, float_model)
     shared = shared_parameters(model)
     corrections = {
         name: Correction(layer, gain and layer.weight not in shared and has_channel_scales(layer))
@@ -98,6 +91,19 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     if shifts:
         log_shifts(shifts)
     return shifts
+
+
+def partners_of(names: Iterable[str], float_model: nn.Module) -> dict[str, nn.Module]:
+    """The layers `names` of `float_model`; raises BitscapeError where it lacks one."""
+    check_float32(float_model, "float_model")
+    layers = quantizable_layers(float_model)
+    missing = [name for name in names if name not in layers]
+    if missing:
+        raise BitscapeError(
+            f"float_model: it has no layer {missing[0]!r}{nearest(missing[0], layers)}; "
+            "pass the network that was quantized"
+        )
+    return {name: layers[name] for name in names}
 
 
 def log_shifts(shifts: Mapping[str, float]) -> None:

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from bitscape.calling import Inputs, call, sample_count
 from bitscape.data.samples import Samples
 from bitscape.errors import BitscapeError, explained_forward
-from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.nested import tensors_in
 from bitscape.progress import track
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import without_autocast
 from bitscape.quant.layers import has_channel_scales
-from bitscape.quant.repair.bias import Correction, log_shifts
+from bitscape.quant.repair.bias import Correction, log_shifts, partners_of
 from bitscape.quant.repair.moments import BATCH, InputMoments, mean_of
 from bitscape.quant.repair.pairs import Pair, release_memory
 from bitscape.quant.repair.rounding import (
@@ -40,7 +39,7 @@ from bitscape.quant.repair.rounding import (
 _log = logging.getLogger("bitscape.quant.repair")
 DAMPING = 0.01
 """Share of the mean diagonal that is added before the inverse is taken."""
-MAP_BYTES = 1 << 29
+MAP_BYTES = 1 << 28
 """Most bytes of the inputs and outputs of one layer, for all samples in both networks."""
 
 
@@ -66,7 +65,8 @@ def round_in_order(
         Layer name -> squared output errors before and after, in the order of the calls.
 
     Raises:
-        BitscapeError: what `compensate_rounding` raises.
+        BitscapeError: no image, a layer that the float network lacks, or what
+            `compensate_rounding` raises.
     """
     rounder = _Rounder(model, float_model, methods, correct)
     with evaluating(model), evaluating(float_model), without_autocast():
@@ -147,12 +147,12 @@ class _Rounder:
             inputs = next(batches, None) if has_room else None
             if inputs is not None:
                 pairs.append(self._pair(inputs))
+                release_memory()  # of the layers behind
             elif not pairs:
                 return
             else:
                 yield pairs[0].name
             pairs[:] = [pair for pair in pairs if pair.name]
-            release_memory()
 
     def _pair(self, inputs: Inputs) -> Pair:
         return Pair(self.float_model, self.model, inputs, self.layers, self.errors)
@@ -205,7 +205,7 @@ def map_bytes(model: nn.Module, names: Collection[str], inputs: Inputs) -> dict[
 
     In two networks.
     """
-    layers = quantizable_layers(model)
+    layers = partners_of(names, model)
     seen: list[tuple[str, int]] = []
 
     def see(name: str) -> Callable[..., None]:
@@ -216,7 +216,7 @@ def map_bytes(model: nn.Module, names: Collection[str], inputs: Inputs) -> dict[
         return hook
 
     samples = sample_count(inputs)
-    handles = [layers[name].register_forward_hook(see(name)) for name in names]
+    handles = [layer.register_forward_hook(see(name)) for name, layer in layers.items()]
     try:
         with explained_forward(inputs):
             call(model, inputs)

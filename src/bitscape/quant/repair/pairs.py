@@ -17,7 +17,7 @@ from bitscape.models.layers import has_weight, quantizable_layers
 from bitscape.quant.layers import QuantizedLayer
 from bitscape.quant.repair.moments import LayerInputs
 
-POSITIONS = 128
+POSITIONS = 64
 """Output positions (or tokens) of each image that are compared, drawn at random."""
 
 

@@ -16,7 +16,7 @@ Departs   Columns in order of decreasing diagonal of H (the authors' code: `act_
           fitted to the codes by output error.
 Costs     k^3 / 3 for the factor and rows * k^2 for the columns of a layer with k weights a row, six
           times; one pass of the images through both networks. All maps of one layer, of as many
-          images as fit into 512 MB, and a thread for every eight images in either network.
+          images as fit into 256 MB, and a thread for every eight images in either network.
 Measured  Top-1 of uniform weights (first layer 8 bits) and activations after repair, 256 images to
           repair, others to test (744 of an ImageNet sample, 2,000 of CIFAR-10), one run; before:
           rounding of every layer by itself, then output correction. RESULTS
