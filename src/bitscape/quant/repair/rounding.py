@@ -19,7 +19,12 @@ Costs     k^3 / 3 for the factor and rows * k^2 for the columns of a layer with 
           images as fit into 256 MB, and a thread for every eight images in either network.
 Measured  Top-1 of uniform weights (first layer 8 bits) and activations after repair, 256 images to
           repair, others to test (744 of an ImageNet sample, 2,000 of CIFAR-10), one run; before:
-          rounding of every layer by itself, then output correction. RESULTS
+          rounding of every layer by itself, then output correction. MobileNetV1 0.25 W4A8 32.0 ->
+          35.9 % and W3A8 14.0 -> 26.8 % (float 39.8 %), divergence from the float outputs 0.59 ->
+          0.29 and 1.95 -> 0.96; MobileNetV2 W4A8 83.5 -> 85.0 % (float 88.3 %), 0.20 -> 0.13, with
+          twice the positions and maps; SqueezeNet 1.1 W4A8 64.7 -> 63.3 % (float 65.2 %), 0.085 ->
+          0.069; ResNet-20 W3A3 88.7 -> 88.8 % (float 91.6 %), 0.20 -> 0.19, with twice the
+          positions and maps. Differences of top-1 below 2 points are within the noise.
 """
 
 import logging
