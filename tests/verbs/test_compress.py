@@ -84,7 +84,7 @@ def test_it_prints_as_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("net.tflite", "unknown suffix; use .safetensors .packed., .*or .json .the policy."),
+        ("net.pb", "unknown suffix; use .safetensors .packed., .*or .json .the policy."),
         ("absent/net.onnx", "there is no folder"),
     ],
 )
