@@ -7,7 +7,7 @@ LiteRT has two arithmetics, and each layer must follow one of them in every code
                          rounded to a whole number, and that, divided by a power of two, again; or a sum of 64 bits times 16 bits of
                          the multiplier once. So a code may be the one beside.
 
-The second is that of TensorFlow Lite's kernels (`MultiplyByQuantizedMultiplier`, tflite/kernels/internal/common.cc), halves rounded up
+The second is that of TensorFlow Lite's kernels (MultiplyByQuantizedMultiplier, tflite/kernels/internal/common.cc), halves rounded up
 as ruy's do on x86.
 """
 
