@@ -319,10 +319,10 @@ class Floats(nn.Module):
 
 
 _EXACT = (plain, mobile, geometries, signals, products, fire, convnext, repeated, pyramid)
-EXACT = {f.__name__: f for f in _EXACT} | {"vit": Vit, "floats": Floats, "heads": Heads}
+EXACT = {f.__name__: f for f in _EXACT} | {"vit": Vit, "heads": Heads}
 """What ONNX Runtime computes of these is exactly defined."""
-ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)}
-"""Here kernels add, pool or concatenate codes, each in its own way of rounding."""
+ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)} | {"floats": Floats}
+"""Here kernels add, pool or concatenate codes, or compute in float, each in its own way of rounding."""
 ZOO = EXACT | ROUNDED
 CASES = [(name, EIGHT) for name in ZOO] + [(name, MIXED) for name in ("mobile", "products", "pyramid")]
 
