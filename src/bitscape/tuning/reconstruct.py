@@ -13,7 +13,9 @@ Departs   Rounding starts from compensated codes, whose positions move and are r
           network is returned as it was unless it follows the float network better there.
 Costs     For each block, a pass over the images in either network, and `steps` forward and backward passes over 4 to 32
           images; each block's inputs and outputs in memory.
-Measured  not yet
+Measured  MobileNetV1 0.25 at 128 pixels, bytes of 4-bit weights, 8-bit activations, 256 images, one run, before
+          rounding went layer by layer: divergence from the float network on 744 test images 0.636 compensated, 0.566
+          reconstructed (46.8 and 48.4 % of the float answers kept), in 45 s of process time.
 """
 
 import logging

@@ -10,7 +10,9 @@ Departs   Rounding starts from compensated codes, not from the float weights. Th
           images the outputs alone are learned by heart. Rates are shares of each parameter's own size. A quarter of the
           images is held out: the network is returned as it was unless it follows the float network better there.
 Costs     epochs * (a float forward pass, a quantized forward and backward pass) over the images.
-Measured  not yet
+Measured  MobileNetV1 0.25 at 128 pixels, bytes of 4-bit weights, 8-bit activations, 256 images, one run, before
+          rounding went layer by layer: divergence from the float network on 744 test images 0.636 compensated, 0.610
+          tuned (46.8 and 46.1 % of the float answers kept). On ResNet-20 at W3A3 it was taken back or changed nothing.
 """
 
 import os
