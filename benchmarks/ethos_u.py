@@ -8,7 +8,6 @@ flash of 8 bits. Every network is repaired on the images of the search, measured
 and compiled as a whole; beside stands what the table predicted. No figure is measured on silicon.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 import bitscape as bs
-from benchmarks.common import bits_of, do_missing
+from benchmarks.common import bits_of, do_missing, networks_parser
 from benchmarks.subjects import Subject, float_value, subject, value
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.latency import LatencyTable, with_latency
@@ -117,10 +116,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS)
+    parser = networks_parser(__doc__, NETWORKS)
     parser.add_argument("--accelerator", action="append", choices=ACCELERATORS)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     runs = wanted(options.network or NETWORKS, options.accelerator or ACCELERATORS[:1])

@@ -7,7 +7,6 @@ int4. It is repaired on the images that set its ranges, and written as `bs.expor
 the test images. ResNet-50 has random weights, so that its metric says nothing.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import bitscape as bs
-from benchmarks.common import do_missing, input_size, published
+from benchmarks.common import do_missing, input_size, networks_parser, published
 from benchmarks.subjects import SUBJECTS, Subject, float_value, subject, value
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
@@ -119,9 +118,7 @@ def invoked_ms(session: LiteRtSession) -> float:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = networks_parser(__doc__, NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     do_missing(NAME, KEYS, wanted(options.network or NETWORKS), measure)

@@ -60,7 +60,7 @@ def bench_vela(
         raise BitscapeError(f"--runtime {VELA} runs no image: leave --{set_options[0]} out")
     vela = vela_of(VELA, accelerator, threads, given["rounds"], int(given["batch_sizes"]))
     assert vela is not None
-    found = {str(file): vela.compile(file.read_bytes()) for file in files}
+    compiled = {str(file): vela.compile(file.read_bytes()) for file in files}
     rows = [
         {
             "file": name,
@@ -71,14 +71,14 @@ def bench_vela(
             "sram_bytes": one.sram_bytes,
             "on_cpu": sorted(one.on_cpu),
         }
-        for name, one in found.items()
+        for name, one in compiled.items()
     ]
     if json_file is not None:
         source = {"format": 1, "tool": f"bitscape {__version__}", "runtime": vela.version, "estimated": ESTIMATED}
         document = {**source, "accelerator": vela.accelerator, "rows": rows}
         write_atomic(json_file, json.dumps(document, indent=1) + "\n")
-    names = short_names(list(found))
-    first = next(iter(found.values()))
+    names = short_names(list(compiled))
+    first = next(iter(compiled.values()))
     table = [
         [
             names[name],
@@ -89,7 +89,7 @@ def bench_vela(
             amount(one.sram_bytes, "B"),
             ", ".join(sorted(set(one.on_cpu))) or "none",
         ]
-        for name, one in found.items()
+        for name, one in compiled.items()
     ]
     columns = ["file", "ms", f"x {names[str(files[0])]}", "flash", "of it weights", "SRAM", "operators on the CPU"]
     print_table(columns, table)

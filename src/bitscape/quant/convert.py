@@ -22,7 +22,7 @@ from bitscape.models.products import product_names
 from bitscape.models.trial import check_weight_uses
 from bitscape.nested import tensors_in
 from bitscape.policy import Policy
-from bitscape.quant.layers import quantized_class, quantized_layers, require_float
+from bitscape.quant.layers import quantized_class, quantized_layers, require_float, require_quantized
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
 from bitscape.quant.samples import ValueSample
@@ -134,9 +134,7 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
         BitscapeError: no quantized layer, a weight that is used outside of its layer too, or
             activations that are not finite (the layer is named).
     """
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    layers = require_quantized(model)
     batches = batches_of(data, model)
     first = list(islice(batches, 1))
     for batch in first:

@@ -33,7 +33,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, at_least_one
 from bitscape.quant.fold import fold_norms
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.repaired import repaired_noise
@@ -41,7 +41,6 @@ from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     GradedCall,
     LayerNoise,
-    at_least_one,
     candidate_widths,
     finish,
     images_a_pass,

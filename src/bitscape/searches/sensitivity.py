@@ -120,13 +120,6 @@ def call_with_gradients(model: nn.Module, inputs: Inputs) -> Any:
     return calling.call(model, tracked(inputs))
 
 
-def at_least_one(**counts: int) -> None:
-    """Check a method's settings that count something."""
-    for name, count in counts.items():
-        if count < 1:
-            raise BitscapeError(f"{name} = {count}: it must be at least 1")
-
-
 def candidate_widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
     """The different weight bits and activation bits among the candidates, ascending."""
     return sorted({c.weight for c in candidates}), sorted({c.activation for c in candidates})

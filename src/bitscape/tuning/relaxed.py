@@ -15,7 +15,7 @@ from bitscape.models.layers import has_weight
 from bitscape.models.modes import evaluating
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import round_ste
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, require_quantized
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqWeight
 
@@ -143,11 +143,7 @@ def relaxed(model: nn.Module, example: Inputs) -> Iterator[Relaxed]:
 
 
 def _trainable_weights(model: nn.Module) -> Iterator[tuple[QuantizedLayer, LsqWeight]]:
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError(
-            "model: it has no quantized layer; call bitscape.quantize(model, policy, data) first"
-        )
+    layers = require_quantized(model)
     shared = shared_parameters(model)
     for name, layer in layers.items():
         if not has_weight(layer) or layer.weight in shared:

@@ -31,11 +31,12 @@ from bitscape.engine import Batch, BatchLoss, Cosine, StepRecord, train
 from bitscape.engine.following import FollowFloat
 from bitscape.engine.task import Task
 from bitscape.engine.user_task import User
+from bitscape.errors import at_least_one
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.layers import quantized_layers
 from bitscape.tuning.guard import Guard
-from bitscape.tuning.learning import EXAMPLE, Shuffled, check_counts, relative_error
+from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Reach, relaxed
 
 REACH = Reach(scales=0.05, codes=0.6)
@@ -74,7 +75,7 @@ def tune(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
-    check_counts(epochs=epochs, batch_size=batch_size)
+    at_least_one(epochs=epochs, batch_size=batch_size)
     float_model = as_prepared(float_model)
     guard = Guard(model, float_model, held_out, task)
     loss = FollowLayers(FollowFloat(float_model, task), model)

@@ -28,7 +28,7 @@ from bitscape.folders import replaced_if_good
 from bitscape.models.copies import copied
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import WIDE_BITS, Policy
-from bitscape.quant.layers import quantized_layers
+from bitscape.quant.layers import quantized_layers, require_quantized
 from bitscape.runtimes.litert import LiteRt
 from bitscape.runtimes.sessions import OnnxRuntime, OpenVino, Session
 from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
@@ -117,8 +117,7 @@ def export(
     for name, value, allowed in choices:
         if value is not None and value not in allowed:
             raise BitscapeError(f"{name}={value!r}: unknown{nearest(str(value), allowed)}; use one of {', '.join(allowed)}")
-    if not quantized_layers(network):
-        raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    require_quantized(network, "network")
     _check_folder(path)
     form = check_path(path) if form is None else form
     if form == "openvino":

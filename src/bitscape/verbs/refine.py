@@ -24,17 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from bitscape.calling import call, sample_count
-from bitscape.data.samples import Samples
 from bitscape.engine.describe import describe
+from bitscape.engine.following import outputs_on
 from bitscape.errors import BitscapeError
 from bitscape.folders import POLICY_FILE
-from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of, calibrate, with_quantizers
+from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.repair import repair
 from bitscape.searches.allocation import group_scores
@@ -111,7 +108,7 @@ class _Halves:
         first, second = parted(problem.samples, 2)
         self.task, self.sides = problem.meaning, ((first, second), (second, first))
         self.model = fold_norms(problem.prepared, problem.samples.first(2).parts[0].inputs)
-        self.outputs = [self._outputs(self.model, half) for half in (second, first)]
+        self.outputs = [outputs_on(self.model, half, self.task) for half in (second, first)]
 
     def divergence(self, policy: Policy) -> float:
         """Mean divergence over all samples of the network at the bits of `policy`."""
@@ -119,15 +116,9 @@ class _Halves:
         for (seen, judging), outputs in zip(self.sides, self.outputs, strict=True):
             network = calibrate(with_quantizers(self.model, policy), seen)
             repair(network, self.model, seen)
-            found += list(map(self.task.divergence, self._outputs(network, judging), outputs))
+            moved = outputs_on(network, judging, self.task)
+            found += list(map(self.task.divergence, moved, outputs))
         return float(torch.cat(found).double().mean())
-
-    def _outputs(self, network: nn.Module, samples: Samples) -> list[Tensor]:
-        with evaluating(network):
-            return [
-                self.task.outputs(call(network, inputs), sample_count(inputs))
-                for inputs in batches_of(samples, network)
-            ]
 
 
 def parts_of(values: Floats, candidates: Sequence[Any]) -> Floats:

@@ -49,14 +49,14 @@ def spell_out_norms(traced: Traced) -> None:
         factor, shift = (values.float() for values in _affine(module, norm))
         value = node.all_input_nodes[0]
         along = [1, -1, *[1] * (value.meta["val"].ndim - 2)]
-        made = value
+        scaled = value
         for operator, constant in ((aten.mul.Tensor, factor), (aten.add.Tensor, shift)):
             name = f"{node.name}_{operator._schema.name.rpartition(':')[2]}"
             module.register_buffer(name, constant.reshape(along))
             with graph.inserting_before(node):
-                made = graph.call_function(operator, (made, graph.get_attr(name)))
-            made.meta = dict(value.meta)
-        _remove(node, made)
+                scaled = graph.call_function(operator, (scaled, graph.get_attr(name)))
+            scaled.meta = dict(value.meta)
+        _remove(node, scaled)
 
 
 def norm_arguments(node: fx.Node) -> dict[str, object] | None:

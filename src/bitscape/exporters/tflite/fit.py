@@ -123,12 +123,12 @@ def quantizer_behind(node: fx.Node) -> fx.Node | None:
 
 def _operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """What a node takes of quantized values, each with the quantizer that these come from."""
-    given = (
+    operands = (
         node.all_input_nodes[:1]
         if node.target is LINEAR or "conv" in str(node.target)
         else node.all_input_nodes
     )
-    for operand in given:
+    for operand in operands:
         if (source := quantized_source(operand)) is not None:
             yield operand, source
 

@@ -75,11 +75,11 @@ class Builder:
             0,
         )
         if quantization is not None:
-            own = self.schema.QuantizationParametersT()
-            own.scale = np.asarray(quantization.scale, np.float32)
-            own.zeroPoint = np.full(len(own.scale), quantization.zero_point, np.int64)
-            own.quantizedDimension = quantization.axis
-            tensor.quantization = own
+            parameters = self.schema.QuantizationParametersT()
+            parameters.scale = np.asarray(quantization.scale, np.float32)
+            parameters.zeroPoint = np.full(len(parameters.scale), quantization.zero_point, np.int64)
+            parameters.quantizedDimension = quantization.axis
+            tensor.quantization = parameters
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
@@ -219,7 +219,7 @@ def one_operator(content: bytes, index: int) -> bytes:
 
 def _places(stored: Sequence[bool]) -> list[int]:
     """Numbers of the buffers of tensors that have one, from 1 on; 0 of the others."""
-    return [sum(stored[: at + 1]) if own else 0 for at, own in enumerate(stored)]
+    return [sum(stored[: at + 1]) if is_stored else 0 for at, is_stored in enumerate(stored)]
 
 
 def operator_weights(content: bytes) -> list[str]:

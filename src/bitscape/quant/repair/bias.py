@@ -27,23 +27,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitscape.calling import call
-from bitscape.errors import BitscapeError, explained_forward, nearest
+from bitscape.errors import BitscapeError, nearest
 from bitscape.models.dtypes import check_float32
 from bitscape.models.layers import output_channels, quantizable_layers
-from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.chains import shared_parameters
-from bitscape.quant.convert import Data, batches_of
+from bitscape.quant.convert import Data
 from bitscape.quant.layers import QuantizedLayer, has_channel_scales, quantized_layers
-from bitscape.quant.once import weights_quantized_once
 from bitscape.quant.quantizers.base import Codes
 from bitscape.quant.quantizers.lsq import LsqWeight
-from bitscape.quant.repair.norms import channel_moments, correcting_hooks, variance
+from bitscape.quant.repair.channels import ChannelMoments, run_side_by_side, variance
+from bitscape.quant.repair.norms import correcting_hooks
 
 _log = logging.getLogger("bitscape.quant.repair")
-GAIN_LIMIT = 2.0
-"""Gains stay within 1/2 .. 2: channels that hardly vary give no ratio to trust."""
 
 
 def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain: bool = True) -> dict[str, float]:
@@ -76,16 +72,8 @@ def correct_biases(model: nn.Module, float_model: nn.Module, data: Data, *, gain
     handles = [partners[name].register_forward_hook(c.see_float) for name, c in corrections.items()]
     handles += [layers[name].register_forward_hook(c.correct) for name, c in corrections.items()]
     handles += correcting_hooks(model, float_model)
-    try:
-        with evaluating(model), evaluating(float_model), weights_quantized_once(model):
-            for inputs in batches_of(data, model):
-                with explained_forward(inputs):
-                    call(float_model, inputs)
-                    call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    shifts = {name: c.write() for name, c in corrections.items() if c.images}
+    run_side_by_side(float_model, model, data, handles)
+    shifts = {name: c.write() for name, c in corrections.items() if c.outputs.any_seen}
     if layers and not shifts:
         raise BitscapeError("images: no layer with a bias ran; pass at least one image")
     if shifts:
@@ -117,12 +105,10 @@ class Correction:
 
     def __init__(self, layer: QuantizedLayer, gain: bool) -> None:
         self.layer, self.gain = layer, gain
-        self.images = 0
-        self.waiting: list[Tensor] = []
-        self.expected = self.seen = torch.zeros(2, output_channels(layer), dtype=torch.float64, device=layer.weight.device)
+        self.outputs = ChannelMoments(output_channels(layer), layer.weight.device)
 
     def see_float(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.waiting.append(self._moments(output))
+        self.outputs.see_float(self._by_channel(output))
 
     def correct(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         self.see_quantized(output)
@@ -130,10 +116,7 @@ class Correction:
 
     def see_quantized(self, output: Tensor) -> None:
         """Take an output whose float form has been seen."""
-        share = len(output) / (self.images + len(output))
-        self.expected = torch.lerp(self.expected, self.waiting.pop(0), share)
-        self.seen = torch.lerp(self.seen, self._moments(output), share)
-        self.images += len(output)
+        self.outputs.see_quantized(self._by_channel(output))
 
     def corrected(self, output: Tensor) -> Tensor:
         """The output with the float mean and deviation of what was seen so far."""
@@ -144,12 +127,9 @@ class Correction:
 
     def affine(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """The gain and shift that give the quantized channels the float mean and deviation."""
-        gain = torch.ones_like(self.seen[0])
-        if self.gain:
-            expected, seen = (variance(m).sqrt() for m in (self.expected, self.seen))
-            varies = (seen > 0) & (expected > 0)
-            gain = torch.where(varies, expected / torch.where(varies, seen, 1.0), 1.0).clamp(1 / GAIN_LIMIT, GAIN_LIMIT)
-        return gain, self.expected[0] - gain * self.seen[0]
+        expected, seen = self.outputs.expected[0], self.outputs.seen[0]
+        gain = self.outputs.gain() if self.gain else torch.ones_like(seen)
+        return gain, expected - gain * seen
 
     @torch.no_grad()
     def write(self) -> float:
@@ -159,12 +139,11 @@ class Correction:
         bias.copy_(bias * gain + shift)
         if self.gain:
             _multiply_rows(self.layer, gain)
-        moved = (self.expected[0] - self.seen[0]).norm()
-        return float(moved / variance(self.expected).sum().sqrt().clamp(min=torch.finfo(moved.dtype).tiny))
+        moved = (self.outputs.expected[0] - self.outputs.seen[0]).norm()
+        return float(moved / variance(self.outputs.expected).sum().sqrt().clamp(min=torch.finfo(moved.dtype).tiny))
 
-    def _moments(self, output: Tensor) -> Float[Tensor, "2 c"]:
-        """Mean and mean square of each channel, float64."""
-        return channel_moments(output.movedim(self._axis(output), 1))
+    def _by_channel(self, output: Tensor) -> Tensor:
+        return output.movedim(self._axis(output), 1)
 
     def _axis(self, output: Tensor) -> int:
         return output.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
