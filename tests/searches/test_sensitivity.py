@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import product
 
@@ -97,6 +99,21 @@ def test_gradients_are_those_at_the_layers_own_output(inplace: bool) -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(loss, output, retain_graph=True)[0])
     torch.testing.assert_close(seen.input, x)
     assert (output < 0).any()
+
+
+def test_nothing_of_a_batch_stays_in_memory() -> None:
+    def of_one_batch() -> weakref.ref[Callable[[GradedCall], None]]:
+        def visit(call: GradedCall) -> None:
+            """Is held by the graph, as long as there is one."""
+
+        model, generator = small_net(), torch.Generator().manual_seed(0)
+        batch = Minibatch(images(), None)
+        visit_gradients(model, list(layer_shapes(model)), batch, Classes(), generator, visit, draws=2)
+        return weakref.ref(visit)
+
+    held = of_one_batch()
+    gc.collect()
+    assert held() is None
 
 
 def test_a_layer_that_runs_twice_is_seen_twice() -> None:

@@ -250,6 +250,7 @@ def visit_gradients(
         losses = task.drawn_losses(values, generator, batch.targets, draws).sum(1).unbind()
         for loss in losses:
             torch.autograd.grad(loss, start, allow_unused=True, retain_graph=loss is not losses[-1])
+    losses = ()  # `add`, which the graph holds, holds them: nothing would ever let go of the graph
 
 
 class _Visited(torch.autograd.Function):
