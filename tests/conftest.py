@@ -37,7 +37,8 @@ settings.register_profile("bitscape", deadline=None, derandomize=True, max_examp
 settings.load_profile("bitscape")
 
 
-EXPORTERS = "tests/exporters/"
+EXPORTERS = ("tests/exporters/", "tests/runtimes/")
+"""Their tests share the networks of `tests.exporters.networks`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,7 +64,7 @@ class ByFile(LoadFileScheduling):
     """A file's tests share a process and its fixtures; the exporters' files also share networks."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return EXPORTERS if nodeid.startswith(EXPORTERS) else super()._split_scope(nodeid)
+        return "exporters" if nodeid.startswith(EXPORTERS) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
