@@ -26,6 +26,10 @@ install_import_hook(typechecks.modules_with_shapes(), f"{typechecks.__name__}.ch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Triton reads it when it is imported, which torch.compile may do before any test of our programs.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One thread: on two busy cores, threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
 

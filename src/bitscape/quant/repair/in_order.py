@@ -8,7 +8,6 @@ along at first; the others catch up behind.
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -27,7 +26,7 @@ from bitscape.quant.functional import without_autocast
 from bitscape.quant.layers import has_channel_scales
 from bitscape.quant.repair.bias import Correction, log_shifts, partners_of
 from bitscape.quant.repair.moments import BATCH, InputMoments, mean_of
-from bitscape.quant.repair.pairs import Pair, release_memory
+from bitscape.quant.repair.pairs import FreedMemory, Pair
 from bitscape.quant.repair.rounding import (
     Rounding,
     RoundingError,
@@ -119,6 +118,8 @@ class _Rounder:
         self.model, self.float_model, self.methods = model, float_model, methods
         self.layers, self.shared = roundable_layers(model), shared_parameters(model)
         self.correct = correct
+        self.inputs: dict[str, _Inputs] = {}
+        self.freed = FreedMemory()
         self.errors: dict[str, RoundingError] = {}
         self.shifts: dict[str, float] = {}
 
@@ -147,7 +148,6 @@ class _Rounder:
             inputs = next(batches, None) if has_room else None
             if inputs is not None:
                 pairs.append(self._pair(inputs))
-                release_memory()  # of the layers behind
             elif not pairs:
                 return
             else:
@@ -155,16 +155,24 @@ class _Rounder:
             pairs[:] = [pair for pair in pairs if pair.name]
 
     def _pair(self, inputs: Inputs) -> Pair:
-        return Pair(self.float_model, self.model, inputs, self.layers, self.errors)
+        pair = Pair(self.float_model, self.model, inputs, self.layers, self.errors)
+        self._see_inputs(pair)
+        return pair
+
+    def _see_inputs(self, pair: Pair) -> None:
+        """Add up the rows that the pair stands at; of all batches they would fill the memory."""
+        if pair.name:
+            self.inputs.setdefault(pair.name, _Inputs()).see(*pair.take())
+        self.freed.release()
 
     def _round(self, name: str, pairs: Sequence[Pair]) -> None:
         layer: Any = self.layers[name]
         own_scales = layer.weight not in self.shared and has_channel_scales(layer)
-        moments = _moments(name, pairs)
+        seen = self.inputs.pop(name)
+        moments = seen.moments(name)
         task = task_of(layer, moments)
         if layer.weight not in self.shared:
-            total = sum_of((pair.float_value - pair.value) @ pair.value.mT for pair in pairs)
-            missing = mean_of(name, total, task.samples)
+            missing = mean_of(name, seen.missing, task.samples)
             target = corrected_target(task.weight, moments.mean, missing, task.samples)
             task = replace(task, weight=target)
         if own_scales:
@@ -174,30 +182,49 @@ class _Rounder:
         for pair in pairs:
             pair.advance(weight)
         if layer.bias is None or not self.correct:
-            for pair in pairs:
-                pair.advance(pair.value)
+            self._leave(pairs, lambda output: output)
             return
         correction = Correction(layer, own_scales)
         for pair in pairs:
             correction.see_float(layer, None, pair.float_value)
             correction.see_quantized(pair.value)
-        for pair in pairs:
-            pair.advance(correction.corrected(pair.value))
+        self._leave(pairs, correction.corrected)
         self.shifts[name] = correction.write()
 
-
-def _moments(name: str, pairs: Sequence[Pair]) -> InputMoments:
-    """Of what the quantized layer's weight is multiplied with, in two parts."""
-    parts = [part for part in (pairs[0::2], pairs[1::2]) if part]
-    samples = [sum(pair.value.shape[2] for pair in part) for part in parts]
-    sums = [sum_of(pair.value @ pair.value.mT for pair in part) for part in parts]
-    means = (mean_of(name, *part) for part in zip(sums, samples, strict=True))
-    return InputMoments(tuple(means), tuple(samples))
+    def _leave(self, pairs: Sequence[Pair], output_of: Callable[[Tensor], Tensor]) -> None:
+        for pair in pairs:
+            pair.advance(output_of(pair.value))
+            self._see_inputs(pair)
 
 
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Their sum, in the memory of two."""
-    return reduce(Tensor.add_, tensors)
+class _Inputs:
+    """Sums over the rows x of one layer, in two parts, and over those y of the float network."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        """Of x x^T; batches go to one part and the other in turn."""
+        self.samples = [0, 0]
+        self.missing = torch.zeros(())
+        """Sum of (y - x) x^T."""
+        self._batches = 0
+
+    def see(self, float_rows: Float[Tensor, "g k n"], rows: Float[Tensor, "g k n"]) -> None:
+        """Take in the rows of a batch."""
+        part = self._batches % 2
+        if self._batches < 2:
+            self.sums.append(rows @ rows.mT)
+        else:
+            self.sums[part] += rows @ rows.mT
+        missing = (float_rows - rows) @ rows.mT
+        self.missing = self.missing.add_(missing) if self._batches else missing
+        self.samples[part] += rows.shape[2]
+        self._batches += 1
+
+    def moments(self, name: str) -> InputMoments:
+        """The means of x x^T."""
+        samples = self.samples[: len(self.sums)]
+        means = (mean_of(name, *part) for part in zip(self.sums, samples, strict=True))
+        return InputMoments(tuple(means), tuple(samples))
 
 
 def map_bytes(model: nn.Module, names: Collection[str], inputs: Inputs) -> dict[str, int]:

@@ -2,10 +2,12 @@
 
 import copy
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from bitscape.quant.repair.moments import LayerInputs
 
 POSITIONS = 64
 """Output positions (or tokens) of each image that are compared, drawn at random."""
+KEPT_BYTES = 1 << 28
+"""Freed memory that the process may keep."""
 
 
 class Pair:
@@ -59,6 +63,12 @@ class Pair:
     def value(self) -> Tensor:
         """The same of the quantized layer; rows are of the same positions."""
         return self._quantized.value
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Both values, float first, which are held no longer."""
+        values = self._float.value, self._quantized.value
+        self._float.value = self._quantized.value = torch.empty(0)
+        return values
 
     def advance(self, answer: Tensor | None) -> None:
         """Go on to the next stop, the quantized layer with `answer` as its weight or its output."""
@@ -144,6 +154,7 @@ class _Run(LayerInputs):
 
     def _stop(self, name: str, value: Tensor) -> Tensor | None:
         self.name, self.value = name, value
+        del value  # what `take` takes is then its own
         self._stopped.release()
         self._go.acquire()
         if self._closed:
@@ -164,10 +175,25 @@ class _Run(LayerInputs):
         self._stopped.release()
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps some of it for every thread that had it."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+class FreedMemory:
+    """Gives freed memory back to the system: glibc keeps what each of the many threads freed."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim = getattr(libc, "malloc_trim", None)
+        self._held = self._trim and resident_bytes()
+
+    def release(self) -> None:
+        """Give it back where the process has grown by `KEPT_BYTES`; fresh pages cost time."""
+        if self._trim and resident_bytes() > self._held + KEPT_BYTES:
+            self._trim(0)
+            self._held = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, on Linux."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _twin(model: nn.Module) -> nn.Module:
