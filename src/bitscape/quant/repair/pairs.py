@@ -181,7 +181,7 @@ class FreedMemory:
     def __init__(self) -> None:
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self._trim = getattr(libc, "malloc_trim", None)
-        self._held = self._trim and resident_bytes()
+        self._held = resident_bytes() if self._trim else 0
 
     def release(self) -> None:
         """Give it back where the process has grown by `KEPT_BYTES`; fresh pages cost time."""
