@@ -1,5 +1,7 @@
 import itertools
+import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,11 +29,28 @@ def test_weights_are_rounded_as_in_the_network_that_will_run() -> None:
     moments = input_moments(model, samples)
     deployed = with_quantizers(model, uniform_policy(["0", "2", "4"], LayerBits(3, 2)), Lsq())
     compensate_rounding(deployed, moments)
-    rounded, noise = rounded_weights(model, moments, 3), repaired_noise(model, ["0", "4"], samples, PAIRS)
+    rounded, errors = rounded_weights(model, moments, 3)
+    noise = repaired_noise(model, ["0", "4"], samples, PAIRS)
     for name in ("0", "4"):
         expected = deployed.get_submodule(name).get_parameter("weight")
         assert torch.equal(rounded[name], expected)
-        assert torch.equal(noise[name].weights[3], (expected - model.get_submodule(name).weight).detach())
+        change = (expected - model.get_submodule(name).weight).detach()
+        growth = math.sqrt(errors[name].unseen / errors[name].repaired)
+        assert growth >= 1.0
+        torch.testing.assert_close(noise[name].weights[3], growth * change)
+
+
+def test_codes_that_fit_few_images_are_scored_by_what_they_do_to_others() -> None:
+    """Sixteen images of 192 values can be fitted; what that does to others says nothing about them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8)).eval().requires_grad_(False)
+    images, others = torch.randn(2, 16, 3, 8, 8).flatten(2).unbind()
+    noise = repaired_noise(model, ["1"], Samples.of(images), (LayerBits(2, 8),))["1"]
+    (scored,), _ = noise.output_changes(images)
+    weights, _ = rounded_weights(model, input_moments(model, Samples.of(images)), 2)
+    seen, unseen = ((x @ (weights["1"] - model[1].weight).T).square().mean() for x in (images, others))
+    assert seen < 0.6 * unseen
+    assert float(scored.square().mean()) == pytest.approx(float(unseen), rel=0.3)
 
 
 def test_a_bias_takes_back_the_means_and_no_more() -> None:

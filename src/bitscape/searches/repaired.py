@@ -4,10 +4,14 @@
 output channel the float network's mean. Scores of nearest rounding count noise that will not be
 there, of weights above all: searches by them buy weight bits with activation bits.
 
+Codes fit the images that they were chosen on, the more the fewer these are: changes are as large as
+those of codes from half of the images on the other half.
+
 The gain that repair restores too is left in: it grows with the noise squared.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,7 +25,12 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, with_quantizers
 from bitscape.quant.layers import quantized_layers
-from bitscape.quant.repair import InputMoments, compensate_rounding, input_moments
+from bitscape.quant.repair import (
+    InputMoments,
+    RoundingError,
+    compensate_rounding,
+    input_moments,
+)
 from bitscape.searches.sensitivity import RANGE_SAMPLES, LayerNoise, calls, candidate_widths, layer_noise
 
 
@@ -48,18 +57,27 @@ def repaired_noise(
 def _weight_changes(
     model: nn.Module, samples: Samples, widths: Sequence[int]
 ) -> dict[str, dict[int, Tensor]]:
-    """Layer -> bits -> Q(W) - W."""
+    """Layer -> bits -> Q(W) - W, in the size that it has for images that no code has seen."""
     moments = input_moments(model, samples)
     layers = weighted_layers(model)
     changes: dict[str, dict[int, Tensor]] = {name: {} for name in layers}
     for bits in track(widths, label="rounding: width"):
-        for name, weight in rounded_weights(model, moments, bits).items():
-            changes[name][bits] = weight - layers[name].get_parameter("weight").detach()
+        weights, errors = rounded_weights(model, moments, bits)
+        for name, weight in weights.items():
+            change = weight - layers[name].get_parameter("weight").detach()
+            changes[name][bits] = change * (unseen_growth(errors[name]) if name in errors else 1.0)
     return changes
 
 
-def rounded_weights(model: nn.Module, moments: Mapping[str, InputMoments], bits: int) -> dict[str, Tensor]:
-    """Name -> the weight that `bs.quantize` gives the layer at this width, of every layer with one.
+def unseen_growth(error: RoundingError) -> float:
+    """How much larger output changes are on images that the rounding has not seen, at least 1."""
+    return math.sqrt(error.unseen / error.repaired) if error.repaired > 0 else 1.0
+
+
+def rounded_weights(
+    model: nn.Module, moments: Mapping[str, InputMoments], bits: int
+) -> tuple[dict[str, Tensor], dict[str, RoundingError]]:
+    """Name -> the weight that `bs.quantize` gives the layer at this width, of every layer with one; and what it errs by.
 
     Args:
         model: float network, norms folded.
@@ -68,8 +86,9 @@ def rounded_weights(model: nn.Module, moments: Mapping[str, InputMoments], bits:
     floats = dict.fromkeys(quantizable_layers(model), LayerBits.FLOAT)
     rounded = dict.fromkeys(weighted_layers(model), LayerBits(bits, bits))
     network = with_quantizers(model, Policy({**floats, **rounded}))
-    compensate_rounding(network, moments)
-    return {name: layer.weight.detach() for name, layer in quantized_layers(network).items()}
+    errors = compensate_rounding(network, moments)
+    layers = quantized_layers(network)
+    return {name: layer.weight.detach() for name, layer in layers.items()}, errors
 
 
 def _shifts(

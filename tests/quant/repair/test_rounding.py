@@ -107,7 +107,8 @@ def test_the_method_is_judged_on_the_other_part_of_the_data():
         moments = input_moments(model, list(inputs.split(len(inputs) // 2)))
         quantized = with_quantizers(model, uniform_policy(layer_shapes(model), LayerBits(3, 8)))
         methods = compensations()
-        return methods.index(rounding_tasks(quantized, moments)["0"]().best(methods))
+        method, _ = rounding_tasks(quantized, moments)["0"]().best(methods)
+        return methods.index(method)
 
     mixing = torch.randn(4, 64)
     alike = torch.randn(512, 4) @ mixing + 0.1 * torch.randn(512, 64)

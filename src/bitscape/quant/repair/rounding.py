@@ -66,6 +66,8 @@ class RoundingError:
     """Of rounding every weight to the nearest code."""
     repaired: float
     """Of the codes that were chosen."""
+    unseen: float
+    """Of codes chosen from half of the images, on the other half; at least `repaired`."""
 
 
 @torch.no_grad()
@@ -180,33 +182,37 @@ class RoundingTask:
         scale = torch.where(power > 0, fit, self.scale)
         return replace(self, scale=scale.clamp(self.scale / SCALE_LIMIT, self.scale * SCALE_LIMIT))
 
-    def best(self, methods: Sequence["Rounding"]) -> "Rounding":
-        """The method whose codes from one part of the data are best on the other part.
+    def best(self, methods: Sequence["Rounding"]) -> tuple["Rounding", float]:
+        """The method whose codes from one part of the data are best on the other, and their error there.
 
-        The first one where there is one part only.
+        The first one, and 0, where there is one part only.
         """
         if len(self.parts) < 2:
-            return methods[0]
+            return methods[0], 0.0
         seen, unseen = (self.on(part) for part in self.parts[:2])
         errors = [float(unseen.error(method(seen))) for method in methods]
-        return methods[errors.index(min(errors))]
+        return methods[errors.index(min(errors))], min(errors)
 
     def round(self, methods: Sequence["Rounding"]) -> RoundingError:
         """Write codes by the best of the methods into the layer; say what that gained."""
-        return self.write(self.best(methods)(self))
+        method, unseen = self.best(methods)
+        return self.write(method(self), unseen)
 
-    def write(self, codes: Float[Tensor, "g r k"]) -> RoundingError:
-        """Put the grid values of `codes` into the layer's weight, and say what that gained."""
+    def write(self, codes: Float[Tensor, "g r k"], unseen: float = 0.0) -> RoundingError:
+        """Put the grid values of `codes` into the layer's weight, and say what that gained.
+
+        `unseen` is the error that codes chosen like these have on other data.
+        """
         quantizer = cast(LsqWeight, self.layer.weight_quantizer)
         before = quantizer(self.layer.weight).detach()
-        error = self.output_error(self._rows(before) - self.weight).sum()
+        nearest = self.output_error(self._rows(before) - self.weight).sum()
         total = self.output_error(self.weight).sum().clamp(min=1e-20)
-        result = RoundingError(float(error / total), float(self.error(codes)))
+        repaired = float(self.error(codes))
         if has_channel_scales(self.layer):
             quantizer.scale.copy_(self.scale[:, :, 0].reshape(quantizer.scale.shape))
         rows = self.real(codes).reshape(outputs_first(self.layer, self.layer.weight).shape)
         self.layer.weight.copy_(outputs_first(self.layer, rows))
-        return result
+        return RoundingError(float(nearest / total), repaired, max(unseen, repaired))
 
     def _rows(self, weight: Tensor) -> Float[Tensor, "g r k"]:
         return outputs_first(self.layer, weight).float().reshape(self.weight.shape)
