@@ -94,15 +94,15 @@ def test_runs_are_measurements_over_their_seeds(tmp_path: Path) -> None:
     paths = [run(tmp_path / f"u{seed}", policy=uniform, seed=seed, top1=90.0) for seed in (0, 1)]
     for seed in (0, 1):
         paths.append(run(tmp_path / f"m{seed}", policy=searched(), seed=seed, top1=91.0 + seed))
-    paths.append(run(tmp_path / "float", top1=95.0))
+    paths.append(run(tmp_path / "float", top1=95.0, epochs=3))
     found = measured(material(paths, network=network()))
     assert told(found) == [
         *(("uniform", "uniform 3/3", 90.0), ("chosen", "fisher", 91.5)),
         ("float", "float", 95.0),
     ]
     assert found is not None and found.all[1].interval is not None
-    low, high = found.all[1].interval
-    assert (low + high) / 2 == pytest.approx(91.5) and high - 91.5 == pytest.approx(6.353, abs=1e-3)
+    low, high = found.all[1].interval  # 91.5 ± 6.353
+    assert (low, high) == (pytest.approx(85.147, abs=1e-3), pytest.approx(97.853, abs=1e-3))
 
 
 def test_evaluations_of_older_files_are_told_apart_by_their_policies(tmp_path: Path) -> None:
@@ -120,3 +120,10 @@ def test_evaluations_of_older_files_are_told_apart_by_their_policies(tmp_path: P
 def test_float_networks_alone_are_no_result(tmp_path: Path) -> None:
     save_evaluation(evaluation(), tmp_path / "float.json")
     assert measured(material([tmp_path / "float.json"])) is None
+
+
+def test_no_interval_reaches_beyond_all_images(tmp_path: Path) -> None:
+    own = [run(tmp_path / f"m{at}", policy=searched(), seed=at, top1=98.0 + at) for at in (0, 1)]
+    found = measured(material(own))
+    assert found is not None and found.all[0].interval is not None
+    assert found.all[0].interval[1] == 100.0

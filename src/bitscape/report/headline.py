@@ -55,10 +55,9 @@ def _of_policy(material: Material, shown: Shown) -> list[str]:
 
 def _metric(found: Measurements | None) -> Change | None:
     """The metric in float and quantized, with its interval, and that of the controls."""
-    own = None if found is None else _told(found)
-    if found is None or own is None:
+    if found is None:
         return None
-    notes = []
+    own, notes = _told(found), []
     if own.interval is not None:
         notes.append(f"95 % interval {' to '.join(map(found.text, own.interval))}")
     if uniform := _beside(own, found.of(UNIFORM)):
@@ -79,10 +78,8 @@ def _metric(found: Measurements | None) -> Change | None:
 
 def _told(found: Measurements) -> Measurement:
     """The chosen network, else the first that is no control, else the first quantized one."""
-    for roles in ((CHOSEN,), (OTHER,), (UNIFORM, RANDOM)):
-        if own := found.of(*roles):
-            return own[0]
-    raise AssertionError("measured() returns quantized networks")
+    quantized = [each for each in found.all if each.role != FLOAT]
+    return min(quantized, key=lambda each: (CHOSEN, OTHER, UNIFORM, RANDOM).index(each.role))
 
 
 def _beside(own: Measurement, uniform: tuple[Measurement, ...]) -> Measurement | None:

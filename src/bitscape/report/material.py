@@ -142,7 +142,7 @@ class Material:
         return [cost_text(kind, own.get(kind)) for kind in kinds]
 
     def in_call_order(self, policy: Policy) -> dict[str, LayerBits]:
-        """Layer -> bits, in call order; without the network in the file's, where a search writes it."""
+        """Layer -> bits, in call order; without the network, in that of the file."""
         order = (
             []
             if self.network is None

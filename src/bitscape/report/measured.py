@@ -104,7 +104,9 @@ def _of_document(material: Material, document: EvaluationDocument) -> Measuremen
 
 
 def _trained(material: Material, recipe: str) -> Measurements:
-    own = tuple(_of_group(material, group) for group in material.groups if group.recipe == recipe)
+    """Runs of one recipe, and float ones of any: it is from them that networks are quantized."""
+    alike = [each for each in material.groups if each.recipe == recipe or each.method == FLOAT]
+    own = tuple(_of_group(material, group) for group in alike)
     return Measurements(metric="top-1 %", where="validation images, after training", all=own)
 
 
@@ -112,12 +114,13 @@ def _of_group(material: Material, group: Group) -> Measurement:
     policy, chosen = group.policy, material.chosen
     is_chosen = policy is not None and chosen is not None and policy.layers == chosen.policy.layers
     is_float = group.method == FLOAT
+    ends = mean_difference(list(group.top1.values())).interval
     return Measurement(
         name=group.method,
         role=FLOAT if is_float else CHOSEN if is_chosen else _role(group.method),
         bytes=None if policy is None else material.costs(policy).get("weight_bytes"),
         value=group.mean,
-        interval=mean_difference(list(group.top1.values())).interval,
+        interval=None if ends is None else (max(ends[0], 0.0), min(ends[1], 100.0)),
     )
 
 

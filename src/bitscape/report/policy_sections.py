@@ -129,7 +129,7 @@ def layer_costs(material: Material) -> Section | Missing:
     ]
     columns = ["layer", "kind", "weights", "MACs", "bits", "BitOps", "share", "bytes", "share"]
     figure = Figure(
-        caption=f"Share of each layer in the cost of an image at the bits of {material.chosen.name}",
+        caption=f"Share of each layer in the cost of an image, at {material.chosen.name}",
         pictures=[share_panels("Cost by layer", shares)],
     )
     table = Table(caption="Costs as a table", columns=columns, rows=rows, left=2, is_folded=True)
