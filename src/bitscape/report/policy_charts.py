@@ -104,8 +104,6 @@ def measured_chart(found: Measurements) -> Markup:
     labels: list[Label] = []
     for each in in_float:
         body.append(line(x.start, y(each.value), x.end, y(each.value), "float"))
-        words = f"float {found.text(each.value)}"
-        body.append(text(x.end, y(each.value) - 5, words, "small lifted", anchor="end"))
     order = (OTHER, RANDOM, UNIFORM, CHOSEN)
     marks = []
     for each in sorted(found.sized, key=lambda each: order.index(each.role)):
@@ -121,6 +119,9 @@ def measured_chart(found: Measurements) -> Markup:
         words = RANDOM if each.role == RANDOM else each.name.removeprefix("uniform ")
         if not (each.role == RANDOM and any(label.words == words for label in labels)):
             labels.append(Label(px, py, words, is_strong=each.role == CHOSEN))
+    for each in in_float:
+        words = f"float {found.text(each.value)}"
+        body.append(text(x.end, y(each.value) - 5, words, "small lifted", anchor="end"))
     values = [f"{each.name} {found.text(each.value)}" for each in found.all]
     title = f"{found.metric} over the size of the weights"
     return picture(title, f"{', '.join(values)}.", WIDE, HIGH, [*body, *written(labels, marks, x)])
