@@ -18,7 +18,7 @@ from bitscape.report.policies import Shown
 from bitscape.report.policy_charts import front_chart, measured_chart
 from bitscape.words import cost_name, cost_text, counted, listed, percent
 
-NOT_MEASURED = "How good it is was not measured: give what bitscape evaluate --json writes."
+NOT_MEASURED = "The metric was not measured; add the .json of bitscape evaluate --json."
 FLOAT_BYTES = 4
 """Of a float weight."""
 
