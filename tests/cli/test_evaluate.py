@@ -13,7 +13,8 @@ from bitscape.data.sources import load_dataset
 from bitscape.exporters.packed.file import load_packed
 from bitscape.models.digits import digits_net
 from bitscape.models.layers import layer_shapes
-from bitscape.policy import LayerBits, fingerprint, uniform_policy
+from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
+from bitscape.report.differences import share_interval
 from bitscape.report.documents import load_evaluation
 from tests.cli.run import MIXED, MODEL
 
@@ -248,6 +249,10 @@ def test_figures_go_into_a_file_that_the_report_reads(cli, trained, weights, tmp
     in_float, mixed = (load_evaluation(file) for file in files)
     assert round(in_float.value, 2) == _accuracy(trained / "model.safetensors") and round(mixed.value, 2) == _top1(shown)
     assert (in_float.evaluated, mixed.evaluated, mixed.samples) == ("float", "mixed.json", len(load_dataset("digits", split="test")))
+    assert mixed.interval == share_interval(mixed.value, mixed.samples)
+    assert (in_float.method, in_float.bits) == (None, {})
+    layers = Policy.load(trained / "mixed.json").layers
+    assert mixed.bits == {name: str(bits) for name, bits in layers.items()}
     assert in_float.cost["macs"] == 473_216 and mixed.cost["weight_bytes"] < in_float.cost["parameter_bytes"]
     page = tmp_path / "report.html"
     cli("report", *files, trained / "mixed.json", "--out", page)

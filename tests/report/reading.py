@@ -1,10 +1,13 @@
-"""A page as a reader sees it: sections, tables, words, pictures."""
+"""A page as a reader sees it: sections, tables, words, pictures and their shapes."""
 
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
-VOID = {"meta", "br"}
+from bitscape.report.svg import NAMESPACE
+
+Element = ElementTree.Element
+VOID = {"meta", "br", "input"}
 SVG = re.compile(r"<svg .*?</svg>", re.S)
 
 
@@ -15,13 +18,18 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.head: list[str] = []
+        """Before the first section."""
         self.sections: dict[str, list[str]] = {}
         self.tables: dict[str, list[list[str]]] = {}
         self._open: list[str] = []
         self.feed(SVG.sub("", text))
         self.close()
         assert self._open == [], self._open
-        self.pictures = [ElementTree.fromstring(found) for found in SVG.findall(text) if "xmlns" in found]
+        self.pictures = [
+            ElementTree.fromstring(found) for found in SVG.findall(text) if "xmlns" in found
+        ]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -41,8 +49,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         where = self._open[-1] if self._open else ""
-        if where in ("style", ""):
+        if where in ("style", "script", ""):
             assert where or not data.strip()
+            self.scripts += [data] if where == "script" else []
             return
         data = data.replace("\u00a0", " ")
         self.words.append(data)
@@ -50,6 +59,8 @@ class Page(HTMLParser):
             self.sections[data] = []
         elif self.sections and data.strip():
             next(reversed(self.sections.values())).append(data.strip())
+        elif data.strip():
+            self.head.append(data.strip())
         if where == "caption":
             self._caption = data
         if where in ("th", "td"):
@@ -63,3 +74,28 @@ class Page(HTMLParser):
     def said(self, section: str) -> str:
         """All words of a section."""
         return " ".join(self.sections[section])
+
+
+def parts(root: Element, tag: str, css: str) -> list[Element]:
+    """Shapes of a class, in their order."""
+    return [each for each in root.iter(f"{{{NAMESPACE}}}{tag}") if each.get("class") == css]
+
+
+def texts(root: Element) -> list[str]:
+    """All words of a picture."""
+    return [each.text or "" for each in root.iter(f"{{{NAMESPACE}}}text")]
+
+
+def tips(root: Element) -> list[str]:
+    """What shows under the pointer."""
+    return [each.text or "" for each in root.iter(f"{{{NAMESPACE}}}title")][1:]
+
+
+def numbers(element: Element, *names: str) -> list[float]:
+    """Attributes of a shape."""
+    return [float(element.get(name, "")) for name in names]
+
+
+def heights(found: list[Element]) -> list[float]:
+    """Of boxes."""
+    return [float(each.get("height", "")) for each in found]

@@ -1,6 +1,6 @@
 import pytest
 
-from bitscape.report.differences import difference, mean_difference
+from bitscape.report.differences import difference, mean_difference, share_interval
 
 
 def test_paired_differences_have_a_t_interval() -> None:
@@ -27,3 +27,13 @@ def test_the_ends_of_an_interval_by_hand() -> None:
 def test_one_pair_shows_nothing_however_large() -> None:
     found = mean_difference([50.0])
     assert (found.half, found.interval, found.is_seen) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("percent", "samples", "ends"),
+    [(50.0, 100, (40.38, 59.62)), (90.0, 100, (82.56, 94.48)), (100.0, 10, (72.25, 100.0))],
+)
+def test_the_interval_of_a_share_is_wilsons(
+    percent: float, samples: int, ends: tuple[float, float]
+) -> None:
+    assert share_interval(percent, samples) == pytest.approx(ends, abs=0.01)

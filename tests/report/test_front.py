@@ -9,7 +9,7 @@ import bitscape as bs
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.policy import LayerBits, Policy
 from bitscape.report.front import Point, fixed_activations, front_of, score_of
-from bitscape.report.policy_sections import _front_words
+from bitscape.report.front_section import front_words
 from tests.report.made import network, policy, scores, searched
 
 EVERY = {
@@ -42,7 +42,10 @@ def test_the_front_is_what_no_policy_beats() -> None:
     assert {(point.cost, point.score) for point in front.best} <= set(undominated)
     assert (front.best[0].cost, front.best[-1].score) == (every[0][0], min(EVERY.values()))
     assert front.chosen is not None
-    assert (front.chosen.cost, front.chosen.score) == (costs(searched())["bitops"], EVERY["2/4", "4/2"])
+    assert (front.chosen.cost, front.chosen.score) == (
+        costs(searched())["bitops"],
+        EVERY["2/4", "4/2"],
+    )
 
 
 def test_uniform_policies_keep_the_pinned_bits() -> None:
@@ -59,7 +62,11 @@ def test_random_policies_lie_within_every_cap_and_close_to_the_tightest() -> Non
     assert all(0.95 * cap <= point.cost <= cap for point in front.random)
     possible = {(costs(policy(*pairs))["bitops"], score) for pairs, score in EVERY.items()}
     assert {(point.cost, point.score) for point in front.random} <= possible
-    assert min(point.score for point in front.random) <= front.median <= max(point.score for point in front.random)
+    assert (
+        min(point.score for point in front.random)
+        <= front.median
+        <= max(point.score for point in front.random)
+    )
 
 
 def test_without_a_budget_there_are_no_random_ones_and_bitops_are_the_cost() -> None:
@@ -80,11 +87,13 @@ def test_uniform_policies_must_keep_every_cap() -> None:
 
 def test_the_best_uniform_policy_is_one_that_keeps_every_cap() -> None:
     caps = {"bitops": 1e9, "weight_bytes": costs(policy("2/2", "2/2"))["weight_bytes"]}
-    assert "the best uniform one within it, 2/2, scores 3" in _front_words(front_of(scores(), network(), searched(), caps))
+    assert "the best uniform one within it, 2/2, scores 3" in front_words(
+        front_of(scores(), network(), searched(), caps)
+    )
     impossible = replace(front_of(scores(), network(), searched(), caps), uniform=())
-    assert "uniform" not in _front_words(impossible)
+    assert "uniform" not in front_words(impossible)
     none = replace(impossible, uniform=(Point("2/2", 1.0, 3.0, fits=False),))
-    assert "no uniform one is within it" in _front_words(none)
+    assert "no uniform one is within it" in front_words(none)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -109,15 +118,28 @@ def test_activations_that_the_search_kept_at_fixed_bits_stay_so(kept: bool) -> N
 def test_the_fixed_activations_of_a_policy_are_those_of_its_free_layers() -> None:
     told = {"first": "8/8", "second": "*/8", "third": "*/16", "last": "*/many"}
     assert fixed_activations(policy(pinned=told), ["second", "last"]) == {"second": 8}
-    assert fixed_activations(policy(pinned="all"), ["second"]) == fixed_activations(policy(), ["second"]) == {}
+    assert (
+        fixed_activations(policy(pinned="all"), ["second"])
+        == fixed_activations(policy(), ["second"])
+        == {}
+    )
 
 
 def test_what_a_search_kept_fixed_is_read_from_its_policy() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    result = bs.search(model, torch.randn(16, 8), "weight_bytes=450", candidates=[LayerBits(w, a) for w in (2, 4, 8) for a in (4, 8)])
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    ).eval()
+    result = bs.search(
+        model,
+        torch.randn(16, 8),
+        "weight_bytes=450",
+        candidates=[LayerBits(w, a) for w in (2, 4, 8) for a in (4, 8)],
+    )
     assert result.choices.freedom.described()["4"] == "*/8"
-    front = front_of(result.scores, result.choices.network, result.policy, result.choices.budget.caps)
+    front = front_of(
+        result.scores, result.choices.network, result.policy, result.choices.budget.caps
+    )
     ours = fixed_activations(result.policy, result.choices.free_layers)
     assert ours == dict(result.choices.freedom.activations) == {"4": 8}
     assert front.best[0].score == pytest.approx(result.front.points[0].score)

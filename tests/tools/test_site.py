@@ -13,6 +13,11 @@ def test_links_that_leave_the_pages_lead_into_the_repository():
     assert outward(text, DOCS / "methods" / "saq.md", DOCS, "R") == expected
 
 
+def test_links_to_notebooks_lead_to_their_pages():
+    text = outward("[a](own-loop.ipynb) [b](../tasks.md)", DOCS / "notebooks" / "x.md", DOCS, "R")
+    assert text == "[a](own-loop.md) [b](../tasks.md)"
+
+
 def test_every_method_is_in_the_navigation():
     first, *sections = methods_nav((DOCS / "methods" / "index.md").read_text(encoding="utf-8"))
     assert first == "methods/index.md"

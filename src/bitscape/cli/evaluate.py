@@ -227,7 +227,9 @@ def _write(
     data: str,
     bits_from: Path | None,
 ) -> None:
+    from bitscape.report.differences import share_interval
     from bitscape.report.documents import FORMAT, EvaluationDocument, save_evaluation
+    from bitscape.report.policies import method_of
 
     document = EvaluationDocument(
         format=FORMAT,
@@ -241,6 +243,9 @@ def _write(
         samples=accuracy.samples,
         cost=dict(cost),
         fingerprint=None if policy is None else policy.fingerprint,
+        interval=share_interval(accuracy.value, accuracy.samples),
+        method=None if policy is None else method_of(policy),
+        bits={} if policy is None else {name: str(bits) for name, bits in policy.layers.items()},
     )
     save_evaluation(document, path)
     click.echo(f"figures: {path}")

@@ -16,7 +16,16 @@ from torch import nn
 from bitscape.calling import Inputs, shapes_of
 from bitscape.cost.dry_pass import ModuleRun, dry_pass, is_shape
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import KINDS, QUANTIZABLE, TRANSPOSED, has_weight, quantizable_layers, scale_axis, weight_shape
+from bitscape.models.layers import (
+    KINDS,
+    QUANTIZABLE,
+    TRANSPOSED,
+    groups_of,
+    has_weight,
+    quantizable_layers,
+    scale_axis,
+    weight_shape,
+)
 from bitscape.models.prepare import as_prepared
 from bitscape.policy import LayerBits
 
@@ -50,6 +59,8 @@ class LayerCost:
     """Elements of the output, in the largest call."""
     calls: int = 1
     """Times the layer runs in one forward pass."""
+    groups: int = 1
+    """Of a convolution."""
     tied_to: str | None = None
     """The earlier layer that holds the same weight parameter, and counts it."""
     latency_ns: Mapping[LayerBits, int] = field(default_factory=dict, hash=False)
@@ -197,6 +208,7 @@ def _layer_cost(name: str, module: nn.Module, run: ModuleRun, owners: dict[int, 
         input_elements=run.input_elements,
         output_elements=run.output_elements,
         calls=run.calls,
+        groups=groups_of(module),
         tied_to=owner if tied else None,
     )
 
@@ -223,6 +235,7 @@ def idle_layer(name: str, module: nn.Module) -> LayerCost:
         input_elements=0,
         output_elements=0,
         calls=0,
+        groups=groups_of(module),
     )
 
 

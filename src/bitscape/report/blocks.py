@@ -1,7 +1,8 @@
 """What a section of a report is made of; the template writes each kind of block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup
 
@@ -50,7 +51,49 @@ class Commands:
     kind: str = field(default="commands", init=False)
 
 
-Block = Text | Table | Figure | Commands
+@dataclass(frozen=True, kw_only=True)
+class Slider:
+    """Pictures of many policies; a script shows the one that a slider points at."""
+
+    caption: str
+    chart: Markup
+    """All policies by cost and score."""
+    bits: Markup
+    """Bars of one policy, that of `start`."""
+    maps: Sequence[Markup]
+    """The bits of every policy."""
+    legend: Sequence[tuple[str, str]]
+    """Of the chart, as of a `Figure`."""
+    start: int
+    """Where the slider stands first."""
+    data: Mapping[str, Any]
+    """What templates/slider.js reads; "told" has each policy in words."""
+    kind: str = field(default="slider", init=False)
+
+
+Block = Text | Table | Figure | Commands | Slider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A number before and after quantization."""
+
+    name: str
+    before: str
+    """"" where it is not known."""
+    after: str
+    note: str
+    """Interval, factor, what it is beside; "" for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The first screen."""
+
+    words: str
+    """What the report is about, in a few sentences; "" where nothing tells."""
+    changes: Sequence[Change]
+    figure: Figure | None
 
 
 @dataclass(frozen=True, kw_only=True)

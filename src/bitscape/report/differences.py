@@ -1,10 +1,11 @@
-"""Paired differences: their mean, its 95 % interval by Student's t, and what they say."""
+"""95 % intervals: of the mean of paired differences by Student's t, of a share by Wilson."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
@@ -49,3 +50,15 @@ def difference(values: Sequence[float]) -> str:
     low, high = found.interval
     verdict = "" if found.is_seen else ", no difference seen"
     return f"{found.mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}"
+
+
+def share_interval(percent: float, samples: int) -> tuple[float, float]:
+    """Return the ends, in percent, of the 95 % interval of a share of independent samples.
+
+    Wilson: Journal of the American Statistical Association 22 (1927), p. 209.
+    """
+    share, z = percent / 100, float(normal.ppf((1 + CONFIDENCE) / 2))
+    middle = share + z * z / (2 * samples)
+    half = z * sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
+    low, high = ((middle + side * half) / (1 + z * z / samples) for side in (-1, 1))
+    return 100 * low, 100 * high

@@ -1,8 +1,8 @@
-"""Files of measurements that a report reads: accuracy under corruptions, times of exported files."""
+"""Files of measurements that a report reads: metrics, corruptions, times of exported files."""
 
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 from pydantic import ConfigDict, with_config
@@ -52,13 +52,13 @@ class BenchRow:
     images_per_s: float
     """By the wall clock."""
     times_faster: float | None
-    """Than the first row's file in the same runtime at this batch size; None where that was not timed."""
+    """Than the first row's file in the same runtime at this batch size; None where not timed."""
     top1: float | None = None
     """Percent, if images were classified."""
     agreement: float | None = None
     """Percent of the images with the class of the first row."""
     difference: float | None = None
-    """Percent, of the outputs from those of the first row: norm of the difference over their norm."""
+    """Percent, of the outputs from those of the first row: norm of the difference over theirs."""
     images: int | None = None
     """Images that were run for these three."""
 
@@ -109,6 +109,12 @@ class EvaluationDocument:
     """Kind of cost -> what one image costs; of a float network "parameter_bytes" and "macs"."""
     fingerprint: str | None = None
     """Of the network, where the policy has one."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of `value`; None where none was worked out."""
+    method: str | None = None
+    """That found the bits, as `policies.method_of` names it; None in float."""
+    bits: dict[str, str] = field(default_factory=dict)
+    """Layer -> its bits, such as "4/8"; {} in float, and where images decide."""
 
 
 def save_evaluation(document: EvaluationDocument, path: str | os.PathLike[str]) -> None:
@@ -124,16 +130,24 @@ def load_evaluation(path: str | os.PathLike[str]) -> EvaluationDocument:
 def save_quality(table: QualityTable, path: str | os.PathLike[str]) -> None:
     """Write the cells of a table as JSON; a crash leaves the old file or the new one."""
     cells = [asdict(cell) for cell in table.cells]
-    write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", "cells": cells}))
+    write_atomic(
+        path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", "cells": cells})
+    )
 
 
 def load_quality(path: str | os.PathLike[str]) -> QualityTable:
-    """Read a table. Raises BitscapeError, naming the file, for a damaged one and for cells that make no table."""
+    """Read a table.
+
+    Raises BitscapeError, naming the file, for a damaged one and for cells that make no table.
+    """
     cells = read_document(QualityDocument, path, format=FORMAT).cells
     pairs = Counter((cell.corruption, cell.severity) for cell in cells)
     clean = [cell for cell in cells if cell.corruption == CLEAN]
     if len(clean) != 1 or len(cells) < 2 or max(pairs.values()) > 1:
-        raise BitscapeError(f"{os.fspath(path)}: a table has one cell of clean images, and of each corruption one for each severity")
+        raise BitscapeError(
+            f"{os.fspath(path)}: a table has one cell of clean images, "
+            "and of each corruption one for each severity"
+        )
     return QualityTable(cells)
 
 

@@ -1,4 +1,4 @@
-"""What scores promise at every cost: the Pareto front, uniform and random policies beside it, and the chosen policy."""
+"""What scores promise at every cost: the front, controls beside it, and the chosen policy."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,8 @@ from bitscape.searches.uniform import uniform_columns
 
 RANDOM_POLICIES = 20
 POINTS = 20
-WINDOW = 0.02  # random policies use at least 98 % of the cap if they can, as those of `bitscape search --method random`
+WINDOW = 0.02
+"""Random policies use at least 98 % of the cap if they can, as those of the method `random`."""
 DEFAULT_KIND = "bitops"
 EIGHT = LayerBits(8, 8)
 
@@ -34,6 +35,8 @@ class Point:
     score: float
     fits: bool = True
     """Whether it keeps every cap of the budget."""
+    policy: Policy | None = None
+    """Its bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +64,16 @@ class ComparedFront:
 
 
 def front_of(
-    scores: ScoreTable, network: NetworkProfile, chosen: Policy | None = None, caps: Mapping[str, float] | None = None
+    scores: ScoreTable,
+    network: NetworkProfile,
+    chosen: Policy | None = None,
+    caps: Mapping[str, float] | None = None,
 ) -> ComparedFront:
     """Compute the front of a score table along the first cap, BitOps without one.
 
-    Layers without scores were pinned: they have the bits of the chosen policy, else 8/8. Activations that its search kept at
-    fixed bits stay so. Raises BitscapeError if scores, caps and network do not fit each other.
+    Layers without scores were pinned: they have the bits of the chosen policy, else 8/8.
+    Activations that its search kept at fixed bits stay so. Raises BitscapeError if scores, caps and
+    network do not fit each other.
     """
     caps = dict(caps or {})
     kind = next(iter(caps), DEFAULT_KIND)
@@ -74,13 +81,17 @@ def front_of(
     bits = {} if chosen is None else chosen.layers
     pinned = {name: bits.get(name, EIGHT) for name in network.by_name if name not in free}
     activations = {} if chosen is None else fixed_activations(chosen, free)
-    uncapped, capped = (_choices(scores, network, Budget(limits), pinned, activations) for limits in ({}, caps))
+    uncapped, capped = (
+        _choices(scores, network, Budget(limits), pinned, activations) for limits in ({}, caps)
+    )
     best = pareto_front(scores, uncapped, kind, POINTS)
     return ComparedFront(
         kind=kind,
         method=scores.method,
         caps=caps,
-        best=tuple(Point("front", point.cost, point.score) for point in best.points),
+        best=tuple(
+            Point("front", point.cost, point.score, policy=point.policy) for point in best.points
+        ),
         uniform=tuple(_uniform(scores, capped, kind)),
         random=tuple(_random(scores, capped)) if caps else (),
         chosen=None if chosen is None else _point("chosen", scores, network, chosen, kind),
@@ -88,14 +99,25 @@ def front_of(
 
 
 def fixed_activations(policy: Policy, free: Iterable[str]) -> dict[str, int]:
-    """Free layer -> the bits of its activations where the search of this policy left only its weights free: "*/8"."""
+    """Free layer -> bits of its activations, where the search left only its weights free: "*/8"."""
     told = policy.provenance.get("pinned")
-    parts = {name: str(text).partition("/") for name, text in (told.items() if isinstance(told, Mapping) else ())}
-    return {name: int(bits) for name, (weight, _, bits) in parts.items() if name in free and weight == "*" and bits.isdecimal()}
+    parts = {
+        name: str(text).partition("/")
+        for name, text in (told.items() if isinstance(told, Mapping) else ())
+    }
+    return {
+        name: int(bits)
+        for name, (weight, _, bits) in parts.items()
+        if name in free and weight == "*" and bits.isdecimal()
+    }
 
 
 def _choices(
-    scores: ScoreTable, network: NetworkProfile, budget: Budget, pinned: Mapping[str, LayerBits], activations: Mapping[str, int]
+    scores: ScoreTable,
+    network: NetworkProfile,
+    budget: Budget,
+    pinned: Mapping[str, LayerBits],
+    activations: Mapping[str, int],
 ) -> Choices:
     choices = Choices.of(network, budget, candidates=scores.candidates, pinned=pinned)
     return replace(choices, freedom=replace(choices.freedom, activations=activations))
@@ -105,13 +127,17 @@ def score_of(scores: ScoreTable, policy: Policy) -> float | None:
     """Total score of a policy; None where it has bits that were not scored, or are forbidden."""
     columns = {bits: at for at, bits in enumerate(scores.candidates)}
     own = [(row, columns.get(policy.layers[name])) for row, name in enumerate(scores.layers)]
-    total = sum(float("inf") if column is None else float(scores.values[row, column]) for row, column in own)
+    total = sum(
+        float("inf") if column is None else float(scores.values[row, column]) for row, column in own
+    )
     return total if np.isfinite(total) else None
 
 
-def _point(name: str, scores: ScoreTable, network: NetworkProfile, policy: Policy, kind: str) -> Point | None:
+def _point(
+    name: str, scores: ScoreTable, network: NetworkProfile, policy: Policy, kind: str
+) -> Point | None:
     score = score_of(scores, policy)
-    return None if score is None else Point(name, cost(kind, network, policy), score)
+    return None if score is None else Point(name, cost(kind, network, policy), score, policy=policy)
 
 
 def _uniform(scores: ScoreTable, choices: Choices, kind: str) -> list[Point]:
@@ -130,9 +156,15 @@ def _uniform(scores: ScoreTable, choices: Choices, kind: str) -> list[Point]:
 
 
 def _random(scores: ScoreTable, choices: Choices) -> list[Point]:
-    """Random policies within the caps, by seeds 0, 1, ...; those that end further below than the method `random` accepts are left out."""
+    """Random policies within the caps, by seeds 0, 1, ...
+
+    Those that end further below than the method `random` accepts are left out.
+    """
     rows = {name: row for row, name in enumerate(scores.layers)}
-    scored = [np.isfinite([scores.values[rows[name]] for name in group]).all(0) for group in choices.freedom.groups]
+    scored = [
+        np.isfinite([scores.values[rows[name]] for name in group]).all(0)
+        for group in choices.freedom.groups
+    ]
     allowed = reachable(np.array(scored) & choices.allowed, choices.caps) if scored else None
     if allowed is None:
         return []
@@ -142,5 +174,13 @@ def _random(scores: ScoreTable, choices: Choices) -> list[Point]:
         start = tuple(int(rng.choice(np.flatnonzero(row))) for row in allowed)
         choice = walk(choices, start, allowed, WINDOW, rng)
         if choices.holds(choice) and usage(choices, choice) >= 1 - LARGEST_SHORTFALL:
-            found.append(_point(f"random {seed}", scores, choices.network, choices.policy(choice, {}), next(iter(choices.budget.caps))))
+            found.append(
+                _point(
+                    f"random {seed}",
+                    scores,
+                    choices.network,
+                    choices.policy(choice, {}),
+                    next(iter(choices.budget.caps)),
+                )
+            )
     return [point for point in found if point is not None]

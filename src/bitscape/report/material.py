@@ -9,9 +9,11 @@ from bitscape.cost.layers import NetworkProfile
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.errors import BitscapeError, prefixed
 from bitscape.policy import LayerBits, Policy, uniform_policy
-from bitscape.report.compare import Comparison, Group, comparisons, groups
+from bitscape.report.compare import UNIFORM, Comparison, Group, comparisons, groups
+from bitscape.report.front import ComparedFront, front_of
 from bitscape.report.inputs import Inputs
 from bitscape.report.policies import Shown, caps_of, chosen, distinct
+from bitscape.searches.scores import ScoreTable
 from bitscape.words import cost_text
 
 
@@ -59,7 +61,11 @@ class Material:
     def title(self) -> str:
         """Of the report."""
         told = self.model or (self.chosen.policy.provenance.get("model") if self.chosen else None)
-        return f"Quantization report: {told.rpartition(':')[2]}" if isinstance(told, str) else "Quantization report"
+        return (
+            f"Quantization report: {told.rpartition(':')[2]}"
+            if isinstance(told, str)
+            else "Quantization report"
+        )
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -74,7 +80,52 @@ class Material:
     @cached_property
     def eight_bits(self) -> Mapping[str, float]:
         """Cost with every layer at 8 bits; {} without the network."""
-        return self.costs(uniform_policy(self.network.by_name, LayerBits(8, 8))) if self.network else {}
+        return (
+            self.costs(uniform_policy(self.network.by_name, LayerBits(8, 8)))
+            if self.network
+            else {}
+        )
+
+    @cached_property
+    def scores(self) -> ScoreTable | None:
+        """The scores by which the chosen policy was found, else the first."""
+        tables = self.inputs.scores.values()
+        method = self.chosen.policy.provenance.get("method") if self.chosen else None
+        own = (table for table in tables if table.method == method)
+        return next(own, next(iter(tables), None))
+
+    @property
+    def lacks_latency(self) -> bool:
+        """Whether the budget caps milliseconds that no table tells."""
+        timed = self.network is not None and self.network.has_latency
+        return "latency_ms" in self.caps and not timed
+
+    @cached_property
+    def front(self) -> ComparedFront | None:
+        """What the scores promise; None where scores, network or latency table are missing."""
+        if self.scores is None or self.network is None or self.lacks_latency:
+            return None
+        policy = self.chosen.policy if self.chosen else None
+        timed = "latency_ms" in self.caps
+        network = self.network if timed else without_latency(self.network)
+        return front_of(self.scores, network, policy, self.caps)
+
+    @cached_property
+    def uniform(self) -> tuple[str, Policy] | None:
+        """The uniform policy beside the chosen one, and what it is called.
+
+        Of those that were given, that whose cost is closest; else the best-scored one within the
+        budget. None where there is neither.
+        """
+        given = [each for each in self.policies if each.method.startswith(UNIFORM)]
+        if self.chosen is not None and given:
+            kind = next(iter(self.caps), "weight_bytes")
+            goal = self.costs(self.chosen.policy).get(kind, 0.0)
+            closest = min(given, key=lambda each: abs(self.costs(each.policy).get(kind, 0) - goal))
+            return closest.method, closest.policy
+        within = [each for each in self.front.uniform if each.fits] if self.front else []
+        best = min(within, key=lambda point: point.score, default=None)
+        return (f"{UNIFORM} {best.name}", best.policy) if best and best.policy else None
 
     def costs(self, policy: Policy) -> Mapping[str, float]:
         """Every known cost: counted on the network, else as the policy file tells."""
@@ -91,11 +142,20 @@ class Material:
         return [cost_text(kind, own.get(kind)) for kind in kinds]
 
     def in_call_order(self, policy: Policy) -> dict[str, LayerBits]:
-        """Layer -> bits, in the order in which the network calls them, else in the file's, which a search writes in that order."""
-        order = [] if self.network is None else [name for name in self.network.by_name if name in policy.layers]
+        """Layer -> bits, in call order; without the network, in that of the file."""
+        order = (
+            []
+            if self.network is None
+            else [name for name in self.network.by_name if name in policy.layers]
+        )
         return {name: policy.layers[name] for name in dict.fromkeys([*order, *policy.layers])}
 
 
 def without_latency(network: NetworkProfile) -> NetworkProfile:
     """The network as it was before a latency table was joined."""
-    return replace(network, layers=tuple(replace(layer, latency_ns={}, flash_bytes={}, sram_bytes={}) for layer in network.layers))
+    return replace(
+        network,
+        layers=tuple(
+            replace(layer, latency_ns={}, flash_bytes={}, sram_bytes={}) for layer in network.layers
+        ),
+    )
