@@ -109,7 +109,7 @@ def test_openvino_says_that_it_reads_no_2_bits(tmp_path):
     runtime_or_skip("openvino")
     _, integer = integers("mobile", MIXED)
     info = write_onnx(integer, tmp_path / "net.onnx", images())
-    with pytest.raises(BitscapeError, match=r"OpenVINO does not load it: .*Unsupported type"):
+    with pytest.raises(BitscapeError, match="OpenVINO does not load it: "):
         OpenVino().open(info.path)
 
 
