@@ -1,11 +1,11 @@
-# make demo, make check, make test, make docs: all work in .venv, which the versions in constraints.txt fill once.
+# make demo, make check, make test, make docs, make site: all work in .venv, which the versions in constraints.txt fill once.
 # make speed: beside the stored ratios of this kind of machine; none of the tests.
 # make bounds: an environment of its own, with the lowest versions that pyproject.toml allows.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo lint check test docs bounds speed
+.PHONY: demo lint check test docs site bounds speed
 
 demo: $(READY)
 	$(BIN)/bitscape demo
@@ -24,7 +24,7 @@ WORKERS := -n 2 --no-loadscope-reorder
 check: lint
 	$(BIN)/pytest $(WORKERS) -m "not slow and not signals"
 
-test: lint
+test: lint site
 	$(BIN)/pytest -m signals $$(grep -rl --include="*.py" mark.signals tests)
 	$(BIN)/pytest $(WORKERS) -m "not signals"
 
@@ -39,6 +39,11 @@ docs: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/pytest tests/docs tests/test_readme.py
 
+# The pages of docs and the docstrings of the public names as a site, in build/site; a broken link is an error,
+# but not with --quiet, which counts no warnings.
+site: $(READY)
+	$(BIN)/mkdocs build
+
 # Not a part of `make test`: about a minute, and other programs disturb it. STORE=1 stores what a quiet machine measures.
 speed: $(READY)
 	$(BIN)/python -m benchmarks.speed_gate $(if $(STORE),--store)
@@ -51,5 +56,5 @@ bounds:
 $(READY): constraints.txt pyproject.toml hatch_build.py src/bitscape/quant/kernels/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e .[dev]
+	$(BIN)/pip install -c constraints.txt -e .[dev,docs]
 	touch $@

@@ -24,13 +24,8 @@ SECTIONS = {
 }
 """Heading -> the package whose modules may carry a card."""
 FIELDS = ("Paper", "Idea", "Computes", "Departs", "Costs", "Measured")
-PAGES = {
-    "results": "../results.md",
-    "transfer": "../transfer.md",
-    "how-to-choose": "../how-to-choose.md",
-    "flat-training": "../flat-training.md",
-}
-"""docs/NAME in a card -> where a page of docs/methods finds it."""
+PAGES = ("results-searches", "results-flat-training", "results-dynamic", "results", "transfer")
+"""NAME of docs/NAME in a card, which a page of docs/methods links to; a longer name before its beginning."""
 MARK = "<!-- Written by `python -m benchmarks.tables`"
 _FIELD = re.compile(rf"({'|'.join(FIELDS)}) {{2,}}(\S.*)")
 _CODE = re.compile(r"(`[^`]*`)")
@@ -130,7 +125,7 @@ def _marked_down(text: str) -> str:
     parts = _CODE.split(text)
     plain = [re.sub(r"[*<\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     linked = [re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", part) for part in plain]
-    parts[::2] = [re.sub(rf"\bdocs/({'|'.join(PAGES)})\b", lambda found: f"[{found[1]}]({PAGES[found[1]]})", part) for part in linked]
+    parts[::2] = [re.sub(rf"\bdocs/({'|'.join(PAGES)})\b", r"[\1](../\1.md)", part) for part in linked]
     return "".join(parts)
 
 

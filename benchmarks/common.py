@@ -77,6 +77,16 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def networks_parser(description: str | None, networks: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of every benchmark whose runs are of some networks."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", action="append", choices=networks)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
 def do_missing(
     benchmark: str, keys: Sequence[str], runs: Iterable[Run], measure: Callable[[dict[str, Any]], Mapping[str, Any]], part: str = "0/1"
 ) -> None:

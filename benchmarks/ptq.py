@@ -8,7 +8,6 @@ BitOps. Controls: the widest uniform bits, two neighboring widths, and random po
 like the searched ones. In rows of foreign images the scores come from images of another dataset.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 import bitscape as bs
-from benchmarks.common import bits_of, dataset, do_missing, proxy_images
-from benchmarks.subjects import IMAGES, Subject, float_value, subject, value
+from benchmarks.common import bits_of, dataset, do_missing, networks_parser, proxy_images
+from benchmarks.subjects import IMAGES, Subject, described, subject, value
 from bitscape.searches.local import Local
 from bitscape.searches.uniform import Uniform
 from recipes.networks import WEIGHTS
@@ -128,15 +127,7 @@ def searched(network: str, method: str, variant: str, images: str, seed: int) ->
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Do one run and return its fields."""
     about: Subject = subject(run["network"])
-    fields = {
-        **run,
-        "weights": about.weights,
-        "task": about.task,
-        "metric": about.metric,
-        "test_images": about.test_samples,
-        "float_value": float_value(run["network"]),
-        "clock": "process",
-    }
+    fields = {**run, **described(run["network"])}
     if run["method"] == "float":
         return {**fields, "value": fields["float_value"]}
     keys = ("network", "method", "variant", "proxy", "seed")
@@ -164,11 +155,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--network", action="append", choices=NETWORKS)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = networks_parser(__doc__, NETWORKS)
     parser.add_argument("--part", default="0/1", help="every n-th run from the i-th on: i/n")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

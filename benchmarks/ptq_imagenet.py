@@ -22,7 +22,7 @@ import bitscape as bs
 from benchmarks.common import DATA, RESULTS, bits_of, both_ends, dataset, proxy_images, record, test_batches
 from bitscape.data.sources import Dataset
 from bitscape.quant.convert import calibrate, with_quantizers
-from bitscape.quant.repair import input_moments, repair
+from bitscape.quant.repair import repair
 from bitscape.report.records import missing, read_runs
 from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
@@ -73,12 +73,6 @@ def images(network: str, proxy: str | None) -> Tensor:
     return proxy_images(dataset(PROXIES[proxy]), network, IMAGES, seed=0)
 
 
-@cache
-def moments(network: str, proxy: str | None) -> dict[str, Tensor]:
-    """Second moments of every layer's input, which all policies share."""
-    return input_moments(float_network(network), images(network, proxy))
-
-
 def top1(network: str, model: nn.Module) -> float:
     """Percent correct on the test images."""
     batches = test_batches(split(network)[1], WEIGHTS[network].normalization, batch_size=32)
@@ -107,9 +101,8 @@ def accuracies(run: dict[str, Any], policy: bs.Policy) -> dict[str, Any]:
     quantized = calibrate(with_quantizers(float_network(network), policy), images(network, proxy))
     # Of the twenty random policies only the repaired accuracy, which the comparison is about.
     plain = None if run["method"] == "random" else top1(network, quantized)
-    shared = moments(network, proxy)
     started = time.perf_counter()
-    repair(quantized, float_network(network), images(network, proxy), moments=shared)
+    repair(quantized, float_network(network), images(network, proxy))
     return {"plain_top1": plain, "repair_s": time.perf_counter() - started, "top1": top1(network, quantized)}
 
 

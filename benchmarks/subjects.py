@@ -280,3 +280,16 @@ def value(about: Subject, network: nn.Module) -> float:
 def float_value(network: str) -> float:
     """The same of the float network."""
     return value(subject(network), subject(network).model)
+
+
+def described(network: str) -> dict[str, Any]:
+    """The fields that every run with the network's values has."""
+    about = subject(network)
+    return {
+        "weights": about.weights,
+        "task": about.task,
+        "metric": about.metric,
+        "test_images": about.test_samples,
+        "float_value": float_value(network),
+        "clock": "process",
+    }

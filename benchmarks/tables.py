@@ -2,20 +2,23 @@
 
     python -m benchmarks.tables [--check]
 
-Tables stand between `<!-- table: NAME -->` and `<!-- end -->` and come from benchmarks/results/NAME.jsonl (`overview` from several
-of them); pages of methods come from the cards in the source. `--check` writes nothing and exits with 1, naming what is stale.
+Tables stand between `<!-- table: NAME -->` and `<!-- end -->` and come from benchmarks/results/NAME.jsonl (`overview` from
+tasks.jsonl); pages of methods come from the cards in the source. `--check` writes nothing and exits with 1, naming what is stale.
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.cards import pages
 from benchmarks.dqmq_summaries import figure as dqmq_figure
 from benchmarks.figures import equal_bytes
 from benchmarks.overview import overview
+from benchmarks.policy_figure import policy_figure
 from benchmarks.saq_summaries import landscape
 from benchmarks.summaries import tables
+from benchmarks.summaries_common import Run
 from benchmarks.transfer_summaries import heat_map
 from bitscape.errors import BitscapeError
 from bitscape.files import write_atomic
@@ -23,13 +26,14 @@ from bitscape.report.records import read_runs
 from bitscape.report.tables import update_tables
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {
-    "transfer-scores": lambda results: heat_map(read_runs(results / "transfer-scores.jsonl")),
-    "landscape": lambda results: landscape(read_runs(results / "landscape.jsonl")),
-    "dqmq": lambda results: dqmq_figure(read_runs(results / "dqmq.jsonl")),
-    "ptq-imagenet": lambda results: equal_bytes(read_runs(results / "ptq-imagenet.jsonl")),
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], str]]] = {
+    "transfer-scores": ("transfer-scores", heat_map),
+    "landscape": ("landscape", landscape),
+    "dqmq": ("dqmq", dqmq_figure),
+    "ptq-imagenet": ("ptq-imagenet", equal_bytes),
+    "policy": ("tasks", policy_figure),
 }
-"""Name of the figure and of its results file -> what draws it from the folder of results; without the file there is none."""
+"""Name of the figure -> name of its results file, and what draws it from the runs; without the file there is none."""
 
 
 def wanted(root: Path) -> dict[Path, str | None]:
@@ -40,7 +44,8 @@ def wanted(root: Path) -> dict[Path, str | None]:
     written = [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.exists()]
     gone = {path: None for path in written if path.parent.name == "methods" and path not in methods}
     updated = {path: _updated(path, made) for path in written if path.parent.name != "methods"}
-    drawn = {name: draw(results) for name, draw in FIGURES.items() if (results / f"{name}.jsonl").exists()}
+    files = {name: (results / f"{runs}.jsonl", draw) for name, (runs, draw) in FIGURES.items()}
+    drawn = {name: draw(read_runs(path)) for name, (path, draw) in files.items() if path.exists()}
     figures = {root / "docs" / "figures" / f"{name}.svg": text for name, text in drawn.items()}
     return {**updated, **gone, **methods, **figures}
 

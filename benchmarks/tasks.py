@@ -7,7 +7,6 @@ and measured on others. Two budgets: the bytes of 4-bit weights in every layer b
 BitOps of 6/6. The fisher policy of the first budget is exported to packed, ONNX and OpenVINO files, which are checked.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ import torch
 from torch import nn
 
 import bitscape as bs
-from benchmarks.common import bits_of, do_missing
-from benchmarks.subjects import Subject, float_value, subject, value
+from benchmarks.common import bits_of, do_missing, networks_parser
+from benchmarks.subjects import Subject, described, subject, value
 
 NAME = "tasks"
 KEYS = ("network", "method", "variant", "seed")
@@ -73,12 +72,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     about = subject(run["network"])
     shared = {
         **run,
-        "weights": about.weights,
-        "task": about.task,
-        "metric": about.metric,
-        "test_images": about.test_samples,
-        "float_value": float_value(run["network"]),
-        "clock": "process",
+        **described(run["network"]),
         "settings": {"images": about.images},
     }
     if run["method"] == "float":
@@ -109,9 +103,7 @@ def exported(network: nn.Module, path: Path, about: Subject) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = networks_parser(__doc__, NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     do_missing(NAME, KEYS, wanted(options.network or NETWORKS), measure)

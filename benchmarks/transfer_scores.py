@@ -14,6 +14,7 @@ again. `--part i/n` does every n-th run, so that several processes can share the
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -295,7 +296,7 @@ def agreements(runs: Iterable[Run]) -> list[dict[str, Any]]:
 def predicted_loss(table: Run, policy: Mapping[str, Sequence[int]]) -> float:
     """Sum of a run's scores over the free layers, each at its pair in the policy."""
     column = {pair: at for at, pair in enumerate(table["extra"]["candidates"])}
-    return sum(row[column["{}/{}".format(*policy[name])]] for name, row in table["extra"]["scores"].items())
+    return math.fsum(row[column["{}/{}".format(*policy[name])]] for name, row in table["extra"]["scores"].items())
 
 
 def regret(predicted: Floats, top1: Floats, first: int = 10) -> float:

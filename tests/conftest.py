@@ -1,8 +1,11 @@
 """What every test gets: checked shapes, one torch thread, reproducible examples, few digits and the path of the real data."""
 
+import functools
+import gc
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,17 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests import typechecks
 
-# Before the first import of the package: its modules are instrumented as they load. Costs half a second.
-install_import_hook("bitscape.quant", f"{typechecks.__name__}.checked")
+# Before the first import of the package: its modules are instrumented as they load. The arithmetic
+# of quantizers takes twice as long where every call is checked, and has no shapes to check.
+install_import_hook(typechecks.modules_with_shapes(), f"{typechecks.__name__}.checked")
 
 # Shells let programs that they start in the background ignore Ctrl-C; tests that raise it want its usual effect.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Triton reads it when it is imported, which torch.compile may do before any test of our programs.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # One thread: on two busy cores, threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
@@ -33,7 +41,8 @@ settings.register_profile("bitscape", deadline=None, derandomize=True, max_examp
 settings.load_profile("bitscape")
 
 
-EXPORTERS = "tests/exporters/"
+EXPORTERS = ("tests/exporters/", "tests/runtimes/")
+"""Their tests share the networks of `tests.exporters.networks`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,11 +51,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (not item.nodeid.startswith(EXPORTERS), item.path not in slow))
 
 
+def pytest_collection_finish() -> None:
+    """What repeats in every test and never changes is done once, when the test files have loaded."""
+    # Modules and collected tests live as long as the process: a fifth of all time would go into
+    # looking for garbage among them.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    if "onnxscript" in sys.modules:
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        # torch.onnx reads the sources of its 500 operators anew for every export.
+        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+
+
 class ByFile(LoadFileScheduling):
     """A file's tests share a process and its fixtures; the exporters' files also share networks."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return EXPORTERS if nodeid.startswith(EXPORTERS) else super()._split_scope(nodeid)
+        return "exporters" if nodeid.startswith(EXPORTERS) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)

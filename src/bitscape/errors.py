@@ -134,3 +134,10 @@ def needs_extra(extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise BitscapeError(f"a package is missing ({error}): pip install 'bitscape[{extra}]'") from error
+
+
+def at_least_one(**counts: int) -> None:
+    """Raise BitscapeError unless every argument, which counts something, is at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise BitscapeError(f"{name} = {count}: it must be at least 1")

@@ -43,7 +43,9 @@ FORMAT = 1
 MAX_BITS = 8
 """Of what a search offers unless it is told otherwise, and of weights."""
 WEIGHT_BITS = (*range(1, MAX_BITS + 1),)
-ACTIVATION_BITS = (*WEIGHT_BITS, 16)
+WIDE_BITS = 16
+"""Of activations alone."""
+ACTIVATION_BITS = (*WEIGHT_BITS, WIDE_BITS)
 FLOAT_BITS = 32
 """Of weights and activations that stay float."""
 SHOWN_NAMES = 5  # an error names this many layers and counts the others

@@ -12,8 +12,10 @@ NAMES = {
     "mean_activation_bits": "mean activation bits",
     "peak_activation_bytes": "peak activation bytes",
     "latency_ms": "predicted milliseconds",
+    "flash_bytes": "predicted flash bytes",
+    "sram_bytes": "predicted SRAM bytes",
 }
-_UNITS = {"bitops": "", "weight_bytes": "B", "peak_activation_bytes": "B"}
+_UNITS = {"bitops": "", "weight_bytes": "B", "peak_activation_bytes": "B", "flash_bytes": "B", "sram_bytes": "B"}
 """Of costs that are written with a prefix."""
 _PREFIXES = ("", "k", "M", "G", "T")
 

@@ -37,7 +37,7 @@ def test_help_tells_of_a_drop_where_it_can_be_asked_for(cli):
 
 
 @pytest.mark.parametrize(
-    ("to", "message"), [("net.tflite", "the file is written as .onnx or .xml or"), ("absent/net.onnx", "no folder")]
+    ("to", "message"), [("net.pb", "the file is written as .onnx or .xml or"), ("absent/net.onnx", "no folder")]
 )
 def test_files_that_cannot_be_written_are_refused_at_once(refused, tmp_path, to, message):
     assert message in refused(*COMPRESS, "--to", tmp_path / to)

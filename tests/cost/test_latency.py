@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_the_network_at_8_bits_takes_what_was_measured(alone: list[float], netwo
 
 def test_latency_is_a_cost_only_where_a_table_was_joined() -> None:
     uniform = uniform_policy(NETWORK.by_name, LayerBits(4, 4))
-    assert set(CAPS) - set(policy_cost(NETWORK, uniform)) == {"latency_ms"}
+    assert set(CAPS) - set(policy_cost(NETWORK, uniform)) == {"latency_ms", "flash_bytes", "sram_bytes"}
     assert policy_cost(JOINED, uniform) == {**policy_cost(NETWORK, uniform), "latency_ms": 0.75 * 2.25}
     with pytest.raises(BitscapeError, match=r"no latency table was given.*bitscape latency build.*--latency"):
         cost("latency_ms", NETWORK, uniform)
@@ -315,3 +316,35 @@ def test_a_layer_run_twice_and_a_shared_weight_keep_their_own_times() -> None:
     changes = {"layers": layers, "fingerprint": fingerprint(network.shapes), "input_shape": (4,)}
     joined = with_latency(network, replace(TABLE, **changes))
     assert {layer.name: layer.latency_ns[LayerBits(8, 8)] for layer in joined.layers} == {"one": 2_000_000, "two": 1_000_000}
+
+
+BYTES = {"flash": {name: dict.fromkeys(row, 100) for name, row in ALONE.items()}, "sram": {}}
+
+
+def test_a_table_of_a_compiler_has_flash_and_no_float(tmp_path: Path) -> None:
+    table = replace(TABLE, float_ms=None, flash={**BYTES["flash"], "0": {"8/8": 70, "4/8": 30, "4/4": 20}})
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table and not table.sram
+    joined = with_latency(NETWORK, table)
+    policy = uniform_policy(NETWORK.shapes, LayerBits(4, 8))
+    assert cost("flash_bytes", joined, policy) == 230
+    assert "flash_bytes" in policy_cost(joined, policy) and "sram_bytes" not in policy_cost(joined, policy)
+    with pytest.raises(BitscapeError, match="sram_bytes: the latency table has times alone"):
+        cost("sram_bytes", joined, policy)
+
+
+@pytest.mark.parametrize("flash", [{"0": {"8/8": 1}}, {**BYTES["flash"], "0": {"8/8": 1}}, {**BYTES["flash"], "3": 7}])
+def test_flash_is_of_all_layers_at_the_same_bits(flash: Any) -> None:
+    with pytest.raises(BitscapeError, match="'flash' must hold the layers of the table at the same bits"):
+        replace(TABLE, flash=flash)
+
+
+def test_bytes_are_whole_numbers() -> None:
+    with pytest.raises(BitscapeError, match=r"sram of layer '0' at 8/8 bits.*whole numbers from 0"):
+        replace(TABLE, sram={**BYTES["flash"], "0": {"8/8": 1.5, "4/8": 1, "4/4": 1}})
+
+
+def test_widths_that_were_not_varied_do_not_matter() -> None:
+    assert CAPS["latency_ms"].widths(JOINED) == {"weight", "activation"}
+    of_weights = {name: {pair: ms for pair, ms in row.items() if pair.endswith("/8")} for name, row in ALONE.items()}
+    assert CAPS["latency_ms"].widths(with_latency(NETWORK, replace(TABLE, layers=of_weights))) == {"weight"}

@@ -26,6 +26,7 @@ def test_what_each_target_stores_and_computes() -> None:
         "openvino": ((2, 3, 4, 6, 8), (8,), "8/8"),
         "fpga-bitops": (every, (*every, 16), "3/4"),
         "cortex-m": ((4, 8), (8,), "8/8"),
+        "ethos-u": ((2, 3, 4, 5, 6, 7, 8), (8,), "8/8"),
         "htp": ((4, 8), (8, 16), "8/8"),
     }
     assert all(each.name == name for name, each in TARGETS.items())

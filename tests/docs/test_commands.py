@@ -14,7 +14,7 @@ from bitscape.searches.methods import METHODS
 from bitscape.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`([^`]+)`")
 LISTED = {"--method": set(METHODS), "--step": {*STEPS, "dqmq"}}

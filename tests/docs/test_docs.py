@@ -28,7 +28,8 @@ from bitscape.steps import STEPS, Plain
 from tests.engine.tiny import tiny_batches, tiny_net
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = ("relative", "damped", "webhook", "similarity")
 """Of the examples of docs/extending.md, as files."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -65,7 +66,7 @@ def test_every_page_can_be_reached_from_the_index():
             seen.add(page)
             links = (link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8")))
             left += [(page.parent / name).resolve() for name in links if name]
-    assert sorted(set(DOCUMENTS) - seen) == [ROOT / "README.md"]
+    assert set(DOCUMENTS) - seen == set(ROOT_PAGES)
 
 
 def test_names_of_the_notation_exist():

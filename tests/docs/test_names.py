@@ -20,7 +20,8 @@ from benchmarks.cards import Card, sections
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "benchmarks", "recipes", "tools")
 PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT_PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+DOCUMENTS = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
 WRITERS = [*DOCUMENTS, *PYTHON]
 """Files whose prose is checked. Those of tests are not: they may well mention what does not exist."""
 
@@ -112,7 +113,7 @@ def _prose(path: Path) -> list[str]:
     return _prose_and_names(text)[0] if path.suffix == ".py" else [FENCED.sub("", text)]
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "docs", "README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "docs", *ROOT_PAGES])
 def test_what_the_prose_mentions_exists(folder: str):
     files = [path for path in WRITERS if path.relative_to(ROOT).parts[0] == folder]
     missing = {path.name: names for path in files if (names := [name for text in _prose(path) for name in unknown(text)])}
@@ -159,7 +160,7 @@ def test_tables_of_a_card_exist(card: Card):
 
 
 def test_a_table_that_does_not_exist_is_found():
-    assert unknown_tables("docs/results: qat-cifar10, qat-cifar100. docs/flat-training: saq.") == ["qat-cifar100"]
+    assert unknown_tables("docs/results: qat-cifar10, qat-cifar100. docs/results-flat-training: saq.") == ["qat-cifar100"]
 
 
 def _targets(computes: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ def test_the_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks:

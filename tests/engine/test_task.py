@@ -9,7 +9,8 @@ from torch.autograd.functional import hessian
 from torch.nn import functional
 
 from bitscape.engine.dense import Dense
-from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, drawn_labels, task_of
+from bitscape.engine.outputs import softmax_roots
+from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, task_of
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
 
@@ -157,13 +158,18 @@ def test_divergence_of_followed_outputs_is_half_the_squared_difference() -> None
 @pytest.mark.parametrize(
     ("task", "shape"), [(Classes(), (3,)), (Binary(), (3,)), (Follow(), (3,)), (User(), (3,)), (Dense(), (3, 1)), (Dense(), (3, 2, 2))]
 )
-def test_squared_gradients_of_the_drawn_loss_expect_to_the_curvature_of_the_divergence(task: Task, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("draws", [1, 3, 4])
+def test_squared_gradients_of_drawn_losses_expect_to_the_curvature_of_the_divergence(
+    task: Task, shape: tuple[int, ...], draws: int
+) -> None:
     values = torch.linspace(-1.0, 0.7, math.prod(shape), dtype=torch.float64).reshape(shape)
     curvature = hessian(lambda moved: task.divergence(moved.reshape(1, *shape), values[None])[0], values.flatten()).diagonal()
-    generator, draws = torch.Generator().manual_seed(0), 20_000
-    outputs = values.expand(draws, *shape).clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(task.drawn_loss(outputs, generator).sum(), outputs)
-    torch.testing.assert_close(gradient.square().mean(0).flatten(), curvature, rtol=0.06, atol=0)
+    outputs = values.expand(20_000, *shape).clone().requires_grad_()
+    losses = task.drawn_losses(outputs, torch.Generator().manual_seed(0), draws=draws)
+    assert losses.shape == (draws, 20_000)
+    gradients = [torch.autograd.grad(loss.sum(), outputs, retain_graph=True)[0] for loss in losses]
+    squares = torch.stack(gradients).square().mean((0, 1)).flatten()
+    torch.testing.assert_close(squares, curvature, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("task", [Classes(), Binary(), Follow({}), User()])
@@ -199,11 +205,11 @@ def test_a_loss_of_the_users_is_scored_by_the_targets_where_there_are_any(loss: 
     raw, targets = IMAGES.clone().requires_grad_(), torch.zeros(16, 4)
     outputs = task.outputs({"x": raw}, 16)
     torch.testing.assert_close(outputs, IMAGES)
-    (gradient,) = torch.autograd.grad(task.drawn_loss(outputs, generator, targets).sum(), raw, retain_graph=True)
+    (gradient,) = torch.autograd.grad(task.drawn_losses(outputs, generator, targets, 4).sum(), raw, retain_graph=True)
     torch.testing.assert_close(gradient, IMAGES.clamp(-1, 1))  # of each sample's own loss
     (bent,) = torch.autograd.grad(task.curved_loss(outputs, generator, targets).sum(), raw, create_graph=True)
     assert float(bent.detach().abs().max()) < 1e-6  # without what is linear
-    (unit,) = torch.autograd.grad(task.drawn_loss(task.outputs({"x": raw}, 16), generator).sum(), raw)
+    (unit,) = torch.autograd.grad(task.drawn_losses(task.outputs({"x": raw}, 16), generator).sum(), raw)
     assert set(unit.unique().tolist()) == {-1.0, 1.0}
 
 
@@ -253,12 +259,23 @@ def test_divergence_of_dense_classes_is_the_mean_over_positions() -> None:
     torch.testing.assert_close(Dense().divergence(outputs, reference), torch.stack(by_position).mean(0))
 
 
-def test_labels_are_drawn_by_the_softmax_and_by_the_seed() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(30_000, 1)
-    labels = drawn_labels(logits, torch.Generator().manual_seed(0))
-    assert torch.equal(labels, drawn_labels(logits, torch.Generator().manual_seed(0)))
-    shares = labels.bincount() / len(labels)
-    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
+def test_as_many_draws_as_classes_give_the_softmaxs_hessian_whole() -> None:
+    logits = torch.tensor([[3.0, -1.0, 0.5], [-4.0, 9.0, 0.0]])
+    roots = softmax_roots(logits, 4, torch.Generator().manual_seed(0))
+    chances = logits.softmax(1)
+    hessian = chances.diag_embed() - chances[:, :, None] * chances[:, None]
+    torch.testing.assert_close(torch.einsum("dnc,dnk->nck", roots, roots) / 4, hessian)
+
+
+def test_draws_leave_out_no_products_but_those_of_unlikely_classes() -> None:
+    """Of two draws and three classes the first and the last by probability share a column."""
+    chances = torch.tensor([[0.9, 0.0999, 1e-4]])
+    hessian = chances.diag_embed() - chances[:, :, None] * chances[:, None]
+    for seed in range(3):
+        roots = softmax_roots(chances.log(), 2, torch.Generator().manual_seed(seed))
+        found = torch.einsum("dnc,dnk->nck", roots, roots) / 2
+        torch.testing.assert_close(found, hessian, atol=0.02, rtol=0)
+        assert not torch.allclose(found, hessian, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("task", [Classes(), Dense(), Binary(), Follow()], ids=lambda task: task.name)
@@ -266,14 +283,9 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch(task: Task) -> 
     outputs = torch.randn(40, 5, 3, generator=torch.Generator().manual_seed(0))
     outputs = outputs[..., 0] if task.name == "classes" else outputs
     generator = torch.Generator().manual_seed(1)
-    whole = task.drawn_loss(outputs, torch.Generator().manual_seed(1))
-    parts = [task.drawn_loss(part, generator) for part in outputs.split([1, 17, 22])]
-    assert torch.equal(torch.cat(parts), whole)
-
-
-def test_a_class_without_a_chance_is_never_drawn() -> None:
-    logits = torch.tensor([[-200.0, 0.0, -200.0, 1.0, -200.0]]).repeat(1000, 1)
-    assert set(drawn_labels(logits, torch.Generator().manual_seed(0)).tolist()) == {1, 3}
+    whole = task.drawn_losses(outputs, torch.Generator().manual_seed(1), draws=2)
+    parts = [task.drawn_losses(part, generator, draws=2) for part in outputs.split([1, 17, 22])]
+    assert torch.equal(torch.cat(parts, 1), whole)
 
 
 @pytest.mark.parametrize(

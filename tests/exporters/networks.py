@@ -2,11 +2,13 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -317,10 +319,10 @@ class Floats(nn.Module):
 
 
 _EXACT = (plain, mobile, geometries, signals, products, fire, convnext, repeated, pyramid)
-EXACT = {f.__name__: f for f in _EXACT} | {"vit": Vit, "floats": Floats, "heads": Heads}
+EXACT = {f.__name__: f for f in _EXACT} | {"vit": Vit, "heads": Heads}
 """What ONNX Runtime computes of these is exactly defined."""
-ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)}
-"""Here kernels add, pool or concatenate codes, each in its own way of rounding."""
+ROUNDED = {f.__name__: f for f in (residual, excited, shuffled, preactivated)} | {"floats": Floats}
+"""Here kernels add, pool or concatenate codes, or compute in float, each in its own way of rounding."""
 ZOO = EXACT | ROUNDED
 CASES = [(name, EIGHT) for name in ZOO] + [(name, MIXED) for name in ("mobile", "products", "pyramid")]
 
@@ -335,20 +337,52 @@ class Exported:
     info: "OnnxInfo"
 
 
-@cache
 def integers(name: str, bits: tuple[tuple[int, int], ...] = EIGHT) -> tuple[nn.Module, IntegerNetwork]:
+    """A network of the zoo, quantized and in integer form: made once."""
+    return _integers(name, bits)
+
+
+@cache
+def _integers(name: str, bits: tuple[tuple[int, int], ...]) -> tuple[nn.Module, IntegerNetwork]:
     network = quantized(made(ZOO[name]), bits=bits)
     return network, integer_network(network, images())
 
 
-@cache
 def exported(name: str, bits: tuple[tuple[int, int], ...] = EIGHT) -> Exported:
+    """A network of the zoo as an ONNX file: made once."""
+    return _exported(name, bits)
+
+
+@cache
+def _exported(name: str, bits: tuple[tuple[int, int], ...]) -> Exported:
     from bitscape.exporters.onnx.qdq import PORTABLE, write_onnx
 
     network, integer = integers(name, bits)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_graph(integer):
         info = write_onnx(integer, Path(folder) / "network.onnx", images(), containers=PORTABLE)
         return Exported(network, integer, info.path.read_bytes(), info)
+
+
+GRAPHS: dict[IntegerNetwork, Any] = {}
+"""What torch.onnx made of a network."""
+
+
+@contextmanager
+def one_graph(network: IntegerNetwork) -> Iterator[None]:
+    """Within, files of `network`, whatever their form, start from one graph: torch.onnx takes a second to make it."""
+    import onnx_ir as ir
+
+    from bitscape.exporters.onnx import qdq
+
+    make = qdq.onnx_graph
+
+    def graph(*arguments: Any, **settings: Any) -> ir.Model:
+        if network not in GRAPHS:
+            GRAPHS[network] = ir.to_proto(make(*arguments, **settings))
+        return ir.from_proto(GRAPHS[network])
+
+    with mock.patch.object(qdq, "onnx_graph", graph):
+        yield
 
 
 def other_images() -> Tensor:

@@ -6,10 +6,11 @@ from torch import nn
 from bitscape.errors import BitscapeError
 from bitscape.exporters.onnx.qdq import save_onnx
 from bitscape.exporters.parity import ALLOWED, LayerParity, ParityReport, _Graph, check_parity, read_layers
+from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.runtimes.sessions import RUNTIMES, OnnxRuntime
-from tests.exporters.networks import CASES, MIXED, exported, other_images
+from tests.exporters.networks import CASES, MIXED, Applied, exported, other_images
 from tests.needs import runtime_or_skip
 from tests.runtimes.test_sessions import with_float_layer
 
@@ -149,26 +150,29 @@ def test_a_convolution_whose_results_are_outputs_may_run_in_float_and_is_compare
     assert [layer.name for layer in wrong.layers if layer.differing] == ["scores"]
 
 
-@pytest.mark.parametrize(
-    ("rectifier", "shape", "floats"),
-    [
-        (nn.ReLU, (16, 8), "2"),
-        (nn.ReLU, (16, 5, 8), "4"),
-        (nn.GELU, (16, 5, 8), "2"),
-        (nn.Sigmoid, (16, 8), "4"),
-        (nn.LeakyReLU, (16, 5, 8), "2"),
-    ],
-)
-def test_layers_in_front_of_float_layers_compute_with_integers(rectifier, shape, floats, tmp_path):
+def test_layers_in_front_of_float_layers_compute_with_integers(tmp_path):
+    """Of rows and of tokens: the second or the third of three layers stays float."""
     runtime_or_skip("onnxruntime")
+    kinds = {"rows": [nn.ReLU, nn.Sigmoid, nn.ReLU], "tokens": [nn.ReLU, nn.GELU, nn.LeakyReLU]}
+    floats = {"rows.0.2", "rows.1.4", "rows.2.4", "tokens.0.4", "tokens.1.2", "tokens.2.2"}
+
+    def chain(rectifier):
+        return nn.Sequential(nn.Linear(8, 8), rectifier(), nn.Linear(8, 8), rectifier(), nn.Linear(8, 3))
+
+    def forward(net, x):
+        rows = torch.cat([chain(x[:, 0]) for chain in net.rows], 1)
+        return rows, torch.cat([chain(x) for chain in net.tokens], 2)
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), rectifier(), nn.Linear(8, 8), rectifier(), nn.Linear(8, 3)).eval()
-    policy = Policy(dict.fromkeys("024", LayerBits(8, 8)) | {floats: LayerBits.FLOAT})
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    chains = {name: nn.ModuleList(map(chain, rectifiers)) for name, rectifiers in kinds.items()}
+    model = Applied(forward, **chains).eval()
+    layers = set(layer_shapes(model))
+    policy = Policy(dict.fromkeys(layers, LayerBits(8, 8)) | dict.fromkeys(floats, LayerBits.FLOAT))
+    x = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(1))
     save_onnx(calibrate(with_quantizers(model, policy), x), tmp_path / "net.onnx", x)
     report = check_parity(tmp_path / "net.onnx", x.numpy())
     report.require(0.0)
-    assert {layer.name for layer in report.layers} == set("024") - {floats}
+    assert {layer.name for layer in report.layers} == layers - floats
     assert report.float_layers == report.float_outputs == ()
 
 

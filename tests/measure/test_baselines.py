@@ -148,7 +148,7 @@ def test_an_error_without_a_message_is_told_by_its_type(tmp_path):
 
 def test_images_go_to_the_device_of_the_network(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(baselines, "_folded", lambda network, images: seen.append(images.device.type) or network)
+    monkeypatch.setattr(baselines, "folded", lambda network, images: seen.append(images.device.type) or network)
     monkeypatch.setattr(baselines, "onnx_graph", lambda module, interface, images, *_, **__: seen.append(images.device.type) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_float_onnx(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta"), tmp_path / "no.onnx", IMAGES)

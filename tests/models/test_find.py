@@ -301,8 +301,9 @@ def test_the_state_of_a_quantizer_has_one_shape(tmp_path):
     made = with_quantizers(_network(), uniform_policy(["0"], LayerBits(4, 4)))
     state = {key: value.clone() for key, value in made.state_dict().items()}
     name = next(key for key in state if key.endswith("_extra_state"))
-    for wrong in (torch.zeros(1, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)):
-        with pytest.raises(BitscapeError, match=f"of another kind: {name} is torch.uint8 of shape"):
+    for shape in ((1,), (2,), (4,), (3, 3)):
+        wrong = torch.zeros(shape, dtype=torch.int32)
+        with pytest.raises(BitscapeError, match=f"of another kind: {name} is torch.int32 of shape"):
             load_weights(made, _saved(tmp_path, {**state, name: wrong}))
 
 

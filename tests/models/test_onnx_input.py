@@ -129,3 +129,50 @@ def test_resizes_by_stored_numbers_are_those_of_torch(tmp_path, by):
 
 def called(network: nn.Module) -> set[str]:
     return {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
+
+
+def saved(path: Path, nodes, stored: dict[str, torch.Tensor], shape) -> Path:
+    """A file from "x" to "y"; a node is its kind, what it reads, what it makes, and attributes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [helper.make_node(kind, reads, [made], made, **about) for kind, reads, made, about in nodes],
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+        [numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path
+    )
+    return path
+
+
+def test_a_product_with_a_stored_matrix_and_a_stored_vector_added_is_a_linear_layer(tmp_path):
+    stored = {"matrix": torch.randn(6, 4), "bias": torch.randn(4)}
+    nodes = [("MatMul", ["x", "matrix"], "product", {}), ("Add", ["product", "bias"], "y", {})]
+    network = find_model(f"onnx:{saved(tmp_path / 'a.onnx', nodes, stored, ['n', 6])}")
+    (layer,) = quantizable_layers(network).values()
+    assert isinstance(layer, nn.Linear) and layer.bias is not None
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(network(x), x @ stored["matrix"] + stored["bias"])
+
+
+def test_slices_and_reshapes_by_a_shape_can_be_traced(tmp_path):
+    numbers = {"starts": [1], "ends": [9], "axes": [3], "first": [0], "second": [1], "rest": [-1]}
+    stored = {name: torch.tensor(value) for name, value in numbers.items()}
+    nodes = [
+        ("Slice", ["x", "starts", "ends", "axes"], "cut", {}),
+        ("Shape", ["cut"], "shape", {}),
+        ("Slice", ["shape", "first", "second"], "samples", {}),
+        ("Concat", ["samples", "rest"], "sizes", {"axis": 0}),
+        ("Reshape", ["cut", "sizes"], "y", {}),
+    ]
+    network = find_model(f"onnx:{saved(tmp_path / 'b.onnx', nodes, stored, ['n', 3, 4, 5])}")
+    x = torch.randn(2, 3, 4, 5)
+    expected = x[..., 1:].flatten(1)
+    assert torch.equal(network(x), expected)
+    batch = torch.export.Dim("batch", min=2, max=8)
+    traced = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
+    more = torch.randn(5, 3, 4, 5)
+    assert torch.equal(traced.module()(more), more[..., 1:].flatten(1))

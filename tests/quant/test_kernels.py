@@ -1,7 +1,6 @@
 """Fast kernels against the definition, and the operators that choose between them."""
 
 import importlib.util
-import os
 import shutil
 from unittest.mock import Mock
 
@@ -17,8 +16,6 @@ from bitscape.quant.kernels import gpu, native
 
 INTERPRETED = not torch.cuda.is_available()
 """Without a GPU, programs of Triton run on tensors of the CPU, in its interpreter."""
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 needs_native = pytest.mark.skipif(
     not native.supports(torch.empty(1)), reason="bitscape was installed without a C compiler"

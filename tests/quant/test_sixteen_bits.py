@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bitscape as bs
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.form import integer_network
 from bitscape.exporters.integer.graph import ActivationGrid
@@ -94,6 +95,21 @@ def test_onnx_runtime_computes_them_as_the_integers_say(bits, tmp_path):
     wide = {name for name, width in zip("abcd", bits, strict=True) if width == 16}
     assert wide <= set(report.float_outputs)
     assert np.all([layer.differing == 0 for layer in report.layers])
+
+
+def test_an_export_to_openvino_is_refused_at_once(tmp_path):
+    with pytest.raises(BitscapeError, match="network: layers b, d take 16-bit activations, and OpenVINO computes in 8"):
+        bs.export(quantized((8, 16, 8, 16)), tmp_path / "net.xml", images())
+
+
+def test_a_cap_on_the_mean_leaves_16_bits_to_a_few_layers():
+    offered = [LayerBits(weight, bits) for weight in (4, 8) for bits in (8, 16)]
+    caps = ["weight_bytes=6bit", "mean_activation_bits=10"]
+    result = bs.search(net(), images(), caps, candidates=offered, pinned={})
+    layers, elements = result.policy.layers, {"a": 192, "b": 512, "c": 512, "d": 4}
+    wide = sum(size for name, size in elements.items() if layers[name].activation == 16)
+    assert 0 < wide <= sum(elements.values()) * 2 / 8
+    assert result.policy.cost["mean_activation_bits"] <= 10
 
 
 @pytest.mark.slow

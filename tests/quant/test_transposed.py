@@ -65,7 +65,7 @@ def test_scales_of_outputs_repeat_over_groups():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_moments_give_the_squared_output(dims, groups):
     layer, x = transposed(dims, groups), examples(dims)
-    moments = input_moments(nn.Sequential(layer), x, positions=10**6)["0"]
+    moments = input_moments(nn.Sequential(layer), x, positions=10**6)["0"].mean
     rows = outputs_first(layer, layer.weight).detach().reshape(groups, -1, moments.shape[1])
     bias = layer.bias.reshape(-1, *[1] * dims)
     expected = (layer(x) - bias).detach().square().mean([0, *range(2, 2 + dims)])
@@ -74,7 +74,7 @@ def test_moments_give_the_squared_output(dims, groups):
 
 def test_moments_of_a_volume_give_the_squared_output():
     layer, x = nn.Conv3d(4, 2, 2, bias=False), examples(3)
-    moments = input_moments(nn.Sequential(layer), x, positions=10**6)["0"]
+    moments = input_moments(nn.Sequential(layer), x, positions=10**6)["0"].mean
     rows = layer.weight.detach().reshape(1, 2, -1)
     torch.testing.assert_close(((rows @ moments) * rows).sum(2).flatten(), layer(x).detach().square().mean([0, 2, 3, 4]))
 

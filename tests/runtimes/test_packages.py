@@ -9,6 +9,7 @@ import pytest
 from bitscape.errors import BitscapeError
 from bitscape.runtimes import packages
 from bitscape.runtimes.packages import EXTRAS, runtime_module
+from bitscape.runtimes.sessions import RUNTIMES
 from tests.needs import runtime_or_skip
 
 ROOT = Path(__file__).parents[2]
@@ -16,17 +17,22 @@ SESSION = """
 import sys, tempfile, torch
 from torch import nn
 from bitscape.exporters.onnx.qdq import save_onnx
+from bitscape.exporters.tflite.file import save_tflite
+from bitscape.runtimes.litert import LiteRt
 from bitscape.runtimes.sessions import RUNTIMES
 from tests.exporters.networks import images, quantized
 
 network = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)))
 with tempfile.TemporaryDirectory() as folder:
-    info = save_onnx(network, folder + "/net.onnx", images(), containers=(8,))
-    RUNTIMES[sys.argv[1]]().open(info.path).run(images(2).numpy())
+    if sys.argv[1] == "ai_edge_litert":
+        info, runtime = save_tflite(network, folder + "/net.tflite", images()), LiteRt()
+    else:
+        info, runtime = save_onnx(network, folder + "/net.onnx", images(), containers=(8,)), RUNTIMES[sys.argv[1]]()
+    runtime.open(info.path).run(images(2).numpy())
 """
 
 
-@pytest.mark.parametrize("runtime", sorted(EXTRAS))
+@pytest.mark.parametrize("runtime", [*RUNTIMES, "ai_edge_litert"])
 def test_no_runtime_leaves_a_file_in_the_users_folders(runtime: str, tmp_path: Path) -> None:
     runtime_or_skip(runtime)
     pytest.importorskip("onnxscript")

@@ -11,6 +11,7 @@ from torch import nn
 from bitscape.data.samples import Samples
 from bitscape.engine.task import Classes
 from bitscape.policy import LayerBits
+from bitscape.quant.fold import fold_norms
 from bitscape.searches.allocation import allocate
 from bitscape.searches.choices import InfeasibleBudget
 from bitscape.searches.fisher import Fisher, Variant, pair_scores, weighted_products
@@ -19,6 +20,7 @@ from bitscape.searches.kl import Kl
 from bitscape.searches.local import Local
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem
+from bitscape.searches.repaired import repaired_noise
 from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import GradedCall, layer_noise, monotone
 
@@ -55,13 +57,13 @@ def images(n: int = 64) -> torch.Tensor:
 def test_score_is_the_gradient_weighted_output_error_in_closed_form() -> None:
     layer = nn.Linear(16, 5, bias=False)
     noise = layer_noise(nn.Sequential(layer), ["0"], Samples.of(images().flatten(1)), PAIRS)["0"]
-    x, g = images(4).flatten(1), torch.randn(4, 5)
-    scores = pair_scores(GradedCall("0", x, g), noise, "elementwise", 1.0)
+    x, draws = images(4).flatten(1), torch.randn(2, 4, 5)
+    scores = pair_scores(GradedCall("0", x, tuple(draws)), noise, "elementwise", 1.0)
     by_weight, by_input = noise.output_changes(x)
-    expected = [[float((g * (w + a)).square().sum()) for a in by_input] for w in by_weight]
+    expected = [[float((draws * (w + a)).square().mean(0).sum()) for a in by_input] for w in by_weight]
     torch.testing.assert_close(scores, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
-    along = pair_scores(GradedCall("0", x, g), noise, "directional", 1.0)
-    expected = [[float((g * (w + a)).sum(1).square().sum()) for a in by_input] for w in by_weight]
+    along = pair_scores(GradedCall("0", x, tuple(draws)), noise, "directional", 1.0)
+    expected = [[float((draws * (w + a)).sum(2).square().mean(0).sum()) for a in by_input] for w in by_weight]
     torch.testing.assert_close(along, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
 
 
@@ -101,21 +103,27 @@ def test_same_seed_same_scores_and_neither_batches_nor_parts_matter(variant: Var
         np.testing.assert_allclose(values(size), expected, rtol=1e-4)
 
 
-def test_scores_are_those_of_the_definition() -> None:
+@pytest.mark.parametrize("for_training", [False, True])
+def test_scores_are_those_of_the_definition(for_training: bool) -> None:
     """Every layer's output changed by every pair in turn, and weighted by autograd's gradient at it."""
     model, x = convolutions(), images(8)
-    table = Fisher(images=8).score(problem(model, x))
+    table = Fisher(images=8, weight_share_for_training=0.25).score(problem(model, x), for_training=for_training)
     prepared = problem(model, x).prepared
-    loss = lambda y: Classes().drawn_loss(y, torch.Generator().manual_seed(0)).sum()  # noqa: E731
+    run, noise_of = (prepared, layer_noise) if for_training else (fold_norms(prepared, x[:2]), repaired_noise)
+    noises, root = noise_of(run, list(table.layers), Samples.of(x), PAIRS), 0.5 if for_training else 1.0
+    losses = lambda y: Classes().drawn_losses(y, torch.Generator().manual_seed(0), draws=4).sum(1)  # noqa: E731
     for name, row in zip(table.layers, table.values, strict=True):
-        at, noise = int(name), layer_noise(prepared, [name], Samples.of(x), PAIRS)[name]
+        at, noise = int(name), noises[name]
         with torch.no_grad():
-            before = prepared[:at](x)
-            output = prepared[at](before)
+            before = run[:at](x)
+            output = run[at](before)
             by_weight, by_input = noise.output_changes(before)
         output.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(prepared[at + 1 :](output.clone())), output)
-        scores = [[float((gradient * (w + a)).double().square().sum()) / 8 for a in by_input] for w in by_weight]
+        by_draw = losses(run[at + 1 :](output.clone())).unbind()
+        gradients = torch.stack([torch.autograd.grad(loss, output, retain_graph=True)[0] for loss in by_draw])
+        scores = [
+            [float((gradients * (root * w + a)).double().square().sum()) / 32 for a in by_input] for w in by_weight
+        ]
         np.testing.assert_allclose(row, monotone(np.array(scores).reshape(1, -1), PAIRS)[0], rtol=1e-4)
 
 
@@ -224,7 +232,7 @@ def test_scores_of_a_linear_regression_are_half_the_squared_change_of_its_output
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.randn(64, 3, 2, 2)
     stated = SearchProblem.of(model, images, "weight_bytes=w8", candidates=(LayerBits(2, 8),), pinned={}, task="follow")
-    noise = layer_noise(model, ["1"], Samples.of(images), stated.choices.candidates)["1"]
+    noise = repaired_noise(model, ["1"], Samples.of(images), stated.choices.candidates)["1"]
     by_weight, by_input = noise.output_changes(images.flatten(1))
     expected = (by_weight[0] + by_input[0]).square().sum(1).mean() / model(images).detach().var(unbiased=False)
     assert Fisher().score(stated).values[0, 0] == pytest.approx(float(expected), rel=1e-4)

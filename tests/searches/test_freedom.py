@@ -21,8 +21,8 @@ def test_caps_on_activations_pin_the_first_layer_and_every_head(kinds):
     assert freedom.groups == (("body.0",), ("body.1",)) and freedom.activations == {}
 
 
-@pytest.mark.parametrize("kinds", [["weight_bytes"], ["mean_weight_bits"], ["mean_weight_bits", "weight_bytes"]])
-def test_caps_on_weights_alone_free_the_weights_of_the_heads(kinds):
+@pytest.mark.parametrize("kinds", [["weight_bytes"], ["mean_weight_bits", "weight_bytes"], ["weight_bytes", "mean_activation_bits"]])
+def test_a_cap_on_weights_alone_frees_the_weights_of_the_heads(kinds):
     freedom = free_layers(HEADS, kinds)
     assert freedom.pinned == {"stem": EIGHT}
     assert freedom.groups == (("body.0",), ("body.1",), ("head.box",), ("head.class",))

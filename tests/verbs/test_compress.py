@@ -44,6 +44,12 @@ def test_all_of_it_equals_its_parts(tmp_path):
     assert [report.path for report in made.files] == files[:1]
 
 
+def test_16_bit_activations_for_openvino_are_refused_before_the_search(tmp_path):
+    offered = [bs.LayerBits(4, 8), bs.LayerBits(4, 16)]
+    with pytest.raises(bs.BitscapeError, match=r"candidates: 4/16 have 16-bit activations, and OpenVINO computes in 8, .*net\.xml"):
+        bs.compress(classifier(), IMAGES, "4bit", tmp_path / "net.xml", candidates=offered)
+
+
 def test_labelled_data_are_measured_by_the_task_or_the_metric(tmp_path):
     labels = torch.arange(40) % 5
     made = bs.compress(classifier(), IMAGES, "6bit", tmp_path / "policy.json", evaluation=(IMAGES, labels))
@@ -78,7 +84,7 @@ def test_it_prints_as_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("net.tflite", "unknown suffix; use .safetensors .packed., .*or .json .the policy."),
+        ("net.pb", "unknown suffix; use .safetensors .packed., .*or .json .the policy."),
         ("absent/net.onnx", "there is no folder"),
     ],
 )

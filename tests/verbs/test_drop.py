@@ -13,6 +13,7 @@ from bitscape.engine.user_task import User
 from bitscape.searches.allocation import pareto_front
 from bitscape.verbs import drop as drop_file
 from bitscape.verbs.drop import POINTS
+from bitscape.verbs.evaluations import SCORES_FILE
 from tests.verbs.test_verbs import IMAGES, LABELS, classifier
 
 CANDIDATES = [bs.LayerBits(weight, 8) for weight in (1, 2, 3, 4, 6, 8)]
@@ -221,7 +222,7 @@ def test_scores_of_something_else_are_neither_used_nor_overwritten(by_bytes, tmp
     model = classifier()
     whole = bs.search(model, labelled(model), "drop=3.3", **SETTINGS)
     foreign = bs.search(model, IMAGES, "4bit", **{**SETTINGS, "method": "local"}).scores
-    names = ("scores.json", drop_file.SCORES_FILE)
+    names = ("scores.json", SCORES_FILE)
     for name in names:
         foreign.save(tmp_path / name)
     before = (tmp_path / names[0]).read_bytes()

@@ -132,7 +132,7 @@ def test_samples_of_several_shapes_are_quantized_and_refused_for_files(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": "onyx"}, "form='onyx': unknown; nearest: onnx, qonnx; use one of packed, onnx, openvino, qonnx"),
+        ({"form": "onyx"}, "form='onyx': unknown; nearest: onnx, qonnx; use one of packed, onnx, openvino, qonnx, tflite"),
         ({"task": "class"}, "task='class': unknown; nearest: classes; use one of classes, dense, binary, follow, auto"),
         ({"held_out": drawn(4, 3, 6, 6)}, re.escape("data: samples of shapes (3, 8, 8) and others of (3, 6, 6)")),
         ({"inputs": lambda batch: batch.double()}, "example: torch.float64; give a float32 tensor"),

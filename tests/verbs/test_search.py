@@ -76,16 +76,16 @@ def test_samples_of_several_shapes_are_scored_and_costs_are_those_of_the_first(m
 class Targeted(Follow):
     """The user's loss: the first output's distance from the target."""
 
-    def drawn_loss(self, outputs, generator, targets=None):
-        return (outputs[:, 0] - targets).square()
+    def drawn_losses(self, outputs, generator, targets=None, draws=1):
+        return (outputs[:, 0] - targets).square()[None]
 
 
 @pytest.mark.parametrize("batch_size", [5, 16])
 def test_targets_of_the_data_reach_the_task(batch_size):
     class Spy(Targeted):
-        def drawn_loss(self, outputs, generator, targets=None):
+        def drawn_losses(self, outputs, generator, targets=None, draws=1):
             seen.append(targets)
-            return super().drawn_loss(outputs, generator, targets)
+            return super().drawn_losses(outputs, generator, targets, draws)
 
     seen: list[torch.Tensor] = []
     method = bs.Fisher(batch_size=batch_size)

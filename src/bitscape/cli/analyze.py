@@ -94,7 +94,7 @@ def analyze(
     network = load_network(model, weights, device, seed)
     seen = seen.of_model(network)
     samples = draw_samples(data, split or TRAINING, images, seen, seed)
-    found = bs.analyze(
+    analysis = bs.analyze(
         network if packed is None else bs.load_packed(packed, network),
         samples,
         policy if packed is None else None,
@@ -105,10 +105,10 @@ def analyze(
         seed=seed,
     )
     if out is not None:
-        found.save(out)
-    table = found.layer_table(layers)
+        analysis.save(out)
+    table = analysis.layer_table(layers)
     click.echo(f"{table.title}\n")
     print_table(table.columns, table.rows)
-    click.echo(f"\n{table.note}\n{found.seconds:.1f} s")
+    click.echo(f"\n{table.note}\n{analysis.seconds:.1f} s")
     if out is not None:
         click.echo(f"analysis: {out}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitscape.cli.network import ImageSettings, load_images, load_network, normalized_images
+from bitscape.cli.npu import VELA, accelerator_option, bench_vela
 from bitscape.cli.options import COUNT, MOST, all_of, image_options, seed_option
 from bitscape.cli.output import amount, print_table, short_names
 from bitscape.cli.parsing import is_whole, parse_normalization, parse_shape
@@ -46,7 +47,14 @@ _network_options = all_of(
 
 @click.command()
 @click.argument("files", nargs=-1, type=FILE, metavar="FILE...")
-@click.option("--runtime", "runtimes", multiple=True, type=click.Choice(RUNTIME_NAMES), help="Repeatable.  [default: by the file's suffix]")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=click.Choice((*RUNTIME_NAMES, VELA)),
+    help="Repeatable.  [default: by the file's suffix]",
+)
+@accelerator_option
 @click.option("--batch-size", "batch_sizes", default="1", show_default=True, metavar="N,N", help="Images at once, several to time each.")
 @threads_option
 @click.option("--rounds", default=15, show_default=True, type=COUNT, help="Visits of each file; the median counts.")
@@ -56,21 +64,30 @@ _network_options = all_of(
 @click.option("--accuracy", type=COUNT, metavar="N", help="Also compare outputs on N images of --data.")
 @click.option("--json", "json_file", type=OutputFile(".json"), metavar="FILE", help="Where the figures go, .json.")
 @seed_option
-def bench(files: tuple[Path, ...], runtimes: tuple[str, ...], threads: int, json_file: Path | None, **given: Any) -> None:
+def bench(
+    files: tuple[Path, ...], runtimes: tuple[str, ...], accelerator: str | None, threads: int, json_file: Path | None, **given: Any
+) -> None:
     """Time exported files in a runtime on this machine's CPU, beside one another.
 
     All files are visited in turn, so that a change of the machine's speed meets all. With --model also the float network, and the int8
     file that ONNX Runtime's own post-training quantization makes of it.
 
+    With --runtime vela nothing runs: Arm's compiler tells what .tflite files take on an Ethos-U NPU, by its performance model: time,
+    flash, SRAM, and operators that are left to the CPU.
+
     \b
     Example:
       bitscape bench resnet18.onnx other.onnx --batch-size 1,16
+      bitscape bench w8.tflite mixed.tflite --runtime vela --accelerator ethos-u55-128
       bitscape bench resnet18.onnx resnet18.xml --model timm:resnet18 \\
         --weights resnet18.safetensors --data val/ --input-size 224 \\
         --normalize imagenet --accuracy 1000
     """
     from bitscape.measure.bench import figures, measure_files
 
+    if VELA in runtimes or accelerator is not None:
+        bench_vela(files, runtimes, accelerator, threads, json_file, given)
+        return
     if not files and given["model"] is None:
         raise BitscapeError("FILE is missing; give exported files, or --model to time a float network")
     if given["accuracy"] is not None and given["data"] is None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bitscape.engine.task import TaskName
     from bitscape.verbs.quantize import Repair
 
-FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json": ()})
+FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".tflite": (), ".safetensors": (), ".json": ()})
 
 
 @click.command()
@@ -43,8 +43,8 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".safetensors": (), ".json":
     multiple=True,
     type=FILES,
     metavar="FILE",
-    help="File to write, repeatable: .onnx for ONNX Runtime, "
-    ".xml for OpenVINO, .qonnx.onnx for FINN and hls4ml, .safetensors packed, .json for the policy.",
+    help="File to write, repeatable: .onnx for ONNX Runtime, .xml for OpenVINO, .tflite for LiteRT, "
+    ".qonnx.onnx for FINN and hls4ml, .safetensors packed, .json for the policy.",
 )
 @click.option(
     "--test",

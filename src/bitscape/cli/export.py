@@ -95,6 +95,29 @@ def openvino(out: Path, **options: Any) -> None:
 @export.command()
 @source_options
 @packed_option
+@click.option("--int4", is_flag=True, help="Store weights of at most 4 bits as INT4, two a byte.  [default: all as INT8]")
+@_out(".tflite")
+@seed_option
+def tflite(out: Path, int4: bool, **options: Any) -> None:
+    """Write a TFLite file for LiteRT, microcontrollers and NPUs: integer operators alone, from int8 images to int8 outputs.
+
+    All tensors, outputs too, get 8 bits, or 16 where the policy says so, with ranges from --calibration; then the file is run in LiteRT,
+    and every layer compared with exact integer arithmetic, and every output on images of --calibration that set no range. A file that
+    fails is not kept.
+
+    \b
+    Example:
+      bitscape export tflite --model timm:resnet18 --weights resnet18.safetensors \\
+        --policy policy.json --calibration train/ --input-size 224 \\
+        --normalize imagenet --repair --out resnet18.tflite
+    """
+    source = ExportSource.of(options, "tflite")
+    report_file(source, source.write(out, "tflite", weights="int4" if int4 else "int8"), "cortex-m" if int4 else "ethos-u")
+
+
+@export.command()
+@source_options
+@packed_option
 @_out(".onnx")
 @seed_option
 def qonnx(out: Path, **options: Any) -> None:

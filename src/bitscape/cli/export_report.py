@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bitscape.exporters.openvino.ir import OpenvinoInfo
     from bitscape.exporters.packed.file import PackedInfo
     from bitscape.exporters.parity import ParityReport
+    from bitscape.exporters.tflite.file import TfliteInfo
     from bitscape.verbs.export import ExportReport
 
 
@@ -38,7 +39,7 @@ def report_packed(source: ExportSource, report: "ExportReport") -> None:
 
 def report_file(source: ExportSource, report: "ExportReport", target: str) -> None:
     """Print all of a runtime's file: its bytes, how the runtime computes it, and how weights are stored on the target."""
-    info: OnnxInfo | OpenvinoInfo = report.info
+    info: OnnxInfo | OpenvinoInfo | TfliteInfo = report.info
     parts = {
         "weights, scales and biases, in the file": info.container_bytes,
         "  of it scales and biases": info.scale_bytes,
@@ -76,6 +77,11 @@ def report_parity(report: "ParityReport") -> None:
     """Print how many codes differ."""
     differing = f"{report.differing_codes} of {amount(report.codes)} codes differ from exact integers"
     click.echo(f"{report.runtime}: {len(report.layers)} layers, {differing}")
+    for layer in report.fixed_point:
+        click.echo(
+            f"{layer.name}: multiplied in fixed point, so that {layer.differing} of {layer.codes:,} codes are the one beside what one "
+            "rounding gives"
+        )
     if report.float_outputs:
         kinds = "transposed, of 16-bit activations, or of float outputs"
         names = ", ".join(report.float_outputs)

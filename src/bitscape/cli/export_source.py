@@ -13,7 +13,7 @@ from bitscape.cli.options import all_of, image_options, network_options
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
-from bitscape.policy import Policy
+from bitscape.policy import WIDE_BITS, Policy
 from bitscape.words import counted
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class ExportSource:
         settings = ImageSettings.checked(options["input_size"], options["normalize"], options["calibration"])
         check_packages(form)
         policy = _policy(policy_file, packed, checkpoint)
+        if form == "openvino":
+            from bitscape.exporters.openvino.ir import refuse_wide
+
+            refuse_wide((name for name, bits in policy.layers.items() if bits.activation == WIDE_BITS), "policy")
         network = load_network(options["model"], options["weights"], options["device"], options["seed"])
         settings, images, held_out = settings.of_model(network), None, None
         if options["calibration"] is not None:
@@ -74,13 +78,13 @@ class ExportSource:
         quantized = _quantized(network, images, policy, checkpoint, packed, options["repair"])
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out)
 
-    def write(self, out: Path, form: "Form", *, int2: bool = True) -> "ExportReport":
+    def write(self, out: Path, form: "Form", **settings: Any) -> "ExportReport":
         """Write and check a file for a runtime, as `bitscape.export` does."""
         from bitscape.data.samples import Samples
 
         images, compared = Samples.of(self.required_images()), Samples.of(self.compared_images)
         count = max(len(images), len(compared))
-        return bs.export(self.network, out, images, form=form, held_out=compared, int2=int2, count=count)
+        return bs.export(self.network, out, images, form=form, held_out=compared, count=count, **settings)
 
     def write_packed(self, out: Path) -> "ExportReport":
         """Write a packed file as `bitscape.export` does; where there are images, it is read back and compared."""

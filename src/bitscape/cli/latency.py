@@ -8,6 +8,7 @@ import click
 
 from bitscape.cli.bench import RUNTIME_NAMES, random_images, threads_option
 from bitscape.cli.network import ImageSettings, load_latency, load_network, measure_network, normalized_images
+from bitscape.cli.npu import VELA, accelerator_option, vela_of
 from bitscape.cli.options import COUNT, MOST, image_options, model_option, seed_option
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_candidates, parse_shape
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from bitscape.cost.latency import LatencyTable
     from bitscape.cost.layers import NetworkProfile
 
-OWN_TARGET = dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True))
+OWN_TARGET = {**dict(zip(RUNTIME_NAMES, ("onnx-container", "openvino"), strict=True)), VELA: "ethos-u"}
 MOST_COLUMNS = 8
 IMAGES = 32
 """Images that calibrate, where nobody says how many."""
@@ -49,7 +50,14 @@ def latency(context: click.Context) -> None:
 @click.option("--images", type=click.IntRange(2, MOST), help=f"Images drawn for it.  [default: {IMAGES}]")
 @image_options
 @click.option("--input-shape", metavar="CxHxW", help="Instead of --data: shape of one image, e.g. 3x224x224.")
-@click.option("--runtime", default=RUNTIME_NAMES[0], show_default=True, type=click.Choice(RUNTIME_NAMES), help="What runs the layers.")
+@click.option(
+    "--runtime",
+    default=RUNTIME_NAMES[0],
+    show_default=True,
+    type=click.Choice((*RUNTIME_NAMES, VELA)),
+    help="What runs the layers, or compiles them for an NPU.",
+)
+@accelerator_option
 @click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --target]")
 @click.option("--target", type=click.Choice(list(TARGETS)), help="Measure the bits of this target.  [default: the runtime's]")
 @click.option("--batch-size", default=1, show_default=True, type=COUNT, help="Images at once.")
@@ -68,6 +76,7 @@ def build(
     normalize: str | None,
     input_shape: str | None,
     runtime: str,
+    accelerator: str | None,
     candidates: str | None,
     target: str | None,
     batch_size: int,
@@ -80,11 +89,16 @@ def build(
 
     Run it on the target machine, with nothing else running. A run that was stopped goes on where it was: give the same command.
 
+    With --runtime vela nothing runs: Arm's compiler tells time, flash and SRAM on an Ethos-U NPU by its performance model, from the
+    network's own weights at each pair of bits.
+
     \b
     Example:
       bitscape latency build --model timm:resnet18 --input-shape 3x224x224 \\
         --runtime openvino --out resnet18-latency.json
       bitscape search --latency resnet18-latency.json --budget latency_ms=2.5 ...
+      bitscape latency build --model timm:mobilenetv2_100 --data train/ --input-size 224 \\
+        --normalize imagenet --runtime vela --accelerator ethos-u55-128 --out u55.json
     """
     from bitscape.measure.layer_times import build_table
     from bitscape.report.records import environment
@@ -93,9 +107,9 @@ def build(
     shape, pairs = parse_shape(input_shape), _pairs(candidates, target or OWN_TARGET[runtime])
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
+    npu = vela_of(runtime, accelerator, threads, rounds, batch_size)
     settings = ImageSettings.checked(input_size, normalize, data)
     keep_locked(out.parent, out.name)
-    runs = RUNTIMES[runtime](threads=threads)
     network = load_network(model, weights, "cpu", seed)
     if data is not None:
         drawn = normalized_images(data, images, settings.of_model(network), seed, network, usual=IMAGES)
@@ -103,13 +117,21 @@ def build(
         assert shape is not None
         drawn = random_images(images or IMAGES, shape, seed)
     measured = measure_network(network, tuple(drawn.shape[1:]))
+    if npu is not None:
+        from bitscape.measure.npu_table import build_npu_table
+
+        table = build_npu_table(network, drawn, pairs, npu)
+        table.save(out)
+        _print_npu(table, measured)
+        click.echo(f"\ntable: {out}; use it: bitscape search --target ethos-u --latency {out} --budget flash_bytes=0.5x")
+        return
     partial = out.with_name(f"{out.name}.partial")
     try:
         table = build_table(
             network,
             drawn,
             pairs,
-            runs,
+            RUNTIMES[runtime](threads=threads),
             machine=environment()["cpu"],
             partial=partial,
             batch_size=batch_size,
@@ -139,9 +161,26 @@ def _print(table: "LatencyTable", network: "NetworkProfile") -> None:
     sums = {pair: sum(times[pair] for times in table.layers.values()) for pair in pairs}
     rows.append(["all layers", "", amount(network.covered_macs), *(_microseconds(value) for value in sums.values())])
     print_table(["us of a layer alone, at", "kind", "MACs of an image", *pairs], rows, left=2)
+    assert table.float_ms is not None  # of a runtime
     faster = f"8/8 is {table.float_ms / table.network_ms:.2f} times as fast"
     click.echo(f"\nwhole network: {table.network_ms:.4g} ms at 8/8, {table.float_ms:.4g} ms in float ({faster}); {table.where}")
     click.echo(table.note() or f"fewer bits take it down to {100 * table.spread():.1f} % of its time at 8/8")
+
+
+def _print_npu(table: "LatencyTable", network: "NetworkProfile") -> None:
+    pairs = shown_pairs(list(next(iter(table.layers.values()))))
+    rows = [
+        [layer.name, layer.kind, *(_microseconds(table.layers[layer.name][pair]) for pair in pairs)]
+        for layer in network.layers
+    ]
+    ms = [sum(times[pair] for times in table.layers.values()) for pair in pairs]
+    rows += [["all layers", "", *map(_microseconds, ms)]]
+    rows += [["flash of all", "", *(amount(sum(row[pair] for row in table.flash.values()), "B") for pair in pairs)]]
+    rows += [["SRAM at the peak", "", *(amount(max(row[pair] for row in table.sram.values()), "B") for pair in pairs)]]
+    print_table(["us of a layer, at", "kind", *pairs], rows, left=2)
+    click.echo(f"\n{table.where}")
+    if (note := table.note()) is not None:
+        click.echo(note)
 
 
 def shown_pairs(pairs: Sequence[str]) -> list[str]:

@@ -78,7 +78,8 @@ seed_option = click.option(
 _CAPS = (
     "Cap, repeatable: 4bit (bytes of 4-bit weights in every layer), bitops=0.25x (of 8 bit), bitops=w4a4, bitops=3.9e8, "
     "weight_bytes=1.2MB, "
-    "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB, latency_ms=2.5 (with --latency)."
+    "mean_weight_bits=4, mean_activation_bits=4, peak_activation_bytes=64kB, latency_ms=2.5 (with --latency), "
+    "flash_bytes=1MB, sram_bytes=256kB (with --latency of Vela)."
 )
 caps_option = click.option("--budget", "budgets", multiple=True, metavar="CAP", help=_CAPS)
 budget_option = click.option(
@@ -115,7 +116,7 @@ pin_option = click.option(
     multiple=True,
     metavar="LAYER=W/A",
     help="Fix weight/activation bits by name or pattern, e.g. conv1=8/8 or 'head*=8/8'; repeatable. The first layer and the heads "
-    "are at 8/8 unless pinned otherwise; under caps on weights alone, of the heads only the activations. `--pin none` frees them.",
+    "are at 8/8 unless pinned otherwise; under a cap on weights alone, of the heads only the activations. `--pin none` frees them.",
 )
 keep_float_option = click.option(
     "--keep-float",

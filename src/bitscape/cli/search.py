@@ -57,13 +57,21 @@ _method_options = all_of(
         show_default=True,
         help="Of policies with near-equal scores take the best-scored, or the one with the least sharp loss.",
     ),
+    click.option(
+        "--refine",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Quantize, repair and measure so many policies, and keep the best.",
+    ),
 )
 _outputs = all_of(
     click.option(
         "--folder",
         type=OUTPUT_FOLDER,
         metavar="FOLDER",
-        help="Where a search that trains keeps its checkpoint and the policy so far; the same command goes on from there.",
+        help="Where a search that trains, or --refine, keeps its work and the policy so far; the same command goes on from there.",
     ),
     click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json."),
     click.option("--scores", type=OutputFile(".json"), metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
@@ -99,6 +107,7 @@ def search(
     for_training: bool,
     task: "TaskName",
     pick: "Pick",
+    refine: int,
     latency: Path | None,
     target_name: str | None,
     pins: tuple[str, ...],
@@ -130,7 +139,17 @@ def search(
     if scores is not None and "pick" not in method.options:
         raise BitscapeError(f"--scores: {name_of(method)} has no scores; leave --scores out, or use another method")
     times, target = load_target(latency, target_name)
-    check_request(method, budgets, pick=pick, folder=folder, candidates=offered, target=target, latency=times)
+    check_request(
+        method,
+        budgets,
+        pick=pick,
+        refine=refine,
+        for_training=for_training,
+        folder=folder,
+        candidates=offered,
+        target=target,
+        latency=times,
+    )
     seen = ImageSettings.checked(input_size, normalize, data)
     if out is None and scores is None and folder is None:
         click.echo("warning: the policy will be shown and not kept; --out FILE keeps it, --scores FILE keeps the scores", err=True)
@@ -155,6 +174,7 @@ def search(
             latency=times,
             for_training=for_training,
             pick=pick,
+            refine=refine,
             folder=folder,
             channels_last=channels_last,
             seed=seed,
@@ -166,7 +186,9 @@ def search(
 
 
 def _how_to_go_on(folder: Path | None) -> str:
-    if folder is None or not any(folder.glob(f"*/{CHECKPOINT}")):
+    from bitscape.verbs.evaluations import EVALUATIONS_FILE
+
+    if folder is None or not any((*folder.glob(f"*/{CHECKPOINT}"), *folder.glob(EVALUATIONS_FILE))):
         return ""
     so_far = folder / POLICY_FILE
     found = f"the policy so far is {so_far}; " if so_far.is_file() else ""
@@ -186,6 +208,10 @@ def _keep_and_print(result: "SearchResult", images: int, out: Path | None, score
     print_loose_caps(policy, choices)
     if drop := policy.provenance.get("drop"):
         click.echo(f"{drop['metric']}: {drop['value']:.4g}, float {drop['float']:.4g}; a drop of {drop['allowed']:g} was allowed")
+    if about := policy.provenance.get("refine"):
+        click.echo(
+            f"refine: divergence {about['first']:.4g} -> {about['divergence']:.4g}, {about['evaluations']} evaluations"
+        )
     if choices.latency is not None:
         click.echo(f"latency_ms: {choices.latency.where}")
     print_storage(policy, choices.network, choices.target)

@@ -13,7 +13,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 from bitscape.cost.layers import NO_EFFECT, NetworkProfile
@@ -54,15 +54,17 @@ def parse_budget(
     texts: str | Iterable[str] | Mapping[str, float | str],
     network: NetworkProfile,
     pinned: Mapping[str, LayerBits] | None = None,
+    activations: Mapping[str, int] | None = None,
 ) -> Budget:
     """Turn budget texts into absolute caps for `network`.
 
     `texts` is one text ("bitops=0.25x", several separated by commas), several of them, or a mapping from kind to a
-    number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are.
+    number or to the text after "=". `pinned` holds the bits of layers that the form "w4a4" leaves as they are, `activations`
+    those of the inputs of layers whose weights alone it sets.
     Raises BitscapeError naming the kind, the value and examples; for `latency_ms` also if the network has no latency table.
     """
     entries = _checked(texts, has_latency=network.has_latency)
-    return Budget({kind: _absolute(kind, value, network, pinned or {}) for kind, value in entries})
+    return Budget({kind: _absolute(kind, value, network, pinned or {}, activations or {}) for kind, value in entries})
 
 
 def budget_kinds(texts: str | Iterable[str] | Mapping[str, float | str], *, has_latency: bool) -> list[str]:
@@ -148,11 +150,14 @@ def _entry(text: str) -> tuple[str, str]:
     return kind.strip(), value.strip()
 
 
-def _absolute(kind: str, value: float | str, network: NetworkProfile, pinned: Mapping[str, LayerBits]) -> float:
+def _absolute(
+    kind: str, value: float | str, network: NetworkProfile, pinned: Mapping[str, LayerBits], activations: Mapping[str, int]
+) -> float:
     form = _read(kind, value)
     if isinstance(form, LayerBits):
         everywhere = _EVERY_LAYER.fullmatch(str(value).strip().lower())
-        absolute = cost(kind, network, _uniform(network, form, {} if everywhere else pinned))
+        fixed = {name: replace(form, activation=bits) for name, bits in activations.items()} | dict(pinned)
+        absolute = cost(kind, network, _uniform(network, form, {} if everywhere else fixed))
     else:
         number, is_fraction = form
         absolute = number * cost(kind, network, _uniform(network, LayerBits(8, 8), {})) if is_fraction else number

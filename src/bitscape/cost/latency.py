@@ -25,13 +25,16 @@ layers is left out. So a layer is predicted to take
     its own time * network_ms / sum over the layers of their times at 8/8
 
 and the network at 8 bits everywhere takes what was measured, but for rounding to a nanosecond a layer.
+
+A table of a compiler has no "float_ms", and two entries more, bytes in the same form as "layers": "flash", what a layer's weights take
+as the compiler encodes them, and "sram", the working memory in use while the layer runs.
 """
 
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from bitscape.errors import BitscapeError, nearest
@@ -74,10 +77,14 @@ class LatencyTable:
     """`bitscape.policy.fingerprint` of the network, attention split."""
     network_ms: float
     """The whole network with every layer at 8/8."""
-    float_ms: float
-    """The whole network in float, in the same runtime."""
+    float_ms: float | None = None
+    """The whole network in float, in the same runtime; None of a compiler of integers."""
     layers: Mapping[str, Mapping[str, float]]
     """Layer name -> weight/activation bits, "4/8" -> time of the layer measured alone, all its calls together; 8/8 is needed."""
+    flash: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """The same layers and bits -> bytes of flash; empty unless a compiler tells them."""
+    sram: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """The same layers and bits -> bytes of working memory; empty unless a compiler tells them."""
 
     def __post_init__(self) -> None:
         for name in ("runtime", "machine", "fingerprint"):
@@ -87,9 +94,11 @@ class LatencyTable:
         _check("input_shape", self.input_shape, "whole numbers from 1, such as [3, 224, 224]", _is_shape)
         _check("layers", self.layers, "an object with at least one layer", lambda value: isinstance(value, Mapping) and value)
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        for name in ("network_ms", "float_ms"):
+        for name in ("network_ms", *(["float_ms"] if self.float_ms is not None else [])):
             object.__setattr__(self, name, _milliseconds(name, getattr(self, name)))
         object.__setattr__(self, "layers", {name: _layer_times(name, times) for name, times in self.layers.items()})
+        for name in ("flash", "sram"):
+            object.__setattr__(self, name, _all_bytes(name, getattr(self, name), self.layers))
 
     @property
     def where(self) -> str:
@@ -102,7 +111,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table file; a crash leaves the old file or the new one."""
-        entries = {name: getattr(self, name) for name in _ENTRIES}
+        entries = {name: value for name in _ENTRIES if (value := getattr(self, name)) or name not in _OPTIONAL}
         write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", **entries}))
 
     @classmethod
@@ -175,7 +184,8 @@ class LatencyTable:
         own, eight = map(math.fsum, zip(*both, strict=True))
         squares = math.fsum((a - own / eight * b) ** 2 for a, b in both)
         error = math.sqrt(squares * len(both) / max(1, len(both) - 1)) / total  # of a ratio of sums
-        return _Uniform(pair=pair, share=(total - eight + own) / total, margin=ERRORS * error)
+        noise = 0.0 if self.flash else ERRORS * error  # a compiler's times have none
+        return _Uniform(pair=pair, share=(total - eight + own) / total, margin=noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +199,8 @@ class _Uniform:
     """What noise may make of the share, by how much the own shares of the layers that were measured at the pair differ."""
 
 
-_ENTRIES = tuple(field.name for field in fields(LatencyTable))
+_ENTRIES = tuple(entry.name for entry in fields(LatencyTable))
+_OPTIONAL = ("float_ms", "flash", "sram")
 _MEASURE = "measure this network: bitscape latency build"
 _WIDTHS = tuple("12345678")
 
@@ -211,7 +222,16 @@ def with_latency(network: "NetworkProfile", table: LatencyTable) -> "NetworkProf
             raise BitscapeError(f"latency table: layer {layer.name!r} was not measured; {_MEASURE}")
     scale = 1e6 * table.network_ms / math.fsum(table.layers[layer.name][EIGHT] for layer in network.layers)
     times = {name: {_pair(name, text): round(ms * scale) for text, ms in row.items()} for name, row in table.layers.items()}
-    return replace(network, layers=tuple(replace(layer, latency_ns=times[layer.name]) for layer in network.layers))
+    flash, sram = (_by_pair(part) for part in (table.flash, table.sram))
+    layers = (
+        replace(layer, latency_ns=times[layer.name], flash_bytes=flash.get(layer.name, {}), sram_bytes=sram.get(layer.name, {}))
+        for layer in network.layers
+    )
+    return replace(network, layers=tuple(layers))
+
+
+def _by_pair(part: Mapping[str, Mapping[str, int]]) -> dict[str, dict[LayerBits, int]]:
+    return {name: {_pair(name, text): count for text, count in row.items()} for name, row in part.items()}
 
 
 def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], object]) -> None:
@@ -221,6 +241,10 @@ def _check(name: str, value: Any, allowed: str, holds: Callable[[Any], object]) 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_shape(value: Any) -> bool:
@@ -237,6 +261,20 @@ def _layer_times(layer: str, times: Any) -> dict[str, float]:
     if not isinstance(times, Mapping) or EIGHT not in times:
         raise BitscapeError(f'layer {layer!r} is {times!r}; it must read like {{"8/8": 0.31, "4/8": 0.3}}, with 8/8 in it')
     return {str(_pair(layer, text)): _milliseconds(f"layer {layer!r} at {text} bits", ms) for text, ms in times.items()}
+
+
+def _all_bytes(entry: str, found: Any, layers: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:
+    """Bytes of every layer at every pair of bits, or of none."""
+    if not isinstance(found, Mapping) or (found and {name: set(row) for name, row in layers.items()} != _keys(found)):
+        raise BitscapeError(f"{entry!r} must hold the layers of the table at the same bits, or be left out")
+    for name, row in found.items():
+        for pair, count in row.items():
+            _check(f"{entry} of layer {name!r} at {pair} bits", count, "whole numbers from 0", _is_amount)
+    return {name: dict(row) for name, row in found.items()}
+
+
+def _keys(found: Mapping[Any, Any]) -> dict[Any, set[Any]]:
+    return {name: set(row) if isinstance(row, Mapping) else set() for name, row in found.items()}
 
 
 def _pair(layer: str, text: str) -> LayerBits:
@@ -256,6 +294,6 @@ def _from_document(document: Any) -> LatencyTable:
         if name not in _ENTRIES:
             raise BitscapeError(f"unknown entry {name!r}{nearest(name, _ENTRIES)}; allowed are {', '.join(_ENTRIES)}")
     for name in _ENTRIES:
-        if name not in entries:
+        if name not in entries and name not in _OPTIONAL:
             raise BitscapeError(f"entry {name!r} is missing; a table holds {', '.join(_ENTRIES)}")
     return LatencyTable(**entries)

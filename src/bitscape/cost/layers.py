@@ -54,6 +54,10 @@ class LayerCost:
     """The earlier layer that holds the same weight parameter, and counts it."""
     latency_ns: Mapping[LayerBits, int] = field(default_factory=dict, hash=False)
     """Predicted nanoseconds of a batch at each measured pair of bits; empty without a latency table (`latency.with_latency`)."""
+    flash_bytes: Mapping[LayerBits, int] = field(default_factory=dict, hash=False)
+    """Bytes of its weights as a compiler encodes them, at the same pairs; empty where the table knows none."""
+    sram_bytes: Mapping[LayerBits, int] = field(default_factory=dict, hash=False)
+    """Bytes of working memory in use while it runs, at the same pairs; empty where the table knows none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,9 @@ stored of them:
                            connections are not counted
     latency_ms             sum of the layers' measured milliseconds, scaled to those of the whole network; of a batch of the size
                            that was measured. Known only with a latency table of the target machine: `latency.with_latency`
+    flash_bytes            sum of the layers' weights as the target's compiler encodes them, and what else it stores. Known only
+                           with a table of a compiler: `bitscape latency build --runtime vela`
+    sram_bytes             maximum over layers of the working memory in use while one runs, by the same table
 
 Each cost is a row of `CAPS`: an integer per layer, combined by sum or maximum, over a denominator that only the network
 decides. So a cap on any of them is one integer limit on the combined per-layer integers, and the integer programme and
@@ -60,6 +63,25 @@ def layer_latency_ns(layer: LayerCost, bits: LayerBits) -> int:
     return layer.latency_ns[bits]
 
 
+def layer_flash_bytes(layer: LayerCost, bits: LayerBits) -> int:
+    """Encoded bytes, by a compiler. Raises BitscapeError as `layer_latency_ns`, or for a table without them."""
+    return _compiled("flash_bytes", layer, layer.flash_bytes, bits)
+
+
+def layer_sram_bytes(layer: LayerCost, bits: LayerBits) -> int:
+    """Bytes of working memory in use, by a compiler. Raises BitscapeError as `layer_flash_bytes`."""
+    return _compiled("sram_bytes", layer, layer.sram_bytes, bits)
+
+
+def _compiled(kind: str, layer: LayerCost, found: Mapping[LayerBits, int], bits: LayerBits) -> int:
+    if not layer.calls:
+        return 0
+    layer_latency_ns(layer, bits)  # names the pair that was not measured
+    if not found:
+        raise BitscapeError(f"{kind}: the latency table has times alone; compile one with `bitscape latency build --runtime vela`")
+    return found[bits]
+
+
 NO_TABLE = (
     "no latency table was given; measure one on the target machine with `bitscape latency build` and give it as "
     "--latency FILE, or search(..., latency=LatencyTable.load(FILE))"
@@ -80,8 +102,19 @@ class Cap:
     """What the combined integer is divided by: a constant of the network, 1 unless the cost is a mean."""
     unit: Literal["", "bytes", "bits", "ms"] = ""
     """Unit of the cost."""
-    measured: bool = False
-    """Whether it is known only with a latency table."""
+    measured: Literal["", "latency_ns", "flash_bytes", "sram_bytes"] = ""
+    """Where `LayerCost` holds it, of a cost that is known only with a latency table."""
+
+    def known(self, network: NetworkProfile) -> bool:
+        """Whether it is known of the network."""
+        return not self.measured or all(getattr(layer, self.measured) for layer in network.layers)
+
+    def widths(self, network: NetworkProfile) -> frozenset[str]:
+        """Which of a layer's two widths matter in the network: of a measured cost, those of which several were measured."""
+        if not self.measured or not self.known(network):
+            return frozenset(self.depends_on)
+        pairs = [pair for layer in network.layers for pair in getattr(layer, self.measured)]
+        return frozenset(width for width in self.depends_on if len({getattr(pair, width) for pair in pairs}) > 1)
 
     def combined(self, costs: Iterable[int]) -> int:
         """Combine the integers of the layers."""
@@ -128,7 +161,21 @@ CAPS: dict[str, Cap] = {
         depends_on=frozenset({"weight", "activation"}),
         denominator=lambda network: 10**6,
         unit="ms",
-        measured=True,
+        measured="latency_ns",
+    ),
+    "flash_bytes": Cap(
+        layer_cost=layer_flash_bytes,
+        combine="sum",
+        depends_on=frozenset({"weight"}),
+        unit="bytes",
+        measured="flash_bytes",
+    ),
+    "sram_bytes": Cap(
+        layer_cost=layer_sram_bytes,
+        combine="max",
+        depends_on=frozenset({"weight", "activation"}),
+        unit="bytes",
+        measured="sram_bytes",
     ),
 }
 """Every kind of cost, and of cap."""
@@ -182,8 +229,8 @@ def cost(kind: str, network: NetworkProfile, policy: Policy) -> float:
 
 
 def policy_cost(network: NetworkProfile, policy: Policy) -> dict[str, float]:
-    """Return every kind of cost of `policy` that is known: the keys are those of `CAPS`, without `latency_ms` if no table was joined."""
-    return {kind: cost(kind, network, policy) for kind, row in CAPS.items() if network.has_latency or not row.measured}
+    """Return every kind of cost of `policy` that is known: the keys are those of `CAPS`, without what no table was joined for."""
+    return {kind: cost(kind, network, policy) for kind, row in CAPS.items() if row.known(network)}
 
 
 def _combined(kind: str, network: NetworkProfile, policy: Policy) -> int:

@@ -12,6 +12,8 @@ known from:
     fpga-bitops     QONNX, which FINN and hls4ml build dataflow hardware from: any width for each tensor, and logic grows with the
                     product of the widths; qonnx reports it as `total_bops`.
     cortex-m        CMSIS-NN: kernels `*_s8`, and `*_s4` with 4-bit weights unpacked to 8 bits; activations int8.
+    ethos-u         Arm's compiler Vela for Ethos-U NPUs takes int8 files and compresses weights without loss: b-bit values cost
+                    about b bits in flash, and time where reading the flash bounds a layer; it computes in int8.
     htp             Qualcomm AI Engine Direct: activations of 8 or 16 bits. By its guidelines, int4 weights pay in 1x1 convolutions
                     of stride 1 and in fully connected layers, each with more than 32 outputs, and in time only by the smaller
                     transfer of weights.
@@ -29,6 +31,12 @@ if TYPE_CHECKING:  # it would bring torch, and the command line lists targets in
     from bitscape.cost.layers import LayerCost, NetworkProfile
 
 EIGHT = LayerBits(8, 8)
+ETHOS_U = (
+    *(f"ethos-u55-{macs}" for macs in (32, 64, 128, 256)),
+    *(f"ethos-u65-{macs}" for macs in (256, 512)),
+    *(f"ethos-u85-{macs}" for macs in (128, 256, 512, 1024, 2048)),
+)
+"""NPUs that Vela compiles for, with their MACs a cycle."""
 HTP_OUTPUTS = 32  # int4 weights pay with more outputs than these
 
 
@@ -183,6 +191,13 @@ TARGETS: dict[str, Target] = {
             what="CMSIS-NN on Cortex-M microcontrollers: weights in 4 or 8 bits, computed in int8",
             weight_bits=(4, 8),
             gain="they halve the flash that these weights take; that they save time is not known",
+        ),
+        Target(
+            name="ethos-u",
+            what="Arm Ethos-U NPUs: weights of 2 to 8 bits, which the compiler Vela compresses to about as many, computed in int8",
+            weight_bits=(2, 3, 4, 5, 6, 7, 8),
+            gain="they save flash, and by Vela's performance model time where reading the flash bounds a layer",
+            runtimes=("vela",),
         ),
         Target(
             name="htp",

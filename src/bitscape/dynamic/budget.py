@@ -11,7 +11,9 @@ from bitscape.errors import BitscapeError
 
 HALVINGS = 12
 """Of the range in which a width or a shift is sought."""
-LARGEST_SHIFT = 16.0
+USUAL_SHIFT = 16.0
+"""Bits; within twice this, nearly every head can be brought from the largest width to the least one."""
+LARGEST_SHIFT = 2.0**16
 """Bits; heads that decide further beyond the largest width than this cannot be brought to the least one."""
 
 
@@ -42,8 +44,11 @@ def keep_bitops(network: DynamicNetwork, images: Tensor, bitops: float, *, budge
         each = decide(network, images).bitops(network.cost)
         return float(each.mean() if budget_of == "batch" else each.max()) + network.decision_bitops
 
-    low, high, before = -LARGEST_SHIFT, LARGEST_SHIFT, float(network.shift)
+    low, high, before = -USUAL_SHIFT, USUAL_SHIFT, float(network.shift)
     least = cost(low)
+    while least > bitops and low > -LARGEST_SHIFT:
+        low, high = 2 * low, low
+        least = cost(low)
     if least > bitops:
         network.shift.fill_(before)
         raise BitscapeError(f"bitops = {bitops:.4g}: images cost {least:.4g} at the least widths; give more, or a lower `low`")

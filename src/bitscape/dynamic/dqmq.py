@@ -13,9 +13,9 @@ Departs   No code was released and details are not available: all but the claims
           crops one to two points.
 Costs     two quantizations of each activation wherever a width has a slope: 2.2 plain steps on a CPU; decisions cost 0.8 % of the BitOps of
           ResNet-20 at W3A3, more of a smaller network's.
-Measured  docs/dynamic: dqmq. ResNet-20 on corrupted CIFAR-10, short schedules, three seeds: 0.7 points over searched static bits at W3A3
-          and at W4A4, 0.5 to 0.9 over random bits, 0.3 to 0.5 over uniform ones after equal epochs, behind after equal time. The varying
-          width in training helps more than the image does.
+Measured  docs/results-dynamic: dqmq. ResNet-20 on corrupted CIFAR-10, short schedules, three seeds: 0.7 points over searched
+          static bits at W3A3 and at W4A4, 0.5 to 0.9 over random bits, 0.3 to 0.5 over uniform ones after equal epochs,
+          behind after equal time. The varying width in training helps more than the image does.
 """
 
 import math

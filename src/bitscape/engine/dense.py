@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from bitscape.engine.forward import check_highest
 from bitscape.engine.metrics import MeanIou, Metric
-from bitscape.engine.outputs import drawn_labels, finite, not_finite, one_tensor, softmax_divergence
+from bitscape.engine.outputs import (
+    finite,
+    not_finite,
+    one_tensor,
+    softmax_divergence,
+    softmax_roots,
+)
 from bitscape.engine.targets import highest_of, target_tensor
 from bitscape.errors import BitscapeError
 
@@ -41,18 +47,14 @@ class Dense:
         """The most likely class at every position, int64 (n, ...)."""
         return outputs.argmax(1)
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """Cross entropy for labels drawn at each position, (n,): the sum over the root of their
-        number, for squares to be averages.
+        """Logits weighted by `softmax_roots` at each position, (draws, n): the sum over the root of
+        their number, for squares to be averages.
         """
-        rows = outputs.detach().movedim(1, -1)
-        labels = drawn_labels(rows.reshape(-1, outputs.shape[1]), generator).reshape(
-            rows.shape[:-1]
-        )
-        losses = functional.cross_entropy(outputs, labels, reduction="none").flatten(1)
-        return losses.sum(1) / math.sqrt(losses.shape[1])
+        by_position = (outputs * softmax_roots(outputs, draws, generator)).sum(2).flatten(2)
+        return by_position.sum(2) / math.sqrt(by_position.shape[2])
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None

@@ -6,10 +6,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitscape.calling import Inputs, call, sample_count
+from bitscape.data.samples import Samples
 from bitscape.engine.dense import Dense
 from bitscape.engine.task import Classes, Task
 from bitscape.models.modes import evaluating
+from bitscape.quant.convert import batches_of
+from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness.probe import BatchLoss
+
+
+def outputs_on(network: nn.Module, samples: Samples, task: Task) -> list[Tensor]:
+    """What the task compares of the network's outputs, in eval mode, batch after batch.
+
+    Samples of several shapes may have outputs of several sizes.
+    """
+    with evaluating(network), weights_quantized_once(network):
+        return [
+            task.outputs(call(network, inputs), sample_count(inputs))
+            for inputs in batches_of(samples, network)
+        ]
 
 
 @dataclass(frozen=True)

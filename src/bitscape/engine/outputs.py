@@ -3,7 +3,7 @@ finite; in float32.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -112,17 +112,41 @@ def per_sample(values: Tensor) -> Tensor:
     return values.reshape(len(values), math.prod(values.shape[1:])).sum(1)
 
 
-def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels (n,) drawn from the softmax of `logits` (n, classes), on the CPU so that every device
-    draws the same.
+def drawn_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs of that shape, drawn on the CPU so that every device draws the same.
 
-    Each row takes one number of `generator`: cut into batches, the same rows get the same labels.
+    Samples come first: cut into batches, the same rows get the same signs.
     """
-    cumulated = logits.detach().softmax(1).cpu().double().cumsum(1)
-    chances = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
-    # A chance is below 1, so that the product stays below the last sum, which need not be 1.
-    labels = torch.searchsorted(cumulated, chances * cumulated[:, -1:], right=True)
-    return labels[:, 0].to(logits.device)
+    return (torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1).to(like)
+
+
+def softmax_roots(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Columns of a square root of the softmax's Hessian, summed with random signs, (draws,
+    *logits.shape); classes are dimension 1.
+
+    diag(p) - p p^T = S S^T, where column c of S is sqrt(p_c) (e_c - p). With random signs r the
+    outer product of S r with itself expects to S S^T. Every class keeps its sign over the draws,
+    but for the signs of a column of a Hadamard matrix. Columns are dealt to the classes in order of
+    their probability: the cross products of the most likely classes then cancel, of as many as
+    there are draws if that is a power of two. As many draws as classes are exact.
+    """
+    chances = logits.detach().softmax(1)
+    shape = (len(logits), logits.shape[1] + draws, *logits.shape[2:])
+    of_class, of_draw = drawn_signs(shape, chances, generator).split([logits.shape[1], draws], 1)
+    ranks = chances.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    hadamard = _hadamard(draws).to(chances)
+    columns = hadamard[:draws, ranks % hadamard.shape[1]]  # (draws, n, k, ...)
+    # A draw's own sign changes nothing within a softmax; it parts the positions of dense classes.
+    roots: Tensor = chances.sqrt() * of_class * columns * of_draw.movedim(1, 0)[:, :, None]
+    return roots - chances * roots.sum(2, keepdim=True)
+
+
+def _hadamard(rows: int) -> Tensor:
+    """The smallest of Sylvester's matrices with at least so many rows: orthogonal ones of signs."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < rows:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def softmax_divergence(outputs: Tensor, reference: Tensor) -> Tensor:

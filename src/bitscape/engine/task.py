@@ -1,17 +1,19 @@
 """What a network's outputs mean: how far two sets of outputs are apart, what is learned, and what
 is measured.
 
-    classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels drawn from it
+    classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels
     dense     logits (n, k, ...): the same at every position, averaged; labels (n, ...), 255 and -100 are left out
     binary    logits, or the probabilities of a final sigmoid, of any shape (n, ...): the same for each yes or no
     follow    any outputs, nested ones too: half the squared difference, each tensor in units of its own spread
     User      any outputs, with the user's own loss and metric
 
-A squared gradient of `drawn_loss` is, in expectation, the diagonal of the matrix that `divergence`
+A squared gradient of `drawn_losses` is, in expectation, the diagonal of the matrix that `divergence`
 has as its second derivative at the float outputs: the Fisher information, or Gauss-Newton's
-approximation for `follow`.
+approximation for `follow`. No labels are drawn: with random signs on the columns of a square root
+of that matrix (`softmax_roots`) the squares vary less.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from bitscape.engine.dense import Dense
 from bitscape.engine.forward import as_logits
 from bitscape.engine.metrics import BinaryAccuracy, Metric, RelativeError, TopK
 from bitscape.engine.outputs import (
-    drawn_labels,
+    drawn_signs,
     finite,
     floating,
     not_finite,
@@ -35,6 +37,7 @@ from bitscape.engine.outputs import (
     per_sample,
     rows_by_name,
     softmax_divergence,
+    softmax_roots,
     spreads_of,
 )
 from bitscape.engine.targets import highest_of, target_tensor
@@ -88,11 +91,13 @@ class Task(Protocol):
         """
         ...
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """Return a loss of each sample (n,) whose squared gradients expect to the curvature of
-        `divergence`.
+        """Return losses of each sample (draws, n) whose squared gradients expect to the curvature
+        of `divergence`.
+
+        A loss of which nothing is drawn comes once, (1, n).
         """
         ...
 
@@ -162,11 +167,11 @@ class Classes:
         """The most likely class of each image, int64 (n,)."""
         return outputs.argmax(1)
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """Cross entropy of each image (n,), for labels drawn from the softmax."""
-        return functional.cross_entropy(outputs, drawn_labels(outputs, generator), reduction="none")
+        """Logits of each image weighted by `softmax_roots`, (draws, n)."""
+        return (outputs * softmax_roots(outputs, draws, generator)).sum(2)
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
@@ -233,18 +238,15 @@ class Binary:
         """Whether each output says yes, bool in their shape."""
         return outputs > self._threshold
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """Cross entropy of each image (n,), for answers drawn by the outputs' own probabilities."""
+        """Sum of each image's logits, (draws, n), times the deviations of their answers, with signs
+        drawn at random.
+        """
         logits = self._logits(outputs)
-        chances = torch.rand(logits.shape, dtype=torch.float32, generator=generator).to(
-            logits.device
-        )
-        answers = (chances < logits.detach().sigmoid()).to(logits.dtype)
-        return per_sample(
-            functional.binary_cross_entropy_with_logits(logits, answers, reduction="none")
-        )
+        share = logits.detach().sigmoid()
+        return _signed_sums(logits * (share * (1 - share)).sqrt(), draws, generator)
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
@@ -328,12 +330,11 @@ class Follow:
     def answers(self, outputs: Tensor) -> None:
         """None: these are values."""
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """Sum of each image's outputs (n,), with signs drawn at random."""
-        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-        return per_sample(outputs * signs)
+        """Sum of each image's outputs (draws, n), with signs drawn at random."""
+        return _signed_sums(outputs, draws, generator)
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None
@@ -388,6 +389,13 @@ class Follow:
         return torch.cat(
             [tensor / self.spreads.get(name, 1.0) for name, tensor in rows.items()], dim=1
         )
+
+
+def _signed_sums(values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Sums of each sample's values (draws, n), with signs drawn at random."""
+    rows = values.reshape(len(values), 1, math.prod(values.shape[1:]))
+    signs = drawn_signs((len(values), draws, rows.shape[2]), values, generator)
+    return (rows * signs).sum(2).mT
 
 
 CLASSES = Classes()

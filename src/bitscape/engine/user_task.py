@@ -51,15 +51,15 @@ class User:
     def answers(self, outputs: Tensor) -> None:
         """None: these are values."""
 
-    def drawn_loss(
-        self, outputs: Tensor, generator: torch.Generator, targets: Any = None
+    def drawn_losses(
+        self, outputs: Tensor, generator: torch.Generator, targets: Any = None, draws: int = 1
     ) -> Tensor:
-        """The user's loss of each sample (n,) where there are targets; without, the sum of its
-        outputs with drawn signs.
+        """The user's loss of each sample (1, n) where there are targets; without, the sums of its
+        outputs with drawn signs, (draws, n).
         """
         if targets is None or self.own_loss is None:
-            return self.follow.drawn_loss(outputs, generator)
-        return self._losses(outputs, targets)
+            return self.follow.drawn_losses(outputs, generator, draws=draws)
+        return self._losses(outputs, targets)[None]
 
     def curved_loss(
         self, outputs: Tensor, generator: torch.Generator, targets: Any = None

@@ -43,10 +43,10 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], data: Samp
     """
     samples = checked_samples(data, network)
     example = example_of(samples, network)
-    folded = _folded(in_eval_mode(copied(network)), example)
+    plain = folded(in_eval_mode(copied(network)), example)
     with quiet(), torch.no_grad():
-        interface = Interface.of(folded, samples)
-        program = export_program(folded, interface, example)
+        interface = Interface.of(plain, samples)
+        program = export_program(plain, interface, example)
         model = onnx_graph(program.module(), interface, example, {}, opset=OPSETS[8][0], free_batch=True)
     import onnx_ir as ir
 
@@ -63,7 +63,8 @@ def save_float_onnx(network: nn.Module, path: str | os.PathLike[str], data: Samp
     return Path(path)
 
 
-def _folded(network: nn.Module, example: Inputs) -> nn.Module:
+def folded(network: nn.Module, example: Samples | Inputs) -> nn.Module:
+    """The network with its norms folded where that leaves its output as it is; itself where none can be."""
     try:
         return fold_norms(network, example)
     except BitscapeError as error:

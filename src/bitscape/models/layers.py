@@ -77,6 +77,11 @@ def output_channels(layer: nn.Module) -> int:
     return weight.shape[1] * groups_of(layer) if isinstance(layer, TRANSPOSED) else weight.shape[0]
 
 
+def channel_axis(layer: nn.Module, output: Tensor) -> int:
+    """Dimension of a layer's output along which its channels lie."""
+    return output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+
+
 def input_channels(layer: nn.Module) -> int:
     """Input channels of a convolution, input features of a linear layer."""
     weight = layer.get_parameter("weight")

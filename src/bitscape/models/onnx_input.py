@@ -2,6 +2,7 @@
 
 import copy
 import keyword
+import operator
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def read_onnx(path: Path | str) -> nn.Module:
             f"{path}: onnx2torch cannot convert it ({first_line(error)}); export the network from its source, "
             "or simplify the file with onnxsim first"
         ) from error
-    return _with_fixed_scales(_with_fixed_sizes(_with_names_of(model, network))).eval()
+    named = _with_linear_layers(_with_names_of(model, network))
+    return _with_fixed_sizes(_with_fixed_slices(_with_fixed_scales(named))).eval()
 
 
 def _without_constants(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -114,22 +116,88 @@ def _with_names_of(model: "onnx.ModelProto", network: fx.GraphModule) -> fx.Grap
     return network
 
 
+def _with_linear_layers(network: fx.GraphModule) -> fx.GraphModule:
+    """Let products with a stored matrix, and the stored vector added to them, be linear layers, which take bits."""
+    graph, modules = network.graph, dict(network.named_modules())
+    for node in [node for node in graph.nodes if _kind(modules, node) == "OnnxMatMul"]:
+        matrix = _stored_tensor(modules, node.args[1])
+        if matrix is None or matrix.ndim != 2 or not matrix.is_floating_point():
+            continue
+        added, bias = next(iter(node.users)), None
+        if len(node.users) == 1 and _is_addition(modules, added) and added.args[0] is node:
+            vector = _stored_tensor(modules, added.args[1])
+            bias = vector if vector is not None and vector.shape == matrix.shape[1:] else None
+        layer = nn.Linear(matrix.shape[0], matrix.shape[1], bias=bias is not None)
+        with torch.no_grad():
+            layer.weight.copy_(matrix.T)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        network.set_submodule(str(node.target), layer)
+        node.args = node.args[:1]
+        if bias is not None:
+            added.replace_all_uses_with(node)
+            graph.erase_node(added)
+    graph.eliminate_dead_code()
+    network.recompile()
+    return network
+
+
+def _is_addition(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    if _kind(modules, node) != "OnnxBinaryMathOperation":
+        return False
+    return getattr(modules[str(node.target)], "math_op_function", None) is torch.add
+
+
 def _with_fixed_sizes(network: fx.GraphModule) -> fx.GraphModule:
-    """Let reshapes by stored sizes take them as numbers: torch.export follows no sizes that are read from a tensor."""
+    """Let reshapes take their sizes as numbers: torch.export follows no sizes that are read from a tensor."""
     graph, modules = network.graph, dict(network.named_modules())
     for node in [node for node in graph.nodes if node.op == "call_module"]:
-        if type(modules[node.target]).__name__ != "OnnxReshape" or node.args[1].op != "get_attr":
+        if type(modules[node.target]).__name__ != "OnnxReshape":
             continue
-        owner, _, name = node.args[1].target.rpartition(".")
-        sizes = getattr(modules[owner], name).tolist()
-        with graph.inserting_before(node):  # 0 stands for the size as it is
-            kept = {axis: graph.call_method("size", (node.args[0], axis)) for axis, size in enumerate(sizes) if size == 0}
-            shape = tuple(kept.get(axis, size) for axis, size in enumerate(sizes))
+        with graph.inserting_before(node):
+            sizes = _sizes(graph, modules, node.args[1])
+            if sizes is None:
+                continue
+            # 0 stands for the size as it is.
+            shape = tuple(
+                graph.call_method("size", (node.args[0], axis)) if size == 0 else size
+                for axis, size in enumerate(sizes)
+            )
             fixed = graph.call_function(torch.reshape, (node.args[0], shape))
         node.replace_all_uses_with(fixed)
         graph.erase_node(node)
+    graph.eliminate_dead_code()
     network.recompile()
     return network
+
+
+def _sizes(graph: fx.Graph, modules: dict[str, nn.Module], value: Any) -> list[int | fx.Node] | None:
+    """The sizes that a tensor holds: stored, cut from the shape of another tensor, or joined of such."""
+    if value.op == "get_attr":
+        return [int(size) for size in _stored(modules, value) or []]
+    if value.target is operator.getitem:
+        shape, cuts = value.args
+        while _kind(modules, shape) == "OnnxCast":
+            shape = shape.args[0]
+        if _kind(modules, shape) != "OnnxShape":
+            return None
+        (cut,) = cuts
+        if cut.start < 0 or cut.stop < cut.start:  # counted from an end that is not known here
+            return None
+        axes = range(cut.start, cut.stop, cut.step)
+        return [graph.call_method("size", (shape.args[0], axis)) for axis in axes]
+    if _kind(modules, value) == "OnnxCast":
+        return _sizes(graph, modules, value.args[0])
+    if _kind(modules, value) == "OnnxConcat":
+        joined = [_sizes(graph, modules, part) for part in value.args]
+        if any(sizes is None for sizes in joined):
+            return None
+        return [size for sizes in joined for size in sizes or []]
+    return None
+
+
+def _kind(modules: dict[str, nn.Module], node: fx.Node) -> str:
+    return type(modules[str(node.target)]).__name__ if node.op == "call_module" else ""
 
 
 def _with_fixed_scales(network: fx.GraphModule) -> fx.GraphModule:
@@ -161,10 +229,46 @@ def _with_fixed_scales(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
+def _with_fixed_slices(network: fx.GraphModule) -> fx.GraphModule:
+    """Let slices by stored numbers take them as numbers, for the same reason."""
+    graph, modules = network.graph, dict(network.named_modules())
+    for node in [node for node in graph.nodes if node.op == "call_module"]:
+        if not type(modules[node.target]).__name__.startswith("OnnxSlice"):
+            continue
+        arguments = dict(zip(("starts", "ends", "axes", "steps"), node.args[1:], strict=False))
+        arguments |= node.kwargs
+        if any(isinstance(a, fx.Node) and a.op != "get_attr" for a in arguments.values()):
+            continue
+        starts, ends, axes, steps = (
+            _stored(modules, arguments.get(name)) for name in ("starts", "ends", "axes", "steps")
+        )
+        if starts is None or ends is None or any(step < 0 for step in steps or ()):
+            continue
+        axes = axes or list(range(len(starts)))
+        if any(axis < 0 for axis in axes):  # counted from a last axis that the file does not name
+            continue
+        cuts = [slice(None)] * (int(max(axes)) + 1)
+        for at, axis in enumerate(axes):
+            step = 1 if steps is None else int(steps[at])
+            cuts[int(axis)] = slice(int(starts[at]), int(ends[at]), step)
+        with graph.inserting_before(node):
+            fixed = graph.call_function(operator.getitem, (node.args[0], tuple(cuts)))
+        node.replace_all_uses_with(fixed)
+        graph.erase_node(node)
+    network.recompile()
+    return network
+
+
 def _stored(modules: dict[str, nn.Module], argument: object) -> list[float] | None:
     """The numbers that an argument reads; None for no argument, or an empty one."""
-    if not isinstance(argument, fx.Node):
+    tensor = _stored_tensor(modules, argument)
+    return None if tensor is None else tensor.tolist() or None
+
+
+def _stored_tensor(modules: dict[str, nn.Module], argument: object) -> torch.Tensor | None:
+    """The tensor of the file that an argument reads, if it reads one."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
     owner, _, name = str(argument.target).rpartition(".")
-    numbers: list[float] = getattr(modules[owner], name).tolist()
-    return numbers or None
+    tensor: torch.Tensor = getattr(modules[owner], name)
+    return tensor.detach()

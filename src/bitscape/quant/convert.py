@@ -20,8 +20,9 @@ from bitscape.models.modes import evaluating
 from bitscape.models.prepare import check_layers, prepare
 from bitscape.models.products import product_names
 from bitscape.models.trial import check_weight_uses
+from bitscape.nested import tensors_in
 from bitscape.policy import Policy
-from bitscape.quant.layers import quantized_class, quantized_layers, require_float
+from bitscape.quant.layers import quantized_class, quantized_layers, require_float, require_quantized
 from bitscape.quant.observers import Mse, Observer
 from bitscape.quant.quantizers import FakeQuantizer, Lsq, Quantizer
 from bitscape.quant.samples import ValueSample
@@ -133,9 +134,7 @@ def calibrate(model: nn.Module, data: Data, observer: Observer = _DEFAULT_OBSERV
         BitscapeError: no quantized layer, a weight that is used outside of its layer too, or
             activations that are not finite (the layer is named).
     """
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    layers = require_quantized(model)
     batches = batches_of(data, model)
     first = list(islice(batches, 1))
     for batch in first:
@@ -171,14 +170,13 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data)
     Of products of two activations the second operand stands under `second_input`.
     """
     samples: defaultdict[str, ValueSample] = defaultdict(ValueSample)
-    generator = torch.Generator().manual_seed(0)
 
     def hook_for(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
             operands = operands_of(inputs, named)
-            samples[name].add(operands[0], generator)
+            samples[name].add(operands[0])
             if not has_weight(module):
-                samples[second_input(name)].add(operands[1], generator)
+                samples[second_input(name)].add(operands[1])
 
         return record
 
@@ -193,7 +191,11 @@ def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], data: Data)
     return {name: sample.values() for name, sample in samples.items()}
 
 
-def batches_of(data: Data, model: nn.Module, batch_size: int = 32) -> Iterator[Inputs]:
+BATCH_ELEMENTS = 1 << 20
+"""Most input values in a batch, unless a batch size is given: with larger maps, memory and time grow."""
+
+
+def batches_of(data: Data, model: nn.Module, batch_size: int | None = None) -> Iterator[Inputs]:
     """Yield the inputs of `data`, samples, a tensor, a mapping of keywords or batches of inputs, on the model's device.
 
     Batches pass one by one, so that memory does not grow with their number. Raises BitscapeError for a model or inputs
@@ -204,8 +206,11 @@ def batches_of(data: Data, model: nn.Module, batch_size: int = 32) -> Iterator[I
     if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable | Samples):
         check_inputs(data, model=model)
         data = Samples.of(data)
-    batches = (batch.inputs for batch in data.batches(batch_size)) if isinstance(data, Samples) else data
-    for inputs in batches:
+    if isinstance(data, Samples):
+        largest = max(t.numel() // len(part) for part in data.parts for t in tensors_in(part.inputs))
+        size = batch_size or min(32, max(2, BATCH_ELEMENTS // max(1, largest)))
+        data = (batch.inputs for batch in data.batches(size))
+    for inputs in data:
         check_inputs(inputs, model=model)
         yield map_tensors(_trackable, moved(inputs, device))
 

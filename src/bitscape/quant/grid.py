@@ -13,6 +13,10 @@ A real value is ``scale * (q - zero_point)`` with q in qmin .. qmax (the ONNX fo
     8     signed, narrow    -127   127           0   yes          -127 .. 127
     8     unsigned             0   255           0   yes             0 .. 255
     8     signed, mid-rise  -128   127        -0.5   no         -127.5 .. 127.5
+    4     from -3             -3    12           0   yes             -3 .. 12
+
+Grids that begin between the signed and the unsigned one are for activations with a short negative tail: an
+integer zero point, written as levels instead of as codes.
 
 A signed 1-bit grid is always mid-rise, also when narrow: {-1, 0} with zero at an end could hold no sign.
 """
@@ -56,6 +60,16 @@ def grid(bits: int | Tensor, *, signed: bool, narrow: bool = False, mid_rise: bo
     if narrow and not (sign_only or mid_rise):
         qmin = -qmax
     return Grid(qmin, qmax, MID_RISE if mid_rise or sign_only else 0.0)
+
+
+def grid_from(lowest: int, bits: int) -> Grid:
+    """Return the grid of `bits` whose codes begin at `lowest`, from 1 - 2^bits to 0, so that zero is a level.
+
+    0 gives the unsigned grid, -2^(bits - 1) the signed one: for one bit that without a zero.
+    """
+    if lowest in (0, -(2 ** (bits - 1))):
+        return grid(bits, signed=lowest < 0)
+    return Grid(lowest, lowest + 2**bits - 1)
 
 
 def _tensor_grid(bits: Tensor, *, signed: bool, narrow: bool, mid_rise: bool) -> Grid:

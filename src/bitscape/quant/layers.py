@@ -154,6 +154,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
 
 
+def require_quantized(model: nn.Module, argument: str = "model") -> dict[str, QuantizedLayer]:
+    """The quantized layers by name; raise BitscapeError where there is none."""
+    layers = quantized_layers(model)
+    if not layers:
+        raise BitscapeError(
+            f"{argument}: it has no quantized layer; "
+            "call bitscape.quantize(model, policy, data) first"
+        )
+    return layers
+
+
 def require_float(model: nn.Module, argument: str = "model") -> None:
     """Raise BitscapeError for a layer that is quantized already, by bitscape or by something else."""
     for name, layer in model.named_modules():

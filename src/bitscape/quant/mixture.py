@@ -19,9 +19,9 @@ from bitscape.models.products import refuse_products
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import with_quantizers
 from bitscape.quant.functional import mixed
-from bitscape.quant.grid import Grid, grid
+from bitscape.quant.grid import Grid, grid, grid_from
 from bitscape.quant.layers import QuantizedLayer, quantized_layers
-from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.observers import Mse, Observer, activation_range
 from bitscape.quant.quantizers import FakeQuantizer
 from bitscape.quant.quantizers.lsq import lsq_gradient_factor
 
@@ -41,10 +41,10 @@ class Mixture(FakeQuantizer):
     def __init__(self, widths: Sequence[int], *, signed: bool, channels: int | None = None, channel_axis: int = 0) -> None:
         if not widths:
             raise BitscapeError("widths: none given; a mixture needs at least one candidate, e.g. (2, 4, 8)")
-        for bits in widths:
-            grid(bits, signed=signed)  # checks the bit-width
+        grids = [grid(bits, signed=signed) for bits in widths]  # checks the bit-widths
         super().__init__(torch.tensor(widths), signed=signed)
         self.widths = tuple(widths)
+        self._lowest_codes = [int(levels.qmin) for levels in grids]
         self.channel_axis = channel_axis
         self.logits = nn.Parameter(torch.zeros(len(widths), dtype=torch.float32))
         self.price: Tensor
@@ -59,7 +59,7 @@ class Mixture(FakeQuantizer):
     @property
     def grids(self) -> tuple[Grid, ...]:
         """Integer limits of each candidate."""
-        return tuple(grid(bits, signed=self.signed) for bits in self.widths)
+        return tuple(map(grid_from, self._lowest_codes, self.widths))
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         sharing = x.shape[self.channel_axis]  # images of a batch, or channels of a weight
@@ -73,9 +73,21 @@ class Mixture(FakeQuantizer):
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         if self.scale.ndim == 1:
             self.see_sign(values)
-        rows = values.reshape(1, -1) if self.scale.ndim == 1 else values.movedim(self.channel_axis, 0).flatten(1)
+            ranges = [activation_range(values.flatten(), bits, observer) for bits in self.widths]
+            self._lowest_codes = [int(levels.qmin) for _, levels in ranges]
+            self.scale.copy_(torch.stack([scale for scale, _ in ranges]))
+            return
+        rows = values.movedim(self.channel_axis, 0).flatten(1)
         for scale, levels in zip(self.scale, self.grids, strict=True):
-            scale.copy_(observer.scale(rows, levels).reshape(scale.shape))
+            scale.copy_(observer.scale(rows, levels))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.cat([super().get_extra_state(), torch.tensor(self._lowest_codes, dtype=torch.int32)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        of_all = len(state) - len(self.widths)
+        super().set_extra_state(state[:of_all])
+        self._lowest_codes = state[of_all:].tolist()
 
     def extra_repr(self) -> str:
         return f"bits={self.widths}, {'signed' if self.signed else 'unsigned'}"

@@ -13,7 +13,7 @@ class ValueSample:
     """Values drawn from batches, and the extremes of all values that were seen.
 
     Each value that was drawn has the same chance to stay: it draws a key, and the smallest keys stay. The same batches give the
-    same sample. Up to twice SAMPLES are in memory.
+    same sample, so that layers which read one tensor get one range. Up to twice SAMPLES are in memory.
     """
 
     def __init__(self) -> None:
@@ -24,15 +24,16 @@ class ValueSample:
         self._largest_key = 1.0
         self._extremes: Tensor | None = None
 
-    def add(self, values: Tensor, generator: torch.Generator) -> None:
-        """Draw from a batch of values of any shape and floating-point type; `generator` picks them."""
+    def add(self, values: Tensor) -> None:
+        """Draw from a batch of values of any shape and floating-point type."""
         flat = values.detach().flatten()
         # The extremes always belong to the sample: they decide the sign, and min-max ranges.
         extremes = torch.stack(flat.aminmax()).float()
         self._extremes = extremes if self._extremes is None else torch.stack(torch.cat([self._extremes, extremes]).aminmax())
         if flat.numel() > SAMPLES_PER_BATCH:
             # Drawn, not every k-th: sizes of maps are powers of two, and a stride that divides them sees one column of every map.
-            flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator).to(flat.device)]
+            drawn = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self._generator)
+            flat = flat[drawn.to(flat.device)]
         keys = torch.rand(flat.numel(), dtype=torch.float32, generator=self._generator)
         enters = keys < self._largest_key
         if enters.any():

@@ -98,4 +98,4 @@ class Material:
 
 def without_latency(network: NetworkProfile) -> NetworkProfile:
     """The network as it was before a latency table was joined."""
-    return replace(network, layers=tuple(replace(layer, latency_ns={}) for layer in network.layers))
+    return replace(network, layers=tuple(replace(layer, latency_ns={}, flash_bytes={}, sram_bytes={}) for layer in network.layers))

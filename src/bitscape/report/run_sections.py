@@ -81,7 +81,8 @@ def deployed(material: Material) -> Section | Missing:
         blocks += _bench(name, bench)
     for name, table in material.inputs.latencies.items():
         share = f"by the latency table ({table.where}) fewer bits take it down to {100 * table.spread():.1f} % of its time at 8/8"
-        times = f"{name}: the network takes {table.network_ms:.4g} ms at 8/8 and {table.float_ms:.4g} ms in float; "
+        in_float = "" if table.float_ms is None else f" and {table.float_ms:.4g} ms in float"
+        times = f"{name}: the network takes {table.network_ms:.4g} ms at 8/8{in_float}; "
         blocks.append(Text(f"{times}{table.note() or share}."))
     return Section(anchor="deployed", title=title, blocks=blocks)
 

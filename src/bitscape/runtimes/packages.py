@@ -8,24 +8,32 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bitscape.errors import needs_extra
 
-EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
+EXTRAS = {
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "ai_edge_litert": "tflite",
+    "flatbuffers": "tflite",
+    "ethosu": "ethos-u",
+}
 """Package -> the extra of bitscape that brings it."""
 FORMATS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "qonnx": ("onnx", "onnxscript"),
+    "tflite": ("ai_edge_litert", "flatbuffers"),
 }
 """Form of a file -> the packages that write and check it."""
 _TELEMETRY = "openvino_telemetry"
 
 
 def runtime_module(name: str) -> Any:
-    """Import "onnxruntime", "openvino" or a module within them; a choice that the user made about telemetry stands.
+    """Import a package of EXTRAS or a module within one; a choice that the user made about telemetry stands.
 
     ONNX Runtime's is the environment variable ORT_DISABLE_TELEMETRY (0 or 1); OpenVINO's the file in which it keeps the user's consent.
 
@@ -37,6 +45,12 @@ def runtime_module(name: str) -> Any:
         return importlib.import_module(name)
 
 
+def version_of(distribution: str, module: str) -> str:
+    """Version of an installed distribution that does not say it in its module. Raises BitscapeError if it is missing."""
+    runtime_module(module)
+    return metadata.version(distribution)
+
+
 def check_packages(form: str | None) -> None:
     """Raise BitscapeError, naming the extra, if a package is missing that writes or checks files of this form."""
     for name in FORMATS.get(form or "", ()):
@@ -45,6 +59,23 @@ def check_packages(form: str | None) -> None:
         else:
             with needs_extra("openvino" if form == "openvino" else "onnx"):
                 importlib.import_module(name)
+
+
+@contextmanager
+def silent_process() -> Iterator[None]:
+    """Within the block, what the process writes itself, beside Python, is dropped: parts of runtimes are no Python."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for descriptor in (1, 2):
+                os.dup2(nothing.fileno(), descriptor)
+            yield
+    finally:
+        for descriptor, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, descriptor)
+            os.close(own)
 
 
 @contextmanager

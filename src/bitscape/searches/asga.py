@@ -11,7 +11,7 @@ Departs   No code was released; the alignment is SAGM's, inferred. The radius fo
           bare rule it decays to zero, saturates or turns negative. Perturbed are the weights after the quantizer and the norms' parameters,
           not latent weights (`perturb="latent"` is the ablation), logits or scales. Cost does not depend on weights and is left out.
 Costs     two forward and backward passes a step: about twice Differentiable.
-Measured  docs/how-to-choose: transfer-policies, asga-ladder.
+Measured  docs/results-searches: transfer-policies, asga-ladder.
 """
 
 import math

@@ -108,7 +108,7 @@ class Choices:
             tied=tied,
             always=None if target is None else target.pins(network),
         )
-        absolute = budget if isinstance(budget, Budget) else parse_budget(budget, network, freedom.pinned)
+        absolute = budget if isinstance(budget, Budget) else parse_budget(budget, network, freedom.pinned, freedom.activations)
         fixed = product(sorted({bits.weight for bits in offered}), sorted(set(freedom.activations.values())))
         choices = cls(
             network=network,
@@ -201,7 +201,7 @@ class Choices:
 
     @property
     def with_first_free(self) -> "Choices":
-        """The same choices, where caps are on weights alone with the weights of the first layer free, too."""
+        """The same choices, where a cap is on weights alone with the weights of the first layer free, too."""
         return self if self.freedom.with_first is None else replace(self, freedom=self.freedom.with_first)
 
     def narrowest(self) -> Choice:

@@ -10,7 +10,7 @@ Departs   Starts from the trained float network with equal logits. The papers ad
           budget's: the mixture is trained where it will be used, and the logits hold what the task says alone. The policy is the exact
           allocation of S = -logit, made monotone in bits. Scales are LSQ's, one a candidate. Learning rates are ours.
 Costs     epochs * (3 + R_w + R_a elementwise passes over training the float network); no copy of the network for each candidate.
-Measured  docs/how-to-choose: transfer-policies, asga-ladder. docs/results: speed.
+Measured  docs/results-searches: transfer-policies, asga-ladder. docs/results: speed.
 """
 
 from dataclasses import dataclass

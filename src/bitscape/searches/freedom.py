@@ -23,7 +23,7 @@ class FreeLayers:
     activations: Mapping[str, int] = field(default_factory=dict)
     """Free layer -> the bits of its input, where these are fixed and only those of its weights are free."""
     with_first: "FreeLayers | None" = None
-    """Under caps on weights alone: the same with the weights of the first layer free, if it is pinned by default."""
+    """Where the weights of the heads are free: the same with those of the first layer free, if it is pinned by default."""
 
     def described(self) -> dict[str, str]:
         """Layer -> what is fixed of it: "8/8", or "*/8" where its weights are free."""
@@ -55,8 +55,8 @@ def free_layers(
 
     Args:
         network: costs of the layers.
-        kinds: what the budget caps. By default the first layer is pinned at 8/8. So are the heads if a cap depends on the
-            bits of activations; if all caps are on weights, only the activations of the heads are kept at 8.
+        kinds: what the budget caps. By default the first layer is pinned at 8/8. So are the heads, but where a cap is on
+            weights alone and none on weights and activations together, only their activations are kept at 8.
         pinned: None pins by default, a mapping stands for itself alone. Of several patterns that match a layer the first
             counts, an exact name before any pattern.
         keep_float: names or patterns of layers that stay float.
@@ -93,9 +93,10 @@ def _sorted(groups: Sequence[tuple[str, ...]], fixed: Mapping[str, LayerBits], a
 def _default_pins(network: NetworkProfile, kinds: Iterable[str]) -> tuple[dict[str, LayerBits], dict[str, int]]:
     """Pinned layers, and layers of which only the activations are fixed."""
     first, *heads = network.ends
-    if any("activation" in cap(kind).depends_on for kind in kinds):
-        return dict.fromkeys([first, *heads], END_BITS), {}
-    return {first: END_BITS}, dict.fromkeys(heads, END_BITS.activation)
+    widths = [set(cap(kind).widths(network)) for kind in kinds]
+    if {"weight"} in widths and not any(len(both) == 2 for both in widths):
+        return {first: END_BITS}, dict.fromkeys(heads, END_BITS.activation)
+    return dict.fromkeys([first, *heads], END_BITS), {}
 
 
 def _bits(name: str, bits: LayerBits | str) -> LayerBits:

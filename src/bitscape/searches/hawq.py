@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitscape.data.samples import Minibatch
+from bitscape.errors import at_least_one
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.products import refuse_products
@@ -30,7 +31,6 @@ from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchR
 from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     LayerNoise,
-    at_least_one,
     call_with_gradients,
     layer_noise,
     recorded,

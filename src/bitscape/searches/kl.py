@@ -18,21 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import call, sample_count
-from bitscape.data.samples import Samples
-from bitscape.engine.task import Task
+from bitscape.engine.following import outputs_on
+from bitscape.errors import at_least_one
 from bitscape.models.modes import evaluating
 from bitscape.models.products import refuse_products
 from bitscape.progress import track
-from bitscape.quant.convert import batches_of
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import LayerNoise, at_least_one, layer_noise, score_table, search_by_scores
-
-
-def _outputs(task: Task, model: nn.Module, samples: Samples) -> list[Tensor]:
-    """One batch after the other: samples of several shapes may have outputs of several sizes."""
-    return [task.outputs(call(model, inputs), sample_count(inputs)) for inputs in batches_of(samples, model)]
+from bitscape.searches.sensitivity import LayerNoise, layer_noise, score_table, search_by_scores
 
 
 @contextmanager
@@ -83,11 +76,11 @@ class Kl:
         task = problem.meaning
 
         def moved() -> float:
-            outputs = _outputs(task, model, samples)
+            outputs = outputs_on(model, samples, task)
             return float(torch.cat(list(map(task.divergence, outputs, reference))).mean())
 
         with evaluating(model):
-            reference = _outputs(task, model, samples)
+            reference = outputs_on(model, samples, task)
             scores = {}
             for name in track(problem.free_layers, label="kl: layer"):
                 by_weight, by_input = [], []

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitscape.errors import at_least_one
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.functional import power_of_two
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
@@ -23,7 +24,6 @@ from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import (
     LayerCall,
     LayerNoise,
-    at_least_one,
     calls,
     layer_noise,
     score_table,

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 from bitscape.engine import Sgd, Step, train
 from bitscape.engine.settings import MOST_RATE
-from bitscape.errors import BitscapeError, check_choices
+from bitscape.errors import BitscapeError, at_least_one, check_choices
 from bitscape.searches.mixed_network import Alternating, Mixed, MixtureSgd, mixed_network
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult, name_of
 from bitscape.searches.proxy_task import Learned, ProxyTask, proxy_task
 from bitscape.searches.readout import Progress, Readout, claim, keep_policy, read_out
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import Trace, at_least_one, finish
+from bitscape.searches.sensitivity import Trace, finish
 
 _log = logging.getLogger("bitscape.searches")
 

@@ -11,11 +11,10 @@ from typing import Any, get_args
 
 import torch
 
-from bitscape.calling import call, sample_count
 from bitscape.data.samples import Samples
+from bitscape.engine.following import outputs_on
 from bitscape.engine.task import Classes
 from bitscape.errors import BitscapeError
-from bitscape.models.modes import evaluating
 from bitscape.policy import Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, calibrate, with_quantizers
@@ -86,6 +85,5 @@ def _aims(problem: SearchProblem, samples: Samples) -> tuple[Any, BatchLoss]:
     task, network = problem.meaning, problem.prepared
     if isinstance(task, Classes):
         return problem.decisions(samples), lambda output, labels: task.loss(task.read(output, len(labels)), labels)
-    with evaluating(network):
-        outputs = [task.outputs(call(network, inputs), sample_count(inputs)) for inputs in batches_of(samples, network)]
-    return torch.cat(outputs), lambda output, aims: task.divergence(task.outputs(output, len(aims)), aims).mean()
+    outputs = torch.cat(outputs_on(network, samples, task))
+    return outputs, lambda output, aims: task.divergence(task.outputs(output, len(aims)), aims).mean()

@@ -8,7 +8,7 @@ Computes  margin_i = min over k != y of ||f_i - c_k|| - ||f_i - c_y|| -> `margin
 Departs   No code was released and the paper's formula is not available: this regularizer is ours, from standard parts. f is the pooled,
           L2-normalized input of the classifier, c_k the moving mean of class k, normalized again; classes not yet seen are no rivals.
 Costs     those of Differentiable; a step's distances (batch x classes), at most one matrix a feature layer and one for the record.
-Measured  docs/how-to-choose: transfer-policies, seam-margins.
+Measured  docs/results-searches: transfer-policies, seam-margins.
 """
 
 import math

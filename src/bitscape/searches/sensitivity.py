@@ -25,7 +25,7 @@ from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
 from bitscape.errors import BitscapeError
-from bitscape.models.layers import has_weight, quantizable_layers, scale_axis
+from bitscape.models.layers import channel_axis, has_weight, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
@@ -33,7 +33,7 @@ from bitscape.quant.convert import batches_of, operands_of, record_inputs, secon
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import apply_layer
-from bitscape.quant.observers import Mse
+from bitscape.quant.observers import Mse, activation_range
 from bitscape.quant.quantizers.base import PerChannel, grouped, scale_shape
 from bitscape.quant.reference import widened
 from bitscape.searches.choices import Choices
@@ -49,17 +49,22 @@ Range = tuple[Tensor, Grid]
 """Scale and grid of a tensor."""
 
 
-PASS_BYTES = 1 << 27
-"""Of the layers' outputs in one pass, in float32: the graph of a pass takes three to four times as much."""
+PASS_BYTES = 1 << 29
+"""Held by one pass: its graph, about GRAPH_COPIES of the layers' outputs, and their gradients of every draw."""
+
+
+GRAPH_COPIES = 4
+"""Of the layers' outputs, in float32."""
 
 
 PART_ELEMENTS = 1 << 18
 """Of a layer's input or output, for each core of a CPU, for which the changes are made together."""
 
 
-def images_a_pass(network: NetworkProfile) -> int:
-    """How many images go through the network together, at least one, for their layers' outputs to keep within PASS_BYTES."""
-    return max(1, PASS_BYTES // (4 * sum(layer.output_elements for layer in network.layers)))
+def images_a_pass(network: NetworkProfile, draws: int) -> int:
+    """How many images go through the network together, at least one, for a pass to keep within PASS_BYTES."""
+    of_image = 4 * (GRAPH_COPIES + draws) * sum(layer.output_elements for layer in network.layers)
+    return max(1, PASS_BYTES // of_image)
 
 
 def _noise(x: Tensor, scale: Tensor, levels: Grid) -> Tensor:
@@ -77,6 +82,8 @@ class LayerNoise:
     """activation bits -> scale and grid of the layer's input."""
     second: Mapping[int, "Range"] = field(default_factory=dict)
     """Of a product of two activations: weight bits -> scale and grid of the second."""
+    shifts: Tensor | None = None
+    """What repair takes back of each output channel, (R_w + R_a, c), in the order of `output_changes`."""
 
     def of_input(self, x: Tensor, bits: int) -> Tensor:
         """Q(X) - X, in float32."""
@@ -89,11 +96,14 @@ class LayerNoise:
         Of a product of two activations `second` is the other one, and stands in the place of the weight.
         """
         if second is not None:
-            by_second = [torch.matmul(widened(x), _noise(widened(second), *levels)) for levels in self.second.values()]
-            return by_second, [torch.matmul(self.of_input(x, bits), widened(second)) for bits in self.ranges]
+            by_weight = [torch.matmul(widened(x), _noise(widened(second), *levels)) for levels in self.second.values()]
+            return by_weight, [torch.matmul(self.of_input(x, bits), widened(second)) for bits in self.ranges]
         weight = self.layer.get_parameter("weight")
         by_weight = [apply_layer(self.layer, x, noise) for noise in self.weights.values()]
         by_input = [apply_layer(self.layer, self.of_input(x, bits), weight) for bits in self.ranges]
+        if self.shifts is not None:
+            for change, shift in zip([*by_weight, *by_input], self.shifts, strict=True):
+                change.movedim(channel_axis(self.layer, change), -1).sub_(shift)
         return by_weight, by_input
 
 
@@ -110,25 +120,25 @@ def call_with_gradients(model: nn.Module, inputs: Inputs) -> Any:
     return calling.call(model, tracked(inputs))
 
 
-def at_least_one(**counts: int) -> None:
-    """Check a method's settings that count something."""
-    for name, count in counts.items():
-        if count < 1:
-            raise BitscapeError(f"{name} = {count}: it must be at least 1")
-
-
 def candidate_widths(candidates: tuple[LayerBits, ...]) -> tuple[list[int], list[int]]:
     """The different weight bits and activation bits among the candidates, ascending."""
     return sorted({c.weight for c in candidates}), sorted({c.activation for c in candidates})
 
 
 @torch.no_grad()
-def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates: tuple[LayerBits, ...]) -> dict[str, LayerNoise]:
+def layer_noise(
+    model: nn.Module,
+    names: list[str],
+    samples: Samples,
+    candidates: tuple[LayerBits, ...],
+    weights: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> dict[str, LayerNoise]:
     """Calibrate every candidate width of the named layers once: squared-error scales, per channel for weights, per tensor for inputs.
 
     Args:
         model: float network, eval mode.
         samples: the first 64 are used for the input ranges.
+        weights: layer -> weight bits -> Q(W) - W; None rounds to nearest.
     """
     weight_bits, activation_bits = candidate_widths(candidates)
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in set(names)}
@@ -137,17 +147,15 @@ def layer_noise(model: nn.Module, names: list[str], samples: Samples, candidates
     for name, layer in layers.items():
         ranges = _ranges(inputs[name], activation_bits)
         if has_weight(layer):
-            noise[name] = LayerNoise(layer, {bits: _weight_noise(layer, bits) for bits in weight_bits}, ranges)
+            of_weight = {bits: _weight_noise(layer, bits) for bits in weight_bits} if weights is None else weights[name]
+            noise[name] = LayerNoise(layer, of_weight, ranges)
         else:
             noise[name] = LayerNoise(layer, {}, ranges, _ranges(inputs[second_input(name)], weight_bits))
     return noise
 
 
 def _ranges(values: Tensor, widths: Sequence[int]) -> dict[int, Range]:
-    values = values.reshape(1, -1)
-    signed = bool(values.min() < 0)
-    grids = {bits: grid(bits, signed=signed) for bits in widths}
-    return {bits: (Mse().scale(values, levels)[0], levels) for bits, levels in grids.items()}
+    return {bits: activation_range(values, bits, Mse()) for bits in widths}
 
 
 def _weight_noise(layer: nn.Module, bits: int) -> Tensor:
@@ -184,16 +192,17 @@ def calls(model: nn.Module, names: list[str], inputs: Inputs) -> Iterator[LayerC
 
 @dataclass(frozen=True)
 class GradedCall(_Run):
-    """What came in, and the loss gradient at what went out, in float32."""
+    """What came in, and the gradients of the drawn losses at what went out, in float32."""
 
-    gradient: Tensor
+    gradients: tuple[Tensor, ...]
+    """One of each draw."""
 
     def parts(self, layer: nn.Module) -> "Iterator[GradedCall]":
         """On a CPU the run in parts of few images, so that the changes of one part stay in the cache; else all of it.
 
         All of it, too, where the first dimension may count something else than images.
         """
-        tensors = [self.input, self.gradient, *([] if self.second is None else [self.second])]
+        tensors = [self.input, *self.gradients, *([] if self.second is None else [self.second])]
         unbatched = layer.get_parameter("weight").ndim - 1 if self.second is None else 2
         (ndim, images), *others = {(tensor.ndim, len(tensor)) for tensor in tensors}
         if others or ndim <= unbatched or self.input.device.type != "cpu":
@@ -202,8 +211,8 @@ class GradedCall(_Run):
         elements = PART_ELEMENTS * torch.get_num_threads()
         together = max(1, elements * images // max(tensor.numel() for tensor in tensors))
         for of_part in zip(*(tensor.split(together) for tensor in tensors), strict=True):
-            x, gradient, *second = of_part
-            yield GradedCall(self.name, x, gradient, second=second[0] if second else None)
+            x, gradients, second = of_part[0], of_part[1 : 1 + len(self.gradients)], of_part[1 + len(self.gradients) :]
+            yield GradedCall(self.name, x, gradients, second=second[0] if second else None)
 
 
 def visit_gradients(
@@ -213,41 +222,53 @@ def visit_gradients(
     task: Task,
     generator: torch.Generator,
     visit: Callable[[GradedCall], None],
+    draws: int = 1,
 ) -> None:
-    """Run the batch, and `visit` every run of the named layers as soon as the backward pass has its gradient.
+    """Run the batch, and `visit` every run of the named layers as soon as the last backward pass has its gradient.
 
-    The gradients are those of the task's drawn loss, summed over images: in expectation their squares are the true Fisher
-    information. Only a user's own loss looks at targets. What was kept of a run goes when it was visited. Runs on which
-    the loss does not depend are left out.
+    The gradients are those of the task's drawn losses, summed over images: in expectation their mean squares are the
+    true Fisher information. Only a user's own loss looks at targets. What was kept of a run goes when it was visited.
+    Runs on which the loss does not depend are left out.
     """
     start = torch.zeros((), requires_grad=True)  # every output depends on it: the backward pass ends there
+    losses: tuple[Tensor, ...] = ()
 
     def see(call: LayerCall) -> Tensor:
         require_gradient(call.name, call.output)
-        return _Visited.apply(call.output, start, call.input.detach(), call.second, call.name, visit)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
+        gradients: list[Tensor] = []
+
+        def add(gradient: Tensor, x: Tensor, second: Tensor | None) -> None:
+            gradients.append(widened(gradient))
+            if len(gradients) == len(losses):
+                visit(GradedCall(call.name, widened(x), tuple(gradients), second=second))
+                gradients.clear()
+
+        return _Visited.apply(call.output, start, call.input.detach(), call.second, add)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
     with evaluating(model), torch.enable_grad(), seeing(model, names, see):
         values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
-        loss = task.drawn_loss(values, generator, batch.targets).sum()
-        torch.autograd.grad(loss, start, allow_unused=True)
+        losses = task.drawn_losses(values, generator, batch.targets, draws).sum(1).unbind()
+        for loss in losses:
+            torch.autograd.grad(loss, start, allow_unused=True, retain_graph=loss is not losses[-1])
+    losses = ()  # `add`, which the graph holds, holds them: nothing would ever let go of the graph
 
 
 class _Visited(torch.autograd.Function):
-    """A layer's output, with which the network goes on; the backward pass visits the run."""
+    """A layer's output, with which the network goes on; each backward pass adds its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, start: Tensor, x: Tensor, second: Tensor | None, name: str, visit: Callable[[GradedCall], None]
+        ctx: Any, output: Tensor, start: Tensor, x: Tensor, second: Tensor | None, add: Callable[[Tensor, Tensor, Tensor | None], None]
     ) -> Tensor:
         ctx.save_for_backward(x, second)
-        ctx.name, ctx.visit = name, visit
+        ctx.add = add
         return output.clone()  # an in-place activation behind the layer may not write into what the layer returned
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, second = ctx.saved_tensors
-        ctx.visit(GradedCall(ctx.name, widened(x), widened(gradient), second=second))
-        return gradient, None, None, None, None, None
+        ctx.add(gradient, x, second)
+        return gradient, None, None, None, None
 
 
 def require_gradient(layer: str, output: Tensor) -> None:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from bitscape.calling import Inputs
 from bitscape.data.samples import Samples
+from bitscape.errors import at_least_one
 from bitscape.quant.fold import fold_norms
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import at_least_one, calls, candidate_widths, score_table, search_by_scores, tracked_batches
+from bitscape.searches.sensitivity import calls, candidate_widths, score_table, search_by_scores, tracked_batches
 
 LEAST_BIRTHS = 0.1
 """Share of images below which a channel without holes is left out."""

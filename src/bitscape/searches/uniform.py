@@ -71,7 +71,7 @@ def mixed(stated: Choices, low: int, high: int) -> Choice:
 class Uniform:
     """The largest uniform width that fits; pinned layers keep their bits.
 
-    Under caps on weights alone, the weights of the first layer, which are pinned by default, take the uniform width where all
+    Under a cap on weights alone, the weights of the first layer, which are pinned by default, take the uniform width where all
     layers may then have a larger one: "4bit" is met by 4 bits in every layer.
     """
 

@@ -12,7 +12,7 @@ Departs   In a quantized network the latent weights move and are quantized again
           form has harmed every network measured here: leave `reuse` off unless yours says otherwise.
 Costs     two forward and backward passes a step, uncompiled, convolutions and linear layers in float32 also under autocast; with
           `interval` k one more pass every k-th step.
-Measured  docs/flat-training: saq.
+Measured  docs/results-flat-training: saq.
 """
 
 import math

@@ -8,8 +8,8 @@ Computes  e = rho g_q / ||g_q||, g_q = dL/dQ(w), one norm over all layers -> sha
 Departs   rho is a share of the length of the ball's members: the paper's 0.3 to 0.9 belong to weights of unit variance. Its efficient form
           is not public; `interval` and `reuse` are ours, from LookSAM (see sam.py). `adaptive` is the ASAM form.
 Costs     as Sam: two forward and backward passes a step, uncompiled and in float32; with `interval` k one more pass every k-th step.
-Measured  docs/flat-training: saq. ResNet-20, short schedules: 0.6 points over plain training at 3 bits and more after equal epochs, level
-          with it after equal time; nothing at 2 bits.
+Measured  docs/results-flat-training: saq. ResNet-20, short schedules: 0.6 points over plain training at 3 bits and more after
+          equal epochs, level with it after equal time; nothing at 2 bits.
 """
 
 from dataclasses import dataclass

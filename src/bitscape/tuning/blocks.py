@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bitscape.calling import Inputs, call
 from bitscape.errors import explained_forward
 from bitscape.models.modes import evaluating
-from bitscape.quant.layers import QuantizedLayer
+from bitscape.quant.layers import quantized_layers
 
 MOST_LAYERS = 8
 """Quantized layers of a block: those of a transformer's encoder block, products included."""
@@ -115,15 +115,11 @@ def _outermost(
 
 
 def _is_block(module: nn.Module, records: Mapping[nn.Module, _Record]) -> bool:
-    layers, record = _layers(module), records.get(module)  # a ModuleList never runs itself
+    layers, record = quantized_layers(module).values(), records.get(module)  # a ModuleList never runs itself
     return (
         record is not None
         and record.is_simple
         and 0 < len(layers) <= MOST_LAYERS
         and all(layer in records and records[layer].calls == 1 for layer in layers)
-        and not (isinstance(module, nn.Sequential) and any(len(_layers(one)) > 1 for one in module))
+        and not (isinstance(module, nn.Sequential) and any(len(quantized_layers(one)) > 1 for one in module))
     )
-
-
-def _layers(module: nn.Module) -> list[QuantizedLayer]:
-    return [one for one in module.modules() if isinstance(one, QuantizedLayer)]

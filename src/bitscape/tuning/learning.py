@@ -11,17 +11,9 @@ from torch import Tensor
 from bitscape.calling import Inputs
 from bitscape.data.epochs import AS_READ, Rows
 from bitscape.data.samples import Samples
-from bitscape.errors import BitscapeError
 
 EXAMPLE = 32
 """Samples that show how large outputs are."""
-
-
-def check_counts(**counts: int) -> None:
-    """Raise BitscapeError unless every number is at least 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise BitscapeError(f"{name} = {count}: it must be at least 1")
 
 
 def relative_error(output: Tensor, expected: Tensor) -> Tensor:

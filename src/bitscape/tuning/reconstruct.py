@@ -13,7 +13,9 @@ Departs   Rounding starts from compensated codes, whose positions move and are r
           network is returned as it was unless it follows the float network better there.
 Costs     For each block, a pass over the images in either network, and `steps` forward and backward passes over 4 to 32
           images; each block's inputs and outputs in memory.
-Measured  not yet
+Measured  MobileNetV1 0.25 at 128 pixels, bytes of 4-bit weights, 8-bit activations, 256 images, one run, before
+          rounding went layer by layer: divergence from the float network on 744 test images 0.636 compensated, 0.566
+          reconstructed (46.8 and 48.4 % of the float answers kept), in 45 s of process time.
 """
 
 import logging
@@ -40,16 +42,16 @@ from bitscape.engine.checkpoint import (
 from bitscape.engine.describe import bits_of, describe
 from bitscape.engine.rates import Position, Rates
 from bitscape.engine.task import Task
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, at_least_one
 from bitscape.folders import CHECKPOINT, locked
 from bitscape.models.find import load_state
 from bitscape.models.modes import evaluating
 from bitscape.models.prepare import as_prepared
 from bitscape.progress import track
-from bitscape.quant.layers import QuantizedLayer
+from bitscape.quant.layers import quantized_layers
 from bitscape.tuning.blocks import Block, find_blocks
 from bitscape.tuning.guard import Guard
-from bitscape.tuning.learning import EXAMPLE, Shuffled, check_counts, relative_error
+from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Reach, relaxed
 
 _log = logging.getLogger("bitscape.tuning")
@@ -97,7 +99,7 @@ def reconstruct(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
-    check_counts(steps=steps, batch_size=batch_size)
+    at_least_one(steps=steps, batch_size=batch_size)
     if not 0 <= drop < 1:
         raise BitscapeError(f"drop = {drop}: a share from 0 (none) to below 1; 0.5 is usual")
     float_model = as_prepared(float_model)
@@ -167,7 +169,7 @@ class Dropping(nn.Module):
 @contextmanager
 def dropping(module: nn.Module, share: float) -> Iterator[None]:
     """Within the block the quantizers of the layers' inputs drop that share of their work."""
-    layers = [one for one in module.modules() if isinstance(one, QuantizedLayer)]
+    layers = list(quantized_layers(module).values())
     quantizers = [layer.input_quantizer for layer in layers]
     for layer in layers:
         layer.input_quantizer = Dropping(layer.input_quantizer, share)

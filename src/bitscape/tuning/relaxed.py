@@ -17,7 +17,7 @@ from bitscape.policy import MAX_BITS
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import round_ste
 from bitscape.quant.grid import Grid, grid
-from bitscape.quant.layers import QuantizedLayer, quantized_layers
+from bitscape.quant.layers import QuantizedLayer, require_quantized
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqWeight
 
@@ -148,11 +148,7 @@ def relaxed(model: nn.Module, example: Inputs) -> Iterator[Relaxed]:
 
 
 def _trainable_weights(model: nn.Module) -> Iterator[tuple[QuantizedLayer, LsqWeight]]:
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError(
-            "model: it has no quantized layer; call bitscape.quantize(model, policy, data) first"
-        )
+    layers = require_quantized(model)
     shared = shared_parameters(model)
     for name, layer in layers.items():
         if not has_weight(layer) or layer.weight in shared:
@@ -168,8 +164,8 @@ def _trainable_weights(model: nn.Module) -> Iterator[tuple[QuantizedLayer, LsqWe
 
 def outermost(levels: Grid) -> float:
     """The largest level of a grid, in scales."""
-    ends = float(levels.qmax) - levels.zero_point, float(levels.qmin) - levels.zero_point
-    return float(max(map(abs, ends)))
+    ends = levels.qmax - levels.zero_point, levels.qmin - levels.zero_point
+    return max(abs(float(end)) for end in ends)
 
 
 def _grid_of(module: nn.Module) -> Grid:

@@ -10,7 +10,9 @@ Departs   Rounding starts from compensated codes, not from the float weights. Th
           images the outputs alone are learned by heart. Rates are shares of each parameter's own size. A quarter of the
           images is held out: the network is returned as it was unless it follows the float network better there.
 Costs     epochs * (a float forward pass, a quantized forward and backward pass) over the images.
-Measured  not yet
+Measured  MobileNetV1 0.25 at 128 pixels, bytes of 4-bit weights, 8-bit activations, 256 images, one run, before
+          rounding went layer by layer: divergence from the float network on 744 test images 0.636 compensated, 0.610
+          tuned (46.8 and 46.1 % of the float answers kept). On ResNet-20 at W3A3 it was taken back or changed nothing.
 """
 
 import os
@@ -29,11 +31,12 @@ from bitscape.engine import Batch, BatchLoss, Cosine, StepRecord, train
 from bitscape.engine.following import FollowFloat
 from bitscape.engine.task import Task
 from bitscape.engine.user_task import User
+from bitscape.errors import at_least_one
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.prepare import as_prepared
 from bitscape.quant.layers import quantized_layers
 from bitscape.tuning.guard import Guard
-from bitscape.tuning.learning import EXAMPLE, Shuffled, check_counts, relative_error
+from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Reach, relaxed
 
 REACH = Reach(scales=0.5, codes=1.0)
@@ -72,7 +75,7 @@ def tune(
         CheckpointError: the folder is of another run.
         BitscapeError: a quantizer other than LSQ's, outputs that are not the task's, or an argument out of range.
     """
-    check_counts(epochs=epochs, batch_size=batch_size)
+    at_least_one(epochs=epochs, batch_size=batch_size)
     float_model = as_prepared(float_model)
     guard = Guard(model, float_model, held_out, task)
     loss = FollowLayers(FollowFloat(float_model, task), model)

@@ -15,7 +15,7 @@ from bitscape.data.samples import Samples
 from bitscape.engine.evaluate import Evaluation
 from bitscape.engine.task import Task, TaskName
 from bitscape.errors import BitscapeError, nearest
-from bitscape.policy import LayerBits, Policy, uniform_policy
+from bitscape.policy import WIDE_BITS, LayerBits, Policy, uniform_policy
 from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchResult
@@ -40,6 +40,7 @@ SETTINGS = (
     "latency",
     "pick",
     "pinned",
+    "refine",
     "target",
     "tied",
 )
@@ -144,6 +145,7 @@ def compress(
     check_files(paths)
     check_repair(repair, repair_folder)
     _check(settings, evaluation, metric)
+    _check_widths(paths, settings)
     budget = lasting(budget)
     drop, _ = split_drop(budget)
     if isinstance(evaluation, Iterator):
@@ -202,6 +204,17 @@ def _check(settings: Mapping[str, Any], evaluation: Any, metric: Any) -> None:
         )
     if metric is not None and evaluation is None:
         raise BitscapeError("metric: it is measured on evaluation=, which is missing; pass data with targets there, or leave metric out")
+
+
+def _check_widths(paths: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Raise BitscapeError for 16-bit activations that a file could not hold, before they are searched for."""
+    files = [path for path in paths if check_path(path, also=POLICY_SUFFIX) == "openvino"]
+    offered = settings.get("candidates") or ()
+    if files and (wide := [str(bits) for bits in offered if getattr(bits, "activation", None) == WIDE_BITS]):
+        raise BitscapeError(
+            f"candidates: {', '.join(wide)} have 16-bit activations, and OpenVINO computes in 8, but the file {files[0]} is for it; "
+            "offer activations of 8 bits, or write .onnx or .safetensors"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,10 @@ Scores give the front of best policies by bytes; bisection over it quantizes, re
 evaluation is kept in a file, so that the same call goes on where a killed one stopped.
 """
 
-import hashlib
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from torch import nn
 from bitscape.data.epochs import epochs_of, first_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Samples
-from bitscape.engine.checkpoint import changes
 from bitscape.engine.describe import describe, described_code
 from bitscape.engine.evaluate import measured
 from bitscape.engine.metrics import OnlyLoss, RelativeError
@@ -32,13 +28,13 @@ from bitscape.searches.gain import gain_of
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem, SearchResult, name_of
 from bitscape.searches.scores import ScoreTable
+from bitscape.verbs.evaluations import Evaluations
 from bitscape.verbs.quantize import quantize
 
 ALONG = "weight_bytes"
 """What is made as small as the drop allows."""
 POINTS = 33
 """Of the front: five or six evaluations find the smallest that is good enough."""
-EVALUATIONS_FILE, SCORES_FILE = "evaluations.jsonl", "evaluations.scores.json"
 SMALLER_IS_BETTER = (RelativeError, OnlyLoss)
 """Metrics that count with a minus."""
 
@@ -72,7 +68,7 @@ def smallest_within(
     """
     started = time.perf_counter()
     asked = _asked(problem, method, quality, evaluation, for_training)
-    log = Evaluations.of(None if folder is None else Path(folder), asked)
+    log = Evaluations.of(None if folder is None else Path(folder), asked, "budget drop: the metric")
     floor = log.float_value(lambda: quality.measure(problem.prepared)) - drop  # first: it shows a metric that fails
     scores = log.scores(lambda: _scores(method, problem, for_training))
     front = pareto_front(scores, problem.choices, ALONG, POINTS).policies
@@ -139,94 +135,6 @@ def _scores(method: SearchMethod, problem: SearchProblem, for_training: bool) ->
     options = {"for_training": for_training} if "for_training" in method.options else {}
     scores: ScoreTable = method.score(problem, **options)  # type: ignore[attr-defined]  # it has scores
     return scores
-
-
-@dataclass(kw_only=True)
-class Evaluations:
-    """What was measured so far, also in a file of JSON lines; a line that a crash cut off is done again."""
-
-    path: Path | None
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, folder: Path | None, asked: Mapping[str, Any]) -> "Evaluations":
-        """Go on from the folder's file, or begin one. Raises BitscapeError if it is of another search."""
-        if folder is None:
-            return cls(path=None)
-        folder.mkdir(parents=True, exist_ok=True)
-        log = cls(path=folder / EVALUATIONS_FILE)
-        asked = json.loads(json.dumps(asked))
-        lines = _lines(folder / EVALUATIONS_FILE)
-        if not lines:
-            log._write({"search": asked})
-        elif changed := changes(lines[0].get("search", {}), asked):
-            raise BitscapeError(f"folder {folder} is of another search: {changed}; give another folder, or delete this one")
-        log.records = lines[1:]
-        return log
-
-    def scores(self, score: Callable[[], ScoreTable]) -> ScoreTable:
-        """Return the scores of the file beside if this search wrote them, or the ones that `score` makes."""
-        path = None if self.path is None else self.path.with_name(SCORES_FILE)
-        if path is not None and path.is_file() and {"scores": _sha256(path)} in self.records:
-            return ScoreTable.load(path)
-        scores = score()
-        if path is not None:
-            scores.save(path)
-            self._add({"scores": _sha256(path)})
-        return scores
-
-    def float_value(self, measure: Callable[[], float]) -> float:
-        """Return the metric of the float network."""
-        return self._value("float", {}, measure, "the float network")
-
-    def value(self, policy: Policy, measure: Callable[[], float]) -> float:
-        """Return the metric of a policy's network."""
-        bits = {name: str(bits) for name, bits in policy.layers.items()}
-        key = hashlib.sha256(json.dumps(bits, sort_keys=True).encode()).hexdigest()[:16]
-        size = policy.cost[ALONG]
-        return self._value(key, {ALONG: size}, measure, f"the network quantized to {size:,.0f} weight bytes")
-
-    def _value(self, key: str, about: Mapping[str, Any], measure: Callable[[], float], network: str) -> float:
-        known = next((record["value"] for record in self.records if record.get("policy") == key), None)
-        if known is not None:
-            return float(known)
-        started = time.perf_counter()
-        value = float(measure())
-        if not math.isfinite(value):
-            raise BitscapeError(f"budget drop: the metric of {network} is {value}; it must be finite: check metric and targets")
-        record = {"policy": key, **about, "value": value, "seconds": round(time.perf_counter() - started, 3)}
-        self._add(record)
-        return value
-
-    def _add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        self._write(record)
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a last line without an end is taken out of it."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise BitscapeError(f"{path}: it is damaged ({error}); give another folder, or delete this one") from error
 
 
 def _asked(

@@ -13,7 +13,7 @@ from bitscape.errors import BitscapeError
 from bitscape.words import counted
 
 HELD_OUT = 4
-"""One sample of so many is held out."""
+"""One sample of so many is held out, by default."""
 
 
 def proxy_of(
@@ -32,23 +32,23 @@ def proxy_of(
     return read_samples(data, BatchReader.of(model, inputs, targets), count=count, seed=seed).to(device_of(model))
 
 
-def parted(samples: Samples) -> tuple[Samples, Samples]:
-    """Part one of every four samples from the others: (three quarters, the quarter held out).
+def parted(samples: Samples, every: int = HELD_OUT) -> tuple[Samples, Samples]:
+    """Part one of every few samples from the others: (the others, those held out).
 
-    Which of the four is drawn, the same for as many samples: in data whose classes take turns,
-    every fourth would be of the same few classes.
+    Which one is drawn, the same for as many samples: in data whose classes take turns, every fourth
+    would be of the same few classes.
 
-    Raises BitscapeError for fewer than four samples.
+    Raises BitscapeError for fewer than `every` samples.
     """
-    if len(samples) < HELD_OUT:
+    if len(samples) < every:
         raise BitscapeError(
-            f"data: {counted(len(samples), 'sample')}; give at least {HELD_OUT}, of which a "
-            "quarter is measured on, or pass evaluation="
+            f"data: {counted(len(samples), 'sample')}; give at least {every}, of which one in "
+            f"{every} is measured on, or pass evaluation="
         )
-    fours = len(samples) // HELD_OUT
-    drawn = torch.randint(HELD_OUT, (fours,), generator=torch.Generator().manual_seed(0))
+    rounds = len(samples) // every
+    drawn = torch.randint(every, (rounds,), generator=torch.Generator().manual_seed(0))
     held = torch.zeros(len(samples), dtype=torch.bool)
-    held[HELD_OUT * torch.arange(fours) + drawn] = True
+    held[every * torch.arange(rounds) + drawn] = True
     others, held_out = [], []
     for part, rows in zip(samples.parts, held.split([*map(len, samples.parts)]), strict=True):
         others.append(part.rows(~rows))

@@ -22,6 +22,7 @@ from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 from bitscape.verbs.proxy import proxy_of
+from bitscape.verbs.refine import refined
 
 SAMPLES = 256
 """Used by default."""
@@ -50,6 +51,7 @@ def search(
     targets: Callable[[Any], Any] | None = None,
     evaluation: Any = None,
     metric: Any = None,
+    refine: int = 0,
     folder: str | os.PathLike[str] | None = None,
     channels_last: bool | None = None,
     seed: int = 0,
@@ -70,7 +72,7 @@ def search(
         candidates: pairs of bits that a layer may get; None offers all pairs of 2, 3, 4, 5, 6 and 8 bits, of these what
             the target has.
         pinned: layers with fixed bits, by name or pattern, e.g. {"head*": "8/8"}; {} pins none. None pins the first layer
-            and the heads at 8/8; if the budget caps weights alone, only the first layer, and the heads keep 8-bit activations.
+            and the heads at 8/8; under a cap on weights alone, only the first layer, and the heads keep 8-bit activations.
         keep_float: names, patterns or types of layers that stay float, e.g. ["head*", nn.LayerNorm].
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
@@ -84,7 +86,9 @@ def search(
         evaluation: data with targets on which a drop is measured; None: `data`, which then needs targets.
         metric: what a drop is measured by, as `evaluate` takes it, larger is better; None: the task's, which is top-1, accuracy
             or mean IoU, in points, and for follow the relative error of the outputs to the float network's, a fraction.
-        folder: where a search that trains keeps its checkpoint, and a search for a drop its evaluations; the same call goes
+        refine: so many policies are quantized, repaired and compared by their outputs' divergence from the float network's,
+            and the best one is kept; 0: the scores alone decide. 50 take one to a few minutes on small networks.
+        folder: where a search that trains keeps its checkpoint, and one that measures its evaluations; the same call goes
             on from there.
         channels_last: memory format of the convolutions; None: channels_last where the network takes it.
         seed: of everything random.
@@ -97,7 +101,15 @@ def search(
     budget = lasting(budget)
     drop, caps = split_drop(budget)
     check_request(
-        searcher, budget, pick=pick, folder=folder, candidates=candidates, target=target, latency=latency
+        searcher,
+        budget,
+        pick=pick,
+        refine=refine,
+        for_training=for_training,
+        folder=folder,
+        candidates=candidates,
+        target=target,
+        latency=latency,
     )
     if drop is None:
         _check_unmeasured(evaluation=evaluation, metric=metric)
@@ -124,6 +136,8 @@ def search(
     if drop is None:
         options: dict[str, Any] = {"pick": pick, "folder": folder, "for_training": for_training}
         result = searcher.search(problem, **{name: options[name] for name in searcher.options})
+        if refine:
+            result = refined(problem, result, refine, folder)
     else:
         measured = problem.samples
         if evaluation is not None:
@@ -175,17 +189,34 @@ def check_request(
     target: str | Target | None,
     latency: LatencyTable | None,
     pick: Pick = "best",
+    refine: int = 0,
+    for_training: bool = False,
     folder: str | os.PathLike[str] | None = None,
 ) -> None:
     """Raise BitscapeError for what no network and no data could make a search of."""
     drop, caps = split_drop(budget)
-    _check_options(method, pick, folder, for_drop=drop is not None)
+    _check_refine(refine, for_drop=drop is not None, for_training=for_training)
+    _check_options(method, pick, folder, for_drop=drop is not None, refine=refine)
     if caps or drop is None:
         check_form(caps or budget, has_latency=latency is not None)
     offered_pairs(candidates, _target(target))
 
 
-def _check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, *, for_drop: bool) -> None:
+def _check_refine(refine: int, *, for_drop: bool, for_training: bool) -> None:
+    if refine < 0:
+        raise BitscapeError(f"refine={refine}: it counts policies that are measured; allowed are whole numbers from 0")
+    if refine and for_drop:
+        raise BitscapeError(f"refine={refine}: a budget of drop=... measures policies by itself; leave refine out")
+    if refine and for_training:
+        raise BitscapeError(
+            f"refine={refine}: it measures networks that are repaired, which training would change; "
+            "leave it out, or for_training"
+        )
+
+
+def _check_options(
+    method: SearchMethod, pick: Pick, folder: str | os.PathLike[str] | None, *, for_drop: bool, refine: int
+) -> None:
     """Raise BitscapeError for what is asked for and the method, or a search for a drop, cannot do."""
     check_pick(pick)
     name = name_of(method)
@@ -201,7 +232,7 @@ def _check_options(method: SearchMethod, pick: Pick, folder: str | os.PathLike[s
             f"pick={pick!r}: {name} has no scores, so there are no near-equal policies to pick from; "
             "use pick='best', or a method with scores, such as fisher"
         )
-    if folder is not None and "folder" not in method.options:
+    if folder is not None and not refine and "folder" not in method.options:
         raise BitscapeError(
             f"folder={os.fspath(folder)!r}: {name} does not train and keeps nothing there; "
             "leave folder out, or use a method that trains, such as differentiable"

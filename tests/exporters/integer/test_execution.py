@@ -12,7 +12,6 @@ from bitscape.exporters.integer.form import IntegerNetwork, integer_network
 from bitscape.exporters.integer.graph import grid_of, is_quantizer
 from bitscape.models.named_outputs import named_outputs
 from tests.exporters.networks import CASES, EXACT, Applied, exported, images, integers, other_images, quantized
-from tests.networks import conv_norm
 
 pytestmark = pytest.mark.slow
 
@@ -139,9 +138,14 @@ def every_pair_of_bits():
     """Eight branches, one for each weight width, of seven layers, one for each activation width that signs and zero fit in."""
     pairs = [(weight, activation) for weight in range(1, 9) for activation in range(8, 1, -1)]
 
+    def layer(inputs: int, rectifier: nn.Module) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, 12, 1)
+        nn.init.kaiming_normal_(convolution.weight)
+        return [convolution, rectifier]
+
     def branch() -> nn.Sequential:
-        layers = ([*conv_norm(3 if bits == 8 else 12, 12, 1), nn.ReLU6() if bits % 2 else nn.Hardtanh()] for bits in range(8, 1, -1))
-        return nn.Sequential(*(layer for group in layers for layer in group))
+        layers = (layer(3 if bits == 8 else 12, nn.ReLU6() if bits % 2 else nn.Hardtanh()) for bits in range(8, 1, -1))
+        return nn.Sequential(*(part for parts in layers for part in parts))
 
     def forward(net, x):
         return torch.cat([net.get_submodule(f"w{bits}")(x) for bits in range(1, 9)], 1).flatten(1)

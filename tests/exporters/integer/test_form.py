@@ -7,6 +7,7 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.form import (
+    centered,
     integer_network,
     unsigned_grid,
 )
@@ -191,14 +192,17 @@ class TestCalibration:
             inner, outer = network[:2](images()), network[:4](images())
         assert list(integer.added) == ["conv2d", "conv2d_1"]
         for found, values in zip(integer.added.values(), (inner, outer), strict=True):
-            assert (found.zero_point, found.qmin, found.qmax) == (128.0, 0, 255)
-            torch.testing.assert_close(found.scale, float(max(values.max() / 127, -values.min() / 128)), rtol=0.01, atol=0)
+            assert (found.qmin, found.qmax) == (0, 255)
+            scale = float(values.max() - values.min()) / 255
+            assert found.zero_point == pytest.approx(-float(values.min()) / scale, abs=1)
+            assert found.scale == pytest.approx(scale, rel=0.01)
 
     def test_tensors_without_values_below_zero_have_all_codes_above(self):
         last = [nn.Conv2d(8, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(144, 2)]
         network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sigmoid(), *last), bits=[(8, 8)])
         integer = integer_network(network, images(), MinMax())
-        assert [found.zero_point for found in integer.added.values()] == [0.0, 128.0]
+        positive, signed = (found.zero_point for found in integer.added.values())
+        assert positive == 0 and 0 < signed < 255
 
     def test_all_images_count_whatever_their_order_and_batch(self):
         network = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten()), bits=[(8, 8)])
@@ -263,3 +267,25 @@ def test_a_network_that_autocasts_within_its_forward_is_told_so():
 
     with pytest.raises(BitscapeError, match="because it autocasts within its forward: export it without autocast"):
         integer_network(quantized(Autocasting(nn.Conv2d(3, 4, 3), *head(4)), bits=[(8, 8)]), images())
+
+
+def test_16_bit_codes_of_either_kind_get_their_zero_in_the_middle() -> None:
+    signed = ActivationGrid(scale=0.5, zero_point=32768.0, qmin=0, qmax=65535)
+    assert centered(signed) == signed
+    narrow = ActivationGrid(scale=0.5, zero_point=0.0, qmin=0, qmax=255)
+    assert centered(narrow) == narrow
+    unsigned = ActivationGrid(scale=0.5, zero_point=0.0, qmin=0, qmax=65535)
+    assert centered(unsigned) == ActivationGrid(scale=1.0, zero_point=32768.0, qmin=32768, qmax=65535)
+
+
+def test_for_runtimes_of_integers_alone_every_tensor_is_quantized() -> None:
+    network = integer_network(quantized(made(ZOO["excited"]), bits=[(8, 8)]), images(), integers_only=True)
+    nodes = network.module.graph.nodes
+    floats = [node.name for node in nodes if node.target in (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor)]
+    assert floats
+    for node in nodes:
+        if node.name in floats or node.op == "placeholder":
+            users = [user for user in node.users if user.target is not torch.ops.aten.sym_size.int]
+            assert len(users) == 1 and is_quantizer(users[0])
+        if node.op == "output":
+            assert all(is_quantizer(end) for end in node.all_input_nodes)

@@ -129,9 +129,12 @@ def test_a_layer_that_ran_only_in_calibration_is_named(caplog):
 
 
 def test_every_input_quantizer_is_one_node():
-    traced = trace(quantized(small(), bits=[(8, 8), (3, 4), (8, 2)]), images(2))
+    network = quantized(small(), bits=[(8, 8), (3, 4), (8, 2)])
+    traced = trace(network, images(2))
     grids = [grid_of(node) for node in traced.module.graph.nodes if is_quantizer(node)]
-    assert [(g.qmin, g.qmax) for g in grids] == [(-128, 127), (-8, 7), (-2, 1)]
+    expected = [layer.input_quantizer.grid for layer in quantized_layers(network).values()]
+    assert [(g.qmin, g.qmax) for g in grids] == [(int(g.qmin), int(g.qmax)) for g in expected]
+    assert [g.qmax - g.qmin for g in grids] == [255, 15, 3]
 
 
 def test_bits_that_differ_are_refused_with_the_layer_named():

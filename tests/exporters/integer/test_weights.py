@@ -4,7 +4,14 @@ from torch import nn
 
 from bitscape.errors import BitscapeError
 from bitscape.exporters.integer.form import integer_network
-from bitscape.exporters.integer.weights import LARGEST_BIAS, IntegerWeight, bias_name, input_scale, integer_weight
+from bitscape.exporters.integer.weights import (
+    LARGEST_BIAS,
+    IntegerWeight,
+    bias_name,
+    input_scale,
+    integer_weight,
+    with_positive_scales,
+)
 from bitscape.quant.quantizers import Dorefa
 from bitscape.quant.quantizers.base import Codes
 from tests.exporters.networks import images, quantized
@@ -101,3 +108,13 @@ class TestBiases:
         spacing = integer.weights["2.weight"].scale * input_scale(integer.module.graph, "2.weight")
         assert (spacing.abs() > torch.finfo(torch.float32).tiny).all()
         torch.testing.assert_close(integer.biases["2.weight"] * spacing, model[2].bias.detach(), rtol=1e-6, atol=0)
+
+
+def test_codes_turn_where_scales_are_negative_and_have_room_for_it() -> None:
+    q = torch.tensor([[-8, 7], [-8, 7], [-128, 127], [-128, 127]], dtype=torch.int16)
+    weight = IntegerWeight(q, torch.tensor([0.5, -0.5, 0.5, -0.5]))
+    turned = with_positive_scales(weight)
+    assert turned.q.tolist() == [[-8, 7], [8, -7], [-128, 127], [127, -126]]
+    assert bool((turned.scale > 0).all()) and turned.scale[:3].tolist() == [0.5] * 3
+    torch.testing.assert_close(turned.dequantize()[:3], weight.dequantize()[:3])
+    assert (turned.dequantize()[3] - weight.dequantize()[3]).abs().max() <= turned.scale[3] / 2

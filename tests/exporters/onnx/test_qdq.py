@@ -11,7 +11,7 @@ from bitscape.exporters.integer.form import integer_network
 from bitscape.exporters.integer.graph import grid_of, is_quantizer
 from bitscape.exporters.integer.weights import input_scale
 from bitscape.exporters.onnx.qdq import CONTAINERS, OPSETS, PORTABLE, save_onnx, write_onnx
-from tests.exporters.networks import CASES, OUTPUTS_OF_HEADS, ZOO, Applied, exported, images, integers, quantized
+from tests.exporters.networks import CASES, OUTPUTS_OF_HEADS, ZOO, Applied, exported, images, integers, one_graph, quantized
 from tests.networks import conv_norm
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,8 @@ def every_width():
     [(CONTAINERS, [2, 2, 4, 4, 8, 8, 8, 8]), (PORTABLE, [4, 4, 4, 4, 8, 8, 8, 8]), ((8,), [8] * 8)],
 )
 def test_weights_lie_in_the_smallest_container(widths, expected, every_width, tmp_path):
-    info = write_onnx(every_width, tmp_path / "net.onnx", images(), containers=widths)
+    with one_graph(every_width):
+        info = write_onnx(every_width, tmp_path / "net.onnx", images(), containers=widths)
     model = onnx.load(info.path)
     kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}

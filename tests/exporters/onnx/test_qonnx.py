@@ -19,6 +19,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers, static_bits
 from bitscape.quant.quantizers import Codes, Dorefa, Liq, Lsq, LsqPlus, Pact, PerTensor
+from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
 from tests.needs import runtime_or_skip
 from tests.networks import basic_block, conv_norm, inverted_residual
 
@@ -54,6 +55,12 @@ def chain() -> nn.Module:
     """Inputs with values below zero and without."""
     body = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(4, 6, 3), nn.ReLU()]
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(6, 5))
+
+
+def smooth() -> nn.Module:
+    """Inputs with a short negative tail."""
+    body = [nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.SiLU(), nn.Conv2d(6, 6, 1), nn.GELU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
 
 
 class Every(nn.Module):
@@ -189,8 +196,9 @@ def test_attention_has_products_that_are_no_layers():
     assert products == 2 * 16 * 16 * 8  # tokens times tokens times width, of queries with keys and of weights with values
 
 
-def test_every_quantizer_is_a_node_of_the_same_numbers(exported, qonnx):
-    network, model = exported(Every).network, qonnx.load(exported(Every).info.path)
+@pytest.mark.parametrize("make", [Every, smooth])
+def test_every_quantizer_is_a_node_of_the_same_numbers(make, exported, qonnx):
+    network, model = exported(make).network, qonnx.load(exported(make).info.path)
     values, nodes = qonnx.execute(model, images(1)), quant_nodes(model)
     for name, layer in quantized_layers(network).items():
         weight, activation = nodes[name]
@@ -198,7 +206,8 @@ def test_every_quantizer_is_a_node_of_the_same_numbers(exported, qonnx):
         # Of the node's own input: what convolutions return differs in the last digits between runtimes.
         expected = layer.input_quantizer(torch.tensor(values[activation.input[0]]))
         # PACT adds the rounding to the clipped value, which costs a last digit.
-        last_digit = {"rtol": 1e-6, "atol": 1e-7} if isinstance(network.quantizer_of(name), Pact) else {"rtol": 0, "atol": 0}
+        of_pact = make is Every and isinstance(network.quantizer_of(name), Pact)
+        last_digit = {"rtol": 1e-6, "atol": 1e-7} if of_pact else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(
             torch.tensor(values[activation.output[0]]), expected, **last_digit, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -213,7 +222,8 @@ def test_without_a_zero_one_bit_more_is_counted_and_with_a_zero_point_float(expo
     assert info.bits == wider
     assert info.weight_bits == counted["total_mem_w_bits"] == sum(layer.weights * wider[layer.name][0] for layer in layers)
     assert info.bitops == sum(layer.macs * wider[layer.name][0] * wider[layer.name][1] for layer in layers)
-    shifted = {name for name in bits if isinstance(network.quantizer_of(name), LsqPlus)}
+    inputs = {name: layer.input_quantizer for name, layer in quantized_layers(network).items()}
+    shifted = {name for name, own in inputs.items() if isinstance(own, LsqPlusActivation) or own.lowest is not None}
     in_qonnx = {name: (w, FLOAT_BITS if name in shifted else a) for name, (w, a) in wider.items()}
     assert counted["total_bops"] == sum(layer.macs * in_qonnx[layer.name][0] * in_qonnx[layer.name][1] for layer in layers)
 
@@ -275,6 +285,13 @@ def test_zero_points_that_finn_refuses_are_told(caplog):
     with caplog.at_level(logging.WARNING, logger="bitscape"):
         warn_of_zero_points(traced)
     assert "4 of 4 activation grids have a zero point: hls4ml takes it, FINN does not" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="bitscape"):
+        warn_of_zero_points(trace(quantized(build(smooth)), images()))
+        assert "2 of 4 activation grids have a zero point" in caplog.text
+        caplog.clear()
+        warn_of_zero_points(trace(quantized(build(smooth), Lsq(zero_points=False)), images()))
+        assert not caplog.text
 
 
 def test_a_missing_package_a_missing_scale_and_a_float_network_are_errors(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from bitscape.exporters.openvino.ir import OpenvinoInfo, write_openvino
 from bitscape.exporters.openvino.parity import check_openvino_parity
 from bitscape.exporters.parity import ALLOWED, ParityReport
 from bitscape.runtimes.sessions import OpenVino
-from tests.exporters.networks import CASES, Applied, images, integers, made, other_images, quantized
+from tests.exporters.networks import CASES, Applied, images, integers, made, one_graph, other_images, quantized
 from tests.needs import runtime_or_skip
 
 pytestmark = pytest.mark.slow
@@ -31,8 +31,9 @@ def written(tmp_path_factory):
 
     @cache
     def write(name: str, bits: tuple[tuple[int, int], ...]) -> OpenvinoInfo:
-        path = folder / f"{name}-{len(bits)}.xml"
-        return write_openvino(integers(name, bits)[1], path, images())
+        network = integers(name, bits)[1]
+        with one_graph(network):
+            return write_openvino(network, folder / f"{name}-{len(bits)}.xml", images())
 
     return write
 

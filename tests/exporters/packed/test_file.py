@@ -1,6 +1,8 @@
 import json
 import math
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -67,11 +69,18 @@ def train_a_little(model: nn.Module) -> None:
         optimizer.step()
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A network and its file, which stay as they are."""
+    model, path = quantized().eval(), tmp_path_factory.mktemp("packed") / "net.safetensors"
+    save_packed(model, path)
+    return model, path
+
+
 @pytest.fixture
-def saved(tmp_path):
-    model = quantized().eval()
-    save_packed(model, tmp_path / "net.safetensors")
-    return model, tmp_path / "net.safetensors"
+def saved(packed, tmp_path):
+    """The network, and a copy of its file."""
+    return packed[0], Path(shutil.copy(packed[1], tmp_path))
 
 
 def rewrite(path, change) -> None:

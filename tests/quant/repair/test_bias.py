@@ -11,7 +11,7 @@ from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.layers import quantized_layers
 from bitscape.quant.quantizers import Dorefa, Lsq, PerTensor
 from bitscape.quant.repair import correct_biases
-from bitscape.quant.repair.bias import _Correction
+from bitscape.quant.repair.bias import Correction
 
 
 def network() -> nn.Module:
@@ -141,7 +141,10 @@ def test_moments_of_channels_are_those_of_a_plain_mean(layer):
     if isinstance(layer, nn.Linear):
         output, axis = output[:, None] + torch.randn(5, 3, 4), 2
     for laid_out in (output, output.transpose(0, axis).contiguous().transpose(0, axis)):
-        moments = _Correction(layer, gain=True)._moments(laid_out)
+        correction = Correction(layer, gain=True)
+        correction.see_float(layer, None, laid_out)
+        correction.see_quantized(laid_out)
+        moments = correction.outputs.seen
         values = output.double().movedim(axis, 0).flatten(1)
         variance = moments[1] - moments[0].square()
         torch.testing.assert_close(moments[0], values.mean(1), rtol=1e-6, atol=0)

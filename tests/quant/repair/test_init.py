@@ -6,7 +6,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import layer_shapes
 from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import calibrate, with_quantizers
-from bitscape.quant.repair import correct_biases, input_moments, repair
+from bitscape.quant.repair import repair
 from recipes.networks import WEIGHTS, load
 
 pytestmark = pytest.mark.slow
@@ -34,14 +34,10 @@ def test_every_combination_lowers_the_error_and_no_combination_changes_nothing(r
     assert after < error if rounding or bias else after == error
 
 
-def test_moments_are_reused_and_steps_logged(caplog):
+def test_steps_are_logged(caplog):
     model, images = network(), torch.randn(48, 3, 8, 8)
-    moments = input_moments(model, images)
-    first, second = (quantized(model, images) for _ in range(2))
     with caplog.at_level("INFO", logger="bitscape.quant.repair"):
-        repair(first, model, images)
-    repair(second, model, images, moments=moments)
-    assert torch.equal(first[0].weight, second[0].weight)
+        repair(quantized(model, images), model, images)
     assert "compensated rounding of 2 layers" in caplog.text
     assert "outputs of 2 layers corrected" in caplog.text
 
@@ -63,14 +59,3 @@ def test_a_trained_network_comes_closer_to_its_float_output(shared_data):
         target = model(images[64:])
         errors = [float((net(images[64:]) - target).norm() / target.norm()) for net in (plain, repaired)]
     assert errors[1] < 0.8 * errors[0]
-
-
-def test_of_an_iterator_the_first_samples_are_held_for_the_biases(monkeypatch):
-    monkeypatch.setattr("bitscape.quant.repair.HELD", 10)
-    model, batches = network(), list(torch.randn(24, 3, 8, 8).split(4))
-    expected = quantized(model, torch.cat(batches))
-    repair(expected, model, batches, bias=False)
-    correct_biases(expected, model, batches[:3])  # 12 samples: the third batch reaches HELD
-    repaired = repair(quantized(model, torch.cat(batches)), model, iter(batches))
-    for name, value in expected.state_dict().items():
-        assert torch.equal(repaired.state_dict()[name], value)

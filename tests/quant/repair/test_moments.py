@@ -10,7 +10,7 @@ from bitscape.quant.repair.moments import _Windows
 
 def assert_moments_give_the_output_power(layer: nn.Module, images: torch.Tensor, model: nn.Module | None = None) -> None:
     """w H w^T, summed over rows, is the mean squared output without bias: a check that needs no unfolding of its own."""
-    moments = input_moments(model or nn.Sequential(layer), images)[("0" if model is None else "layer")]
+    moments = input_moments(model or nn.Sequential(layer), images)["0" if model is None else "layer"].mean
     weight = layer.weight.detach().reshape(moments.shape[0], -1, moments.shape[1])
     expected = ((weight @ moments) * weight).sum(2).flatten()
     with torch.no_grad():
@@ -78,11 +78,11 @@ def test_a_layer_called_twice_averages_its_calls():
 def test_batches_and_a_tensor_agree_and_positions_are_drawn_by_seed():
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(8, 2, 12, 12)
-    whole = input_moments(model, images)["0"]
-    torch.testing.assert_close(input_moments(model, iter(images.split(3)))["0"], whole)
-    few = input_moments(model, images, positions=10)["0"]
-    assert torch.equal(few, input_moments(model, images, positions=10)["0"])
-    assert not torch.equal(few, input_moments(model, images, positions=10, seed=1)["0"])
+    whole = input_moments(model, images)["0"].mean
+    torch.testing.assert_close(input_moments(model, iter(images.split(3)))["0"].mean, whole)
+    few = input_moments(model, images, positions=10)["0"].mean
+    assert torch.equal(few, input_moments(model, images, positions=10)["0"].mean)
+    assert not torch.equal(few, input_moments(model, images, positions=10, seed=1)["0"].mean)
     torch.testing.assert_close(few, whole, atol=0.6, rtol=0.0)
 
 

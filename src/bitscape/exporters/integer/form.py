@@ -17,23 +17,17 @@ from bitscape.errors import BitscapeError, prefixed
 from bitscape.exporters.integer.calls import separate_calls
 from bitscape.exporters.integer.graph import BYTE, WORD, ActivationGrid, Traced, grid_of, is_quantizer, layer_of, set_grid, trace
 from bitscape.exporters.integer.interface import Interface, as_samples
-from bitscape.exporters.integer.norms import fold_into_integers
-from bitscape.exporters.integer.placement import PLACEHOLDER, place_quantizers, quantized_source, repeat_quantizers
+from bitscape.exporters.integer.norms import fold_into_integers, spell_out_norms
+from bitscape.exporters.integer.placement import place_quantizers, quantized_source, repeat_quantizers
 from bitscape.exporters.integer.rectifiers import absorb_rectifiers, loosen_limits
-from bitscape.exporters.integer.weights import IntegerWeight, integer_bias, integer_weight, write_back
+from bitscape.exporters.integer.weights import IntegerWeight, integer_bias, integer_weight, with_positive_scales, write_back
 from bitscape.quant.convert import batches_of
 from bitscape.quant.functional import require_finite
-from bitscape.quant.grid import Grid
-from bitscape.quant.observers import Mse, Observer
+from bitscape.quant.observers import Mse, Observer, activation_range
 from bitscape.quant.reference import HALF
 from bitscape.quant.samples import ValueSample
 
 _log = logging.getLogger("bitscape.exporters")
-SIGNED_ZERO = 128
-"""Signed activations are uint8 with this zero point: runtimes want one type for what goes in and comes out of a kernel. Of 16 bits
-they are uint16 with half of its range."""
-
-
 @dataclass(frozen=True, eq=False)
 class IntegerNetwork:
     """A network whose layers compute with integers."""
@@ -52,7 +46,9 @@ class IntegerNetwork:
     """What the network takes and returns."""
 
 
-def integer_network(network: nn.Module, data: Samples | Inputs, observer: Observer | None = None) -> IntegerNetwork:
+def integer_network(
+    network: nn.Module, data: Samples | Inputs, observer: Observer | None = None, *, integers_only: bool = False
+) -> IntegerNetwork:
     """Trace a quantized network and bring it into integer form.
 
     Args:
@@ -60,19 +56,27 @@ def integer_network(network: nn.Module, data: Samples | Inputs, observer: Observ
         data: samples, or what the network is called with, normalized; two at least, better a few hundred, of one
             shape. They calibrate the added quantizers.
         observer: how these ranges are chosen; mean squared error by default.
+        integers_only: for runtimes that have integer operators alone: no tensor stays float, scales of weights are
+            positive, and the zero of 16-bit activations stands in the middle of the codes.
 
     Raises:
         BitscapeError: as `trace`; no layer that can be computed in integers; or weights and activations that no 8-bit integer can hold.
     """
     traced, layers = separate_calls(_of_integers(trace(network, data)))
+    if integers_only:
+        _fold_constants(traced.module)
     module, graph = traced.module, traced.module.graph
     weights = {key: integer_weight(key, codes) for key, codes in traced.codes.items()}
     biases = fold_into_integers(traced, weights)
+    if integers_only:
+        spell_out_norms(traced)
+        weights = {key: with_positive_scales(weight) for key, weight in weights.items()}
     for node in graph.nodes:
         if is_quantizer(node):
             with prefixed(_place(node)):
-                set_grid(node, unsigned_grid(grid_of(node)))
-    added = place_quantizers(graph, traced.is_layer)
+                grid = unsigned_grid(grid_of(node))
+                set_grid(node, centered(grid) if integers_only else grid)
+    added = place_quantizers(graph, traced.is_layer, everywhere=integers_only)
     integer_biases = {key: integer_bias(graph, weights, key, bias) for key, bias in biases.items()}
     write_back(traced, weights, integer_biases)
     _calibrate(traced, added, as_samples(data), observer or Mse())  # with the folded norms' scales and biases in the module
@@ -134,6 +138,17 @@ def _replace_what_sees_no_image(traced: Traced) -> None:
     graph.eliminate_dead_code()
 
 
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Put what is computed from nothing of the images in its place: it is a constant that an operator takes."""
+    of_images = set(module.graph.find_nodes(op="placeholder"))
+    for node in list(module.graph.nodes):
+        if of_images.intersection(node.all_input_nodes):
+            of_images.add(node)
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            _replace_by_value(module, node)
+    module.graph.eliminate_dead_code()
+
+
 def _replace_by_value(module: fx.GraphModule, node: fx.Node) -> None:
     """Put what a node computes, from nothing of the images, into the module, and the node's users read that."""
     interpreter = fx.Interpreter(module)
@@ -158,9 +173,10 @@ def _place(quantizer: fx.Node) -> str:
 
 
 def unsigned_grid(grid: ActivationGrid) -> ActivationGrid:
-    """The same grid in codes from 0 to 255, or to 65,535 for activations of 16 bits.
+    """The same grid in codes from 0 to 255, or to 65,535 for activations of 16 bits: runtimes want one type for all of them.
 
-    A zero point between two codes (LSQ+) moves to the nearer one.
+    Zero is the middle code of grids that reach below it and fit around that. A zero point between two codes (LSQ+) moves to
+    the nearer one.
 
     Raises:
         BitscapeError: the signs of one bit, between which no code stands for zero; or levels that lie so far from zero that the type
@@ -177,8 +193,21 @@ def unsigned_grid(grid: ActivationGrid) -> ActivationGrid:
             f"{needed} codes, and integer runtimes have {top + 1}; give its input fewer bits, or quantize with Lsq, "
             "whose levels begin at zero"
         )
-    shift = (top + 1) // 2 if grid.qmin < 0 else max(0, -zero_point)
+    half = (top + 1) // 2
+    fits_around = grid.qmin < 0 and -half <= grid.qmin and grid.qmax < half
+    shift = half if fits_around else max(0, -zero_point, -grid.qmin)
     return ActivationGrid(scale=grid.scale, zero_point=float(zero_point + shift), qmin=grid.qmin + shift, qmax=grid.qmax + shift)
+
+
+def centered(grid: ActivationGrid) -> ActivationGrid:
+    """A grid of `unsigned_grid` whose zero stands in the middle of the 16-bit codes: unsigned activations lose a bit."""
+    middle = (WORD + 1) // 2
+    if not grid.is_wide or grid.zero_point == middle:
+        return grid
+    coarser = 2  # the smallest factor by which the codes on either side of zero fit into half of the type
+    low, high = (round((code - grid.zero_point) / coarser) for code in (grid.qmin, grid.qmax))
+    limits = {"qmin": middle + max(low, -middle), "qmax": middle + min(high, middle - 1)}
+    return ActivationGrid(scale=coarser * grid.scale, zero_point=float(middle), **limits)
 
 
 def _calibrate(traced: Traced, added: list[fx.Node], samples: Samples, observer: Observer) -> None:
@@ -190,9 +219,9 @@ def _calibrate(traced: Traced, added: list[fx.Node], samples: Samples, observer:
         values = sample.values()
         with prefixed("images, behind the network's operators"):
             require_finite(values)
-        signed = bool(values.min() < 0)
-        scale = float(observer.scale(values[None], Grid(-128, 127) if signed else Grid(0, 255))[0])
-        set_grid(node, replace(PLACEHOLDER, scale=scale, zero_point=float(SIGNED_ZERO if signed else 0)))
+        scale, levels = activation_range(values, 8, observer)
+        limits = {"qmin": int(levels.qmin), "qmax": int(levels.qmax)}
+        set_grid(node, unsigned_grid(ActivationGrid(scale=float(scale), zero_point=0.0, **limits)))
 
 
 class _Recorder(fx.Interpreter):
@@ -201,11 +230,10 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, added: list[fx.Node]) -> None:
         super().__init__(module)
         self.samples = {node: ValueSample() for node in added}
-        self._generator = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> object:
         if n not in self.samples:
             return super().run_node(n)
         value: Tensor = self.fetch_args_kwargs_from_env(n)[0][0]
-        self.samples[n].add(value, self._generator)
+        self.samples[n].add(value)
         return value

@@ -22,7 +22,7 @@ from bitscape.models.layers import has_weight
 from bitscape.models.modes import in_eval_mode
 from bitscape.policy import LayerBits
 from bitscape.quant.functional import MINIMUM_SCALE
-from bitscape.quant.layers import QuantizedLayer, quantized_layers, static_bits
+from bitscape.quant.layers import QuantizedLayer, require_quantized, static_bits
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq_plus import LsqPlusActivation
 from bitscape.quant.quantizers.pact import PactActivation
@@ -152,9 +152,7 @@ def trace(network: nn.Module, example: Samples | Inputs) -> Traced:
         BitscapeError: no quantized layer, scales that are not set, or a forward that torch.export cannot follow.
     """
     model = in_eval_mode(copied(network))
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError("network: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    layers = require_quantized(model, "network")
     samples = checked_samples(example, model)
     codes, bits = {}, {}
     if multiplied := [name for name, layer in layers.items() if not has_weight(layer)]:

@@ -40,6 +40,25 @@ def fold_into_integers(traced: Traced, weights: dict[str, IntegerWeight]) -> dic
     return biases
 
 
+def spell_out_norms(traced: Traced) -> None:
+    """Let the batch norms that stayed multiply by a constant of each channel, and add one: for files that know no norms."""
+    module, graph = traced.module, traced.module.graph
+    for node in list(graph.nodes):
+        if (norm := norm_arguments(node)) is None or norm.get("training") or norm.get("running_mean") is None:
+            continue
+        factor, shift = (values.float() for values in _affine(module, norm))
+        value = node.all_input_nodes[0]
+        along = [1, -1, *[1] * (value.meta["val"].ndim - 2)]
+        scaled = value
+        for operator, constant in ((aten.mul.Tensor, factor), (aten.add.Tensor, shift)):
+            name = f"{node.name}_{operator._schema.name.rpartition(':')[2]}"
+            module.register_buffer(name, constant.reshape(along))
+            with graph.inserting_before(node):
+                scaled = graph.call_function(operator, (scaled, graph.get_attr(name)))
+            scaled.meta = dict(value.meta)
+        _remove(node, scaled)
+
+
 def norm_arguments(node: fx.Node) -> dict[str, object] | None:
     """The arguments by name of a batch norm, of which torch.export knows several forms; None for any other node."""
     if not isinstance(node.target, torch._ops.OpOverload) or "batch_norm" not in node.target.name():
@@ -99,24 +118,30 @@ _AXES_BEFORE: dict[object, Callable[[fx.Node, int], int | None]] = {
 """Operators that move channels -> the axis of the input that becomes an axis of the output; None if that cannot be told."""
 
 
-def _folded(module: fx.GraphModule, norm: Mapping[str, object], weight: IntegerWeight, bias: Tensor | None) -> tuple[IntegerWeight, Tensor]:
+def _affine(module: fx.GraphModule, norm: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies each channel by, and what it adds then, float64."""
     gamma, beta, mean, variance = (_value(module, norm.get(name)) for name in ("weight", "bias", "running_mean", "running_var"))
     epsilon = norm.get("eps", norm.get("epsilon"))
     assert mean is not None and variance is not None and isinstance(epsilon, float | int)
     factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
+    return factor, (0.0 if beta is None else beta) - mean * factor
+
+
+def _folded(module: fx.GraphModule, norm: Mapping[str, object], weight: IntegerWeight, bias: Tensor | None) -> tuple[IntegerWeight, Tensor]:
+    factor, shift = _affine(module, norm)
     # A negative gamma makes negative scales: turned codes would need one more bit, for -2^(b-1) has no opposite.
     scale = (weight.scale * factor).float()
     dead = scale.abs() < MINIMUM_SCALE  # such a channel is nothing but its bias
     codes = weight.q.masked_fill(weight.layout.along_scales(dead, weight.q.ndim), 0)
-    shifted = ((0.0 if bias is None else bias) - mean) * factor + (0.0 if beta is None else beta)
+    shifted = shift if bias is None else bias * factor + shift
     return replace(weight, q=codes, scale=torch.where(dead, weight.scale, scale)), shifted
 
 
-def _remove(node: fx.Node) -> None:
-    """Let a norm's input stand for its output; some forms return that as the first of a tuple."""
+def _remove(node: fx.Node, by: fx.Node | None = None) -> None:
+    """Let a norm's input, or `by`, stand for its output; some forms return that as the first of a tuple."""
     outputs = [user for user in node.users if getattr(user.target, "__name__", "") == "getitem"] or [node]
     for output in outputs:
-        output.replace_all_uses_with(node.all_input_nodes[0])
+        output.replace_all_uses_with(node.all_input_nodes[0] if by is None else by)
     for erased in dict.fromkeys([*outputs, node]):
         node.graph.erase_node(erased)
 

@@ -16,6 +16,9 @@ alone, ONNX Runtime is no faster than in float. So, for every tensor made by a c
 Linear layers and transposed convolutions keep float results unless all that is made of them passes one quantizer: runtimes can return
 those, and the residual streams of transformers tolerate no 8 bits. So does a convolution of 16-bit activations, which runtimes compute
 in float. Layers between float operators (softmax, layer norm, GELU) stay as they are.
+
+Some runtimes have integer operators alone. For these everything is quantized: images, outputs, the results of every operator, and the
+constants that operators take. Where 16 bits take a tensor, all others read from these.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,6 +62,7 @@ MIXING = CONVOLUTIONS | TRANSPOSED | POOLINGS | {
 }
 """Operators that sum over many values, in which the rounding of one is lost."""
 CONCATENATION = aten.cat.default
+ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
 MOVES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
@@ -89,17 +93,20 @@ MOVES = {
 PLACEHOLDER = ActivationGrid(scale=1.0, zero_point=0.0, qmin=0, qmax=255)
 
 
-def place_quantizers(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> list[fx.Node]:
+def place_quantizers(
+    graph: fx.Graph, is_layer: Callable[[fx.Node], bool], *, everywhere: bool = False
+) -> list[fx.Node]:
     """Change `graph` so that every tensor that integer operators make is quantized once; grids are uint8 ones.
 
     Args:
         graph: quantizers stand on the inputs of layers.
         is_layer: whether a convolution or linear node has integer weights.
+        everywhere: quantize what float operators take and make as well, and outputs.
 
     Returns:
         The new quantizers; their grid is a placeholder until they are calibrated.
     """
-    placer = _Placer(graph, is_layer)
+    placer = _Placer(graph, is_layer, everywhere=everywhere)
     for node in list(graph.nodes):
         placer.merge_equal(node)
     for node in list(graph.nodes):
@@ -137,11 +144,12 @@ def quantized_source(node: fx.Node) -> fx.Node | None:
 
 
 class _Placer:
-    def __init__(self, graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> None:
+    def __init__(self, graph: fx.Graph, is_layer: Callable[[fx.Node], bool], *, everywhere: bool = False) -> None:
         self.graph = graph
         self.is_layer = is_layer
+        self.everywhere = everywhere
         self.added: list[fx.Node] = []
-        self._float_reads = float_reads(graph)
+        self._float_reads = set() if everywhere else float_reads(graph)
         self._integer: dict[fx.Node, bool] = {}
 
     def is_convolution(self, node: fx.Node) -> bool:
@@ -162,6 +170,8 @@ class _Placer:
 
     def is_site(self, node: fx.Node) -> bool:
         """Whether the node makes new values, which need a quantizer behind them."""
+        if self.everywhere:
+            return _is_constant_operand(node) or (_makes_floats(node) and not is_quantizer(node) and not is_move(node))
         makes = node.target in POOLINGS | {CONCATENATION} or _is_addition(node)
         return self.is_convolution(node) or (makes and self.is_integer(node))
 
@@ -177,7 +187,8 @@ class _Placer:
     def settle(self, site: fx.Node) -> None:
         tail = behind_rectifiers(site)
         takers = self._rounding_users(tail)
-        if takers and not self.hoist(tail) and (self.is_convolution(site) or any(map(self._wants_codes, takers))):
+        wanted = self.everywhere or self.is_convolution(site) or any(map(self._wants_codes, takers))
+        if takers and not self.hoist(tail) and wanted:
             self._read_from(self._shared_quantizer(tail), tail)
 
     def hoist(self, tail: fx.Node) -> bool:
@@ -205,7 +216,9 @@ class _Placer:
         return is_quantizer(user) or _is_addition(user) or user.target in POOLINGS | {CONCATENATION}
 
     def _shared_quantizer(self, tail: fx.Node) -> fx.Node:
-        wide = [taker for taker in _takers(tail) if is_quantizer(taker) and grid_of(taker).qmax - grid_of(taker).qmin == 255]
+        takers = [taker for taker in _takers(tail) if is_quantizer(taker)]
+        words = [taker for taker in takers if self.everywhere and grid_of(taker).is_wide]
+        wide = words or [taker for taker in takers if grid_of(taker).qmax - grid_of(taker).qmin == 255]
         if not wide:
             self.added.append(insert_quantizer(self.graph, tail, PLACEHOLDER))
             return self.added[-1]
@@ -270,6 +283,17 @@ def float_reads(graph: fx.Graph) -> set[tuple[fx.Node, fx.Node]]:
             if outputs_only.issuperset(node.users):
                 outputs_only.add(node)
     return reads
+
+
+def _makes_floats(node: fx.Node) -> bool:
+    """Whether the node is an input, or an operator, whose values are floats."""
+    value = node.meta.get("val")
+    return node.op in ("placeholder", "call_function") and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_constant_operand(node: fx.Node) -> bool:
+    """Whether the node reads a tensor of the network that operators take beside what they compute of images."""
+    return node.op == "get_attr" and all(user.target in ELEMENTWISE for user in node.users)
 
 
 def _is_narrow(node: fx.Node) -> bool:

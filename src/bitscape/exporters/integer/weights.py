@@ -14,6 +14,7 @@ from bitscape.quant.quantizers.base import Codes
 
 LARGEST_BIAS = 2**30
 """Biases are int32, and sums of products are added to them."""
+LARGEST_CODE = 127
 LEAST_SPACING = 2.0**-125
 """Twice the smallest normal float32: some runtimes take what is smaller for zero."""
 
@@ -58,6 +59,19 @@ def integer_weight(name: str, codes: Codes) -> IntegerWeight:
     if q.abs().max() > 128:
         raise BitscapeError(f"{name}: levels without a zero at 8 bits need 9-bit integers; give the layer 7 bits, or quantize with Lsq")
     return IntegerWeight(q, scale.clone(), codes.layout)
+
+
+def with_positive_scales(weight: IntegerWeight) -> IntegerWeight:
+    """The same weight with positive scales alone, behind norms of negative gammas: the codes turn instead.
+
+    -128 has no opposite in 8 bits: scales of channels that have it grow by 1/127, and their codes are rounded anew.
+    """
+    turned = weight.q * weight.layout.along_scales(weight.scale.sign(), weight.q.ndim).short()
+    largest = weight.layout.outputs_first(turned).flatten(1).amax(1)
+    full = weight.layout.largest(largest, len(weight.scale)) > LARGEST_CODE
+    scale = torch.where(full, weight.scale.abs() * (LARGEST_CODE + 1) / LARGEST_CODE, weight.scale.abs())
+    ratio = weight.layout.along_scales(weight.scale.abs() / scale, weight.q.ndim)
+    return replace(weight, q=(turned * ratio).round().short(), scale=scale)
 
 
 def integer_bias(graph: fx.Graph, weights: dict[str, IntegerWeight], key: str, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ Executed by qonnx, the nodes compute the very numbers that the network's quantiz
     activations                        one scale, zero point 0, b bits, signed or not; a single signed bit as for weights (values from
                                        -2^-25 scales to 0 become -1, while the network's rounding gives them 1)
     signed activations of PACT         the same, narrow: clipping at -clip..clip never reaches the lowest code
-    activations of LSQ+                unsigned, with their zero point, a fraction; hls4ml takes it, FINN does not
+    activations from a lower code on   unsigned, with their zero point; hls4ml takes it, FINN does not. Values halfway between two
+                                       levels go to the other one where the zero point is odd: Quant adds it before it rounds
+    activations of LSQ+                the same; their zero point is a fraction
 
 The batch size is fixed at one image: qonnx reads an open size as 0. Equal quantizers of one tensor are one node.
 """
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from bitscape.calling import Inputs
 from bitscape.cost.layers import measure
 from bitscape.data.samples import Samples
-from bitscape.exporters.integer.graph import FAKE_QUANTIZE, Traced, grid_of, layer_of, trace
+from bitscape.exporters.integer.graph import FAKE_QUANTIZE, ActivationGrid, Traced, grid_of, layer_of, trace
 from bitscape.exporters.integer.interface import as_samples, example_of
 from bitscape.exporters.onnx.trace import checked_bytes, onnx_graph, pad_circularly, pool_globally
 from bitscape.files import write_atomic
@@ -116,9 +118,20 @@ def weight_form(codes: Codes, bits: int) -> WeightForm:
 def warn_of_zero_points(traced: Traced) -> None:
     """Log how many activations FINN would refuse."""
     grids = [grid_of(node) for node in traced.module.graph.nodes if node.target is FAKE_QUANTIZE]
-    shifted = sum(grid.zero_point not in (0.0, MID_RISE) for grid in grids)
+    shifted = sum(_zero_point(grid) != 0 for grid in grids)
     if shifted:
-        _log.warning("%d of %d activation grids have a zero point: hls4ml takes it, FINN does not; for FINN use Lsq", shifted, len(grids))
+        _log.warning(
+            "%d of %d activation grids have a zero point: hls4ml takes it, FINN does not; for FINN quantize with "
+            "Lsq(zero_points=False)",
+            *(shifted, len(grids)),
+        )
+
+
+def _zero_point(grid: ActivationGrid) -> float:
+    """The zero point of an unsigned Quant node; 0 for grids that are plainly signed or unsigned."""
+    if grid.zero_point == MID_RISE or -grid.qmin in (grid.qmax, grid.qmax + 1):
+        return 0.0
+    return grid.zero_point - grid.qmin
 
 
 @torch.library.custom_op("bitscape::quantized_weight", mutates_args=())
@@ -162,10 +175,12 @@ def _weight_node(weight: Any, scale: Any, bits: int, narrow: bool) -> Any:
 
 
 def _activation_node(x: Any, scale: float, zero_point: float, qmin: int, qmax: int) -> Any:
-    bits, signed = (qmax - qmin).bit_length(), qmin < 0
-    if bits == 1 and signed:
-        scale, zero_point = scale / 2, 0.0  # -1/2 and 1/2 of the scale, as -1 and 1
-    return _quant_node(x, _constant(scale), zero_point, bits, signed=signed, narrow=signed and qmin == -qmax)
+    grid = ActivationGrid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax)
+    bits, shift = (qmax - qmin).bit_length(), _zero_point(grid)
+    signed = qmin < 0 and shift == 0
+    if zero_point == MID_RISE:
+        scale = scale / 2  # -1/2 and 1/2 of the scale, as -1 and 1
+    return _quant_node(x, _constant(scale), shift, bits, signed=signed, narrow=signed and qmin == -qmax)
 
 
 def _quant_node(x: Any, scale: Any, zero_point: float, bits: int, *, signed: bool, narrow: bool) -> Any:

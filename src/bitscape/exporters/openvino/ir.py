@@ -19,7 +19,7 @@ OpenVINO computes no convolution in fewer than 8 bits: fewer bits make the file 
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,14 +133,18 @@ def openvino_model(network: IntegerNetwork, data: Samples | Inputs) -> "tuple[An
     return model, source
 
 
-def _refuse_wide(network: IntegerNetwork) -> None:
-    graph = network.module.graph
-    wide = dict.fromkeys(network.layers[key] for key in network.weights if input_grid(graph, key).is_wide)
-    if wide:
+def refuse_wide(layers: Iterable[str], what: str = "network") -> None:
+    """Raise BitscapeError if there are layers of 16-bit activations; `what` has them."""
+    if wide := ", ".join(dict.fromkeys(layers)):
         raise BitscapeError(
-            f"network: layers {', '.join(wide)} take 16-bit activations, and OpenVINO computes in 8; give them 8 bits, or export "
+            f"{what}: layers {wide} take 16-bit activations, and OpenVINO computes in 8; give them 8 bits, or export "
             "to ONNX or as a packed file"
         )
+
+
+def _refuse_wide(network: IntegerNetwork) -> None:
+    graph = network.module.graph
+    refuse_wide(network.layers[key] for key in network.weights if input_grid(graph, key).is_wide)
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -37,7 +37,7 @@ from bitscape.models.prepare import prepare
 from bitscape.models.products import product_names, products, split_products
 from bitscape.models.replace import replace_module
 from bitscape.policy import LayerBits, Policy, fingerprint
-from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, static_bits
+from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, require_quantized, static_bits
 from bitscape.quant.quantizers.base import Codes
 
 _METADATA = "bitscape"  # one entry: safetensors writes several in random order
@@ -74,9 +74,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
         BitscapeError: no quantized layer, other bits than the policy's, a quantizer that no file can describe, or
             weights and scales that are not finite float32.
     """
-    layers = quantized_layers(model)
-    if not layers:
-        raise BitscapeError("model: it has no quantized layer; call bitscape.quantize(model, policy, data) first")
+    layers = require_quantized(model)
     if not any(getattr(layer.input_quantizer, "initialized", True) for layer in layers.values()):
         raise BitscapeError("model: no activation scale is set; call bitscape.quantize(model, policy, data), which sets them")
     stored, codes = {}, {}

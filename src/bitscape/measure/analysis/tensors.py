@@ -75,7 +75,7 @@ class NoiseMeter:
         self._sums: Tensor | None = None
         self._shift = torch.zeros(())
         self._ends = (0.0, 0.0)
-        self._sample, self._generator = ValueSample(), torch.Generator().manual_seed(0)
+        self._sample = ValueSample()
 
     @torch.no_grad()
     def add(self, values: Tensor, quantized: Tensor) -> None:
@@ -91,7 +91,7 @@ class NoiseMeter:
         self._count += wide.numel()
         self._add_clipped(wide)
         for part in wide.flatten().split(max(SAMPLES_PER_BATCH, -(-wide.numel() // DRAWS))):
-            self._sample.add(part, self._generator)
+            self._sample.add(part)
 
     def result(self) -> TensorNoise:
         """Return the figures of all values so far, at least one.

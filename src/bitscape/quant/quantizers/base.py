@@ -15,7 +15,7 @@ from bitscape.errors import BitscapeError
 from bitscape.models.layers import PLAIN, WeightLayout
 from bitscape.policy import MAX_BITS
 from bitscape.quant.functional import MINIMUM_SCALE, at_least, fake_quantize, require_finite, without_autocast
-from bitscape.quant.grid import Grid, grid
+from bitscape.quant.grid import Grid, grid, grid_from
 from bitscape.quant.observers import Observer
 from bitscape.quant.reference import dequantize, quantize, widened
 
@@ -77,6 +77,7 @@ class FakeQuantizer(nn.Module, ABC):
     Attributes:
         bits: bit-width 1..8, of activations also 16, or a tensor of them that broadcasts against the data.
         signed: whether codes below zero exist. For activations decided by the values seen in `initialize`.
+        lowest: the smallest code, where the grid lies between the signed and the unsigned one; else None.
         initialized: whether scales were set; calling it earlier is an error.
         results: within a block of `weights_quantized_once`, where quantized weights are kept.
     """
@@ -88,6 +89,7 @@ class FakeQuantizer(nn.Module, ABC):
         grid(bits, signed=signed)  # checks the bit-width
         self.bits = bits
         self.signed = signed
+        self.lowest: int | None = None
         self.mid_rise = mid_rise
         self.initialized = False
         self.results: Results | None = None
@@ -95,9 +97,12 @@ class FakeQuantizer(nn.Module, ABC):
 
     @property
     def grid(self) -> Grid:
-        """Integer limits for the present bits and sign."""
+        """Integer limits for the present bits, sign and zero point."""
         if self._grid is None:
-            self._grid = grid(self.bits, signed=self.signed, mid_rise=self.mid_rise)
+            if self.lowest is None:
+                self._grid = grid(self.bits, signed=self.signed, mid_rise=self.mid_rise)
+            else:
+                self._grid = grid_from(self.lowest, int(self.bits))
         return self._grid
 
     @abstractmethod
@@ -139,21 +144,30 @@ class FakeQuantizer(nn.Module, ABC):
         self.signed = bool(values.min() < 0)
         self._grid = None
 
+    def use(self, levels: Grid) -> None:
+        """Take the grid that `activation_range` chose."""
+        self.signed = bool((torch.as_tensor(levels.qmin) < 0).any())
+        plain = isinstance(self.bits, Tensor) or levels == grid(self.bits, signed=self.signed)
+        self.lowest = None if plain else int(levels.qmin)
+        self._grid = levels
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of any block."""
         return {**self.__dict__, "results": None}
 
-    # The sign and the state travel with the state dict, as a tensor, so that nothing has to be unpickled.
+    # What is no tensor travels with the state dict as one, so that nothing has to be unpickled.
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.signed, self.initialized], dtype=torch.uint8)
+        return torch.tensor([self.signed, self.initialized, self.lowest or 0], dtype=torch.int32)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.signed, self.initialized = (bool(v) for v in state.tolist())
+        signed, initialized, lowest = state.tolist()
+        self.signed, self.initialized, self.lowest = bool(signed), bool(initialized), lowest or None
         self._grid = None
 
     def extra_repr(self) -> str:
         bits = "per element" if isinstance(self.bits, Tensor) else self.bits
-        return f"bits={bits}, {'signed' if self.signed else 'unsigned'}"
+        codes = "unsigned" if not self.signed else "signed" if self.lowest is None else f"from {self.lowest}"
+        return f"bits={bits}, {codes}"
 
 
 class WeightFakeQuantizer(FakeQuantizer):

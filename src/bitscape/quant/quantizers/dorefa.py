@@ -7,7 +7,7 @@ Departs   With `restore_scale` (default) the levels are multiplied back to the w
           behind them keep their output; the paper leaves them in -1..1. Activations are clipped at a calibrated bound (paper: 1),
           symmetric where they are signed.
 Costs     Two more passes over the weights than LSQ (tanh).
-Measured  docs/flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 72.1 % top-1
+Measured  docs/results-flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 72.1 % top-1
           after plain training, 80.5 % with LSQ.
 """
 

@@ -8,7 +8,7 @@ Departs   With `restore_scale` (default) the result is multiplied by std again, 
           varies with the image, and training has to make up for it. Activations are LSQ's, the same function
           under another parametrisation.
 Costs     As LSQ, and two passes over the weights.
-Measured  docs/flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 83.1 % top-1
+Measured  docs/results-flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 83.1 % top-1
           after plain training, 80.5 % with LSQ.
 """
 

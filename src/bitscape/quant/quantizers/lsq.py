@@ -5,9 +5,14 @@ Idea      The grid spacing is trained together with the weights. Its gradient se
           between codes, and is scaled by 1 / sqrt(N * qmax) so that scales and weights move at a like pace.
 Computes  Eq. 1-2 -> functional.fake_quantize; Eq. 3 and 5 -> its backward; section 2.2 -> lsq_gradient_factor
 Departs   One scale per output channel for weights by default (paper: per layer), N then counts a channel. Scales start at the squared-error
-          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid.
+          optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid. Grids of activations
+          may begin between the signed and the unsigned one, our own choice: of all whole zero points that of the least
+          squared error, where it leaves at most 3/4 of the signed grid's. Training keeps the zero point.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
-Measured  docs/results: the default quantizer of every benchmark.
+Measured  docs/results: the default quantizer of every benchmark. Zero points, without training, repaired, one run, from a
+          signed grid: text direction (MobileNetV3, 2,000 lines) 73.7 -> 83.4 % at W4A4 and 95.3 -> 95.9 % at W6A6 BitOps;
+          YOLOX-nano (200 images, AP against the float boxes) 10.9 -> 21.7 % at W6A6 BitOps, 26.0 -> 30.8 % at 4-bit bytes and A8;
+          CCT (2,000 images) 82.7 -> 83.7 % at W4A4 BitOps; MobileNetV2 (744 images) 57.5 -> 59.7 % at W4A4 BitOps.
 """
 
 import math
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscape.quant.functional import fake_quantize
-from bitscape.quant.observers import Observer
+from bitscape.quant.observers import Observer, activation_range
 from bitscape.quant.quantizers.base import (
     FakeQuantizer,
     PerChannel,
@@ -49,19 +54,21 @@ class LsqWeight(WeightFakeQuantizer):
 
 
 class LsqActivation(FakeQuantizer):
-    """Activations with one learned scale; unsigned if no value below zero was seen."""
+    """Activations with one learned scale, on the grid that `activation_range` chooses."""
 
-    def __init__(self, bits: int | Tensor) -> None:
+    def __init__(self, bits: int | Tensor, zero_points: bool = True) -> None:
         super().__init__(bits, signed=False)
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+        self.zero_points = zero_points
 
     def _quantize_dequantize(self, x: Tensor) -> Tensor:
         factor = lsq_gradient_factor(x.numel() // max(1, x.shape[0]), self.grid.qmax)
         return fake_quantize(x, self.scale, self.grid, scale_gradient_factor=factor)
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
-        self.see_sign(values)
-        self.scale.copy_(observer.scale(values.reshape(1, -1), self.grid)[0])
+        scale, levels = activation_range(values.flatten(), self.bits, observer, zero_points=self.zero_points)
+        self.use(levels)
+        self.scale.copy_(scale)
 
 
 def lsq_gradient_factor(elements: int, qmax: float | Tensor) -> float:
@@ -76,6 +83,8 @@ class Lsq:
 
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""
+    zero_points: bool = True
+    """Whether grids of activations may begin between signed and unsigned ones; False for FINN, which takes no zero point."""
 
     def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
@@ -83,4 +92,4 @@ class Lsq:
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:
         """Fake-quantizer for a layer's input."""
-        return LsqActivation(bits)
+        return LsqActivation(bits, self.zero_points)

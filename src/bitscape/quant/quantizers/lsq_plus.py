@@ -3,12 +3,12 @@
 Paper     Bhalgat, Lee, Nagel, Blankevoort, Kwak: "LSQ+: Improving low-bit quantization through learnable offsets and better
           initialization", CVPR Workshops 2020, arXiv 2004.09576
 Idea      SiLU, GELU and hard-swish have a short negative tail: a signed grid wastes half its codes on it, an unsigned one cuts it off. An
-          unsigned grid that may start anywhere holds both.
+          unsigned grid that may start anywhere holds both. Zero need not lie on it: files move the offset to the nearest code.
 Computes  Eq. 3-6 -> LsqPlusActivation; section 3.2 -> least_squares_range
 Departs   Weights start where the observer puts them, as LSQ's do. The paper's start, max|mean +- 3 std| / 2^(b-1), is meant for
           training: it cuts off the outliers that a trained network needs before it is trained again.
 Costs     As LSQ, one more pass over the activations.
-Measured  docs/flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 79.4 % top-1
+Measured  docs/results-flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 79.4 % top-1
           after plain training, 80.5 % with LSQ.
 """
 
@@ -66,7 +66,7 @@ def least_squares_range(values: Tensor, grid: Grid, observer: Observer, steps: i
 
 @dataclass(frozen=True, kw_only=True)
 class LsqPlus:
-    """LSQ with learned activation offsets: take it for SiLU, GELU and hard-swish networks."""
+    """LSQ with learned activation offsets, for training; `Lsq` has zero points that stay as they are calibrated."""
 
     weight_scales: Sharing = field(default_factory=PerChannel)
     """One scale per output channel, or one per tensor."""

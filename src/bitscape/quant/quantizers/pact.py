@@ -6,7 +6,7 @@ Computes  Eq. 1-3 -> PactActivation
 Departs   The bound starts at the calibrated range (paper: 6 to 10). Signed inputs (images, linear bottlenecks) are clipped to -clip..clip.
           The L2 term enters as a gradient, so that no loss has to know of it.
 Costs     As DoReFa.
-Measured  docs/flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 72.2 % top-1
+Measured  docs/results-flat-training: saq. ResNet-20 on CIFAR-10 at W2A2, a short schedule, one seed: 72.2 % top-1
           after plain training, 80.5 % with LSQ.
 """
 

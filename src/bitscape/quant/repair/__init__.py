@@ -3,22 +3,31 @@
 `equalize` belongs before `quantize`, on the float network; `repair` does the rest afterwards.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from bitscape.calling import Inputs, sample_count
 from bitscape.errors import BitscapeError, nearest
-from bitscape.quant.convert import Data
-from bitscape.quant.repair.adaptive import adaptive_rounding
+from bitscape.models.prepare import as_prepared
+from bitscape.quant.convert import Data, batches_of
+from bitscape.quant.repair.adaptive import adaptations, adaptive_rounding
 from bitscape.quant.repair.bias import correct_biases
 from bitscape.quant.repair.equalize import ChannelClip, Equalized, equalize
-from bitscape.quant.repair.moments import input_moments
-from bitscape.quant.repair.rounding import RoundingError, compensate_rounding
+from bitscape.quant.repair.in_order import round_in_order
+from bitscape.quant.repair.moments import BATCH, InputMoments, input_moments
+from bitscape.quant.repair.norms import correct_norms, norms_with_statistics
+from bitscape.quant.repair.rounding import (
+    Rounding,
+    RoundingError,
+    compensate_rounding,
+    compensations,
+    log_errors,
+)
 
 __all__ = [
     "ChannelClip",
     "Equalized",
+    "InputMoments",
     "RoundingError",
     "adaptive_rounding",
     "compensate_rounding",
@@ -28,12 +37,12 @@ __all__ = [
     "repair",
 ]
 
-HELD = 1024
-"""Samples of an iterator that are held for a second pass."""
-_ROUNDINGS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, RoundingError]]] = {
-    "compensate": compensate_rounding,
-    "adaptive": adaptive_rounding,
+_ROUNDINGS: dict[str, Callable[[], Sequence[Rounding]]] = {
+    "compensate": compensations,
+    "adaptive": adaptations,
 }
+
+_NAMES = {"compensate": "compensated rounding", "adaptive": "adaptive rounding"}
 
 
 def repair(
@@ -41,19 +50,20 @@ def repair(
     float_model: nn.Module,
     data: Data,
     *,
-    moments: Mapping[str, Tensor] | None = None,
     rounding: str | None = "compensate",
     bias: bool = True,
 ) -> nn.Module:
-    """Repair a quantized and calibrated `model` in place, and return it: rounding first, then biases.
+    """Repair a quantized and calibrated `model` in place, and return it.
+
+    Layer after layer gets its codes, and then its scales and bias, from what all layers before it
+    really give.
 
     Args:
         model: what `quantize` and `calibrate` returned, by LSQ or LSQ+.
         float_model: the network that was quantized, norms folded.
-        data: samples, a tensor (n, ...), or batches of inputs; normalized, no labels. 128 samples are enough for most
-            networks. They are gone through twice; of an iterator, which can be gone through once, the first 1,024
-            samples are held in memory, and biases are corrected on those.
-        moments: `input_moments(float_model, data)`, if they are at hand from an earlier policy.
+        data: samples, a tensor (n, ...), or batches of inputs; normalized, no labels. 256 samples
+            are enough for most networks. They are gone through once, and again for norms that are
+            not folded; batches of an iterator are then held.
         rounding: "compensate" (seconds), "adaptive" (minutes), or None.
         bias: correct biases.
 
@@ -61,25 +71,21 @@ def repair(
         BitscapeError: an unknown `rounding`, or what `compensate_rounding` and `correct_biases` raise.
     """
     if rounding is not None and rounding not in _ROUNDINGS:
-        raise BitscapeError(f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None{nearest(rounding, _ROUNDINGS)}")
-    second = data
-    if rounding is not None:
-        if moments is None:
-            if bias and isinstance(data, Iterator):
-                second = list[Inputs]()
-                data = _holding(data, second)
-            moments = input_moments(float_model, data)
-        _ROUNDINGS[rounding](model, moments)
-    if bias:
-        correct_biases(model, float_model, second)
+        raise BitscapeError(
+            f"rounding = {rounding!r}: allowed are {', '.join(_ROUNDINGS)} and None"
+            f"{nearest(rounding, _ROUNDINGS)}"
+        )
+    float_model = as_prepared(float_model)
+    if rounding is None:
+        if bias:
+            correct_biases(model, float_model, data)
+        return model
+    has_norms = bool(norms_with_statistics(model))
+    if has_norms and isinstance(data, Iterator):
+        data = list(data)
+    batches = batches_of(data, model, BATCH)
+    errors = round_in_order(model, float_model, batches, _ROUNDINGS[rounding](), correct=bias)
+    log_errors(_NAMES[rounding], errors)
+    if bias and has_norms:
+        correct_norms(model, float_model, data)
     return model
-
-
-def _holding(batches: Iterable[Inputs], held: list[Inputs]) -> Iterator[Inputs]:
-    """Yield the batches; the first ones stay in `held`, HELD samples at most but for one batch."""
-    count = 0
-    for inputs in batches:
-        if count < HELD:
-            held.append(inputs)
-            count += sample_count(inputs)
-        yield inputs

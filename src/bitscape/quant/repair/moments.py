@@ -1,7 +1,8 @@
 """Second moments of every layer's input: collected once from the float network, used for every policy."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bitscape.calling import Inputs
 from bitscape.errors import BitscapeError
 from bitscape.models.layers import weighted_layers
 from bitscape.models.modes import evaluating
@@ -18,73 +20,93 @@ from bitscape.quant.convert import Data, batches_of, run_batches
 from bitscape.quant.functional import without_autocast
 
 _log = logging.getLogger("bitscape.quant.repair")
+BATCH = 8
+"""Images at once: their maps stay in the cache, and there are batches for both parts."""
 UNFOLDED_ELEMENTS = 1 << 24
 """Values unfolded at once: 64 MB of float32."""
 
 
-def input_moments(model: nn.Module, data: Data, *, positions: int = 128, seed: int = 0) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class InputMoments:
+    """Mean of x x^T over the inputs x of one layer, in two parts: what one suggests, the other judges."""
+
+    parts: tuple[Float[Tensor, "groups k k"], ...]
+    """Of every second batch each; a single one where the layer ran in one batch only."""
+    samples: tuple[int, ...]
+    """Inputs x that each part averages."""
+
+    @property
+    def mean(self) -> Float[Tensor, "groups k k"]:
+        """The mean over both parts."""
+        shares = [count / sum(self.samples) for count in self.samples]
+        return torch.stack([p * share for p, share in zip(self.parts, shares, strict=True)]).sum(0)
+
+
+def input_moments(
+    model: nn.Module, data: Data, *, positions: int = 128, seed: int = 0
+) -> dict[str, InputMoments]:
     """Mean of x x^T over the inputs x that a layer's weight rows are multiplied with.
 
-    Every convolution, transposed or not, and every product with a layer's own weight counts, so padding of the layer's own (SAME) and
-    shared layers are right; a layer that computes another weight first (weight standardisation) is left out, as are
-    layers that never run.
+    Every convolution, transposed or not, and every product with a layer's own weight counts, so
+    padding of the layer's own (SAME) and shared layers are right. A layer that computes another
+    weight first (weight standardisation) is left out, as are layers that never run.
 
     Args:
         model: float network; nn.MultiheadAttention is split in a copy, as `quantize` does.
         data: samples, a tensor (n, ...), or batches of inputs; normalized.
-        positions: output positions (or tokens) of each image that count, drawn at random; a few thousand in all are enough for most layers.
+        positions: output positions (or tokens) of each image that count, drawn at random; a few
+            thousand in all are enough for most layers.
         seed: of that draw.
 
     Returns:
-        Layer name -> float32 (groups, k, k) with k = inputs of a group times the kernel's size. It takes the memory of the sum of all k^2.
+        Layer name -> moments, with k = inputs of a group times the kernel's size. They take twice
+        the memory of the sum of all k^2.
 
     Raises:
         BitscapeError: no images, or inputs that are not finite (the layer is named).
     """
     model = as_prepared(model)
     names = {layer.get_parameter("weight"): name for name, layer in weighted_layers(model).items()}
-    collector = _Collector(names, positions, torch.Generator().manual_seed(seed))
-    with evaluating(model), collector:
-        if not run_batches(model, batches_of(data, model)):
+    sums = _Sums(names, positions, torch.Generator().manual_seed(seed))
+    with evaluating(model), sums:
+        if not run_batches(model, sums.in_parts(batches_of(data, model, batch_size=BATCH))):
             raise BitscapeError("images: no batch; give at least one image, better a few hundred")
-    for name in names.values():
-        if name not in collector.sums:
-            _log.warning("layer %s: no moments, it never ran, or not with its own weight", name)
-    return {name: _mean(name, total, collector.counts[name]) for name, total in collector.sums.items()}
+    moments = sums.moments()
+    for name in names.values() - moments.keys():
+        _log.warning("layer %s: no moments, it never ran, or not with its own weight", name)
+    return moments
 
 
-def _mean(name: str, total: Tensor, count: int) -> Tensor:
-    if not torch.isfinite(total).all():
-        raise BitscapeError(
-            f"layer {name}: its inputs, or their squares in float32, are not finite; check the checkpoint and the normalization"
-        )
-    return total / count
+class LayerInputs(TorchFunctionMode):
+    """Sees the inputs of every product with a known weight, as rows, before it is computed."""
 
-
-class _Collector(TorchFunctionMode):
-    def __init__(self, names: dict[nn.Parameter, str], positions: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, names: Mapping[Tensor, str], positions: int, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        self.names, self.positions, self.generator = names, positions, generator
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.names, self.positions, self.generator = dict(names), positions, generator
+
+    def before(self, name: str, rows: Iterator[Float[Tensor, "groups k n"]]) -> Tensor | None:
+        """Take the inputs of layer `name`; return the weight to compute with, None for its own."""
+        raise NotImplementedError
+
+    def after(self, name: str, output: Tensor) -> Tensor:
+        """Take what the layer computed; return what it shall have computed."""
+        return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rows_of = _ROWS.get(func)
-        if rows_of is not None:
-            name = self.names.get(kwargs["weight"] if kwargs and "weight" in kwargs else args[1])
-            if name is not None:
-                for rows in rows_of(self, *args, **(kwargs or {})):
-                    self._add(name, rows)
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, name: str, rows: Float[Tensor, "groups k samples"]) -> None:
-        with without_autocast():  # the network may compute in half precision within its forward
-            moments = rows @ rows.mT
-        if name in self.sums:
-            self.sums[name] += moments
-            self.counts[name] += rows.shape[2]
-        else:
-            self.sums[name], self.counts[name] = moments, rows.shape[2]
+        rows_of, kwargs = _ROWS.get(func), dict(kwargs or {})
+        if rows_of is None:
+            return func(*args, **kwargs)
+        name = self.names.get(kwargs["weight"] if "weight" in kwargs else args[1])
+        if name is None:
+            return func(*args, **kwargs)
+        weight = self.before(name, rows_of(self, *args, **kwargs))
+        if weight is not None and "weight" in kwargs:
+            kwargs["weight"] = weight
+        elif weight is not None:
+            args = (args[0], weight, *args[2:])
+        return self.after(name, func(*args, **kwargs))
 
     def linear_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
         """Inputs of a linear layer, in one piece."""
@@ -146,14 +168,61 @@ class _Collector(TorchFunctionMode):
 
 
 _ROWS: dict[Any, Callable[..., Iterator[Tensor]]] = {
-    torch.conv1d: _Collector.conv_rows,
-    torch.conv2d: _Collector.conv_rows,
-    torch.conv3d: _Collector.conv_rows,
-    torch.conv_transpose1d: _Collector.transposed_rows,
-    torch.conv_transpose2d: _Collector.transposed_rows,
-    torch.conv_transpose3d: _Collector.transposed_rows,
-    F.linear: _Collector.linear_rows,
+    torch.conv1d: LayerInputs.conv_rows,
+    torch.conv2d: LayerInputs.conv_rows,
+    torch.conv3d: LayerInputs.conv_rows,
+    torch.conv_transpose1d: LayerInputs.transposed_rows,
+    torch.conv_transpose2d: LayerInputs.transposed_rows,
+    torch.conv_transpose3d: LayerInputs.transposed_rows,
+    F.linear: LayerInputs.linear_rows,
 }
+
+
+class _Sums(LayerInputs):
+    """Sums of x x^T of every layer, batches in turn to the one part and to the other."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.part = 0
+        self.sums: dict[str, dict[int, Tensor]] = {}
+        self.counts: dict[str, dict[int, int]] = {}
+
+    def in_parts(self, batches: Iterator[Inputs]) -> Iterator[Inputs]:
+        """Yield the batches; each goes to the other part than the one before."""
+        for inputs in batches:
+            yield inputs
+            self.part = 1 - self.part
+
+    def before(self, name: str, rows: Iterator[Tensor]) -> None:
+        sums, counts = self.sums.setdefault(name, {}), self.counts.setdefault(name, {})
+        for piece in rows:
+            with without_autocast():  # the network may compute in half precision in its forward
+                moments = piece @ piece.mT
+            if self.part in sums:
+                sums[self.part] += moments
+                counts[self.part] += piece.shape[2]
+            else:
+                sums[self.part], counts[self.part] = moments, piece.shape[2]
+
+    def moments(self) -> dict[str, InputMoments]:
+        """The means, layer by layer."""
+        return {
+            name: InputMoments(
+                tuple(mean_of(name, total, self.counts[name][part]) for part, total in sums.items()),
+                tuple(self.counts[name].values()),
+            )
+            for name, sums in self.sums.items()
+        }
+
+
+def mean_of(name: str, total: Tensor, count: int) -> Tensor:
+    """The sum of x x^T over `count` inputs as their mean; it has to be finite."""
+    if not torch.isfinite(total).all():
+        raise BitscapeError(
+            f"layer {name}: its inputs, or their squares in float32, are not finite; "
+            "check the checkpoint and the normalization"
+        )
+    return total / count
 
 
 def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
