@@ -22,7 +22,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Reach, relaxed
 
 _log = logging.getLogger("bitscape.tuning")
-REACH = Reach(scales=0.05, codes=0.6)
+REACH = Reach(scales=0.5, codes=1.0)
 HELD_BYTES = 1 << 30
 """Of a block's inputs and outputs in memory: blocks of larger ones are trained on fewer samples."""
 STEP_BYTES = 1 << 22
@@ -107,31 +106,31 @@ def reconstruct(
     guard = Guard(model, float_model, held_out, task)
     example = samples.first(EXAMPLE).parts[0].inputs
     blocks = find_blocks(model, example)
-    seen = samples.first(_fitting(blocks))
-    _log.info("block reconstruction: %d blocks on %d samples", len(blocks), len(seen))
+    most = _fitting(blocks)
+    fitted, tested = (_Pairs(model, float_model, part.first(most)) for part in (samples, held_out))
     settings = {"steps": steps, "batch_size": batch_size, "reach": reach, "drop": drop, "seed": seed}
     made = _Checkpoint(folder, describe({**settings, "bits": bits_of(model), "start": model}))
-    own, followed = _Stream(model, seen), _Stream(float_model, seen)
     with made.locked(), relaxed(model, example) as relaxation:
         done = made.restore(model)
-        for number, block in enumerate(track(blocks, label="block reconstruction")):
-            if number < done:
-                continue
-            partner = float_model.get_submodule(block.name)
-            taken = own.taken(block, block.module)
-            expected = _run(partner, followed.taken(block, partner))
+        for number, block in enumerate(track(blocks[done:], label="block reconstruction"), done + 1):
+            pairs, unseen = fitted.of(block), tested.of(block)
             together = min(batch_size, max(FEWEST, STEP_BYTES // block.sample_bytes))
-            data = Shuffled(Samples(map(Minibatch, taken, expected)), together, seed)
+            optimizer = relaxation.optimizer(block.module, reach, steps)
+            start = {name: value.clone() for name, value in block.module.state_dict().items()}
+            before = _error(block.module, unseen)
             with dropping(block.module, drop):
-                _train(block.module, data, relaxation.optimizer(block.module, reach, steps), steps, seed)
-            own.returned, followed.returned = _run(block.module, taken), expected
-            made.save(model, number + 1)
+                _train(block.module, Shuffled(Samples(pairs), together, seed), optimizer, steps, seed)
+            after = _error(block.module, unseen)
+            if not after < before:
+                block.module.load_state_dict(start)
+            _log.info("block %s: error on images held out %.4g -> %.4g", block.name, before, after)
+            made.save(model, number)
     guard.decide("block reconstruction")
     return model.eval()
 
 
 def _fitting(blocks: list[Block]) -> int:
-    """How many samples a block's tensors in both networks are held of."""
+    """Of how many samples a block's tensors in both networks are held."""
     largest = max((2 * block.sample_bytes for block in blocks), default=1)
     return max(2, HELD_BYTES // max(1, largest))
 
@@ -181,20 +180,29 @@ def dropping(module: nn.Module, share: float) -> Iterator[None]:
             layer.input_quantizer = quantizer
 
 
-@dataclass
-class _Stream:
-    """The samples on their way through a network."""
+class _Pairs:
+    """Samples on their way through both networks: what each quantized block takes, and the float one returns."""
 
-    network: nn.Module
-    samples: Samples
-    returned: list[Tensor] | None = None
-    """By the block before, in batches."""
+    def __init__(self, model: nn.Module, float_model: nn.Module, samples: Samples) -> None:
+        self.model, self.float_model, self.samples = model, float_model, samples
+        self._before: nn.Module | None = None
+        self._taken: list[Tensor] = []
+        self._expected: list[Tensor] = []
 
-    def taken(self, block: Block, module: nn.Module) -> list[Tensor]:
-        """What the block takes in this network, where it is `module`."""
-        if block.follows and self.returned is not None:
-            return self.returned
-        self.returned = None  # let go of it first
+    def of(self, block: Block) -> list[Minibatch]:
+        """Inputs of the block, with the outputs expected of it as targets; blocks are asked for in order."""
+        partner = self.float_model.get_submodule(block.name)
+        if block.follows and self._before is not None:
+            taken, float_taken = _run(self._before, self._taken), self._expected
+        else:
+            self._taken = self._expected = []  # before others take their memory
+            taken = self._recorded(self.model, block.module)
+            float_taken = self._recorded(self.float_model, partner)
+        self._before, self._taken, self._expected = block.module, taken, _run(partner, float_taken)
+        return list(map(Minibatch, self._taken, self._expected))
+
+    def _recorded(self, network: nn.Module, module: nn.Module) -> list[Tensor]:
+        """What `module` takes in the network, in batches."""
         taken: list[Tensor] = []
 
         def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -203,10 +211,10 @@ class _Stream:
 
         handle = module.register_forward_pre_hook(stop)
         try:
-            with evaluating(self.network):
+            with evaluating(network):
                 for batch in self.samples.batches(_AT_ONCE):
                     with suppress(_Reached):
-                        call(self.network, batch.inputs)
+                        call(network, batch.inputs)
         finally:
             handle.remove()
         return taken
@@ -220,6 +228,16 @@ def _run(module: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     # Clones, since a block may change its input in place.
     with evaluating(module):
         return [module(batch.clone()) for batch in batches]
+
+
+def _error(module: nn.Module, pairs: list[Minibatch]) -> float:
+    """Mean relative error of the block's outputs."""
+    outputs = _run(module, [pair.inputs for pair in pairs])
+    errors = [
+        float(relative_error(output, pair.targets)) * len(pair)
+        for output, pair in zip(outputs, pairs, strict=True)
+    ]
+    return sum(errors) / sum(map(len, pairs))
 
 
 class _Checkpoint:

@@ -13,8 +13,10 @@ from bitscape.calling import Inputs, call
 from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.layers import has_weight
 from bitscape.models.modes import evaluating
+from bitscape.policy import MAX_BITS
 from bitscape.quant.chains import shared_parameters
 from bitscape.quant.functional import round_ste
+from bitscape.quant.grid import Grid, grid
 from bitscape.quant.layers import QuantizedLayer, require_quantized
 from bitscape.quant.quantizers.base import Codes, FakeQuantizer
 from bitscape.quant.quantizers.lsq import LsqWeight
@@ -27,18 +29,18 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far a parameter comes that moves the same way in every step of the run; under Adam none comes further."""
+    """How far a parameter comes that moves the same way in every step of the run, in codes; under Adam none comes further."""
 
     scales: float
-    """Of scales, biases and norms, as a share of their size."""
+    """Of scales, biases and norms: how far they move the outermost value of their grid, above 0."""
     codes: float
-    """Of weights, in codes: below 1/2 none changes."""
+    """Of weights, at least 0: below 1/2 none changes."""
 
     def __post_init__(self) -> None:
         """Check both fields."""
-        if not (0 < self.scales < 1 and 0 <= self.codes < math.inf):
+        if not (0 < self.scales < math.inf and 0 <= self.codes < math.inf):
             raise BitscapeError(
-                f"scales = {self.scales}, codes = {self.codes}: scales are above 0 and below 1, codes at least 0"
+                f"scales = {self.scales}, codes = {self.codes}: scales are above 0, codes at least 0"
             )
 
 
@@ -103,14 +105,17 @@ class Relaxed:
         """Each parameter of `part` that is trained, and how far it reaches."""
         for module in part.modules():
             if isinstance(module, CodesAndScales):
-                yield module.growth, reach.scales
+                yield module.growth, reach.scales / outermost(module.grid)
                 yield module.position, reach.codes
             elif isinstance(module, FakeQuantizer) and not isinstance(module, LsqWeight):
-                for parameter, size in _sizes(module):
-                    yield parameter, reach.scales * size
+                scale = float(module.get_parameter("scale").detach().abs())
+                for name, parameter in module.named_parameters(recurse=False):
+                    step = scale / outermost(module.grid) if name == "scale" else scale
+                    yield parameter, reach.scales * step
             for parameter in module.parameters(recurse=False):
                 if parameter in self._sizes:
-                    yield parameter, reach.scales * self._sizes[parameter]
+                    size = self._sizes[parameter]
+                    yield parameter, reach.scales * size / outermost(_grid_of(module))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -157,12 +162,16 @@ def _trainable_weights(model: nn.Module) -> Iterator[tuple[QuantizedLayer, LsqWe
         yield layer, quantizer
 
 
-def _sizes(quantizer: FakeQuantizer) -> Iterator[tuple[nn.Parameter, float]]:
-    """The scale of activations, and the reach of its codes as the size of an offset."""
-    scale = float(quantizer.get_parameter("scale").detach().abs())
-    levels = float(quantizer.grid.qmax) - float(quantizer.grid.qmin)
-    for name, parameter in quantizer.named_parameters(recurse=False):
-        yield parameter, scale if name == "scale" else scale * levels
+def outermost(levels: Grid) -> float:
+    """The largest level of a grid, in scales."""
+    ends = levels.qmax - levels.zero_point, levels.qmin - levels.zero_point
+    return max(abs(float(end)) for end in ends)
+
+
+def _grid_of(module: nn.Module) -> Grid:
+    """That of a layer's weight, which tells how exact its outputs are; of norms that of 8 bits."""
+    trained = getattr(module, "weight_quantizer", None)
+    return trained.grid if isinstance(trained, CodesAndScales) else grid(MAX_BITS, signed=True)
 
 
 def _sizes_of_vectors(model: nn.Module, example: Inputs) -> dict[nn.Parameter, float]:

@@ -39,7 +39,7 @@ from bitscape.tuning.guard import Guard
 from bitscape.tuning.learning import EXAMPLE, Shuffled, relative_error
 from bitscape.tuning.relaxed import Reach, relaxed
 
-REACH = Reach(scales=0.05, codes=0.6)
+REACH = Reach(scales=0.5, codes=1.0)
 LAYERS = 3.0
 """Weight of the layers' errors beside the divergence of the outputs."""
 
