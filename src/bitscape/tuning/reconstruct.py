@@ -9,13 +9,16 @@ Idea      A residual block is trained as one, since its layers make good each ot
 Computes  Algorithm 1 of BRECQ -> reconstruct; dropping as in QDrop -> Dropping
 Departs   Rounding starts from compensated codes, whose positions move and are rounded straight through, instead of
           AdaRound's soft choice from the float weights: some hundred steps are enough. The plain squared error, without
-          Fisher weights. The block's input is the quantized network's alone. A quarter of the images is held out: the
-          network is returned as it was unless it follows the float network better there.
+          Fisher weights. The block's input is the quantized network's alone. A quarter of the images is held out: a
+          block stays as it was unless its error falls there, and so does the network unless it follows the float
+          network better.
 Costs     For each block, a pass over the images in either network, and `steps` forward and backward passes over 4 to 32
           images; each block's inputs and outputs in memory.
 Measured  MobileNetV1 0.25 at 128 pixels, bytes of 4-bit weights, 8-bit activations, 256 images, one run, before
           rounding went layer by layer: divergence from the float network on 744 test images 0.636 compensated, 0.566
-          reconstructed (46.8 and 48.4 % of the float answers kept), in 45 s of process time.
+          reconstructed (46.8 and 48.4 % of the float answers kept), in 45 s of process time. MobileNetV2 at the same
+          bytes, 64 images, after rounding layer by layer: the errors of 12 of its first 17 blocks fall by 1 to 4 %,
+          those of the other five rise and are taken back. Weights that were rounded in order leave little to learn.
 """
 
 import logging
