@@ -15,7 +15,7 @@ from bitscape.searches.differentiable import Differentiable
 from bitscape.searches.mixed_network import mixed_network
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
-from bitscape.searches.readout import LEAN, Progress, _leaning, _offered, _rescored, _without, probability_scores, read_out
+from bitscape.searches.readout import LEAN, Progress, _offered, _rescored, _without, leaning, probability_scores, read_out
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net
 
@@ -96,13 +96,13 @@ class TestProbability:
 
 class TestLeaning:
     def test_scores_that_fall_stay_and_others_are_levelled_by_hand(self):
-        assert _leaning(np.array([3.0, 2.0, 1.5])).tolist() == pytest.approx([3.0, 2.0, 1.5], abs=1e-8)
+        assert leaning(np.array([3.0, 2.0, 1.5])).tolist() == pytest.approx([3.0, 2.0, 1.5], abs=1e-8)
         # Largest from here on: 2, 2, 1. Smallest so far: 0, 0, 0.
-        assert _leaning(np.array([0.0, 2.0, 1.0])).tolist() == pytest.approx([1.0, 1.0, 0.5], abs=1e-8)
+        assert leaning(np.array([0.0, 2.0, 1.0])).tolist() == pytest.approx([1.0, 1.0, 0.5], abs=1e-8)
 
     @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [5.0, 0.0, 0.0]])
     def test_they_always_fall_if_by_next_to_nothing(self, scores):
-        leaning = _leaning(np.array(scores))
+        leaning = leaning(np.array(scores))
         assert (np.diff(leaning) < 0).all() and (np.diff(leaning) <= -LEAN / 2).all()
 
     def test_where_bits_are_free_the_most_are_taken(self):
@@ -150,7 +150,7 @@ class TestRescored:
         assert table.method == "seam"
         for at, layer in enumerate(("0", "4", "6")):
             for (w, weight), (a, activation) in product(enumerate(WIDTHS), enumerate(WIDTHS)):
-                pair = _leaning(by_weight[at])[w] + _leaning(by_input[at])[a]
+                pair = leaning(by_weight[at])[w] + leaning(by_input[at])[a]
                 assert of(table, layer, weight, activation) == pytest.approx(pair, abs=1e-7)
 
     def test_the_network_is_as_before(self, readout):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
-from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult
+from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult, called
 
 
 class SearchMethod(Protocol):
@@ -24,7 +24,7 @@ class Methods(Mapping[str, type[SearchMethod]]):
     """Name on the command line -> settings class of the method."""
 
     def __init__(self, *classes: str) -> None:
-        self._classes = {place.rpartition(".")[2].lower(): place for place in classes}
+        self._classes = {called(place.rpartition(".")[2]): place for place in classes}
         """Name -> file of this package and class."""
 
     def __getitem__(self, name: str) -> type[SearchMethod]:
@@ -47,6 +47,7 @@ METHODS = Methods(
     "differentiable.Differentiable",
     "seam.Seam",
     "asga.Asga",
+    "trained_scores.TrainedScores",
     "local.Local",
     "kl.Kl",
     "hawq.Hawq",

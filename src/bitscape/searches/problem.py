@@ -255,7 +255,12 @@ def whole_batch(samples: Samples) -> Minibatch:
 
 def name_of(method: Any) -> str:
     """Return the name by which users call a method."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
+    return called(type(method).__name__)
+
+
+def called(name: str) -> str:
+    """Return the name by which users call a method whose class has this one: TrainedScores is trained-scores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
 
 def _names(keep_float: Sequence[str | type[nn.Module]], model: nn.Module, prepared: nn.Module) -> list[str]:

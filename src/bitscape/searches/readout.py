@@ -65,20 +65,20 @@ def _table(problem: SearchProblem, method: str, by_weight: NDArray[np.float64], 
     """Scores (G, R_w) and (G, R_a) of groups as a table of layers and pairs; the layers of a group share its score."""
     by_layer = {}
     for group, of_weight, of_input in zip(problem.choices.freedom.groups, by_weight, by_input, strict=True):
-        pairs = (_leaning(of_weight)[:, None] + _leaning(of_input)[None]) / len(group)
+        pairs = (leaning(of_weight)[:, None] + leaning(of_input)[None]) / len(group)
         by_layer.update(dict.fromkeys(group, pairs))
     ordered = {name: by_layer[name] for name in problem.free_layers}
     return score_table(method, problem.choices, ordered)
 
 
-def _leaning(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def leaning(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scores that never rise with more bits, and fall by next to nothing where they were level: bits that cost nothing are taken."""
     from_above, from_below = np.maximum.accumulate(scores[::-1])[::-1], np.minimum.accumulate(scores)
     return (from_above + from_below) / 2 - LEAN * np.arange(len(scores))
 
 
 def _rescored(readout: Readout, mixed: Mixed, task: ProxyTask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    loss = partial(_loss, mixed.model, task.parts(READ_IMAGES))
+    loss = partial(proxy_loss, mixed.model, task.parts(READ_IMAGES))
     whole, every = loss(), [*mixed.weights, *mixed.inputs]
     rows = [_row(readout, mixture, loss, whole) for mixture in track(every, label="readout: mixture")]
     count = len(mixed.weights)
@@ -116,8 +116,8 @@ def _without(mixture: Mixture, dropped: list[int]) -> Iterator[None]:
             mixture.logits.copy_(saved)
 
 
-def _loss(model: nn.Module, parts: Sequence[Part]) -> float:
-    """Mean proxy loss of the mixed network in eval mode, as it stands."""
+def proxy_loss(model: nn.Module, parts: Sequence[Part]) -> float:
+    """Mean proxy loss of the network in eval mode, as it stands."""
     with evaluating(model):
         losses = [part.loss(part.task.read(part.outputs(model), len(part)), part.targets) for part in parts]
     return sum(float(loss) * part.share for loss, part in zip(losses, parts, strict=True))

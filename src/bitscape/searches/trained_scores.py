@@ -1,0 +1,180 @@
+"""Trained scores: the loss when one layer of a quantized, jointly trained network changes its width.
+
+Paper     Tang, Ouyang, Wang, Zhu et al.: "Mixed-precision neural network quantization via learned layer-wise importance" (LIMPQ),
+          ECCV 2022, arXiv 2203.08368, for one joint training and the allocation by its learned steps; Huang, Liu, Xia, Zhao, Ren:
+          "Nearly lossless adaptive bit switching" (Double Rounding), arXiv 2502.01199, for one network that switches widths
+Idea      Scores of the float network know nothing of what training repairs. A network that was trained at many widths does: its weights,
+          and the scale of each width, are those of a network that runs at these bits. One short training serves every layer and width.
+Computes  three passes a step -> joint_network.JointStep; the rise of the loss of a one-layer move -> loss_rises; learned steps -> step_sizes
+Departs   From LIMPQ: one training in which weights are shared and each width has a scale of its own, an importance for each layer and
+          width, the sum of both tensors' importances, and the integer programme. Its importance is the learned step (`readout="step-size"`).
+          Ours: the loss as the score, measured on a held-out part of the proxy with norms estimated anew, so that it is in one unit for
+          weights and activations; bits drawn near the uniform policy of the budget, each bit away half as likely, where LIMPQ draws evenly;
+          the widest bits and that uniform policy in every step, where LIMPQ takes every uniform policy and the sandwich rule of slimmable
+          networks the widest and the narrowest; scales that start at the squared-error optimum, where LIMPQ starts all layers of a
+          width alike; one scale a channel for weights, whose mean is the step. Codes of one width are not shifts of another's, as they
+          are in Double Rounding. What a pair costs is the sum of what its two widths cost.
+Costs     epochs * 3 times training the quantized network on the proxy, then R_w + R_a passes a layer over 256 images and the held-out part.
+Measured  docs/results: depthwise-cifar10.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+from torch import nn
+
+from bitscape.data.samples import Minibatch, Samples
+from bitscape.engine import Sgd, train
+from bitscape.engine.settings import MOST_RATE
+from bitscape.errors import BitscapeError, at_least_one, check_choices
+from bitscape.policy import LayerBits, fingerprint
+from bitscape.progress import track
+from bitscape.quant.convert import recalibrate_norms
+from bitscape.quant.switched import Switched
+from bitscape.searches.joint_network import JointNetwork, JointStep, joint_network
+from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult, name_of
+from bitscape.searches.proxy_task import Learned, ProxyTask, proxy_task
+from bitscape.searches.readout import claim, keep_policy, leaning, proxy_loss
+from bitscape.searches.scores import ScoreTable
+from bitscape.searches.sensitivity import Trace, candidate_widths, finish
+
+NORM_IMAGES = 256
+"""Images of the training part on which norms are estimated anew, for each score."""
+
+WidthScores = tuple[dict[int, float], dict[int, float]]
+"""Weight bits -> score, and activation bits -> score, of one group of layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedScores:
+    """One joint training, then scores of the trained network."""
+
+    epochs: int = 4
+    """Passes over the training part of the proxy."""
+    batch_size: int = 64
+    """Images a step, over all workers."""
+    lr: float = 0.01
+    """Learning rate of weights and scales."""
+    held_out: float = 0.25
+    """Share of the proxy that is not trained on, and on which the loss is measured."""
+    readout: Literal["loss", "step-size"] = "loss"
+    """What becomes the score of a width: the rise of the loss, or the learned step."""
+    task: Learned = "auto"
+    """What the proxy teaches: its labels, by the network's own or a new classifier, or the float network's outputs."""
+    head_epochs: int = 3
+    """Passes that warm a new classifier up before bits move."""
+
+    options: ClassVar[frozenset[SearchOption]] = frozenset({"pick", "folder"})
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_choices(self)
+        at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
+        if not 0 < self.lr <= MOST_RATE:
+            raise BitscapeError(f"lr = {self.lr}: it must be above 0 and at most {MOST_RATE:g}")
+        if not 0 < self.held_out < 1:
+            raise BitscapeError(f"held_out = {self.held_out}: a share of the proxy above 0 and below 1; 0.25 is usual")
+
+    def search(
+        self, problem: SearchProblem, *, pick: Pick = "best", folder: str | os.PathLike[str] | None = None
+    ) -> SearchResult:
+        """Train, score every free layer and width, then allocate bits exactly within the budget.
+
+        `folder` keeps the checkpoint and the policy: the same search goes on from there.
+        """
+        where = None if folder is None else Path(folder)
+        claim(where, problem, self)
+        result = finish(problem, self, lambda: self._scored(problem, where), pick)
+        keep_policy(result.policy, where)
+        return result
+
+    def score(self, problem: SearchProblem) -> ScoreTable:
+        """The table of scores alone, around the uniform bits of the problem's budget; any other is one integer programme away."""
+        return self._scored(problem, None)[0]
+
+    def _scored(self, problem: SearchProblem, folder: Path | None) -> tuple[ScoreTable, Trace]:
+        whole = proxy_task(
+            problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder
+        )
+        learned, held_out = whole.split(self.held_out)
+        assert held_out is not None, "the share is above 0"
+        network = joint_network(problem, learned.model)
+        result = train(
+            network.model,
+            learned.batches,
+            step=JointStep(network=network, seed=problem.seed),
+            optimizer=Sgd(lr=self.lr),
+            task=learned.task,
+            loss=learned.loss,
+            channels_last=problem.channels_last,
+            epochs=self.epochs,
+            folder=None if folder is None else folder / "search",
+            seed=problem.seed,
+        )
+        by_group = step_sizes(network) if self.readout == "step-size" else loss_rises(network, learned, held_out)
+        return _table(problem, name_of(self), by_group), result.records
+
+
+def step_sizes(network: JointNetwork) -> list[WidthScores]:
+    """The learned step of every width that a group may have, summed over its layers; of weights the mean over channels."""
+    return [
+        (
+            {bits: sum(_step(layer.weight_quantizer, bits) for layer in layers) for bits in weights},
+            {bits: sum(_step(layer.input_quantizer, bits) for layer in layers) for bits in activations},
+        )
+        for layers, (weights, activations) in zip(network.groups, _widths(network), strict=True)
+    ]
+
+
+def loss_rises(network: JointNetwork, learned: ProxyTask, held_out: ProxyTask) -> list[WidthScores]:
+    """The rise of the held-out loss when one group alone leaves the center for each width that it may have.
+
+    Norms are estimated anew on the first images of the part that was learned.
+    """
+    norm_images = Samples([Minibatch(learned.data.inputs).rows(slice(0, NORM_IMAGES))])
+    parts = held_out.parts(len(held_out.data))
+
+    def loss(at: int, bits: LayerBits) -> float:
+        network.use([*network.center[:at], bits, *network.center[at + 1 :]])
+        recalibrate_norms(network.model, norm_images)
+        return proxy_loss(network.model, parts)
+
+    rises, at_center = list[WidthScores](), loss(0, network.center[0])
+    widths = track(_widths(network), label="trained scores: layer")
+    for at, ((weights, activations), own) in enumerate(zip(widths, network.center, strict=True)):
+        by_weight = {bits: loss(at, LayerBits(bits, own.activation)) - at_center for bits in weights if bits != own.weight}
+        by_input = {bits: loss(at, LayerBits(own.weight, bits)) - at_center for bits in activations if bits != own.activation}
+        rises.append((by_weight | {own.weight: 0.0}, by_input | {own.activation: 0.0}))
+    return rises
+
+
+def _widths(network: JointNetwork) -> list[tuple[list[int], list[int]]]:
+    """The weight bits and the activation bits that each group may have, ascending."""
+    return [candidate_widths(pairs) for pairs in network.allowed]
+
+
+def _step(quantizer: nn.Module, bits: int) -> float:
+    return float(cast(Switched, quantizer).at(bits).get_parameter("scale").detach().mean())
+
+
+def _table(problem: SearchProblem, method: str, by_group: Sequence[WidthScores]) -> ScoreTable:
+    """The score of a pair is the sum of those of its widths, which are made to fall with bits; layers of a group share it.
+
+    Pairs that a layer may not have within this problem are forbidden.
+    """
+    choices, by_layer, repairs = problem.choices, dict[str, list[float]](), 0
+    for group, allowed, sides in zip(choices.freedom.groups, choices.allowed, by_group, strict=True):
+        falling = [dict(zip(sorted(side), leaning(np.array([side[bits] for bits in sorted(side)])), strict=True)) for side in sides]
+        repairs += sum(not np.isclose(side[bits], new[bits], rtol=1e-6) for side, new in zip(sides, falling, strict=True) for bits in side)
+        of_weight, of_input = falling
+        row = [
+            (of_weight[bits.weight] + of_input[bits.activation]) / len(group) if may else np.inf
+            for bits, may in zip(choices.candidates, allowed, strict=True)
+        ]
+        by_layer.update(dict.fromkeys(group, row))
+    values = np.array([by_layer[name] for name in problem.free_layers])
+    return ScoreTable(problem.free_layers, choices.candidates, values, method, repairs, fingerprint(problem.network.shapes))
