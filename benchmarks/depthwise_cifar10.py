@@ -37,7 +37,8 @@ NAME = "depthwise-cifar10"
 KEYS = ("method", "variant", "settings.budget", "settings.images", "epochs", "seed")
 NORMALIZATION = bs.Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 FOLDER = Path("runs") / NAME
-FLOAT_EPOCHS = 8
+FLOAT_STAGES = ((4, 0.1, Cosine(warmup_epochs=0.5, final=0.5)), (2, 0.05, Cosine()))
+"""Epochs, learning rate and schedule of one training after the other."""
 PROXY_IMAGES = 2000
 TEST_IMAGES = 5000
 FIRST_LAYER = {"stem.conv": bs.LayerBits(8, 8)}
@@ -63,8 +64,8 @@ METHODS: dict[tuple[str, str], SearchMethod] = {
     ("random", ""): Random(),
     ("fisher", "not for training"): bs.Fisher(images=512),
     ("fisher", "for training"): bs.Fisher(images=512),
-    ("trained-scores", "loss"): TrainedScores(),
-    ("trained-scores", "step-size"): TrainedScores(readout="step-size"),
+    ("trained-scores", "loss"): TrainedScores(epochs=2),
+    ("trained-scores", "step-size"): TrainedScores(epochs=2, readout="step-size"),
 }
 """Method and variant -> settings."""
 FIRST = (
@@ -116,16 +117,17 @@ def float_network() -> nn.Module:
         torch.manual_seed(0)
         network = depthwise()
     if not file.is_file():
-        bs.train(
-            network,
-            batches(training_images()),
-            task="classes",
-            optimizer=bs.Sgd(lr=0.1),
-            schedule=Cosine(warmup_epochs=0.5),
-            epochs=FLOAT_EPOCHS,
-            channels_last=True,
-            folder=FOLDER / "float",
-        )
+        for at, (epochs, rate, schedule) in enumerate(FLOAT_STAGES):
+            bs.train(
+                network,
+                batches(training_images(), seed=at),
+                task="classes",
+                optimizer=bs.Sgd(lr=rate),
+                schedule=schedule,
+                epochs=epochs,
+                channels_last=True,
+                folder=FOLDER / f"float{at}",
+            )
         torch.save(network.state_dict(), file)
     network.load_state_dict(torch.load(file, weights_only=True))
     return network.eval()
@@ -181,7 +183,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         network,
         batches(training_images().subset(order[: run["settings"]["images"]]), run["seed"]),
         task="classes",
-        optimizer=bs.Sgd(lr=0.01),
+        optimizer=bs.Sgd(lr=0.01, quantizer_lr=0.001),
         epochs=run["epochs"],
         channels_last=True,
         seed=run["seed"],
@@ -189,7 +191,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     return {
         **run,
         "network": "depthwise",
-        "weights": f"own, {FLOAT_EPOCHS} epochs",
+        "weights": f"own, {sum(epochs for epochs, _, _ in FLOAT_STAGES)} epochs",
         "target": "cifar10",
         "proxy": f"cifar10:{PROXY_IMAGES}",
         "policy": bits_of(found.policy),

@@ -102,8 +102,8 @@ class TestLeaning:
 
     @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [5.0, 0.0, 0.0]])
     def test_they_always_fall_if_by_next_to_nothing(self, scores):
-        leaning = leaning(np.array(scores))
-        assert (np.diff(leaning) < 0).all() and (np.diff(leaning) <= -LEAN / 2).all()
+        steps = np.diff(leaning(np.array(scores)))
+        assert (steps < 0).all() and (steps <= -LEAN / 2).all()
 
     def test_where_bits_are_free_the_most_are_taken(self):
         given, _, network = case(budget=("bitops=1x", "mean_weight_bits=w8"))

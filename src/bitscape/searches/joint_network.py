@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitscape.cost.layers import NO_EFFECT
+from bitscape.cost.policy_cost import CAPS
 from bitscape.data.streams import seed_of
 from bitscape.engine import Batch, StepRecord
 from bitscape.policy import LayerBits, Policy
@@ -33,7 +36,7 @@ class JointNetwork:
     groups: list[list[QuantizedLayer]]
     """The layers of each group."""
     allowed: list[Pairs]
-    """The pairs that each group may have."""
+    """The pairs that each group may have, as far as the budget depends on them."""
     center: Pairs
     """Uniform bits within the budget: scores are of moves away from them."""
     widest: Pairs
@@ -63,13 +66,26 @@ def joint_network(problem: SearchProblem, model: nn.Module) -> JointNetwork:
     make_switched(network, choices.free_layers, weight_bits, activation_bits)
     calibrate(network, batches_of(problem.samples.first(CALIBRATION_IMAGES), network))
     layers = quantized_layers(network)
-    allowed = [tuple(bits for bits, may in zip(choices.candidates, row, strict=True) if may) for row in choices.allowed]
+    about = center(choices)
+    allowed = [_varied(choices, row, bits) for row, bits in zip(choices.allowed, about, strict=True)]
     return JointNetwork(
         model=network,
         groups=[[layers[name] for name in group] for group in choices.freedom.groups],
         allowed=allowed,
-        center=center(choices),
+        center=about,
         widest=tuple(max(pairs, key=_width) for pairs in allowed),
+    )
+
+
+def _varied(choices: Choices, row: NDArray[np.bool_], about: LayerBits) -> Pairs:
+    """The pairs that a group may have; where no cap depends on one of the two widths, that one as it is at the center."""
+    capped = {side for kind in choices.budget.caps for side in CAPS[kind].widths(choices.network)}
+    pairs = (bits for bits, may in zip(choices.candidates, row, strict=True) if may)
+    return tuple(
+        bits
+        for bits in pairs
+        if ("weight" in capped or bits.weight == about.weight)
+        and ("activation" in capped or bits.activation == about.activation)
     )
 
 

@@ -5,21 +5,22 @@ Paper     Tang, Ouyang, Wang, Zhu et al.: "Mixed-precision neural network quanti
           "Nearly lossless adaptive bit switching" (Double Rounding), arXiv 2502.01199, for one network that switches widths
 Idea      Scores of the float network know nothing of what training repairs. A network that was trained at many widths does: its weights,
           and the scale of each width, are those of a network that runs at these bits. One short training serves every layer and width.
-Computes  three passes a step -> joint_network.JointStep; the rise of the loss of a one-layer move -> loss_rises; learned steps -> step_sizes
-Departs   From LIMPQ: one training in which weights are shared and each width has a scale of its own, an importance for each layer and
-          width, the sum of both tensors' importances, and the integer programme. Its importance is the learned step (`readout="step-size"`).
-          Ours: the loss as the score, measured on a held-out part of the proxy with norms estimated anew, so that it is in one unit for
-          weights and activations; bits drawn near the uniform policy of the budget, each bit away half as likely, where LIMPQ draws evenly;
-          the widest bits and that uniform policy in every step, where LIMPQ takes every uniform policy and the sandwich rule of slimmable
-          networks the widest and the narrowest; scales that start at the squared-error optimum, where LIMPQ starts all layers of a
-          width alike; one scale a channel for weights, whose mean is the step. Codes of one width are not shifts of another's, as they
-          are in Double Rounding. What a pair costs is the sum of what its two widths cost.
+Computes  three passes a step -> joint_network.JointStep; the rise of the loss of one layer's move -> loss_rises; steps -> step_sizes
+Departs   From LIMPQ: one training in which weights are shared and each width has a scale of its own, an importance for each layer
+          and width, the sum of both tensors' importances, the integer programme. Its importance is the learned step
+          (`readout="step-size"`). Ours: the loss as the score, on a held-out part of the proxy with norms estimated anew, in one
+          unit for weights and activations; bits drawn near the widest uniform policy of the budget, each bit away half as likely,
+          where LIMPQ draws evenly; the widest bits and that uniform policy in every step, where LIMPQ takes every uniform policy,
+          and the sandwich rule of slimmable networks the widest and the narrowest; scales that start at the squared-error optimum
+          and learn at a tenth of the rate, where LIMPQ starts those of all layers alike; a scale for each channel of a weight, whose
+          mean is the step. Codes of one width are not shifts of another's, as they are in Double Rounding. A pair costs the sum of what
+          its two widths cost. A width that no cap depends on stays as it is in the uniform policy, and the table forbids others.
 Costs     epochs * 3 times training the quantized network on the proxy, then R_w + R_a passes a layer over 256 images and the held-out part.
 Measured  docs/results: depthwise-cifar10.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, cast
@@ -35,13 +36,15 @@ from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
 from bitscape.quant.convert import recalibrate_norms
 from bitscape.quant.switched import Switched
-from bitscape.searches.joint_network import JointNetwork, JointStep, joint_network
+from bitscape.searches.joint_network import JointNetwork, JointStep, Pairs, joint_network
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult, name_of
 from bitscape.searches.proxy_task import Learned, ProxyTask, proxy_task
 from bitscape.searches.readout import claim, keep_policy, leaning, proxy_loss
 from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import Trace, candidate_widths, finish
 
+SCALE_RATE = 0.1
+"""Learning rate of scales over that of weights: at the full rate, scales of eight bits cross zero and their channels die."""
 NORM_IMAGES = 256
 """Images of the training part on which norms are estimated anew, for each score."""
 
@@ -58,7 +61,7 @@ class TrainedScores:
     batch_size: int = 64
     """Images a step, over all workers."""
     lr: float = 0.01
-    """Learning rate of weights and scales."""
+    """Learning rate of weights; that of scales is a tenth."""
     held_out: float = 0.25
     """Share of the proxy that is not trained on, and on which the loss is measured."""
     readout: Literal["loss", "step-size"] = "loss"
@@ -107,7 +110,7 @@ class TrainedScores:
             network.model,
             learned.batches,
             step=JointStep(network=network, seed=problem.seed),
-            optimizer=Sgd(lr=self.lr),
+            optimizer=Sgd(lr=self.lr, quantizer_lr=SCALE_RATE * self.lr),
             task=learned.task,
             loss=learned.loss,
             channels_last=problem.channels_last,
@@ -116,7 +119,7 @@ class TrainedScores:
             seed=problem.seed,
         )
         by_group = step_sizes(network) if self.readout == "step-size" else loss_rises(network, learned, held_out)
-        return _table(problem, name_of(self), by_group), result.records
+        return _table(problem, name_of(self), network.allowed, by_group), result.records
 
 
 def step_sizes(network: JointNetwork) -> list[WidthScores]:
@@ -161,20 +164,24 @@ def _step(quantizer: nn.Module, bits: int) -> float:
     return float(cast(Switched, quantizer).at(bits).get_parameter("scale").detach().mean())
 
 
-def _table(problem: SearchProblem, method: str, by_group: Sequence[WidthScores]) -> ScoreTable:
+def _table(problem: SearchProblem, method: str, allowed: Sequence[Pairs], by_group: Sequence[WidthScores]) -> ScoreTable:
     """The score of a pair is the sum of those of its widths, which are made to fall with bits; layers of a group share it.
 
-    Pairs that a layer may not have within this problem are forbidden.
+    Pairs that were not scored are forbidden.
     """
-    choices, by_layer, repairs = problem.choices, dict[str, list[float]](), 0
-    for group, allowed, sides in zip(choices.freedom.groups, choices.allowed, by_group, strict=True):
-        falling = [dict(zip(sorted(side), leaning(np.array([side[bits] for bits in sorted(side)])), strict=True)) for side in sides]
+    candidates, by_layer, repairs = problem.choices.candidates, dict[str, list[float]](), 0
+    for group, scored, sides in zip(problem.choices.freedom.groups, allowed, by_group, strict=True):
+        of_weight, of_input = falling = [_falling(side) for side in sides]
         repairs += sum(not np.isclose(side[bits], new[bits], rtol=1e-6) for side, new in zip(sides, falling, strict=True) for bits in side)
-        of_weight, of_input = falling
         row = [
-            (of_weight[bits.weight] + of_input[bits.activation]) / len(group) if may else np.inf
-            for bits, may in zip(choices.candidates, allowed, strict=True)
+            (of_weight[bits.weight] + of_input[bits.activation]) / len(group) if bits in scored else np.inf
+            for bits in candidates
         ]
         by_layer.update(dict.fromkeys(group, row))
     values = np.array([by_layer[name] for name in problem.free_layers])
-    return ScoreTable(problem.free_layers, choices.candidates, values, method, repairs, fingerprint(problem.network.shapes))
+    return ScoreTable(problem.free_layers, candidates, values, method, repairs, fingerprint(problem.network.shapes))
+
+
+def _falling(scores: Mapping[int, float]) -> dict[int, float]:
+    widths = sorted(scores)
+    return dict(zip(widths, leaning(np.array([scores[bits] for bits in widths])).tolist(), strict=True))
