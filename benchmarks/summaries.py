@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.allocate_summaries import allocate
 from benchmarks.compatibility_summaries import compatibility
 from benchmarks.deploy_summaries import deploy
+from benchmarks.depthwise_summaries import depthwise_cifar10
 from benchmarks.dqmq_summaries import dqmq
 from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
@@ -112,6 +113,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "ptq": ptq,
     "ptq-imagenet": ptq_imagenet,
     "qat-cifar10": qat_cifar10,
+    "depthwise-cifar10": depthwise_cifar10,
     "transfer-scores": transfer_scores,
     "transfer-policies": transfer_policies,
     "asga-ladder": asga_ladder,

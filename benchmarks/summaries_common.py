@@ -9,7 +9,7 @@ from bitscape.report.tables import Column, Row, aggregate, render
 
 Run = Mapping[str, Any]
 STEPS = ("plain", "sam", "saq")
-SEARCHES = ("uniform", "fisher", "differentiable", "seam", "asga", "local", "kl", "hawq", "topological", "random")
+SEARCHES = ("uniform", "fisher", "differentiable", "seam", "asga", "trained-scores", "local", "kl", "hawq", "topological", "random")
 ORDER = ("float", *STEPS, *SEARCHES)
 """Methods as tables list them; others follow."""
 

@@ -1,6 +1,11 @@
 import pytest
 
-from bitscape.report.differences import difference, mean_difference, share_interval
+from bitscape.report.differences import (
+    difference,
+    mean_difference,
+    share_interval,
+    smallest_seen,
+)
 
 
 def test_paired_differences_have_a_t_interval() -> None:
@@ -37,3 +42,9 @@ def test_the_interval_of_a_share_is_wilsons(
     percent: float, samples: int, ends: tuple[float, float]
 ) -> None:
     assert share_interval(percent, samples) == pytest.approx(ends, abs=0.01)
+
+
+def test_the_smallest_difference_that_could_be_seen_by_hand() -> None:
+    # s = 1, n = 3: (t(0.975, 2) + t(0.8, 2)) / sqrt(3) = (4.3027 + 1.0607) / sqrt(3)
+    assert smallest_seen([1.0, 2.0, 3.0]) == pytest.approx(3.0965, abs=1e-4)
+    assert smallest_seen([2.0, 2.0]) == 0

@@ -120,7 +120,7 @@ def test_for_training_is_noted_whatever_the_method_and_changes_fisher_alone():
 def test_every_method_says_which_options_it_takes():
     takes = {name: sorted(kind.options) for name, kind in METHODS.items()}
     assert takes["fisher"] == ["for_training", "pick"]
-    assert takes["differentiable"] == takes["seam"] == takes["asga"] == ["folder", "pick"]
+    assert takes["differentiable"] == takes["seam"] == takes["asga"] == takes["trained-scores"] == ["folder", "pick"]
     assert takes["kl"] == takes["hawq"] == takes["local"] == takes["topological"] == ["pick"]
     assert takes["uniform"] == takes["random"] == []
 
