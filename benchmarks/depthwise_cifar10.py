@@ -9,7 +9,6 @@ order and budget; searches see a proxy of 4 % of the training set. The float net
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Cosine
 from bitscape.models.layers import quantizable_layers
+from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.random_policy import Random
@@ -44,10 +44,7 @@ TEST_IMAGES = 5000
 FIRST_LAYER = {"stem.conv": bs.LayerBits(8, 8)}
 BUDGETS = {
     "bytes of W2, A8": ("weight_bytes=w2", tuple(bs.LayerBits(weight, 8) for weight in range(1, 9))),
-    "BitOps of W3A3": (
-        "bitops=w3a3",
-        tuple(bs.LayerBits(weight, activation) for weight, activation in product(range(1, 9), range(2, 9))),
-    ),
+    "BitOps of W3A3": ("bitops=w3a3", DEFAULT_CANDIDATES),
 }
 """Name -> cap and candidates."""
 NEIGHBOURS = {
@@ -65,6 +62,7 @@ METHODS: dict[tuple[str, str], SearchMethod] = {
     ("fisher", "not for training"): bs.Fisher(images=512),
     ("fisher", "for training"): bs.Fisher(images=512),
     ("trained-scores", "loss"): TrainedScores(epochs=2),
+    ("trained-scores", "follow"): TrainedScores(epochs=2, task="follow"),
     ("trained-scores", "step-size"): TrainedScores(epochs=2, readout="step-size"),
 }
 """Method and variant -> settings."""
@@ -79,12 +77,10 @@ FIRST = (
 
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares."""
-    bytes_, bitops = BUDGETS
-    rest = [key for key in METHODS if key not in FIRST and key != ("random", "")]
-    plan = [(bytes_, key, seed) for seed in range(seeds) for key in FIRST]
-    plan += [(bytes_, ("random", ""), seed) for seed in range(2)]
-    plan += [(bitops, key, seed) for seed in range(seeds) for key in FIRST]
-    plan += [(budget, key, seed) for budget in BUDGETS for seed in range(seeds) for key in (*rest, ("random", ""))]
+    first, second = ([(budget, key, seed) for seed in range(seeds) for key in FIRST] for budget in BUDGETS)
+    random = [(next(iter(BUDGETS)), ("random", ""), seed) for seed in range(2)]
+    rest = [(budget, key, seed) for key in METHODS for budget in BUDGETS for seed in range(seeds)]
+    plan = [*first, *random, *second, *rest]
     for budget, (method, variant), seed in dict.fromkeys(plan):
         settings = {"budget": budget, "images": images}
         yield {"method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
@@ -167,8 +163,8 @@ def find(run: dict[str, Any], stated: SearchProblem) -> bs.SearchResult:
     method = METHODS[run["method"], run["variant"]]
     if isinstance(method, bs.Fisher):
         return method.search(stated, for_training=run["variant"] == "for training")
-    if isinstance(method, TrainedScores):  # the two variants share one training
-        return method.search(stated, folder=FOLDER / f"trained {run['settings']['budget']} {run['seed']}")
+    if isinstance(method, TrainedScores):  # two readouts share one training
+        return method.search(stated, folder=FOLDER / f"{method.task} {run['settings']['budget']} {run['seed']}")
     return method.search(stated)
 
 
