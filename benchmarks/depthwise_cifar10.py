@@ -1,10 +1,12 @@
-"""depthwise-cifar10: does a searched policy beat uniform bits after training, where mixed bits have room to?
+"""depthwise-cifar10: does a searched policy beat uniform bits where mixed bits have room to win?
 
-    python -m benchmarks.depthwise_cifar10 [--images 10000] [--epochs 2] [--seeds 3] [--threads 1] [--part 0/2]
+    python -m benchmarks.depthwise_cifar10 [--images 10000] [--epochs 2] [--seeds 3] [--part 0/2]
 
-A network of inverted residuals on CIFAR-10, whose layers differ more than those of a ResNet. Two budgets: the bytes of 2-bit weights
-with 8-bit activations, and the BitOps of W3A3. All but the first layer is free. Every row shares quantizer (LSQ), repair, recipe, data
-order and budget; searches see a proxy of 4 % of the training set. The float network is trained first, once, to runs/depthwise-cifar10.
+A network of inverted residuals on CIFAR-10, whose layers differ more than those of a ResNet. Two
+budgets: the bytes of 2-bit weights with 8-bit activations, and the BitOps of W3A3. All but the
+first layer is free. Every row shares quantizer (LSQ), repair, recipe, data order and budget;
+searches see a proxy of 4 % of the training set. The float network is trained first, once, to
+runs/depthwise-cifar10.
 """
 
 from collections.abc import Iterator
@@ -43,7 +45,10 @@ PROXY_IMAGES = 2000
 TEST_IMAGES = 5000
 FIRST_LAYER = {"stem.conv": bs.LayerBits(8, 8)}
 BUDGETS = {
-    "bytes of W2, A8": ("weight_bytes=w2", tuple(bs.LayerBits(weight, 8) for weight in range(1, 9))),
+    "bytes of W2, A8": (
+        "weight_bytes=w2",
+        tuple(bs.LayerBits(weight, 8) for weight in range(1, 9)),
+    ),
     "BitOps of W3A3": ("bitops=w3a3", DEFAULT_CANDIDATES),
 }
 """Name -> cap and candidates."""
@@ -51,9 +56,15 @@ NEIGHBOURS = {
     "bytes of W2, A8": (bs.LayerBits(1, 8), bs.LayerBits(3, 8)),
     "BitOps of W3A3": (bs.LayerBits(2, 2), bs.LayerBits(4, 4)),
 }
-"""Bits on either side of the uniform ones: the layers of the most MACs get the lower ones, until the rest can have the higher."""
+"""Bits on either side of the uniform ones.
+
+The layers of the most MACs get the lower ones, until the rest can have the higher.
+"""
 DEPTHWISE = {"bytes of W2, A8": bs.LayerBits(8, 8), "BitOps of W3A3": bs.LayerBits(4, 4)}
-"""Bits of the depthwise layers by the rule that gives them more, while two widths fill the rest; 8/8 does not fit into W3A3."""
+"""Bits of the depthwise layers by the rule that gives them more, while two widths fill the rest.
+
+8/8 does not fit into W3A3.
+"""
 METHODS: dict[tuple[str, str], SearchMethod] = {
     ("uniform", "one width"): Uniform(),
     ("uniform", "neighbouring widths"): Uniform(mix=True),
@@ -77,13 +88,21 @@ FIRST = (
 
 def wanted(seeds: int, images: int, epochs: int) -> Iterator[dict[str, Any]]:
     """Every run, in an order in which a stopped benchmark already compares."""
-    first, second = ([(budget, key, seed) for seed in range(seeds) for key in FIRST] for budget in BUDGETS)
+    first, second = (
+        [(budget, key, seed) for seed in range(seeds) for key in FIRST] for budget in BUDGETS
+    )
     random = [(next(iter(BUDGETS)), ("random", ""), seed) for seed in range(2)]
     rest = [(budget, key, seed) for key in METHODS for budget in BUDGETS for seed in range(seeds)]
     plan = [*first, *random, *second, *rest]
     for budget, (method, variant), seed in dict.fromkeys(plan):
         settings = {"budget": budget, "images": images}
-        yield {"method": method, "variant": variant, "settings": settings, "epochs": epochs, "seed": seed}
+        yield {
+            "method": method,
+            "variant": variant,
+            "settings": settings,
+            "epochs": epochs,
+            "seed": seed,
+        }
 
 
 @cache
@@ -101,7 +120,12 @@ def tests() -> bs.Batches:
 def batches(images: Dataset, seed: int = 0) -> bs.Batches:
     """Shuffled, cropped and flipped."""
     return bs.Batches(
-        dataset=images, normalization=NORMALIZATION, shuffle=True, augment="crop-flip", seed=seed, drop_last=True
+        dataset=images,
+        normalization=NORMALIZATION,
+        shuffle=True,
+        augment="crop-flip",
+        seed=seed,
+        drop_last=True,
     )
 
 
@@ -164,7 +188,9 @@ def find(run: dict[str, Any], stated: SearchProblem) -> bs.SearchResult:
     if isinstance(method, bs.Fisher):
         return method.search(stated, for_training=run["variant"] == "for training")
     if isinstance(method, TrainedScores):  # two readouts share one training
-        return method.search(stated, folder=FOLDER / f"{method.task} {run['settings']['budget']} {run['seed']}")
+        return method.search(
+            stated, folder=FOLDER / f"{method.task} {run['settings']['budget']} {run['seed']}"
+        )
     return method.search(stated)
 
 
@@ -172,9 +198,13 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, repair, train, evaluate."""
     stated = problem(run)
     found = find(run, stated)
-    network = bs.quantize(float_network(), found.policy, stated.samples.first(256), for_training=True)
+    network = bs.quantize(
+        float_network(), found.policy, stated.samples.first(256), for_training=True
+    )
     repaired = bs.evaluate(network, tests()).value
-    order = torch.randperm(len(training_images()), generator=torch.Generator().manual_seed(run["seed"]))
+    order = torch.randperm(
+        len(training_images()), generator=torch.Generator().manual_seed(run["seed"])
+    )
     trained = bs.train(
         network,
         batches(training_images().subset(order[: run["settings"]["images"]]), run["seed"]),
@@ -212,7 +242,9 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part)
+    do_missing(
+        NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part
+    )
 
 
 if __name__ == "__main__":

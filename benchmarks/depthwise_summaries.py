@@ -1,4 +1,4 @@
-"""The table of `depthwise-cifar10`: searched policies against uniform bits and against fisher, seed by seed."""
+"""The table of `depthwise-cifar10`: searched policies against uniform bits and fisher, by seed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,10 +21,13 @@ COLUMNS = (
 def depthwise_cifar10(runs: Sequence[Run]) -> str:
     """A table for each budget and recipe."""
     parts = []
-    for (budget, images, epochs), group in groups(runs, ("settings.budget", "settings.images", "epochs")).items():
+    for (budget, images, epochs), group in groups(
+        runs, ("settings.budget", "settings.images", "epochs")
+    ).items():
         first = group[0]
         parts.append(
-            f"**Budget: {budget}**; {images:,} images an epoch, epochs: {epochs}, float {first['float_top1']:.2f} %, "
+            f"**Budget: {budget}**; {images:,} images an epoch, epochs: {epochs}, "
+            f"float {first['float_top1']:.2f} %, "
             f"{first['test_images']:,} test images"
         )
         parts.append(_compared(group))
@@ -35,14 +38,31 @@ def _compared(runs: Sequence[Run]) -> str:
     rows = rows_of(runs, tuple(NAMES), COLUMNS)
     keys = [identity(row.keys, tuple(NAMES)) for row in rows]
     by_row = groups(runs, tuple(NAMES))
-    repaired = {key: {run["seed"]: run["extra"]["before_training_top1"] for run in by_row[key]} for key in keys}
+    repaired = {
+        key: {run["seed"]: run["extra"]["before_training_top1"] for run in by_row[key]}
+        for key in keys
+    }
     trained = {key: {run["seed"]: run["top1"] for run in by_row[key]} for key in keys}
     table = render(rows, NAMES, COLUMNS)
-    about_repaired, about_trained, fisher = repaired.get(UNIFORM, {}), trained.get(UNIFORM, {}), trained.get(FISHER, {})
-    table = with_column(table, "repaired - uniform [95 %]", [_against(repaired[key], about_repaired) for key in keys])
-    table = with_column(table, "trained - uniform [95 %]", [_against(trained[key], about_trained) for key in keys])
-    table = with_column(table, "could be seen", [_seen(trained[key], about_trained) for key in keys])
-    return with_column(table, "trained - fisher [95 %]", [_against(trained[key], fisher) for key in keys])
+    about_repaired, about_trained, fisher = (
+        repaired.get(UNIFORM, {}),
+        trained.get(UNIFORM, {}),
+        trained.get(FISHER, {}),
+    )
+    table = with_column(
+        table,
+        "repaired - uniform [95 %]",
+        [_against(repaired[key], about_repaired) for key in keys],
+    )
+    table = with_column(
+        table, "trained - uniform [95 %]", [_against(trained[key], about_trained) for key in keys]
+    )
+    table = with_column(
+        table, "could be seen", [_seen(trained[key], about_trained) for key in keys]
+    )
+    return with_column(
+        table, "trained - fisher [95 %]", [_against(trained[key], fisher) for key in keys]
+    )
 
 
 def _against(values: Mapping[int, float], reference: Mapping[int, float]) -> str:

@@ -1,6 +1,8 @@
-"""A depthwise network of our own for CIFAR images: inverted residuals of MobileNetV2 (Sandler et al., arXiv 1801.04381).
+"""A depthwise network of our own for CIFAR images.
 
-82,608 weights of convolutions and classifier, 8.5 million MACs on a 32x32 image: 4 % of the weights are depthwise.
+Its blocks are the inverted residuals of MobileNetV2 (Sandler et al., arXiv 1801.04381). It has
+82,608 weights of convolutions and classifier, 8 % of them depthwise, and 8.5 million MACs on a
+32x32 image.
 """
 
 from collections import OrderedDict
@@ -13,17 +15,21 @@ BLOCKS = ((24, 2), (24, 1), (32, 2), (32, 1), (64, 1), (64, 1))
 """Output channels and stride of each block."""
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> OrderedDict[str, nn.Module]:
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> OrderedDict[str, nn.Module]:
     layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return OrderedDict(conv=layer, norm=nn.BatchNorm2d(outputs))
 
 
-def _active(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def _active(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(_conv(inputs, outputs, kernel, stride, groups) | {"relu": nn.ReLU()})
 
 
 class InvertedResidual(nn.Module):
-    """Expand by 1x1, filter each channel by 3x3, project by 1x1; the input is added where the shape stays."""
+    """Expand by 1x1, filter each channel by 3x3, project by 1x1; add the input if shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -54,7 +60,9 @@ class Depthwise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) -> logits (n, classes)."""
-        logits: Tensor = self.classifier(self.pool(self.head(self.blocks(self.stem(images)))).flatten(1))
+        logits: Tensor = self.classifier(
+            self.pool(self.head(self.blocks(self.stem(images)))).flatten(1)
+        )
         return logits
 
 

@@ -35,7 +35,9 @@ def test_at_each_pair_of_widths_it_is_the_network_quantized_to_them():
 
 
 def test_the_widest_are_in_use_at_first():
-    assert {static_bits(layer) for layer in quantized_layers(switched()).values()} == {LayerBits(4, 8)}
+    assert {static_bits(layer) for layer in quantized_layers(switched()).values()} == {
+        LayerBits(4, 8)
+    }
 
 
 def test_only_the_width_in_use_gets_a_gradient_and_the_weight_always():

@@ -17,7 +17,12 @@ from tests.sharpness.small import batch, float_net, gradients, whole
 
 def problem(**settings):
     images, labels = batch(24)
-    usual = {"model": float_net(), "budget": "bitops=w3a3", "candidates": square(2, 3, 4, 8), "pinned": {}}
+    usual = {
+        "model": float_net(),
+        "budget": "bitops=w3a3",
+        "candidates": square(2, 3, 4, 8),
+        "pinned": {},
+    }
     return SearchProblem.of(samples=Samples.of(images, labels), **{**usual, **settings})
 
 
@@ -40,7 +45,10 @@ class TestCenter:
         assert set(center(problem(**settings).choices)) == {bits}
 
     def test_is_within_the_budget_where_no_uniform_pair_is(self):
-        choices = problem(candidates=(LayerBits(2, 8), LayerBits(8, 2)), budget=("mean_weight_bits=5", "mean_activation_bits=5")).choices
+        choices = problem(
+            candidates=(LayerBits(2, 8), LayerBits(8, 2)),
+            budget=("mean_weight_bits=5", "mean_activation_bits=5"),
+        ).choices
         pairs = center(choices)
         assert len(set(pairs)) == 2
         assert choices.holds(tuple(choices.candidates.index(bits) for bits in pairs))
@@ -54,11 +62,18 @@ class TestJointNetwork:
     def test_every_layer_of_a_group_takes_its_pair_and_pinned_ones_keep_theirs(self):
         network = joint(pinned={"4": LayerBits(5, 6)}, tied=[("0", "6")])
         network.use([LayerBits(2, 8)])
-        assert [static_bits(network.model[at]) for at in (0, 4, 6)] == [LayerBits(2, 8), LayerBits(5, 6), LayerBits(2, 8)]
+        assert [static_bits(network.model[at]) for at in (0, 4, 6)] == [
+            LayerBits(2, 8),
+            LayerBits(5, 6),
+            LayerBits(2, 8),
+        ]
         assert network.widest == (LayerBits(8, 8),)
 
     def test_a_pair_is_drawn_half_as_often_for_each_bit_away(self):
-        network, generator = joint(candidates=(LayerBits(2, 3), LayerBits(3, 3), LayerBits(4, 4))), torch.Generator().manual_seed(0)
+        network, generator = (
+            joint(candidates=(LayerBits(2, 3), LayerBits(3, 3), LayerBits(4, 4))),
+            torch.Generator().manual_seed(0),
+        )
         assert network.center == (LayerBits(3, 3),) * 3
         drawn = Counter(pair for _ in range(1000) for pair in network.draw(generator))
         # 1 : 1/2 : 1/4 of 3,000; three standard deviations are below 90

@@ -27,7 +27,9 @@ SHORT = {"epochs": 2, "batch_size": 6}
 def problem(**settings):
     inputs, labels = batch(IMAGES)
     usual = {"budget": "bitops=w4a4", "candidates": square(2, 4, 8), "pinned": {}}
-    return SearchProblem.of(**{"model": float_net(), "samples": Samples.of(inputs, labels), **usual, **settings})
+    return SearchProblem.of(
+        **{"model": float_net(), "samples": Samples.of(inputs, labels), **usual, **settings}
+    )
 
 
 def joint(given):
@@ -38,7 +40,10 @@ def joint(given):
 
 @pytest.mark.parametrize("fine_first", [True, False])
 def test_the_layer_whose_input_holds_fine_information_gets_the_bits(fine_first):
-    assert TrainedScores(epochs=1, batch_size=16, lr=1e-4).search(planted(fine_first)).policy.layers == POLICY
+    assert (
+        TrainedScores(epochs=1, batch_size=16, lr=1e-4).search(planted(fine_first)).policy.layers
+        == POLICY
+    )
 
 
 class TestLossRises:
@@ -49,11 +54,15 @@ class TestLossRises:
 
         def loss(*pairs):
             model = copy.deepcopy(network.model)
-            for layer, (weight, activation) in zip((model[0], model[4], model[6]), pairs, strict=True):
+            for layer, (weight, activation) in zip(
+                (model[0], model[4], model[6]), pairs, strict=True
+            ):
                 layer.weight_quantizer.bits, layer.input_quantizer.bits = weight, activation
             recalibrate_norms(model, learned.data.inputs)
             with torch.no_grad():
-                return float(cross_entropy(model.eval()(held_out.data.inputs), held_out.data.targets))
+                return float(
+                    cross_entropy(model.eval()(held_out.data.inputs), held_out.data.targets)
+                )
 
         at_center = loss((4, 4), (4, 4), (4, 4))
         assert rises[1][0][2] == pytest.approx(loss((4, 4), (2, 4), (4, 4)) - at_center, abs=1e-6)
@@ -72,18 +81,28 @@ def test_step_sizes_are_the_learned_scales_and_of_weights_their_mean():
     network, _, _ = joint(problem(tied=[("0", "6")]))
     of_weight, of_input = step_sizes(network)[0]
     first, last = network.model[0], network.model[6]
-    expected = sum(float(layer.weight_quantizer.at(4).scale.detach().mean()) for layer in (first, last))
+    expected = sum(
+        float(layer.weight_quantizer.at(4).scale.detach().mean()) for layer in (first, last)
+    )
     assert of_weight[4] == pytest.approx(expected)
-    assert of_input[8] == pytest.approx(float(first.input_quantizer.at(8).scale.detach() + last.input_quantizer.at(8).scale.detach()))
+    assert of_input[8] == pytest.approx(
+        float(
+            first.input_quantizer.at(8).scale.detach() + last.input_quantizer.at(8).scale.detach()
+        )
+    )
 
 
 class TestTable:
     def test_a_pair_scores_the_sum_of_its_widths_and_a_group_shares_it(self):
         given = problem(tied=[("0", "6")])
-        scored = [({2: 5.0, 4: 1.0, 8: 0.0}, {2: 0.5, 4: 0.25, 8: 0.0}), ({2: 3.0, 4: 1.0, 8: 0.0}, {2: 0.0, 4: 1.0, 8: 0.0})]
+        scored = [
+            ({2: 5.0, 4: 1.0, 8: 0.0}, {2: 0.5, 4: 0.25, 8: 0.0}),
+            ({2: 3.0, 4: 1.0, 8: 0.0}, {2: 0.0, 4: 1.0, 8: 0.0}),
+        ]
         table = _table(given, "m", [given.choices.candidates] * 2, scored)
-        value = {(layer, str(bits)): table.values[at, column] for at, layer in enumerate(table.layers)
-                 for column, bits in enumerate(table.candidates)}  # fmt: skip
+        columns = list(map(str, table.candidates))
+        rows = zip(table.layers, table.values, strict=True)
+        value = {(layer, columns[at]): score for layer, row in rows for at, score in enumerate(row)}
         assert value["0", "2/4"] == value["6", "2/4"] == pytest.approx(5.25 / 2)
         # The inputs of the other group are not monotone: 1, 1, 0 from above and 0, 0, 0 from below.
         assert value["4", "4/2"] == pytest.approx(1.0 + 0.5, abs=1e-6)
@@ -94,12 +113,18 @@ class TestTable:
         given = problem(budget="weight_bytes=w4")
         network, _, _ = joint(given)
         table = _table(given, "m", network.allowed, step_sizes(network))
-        finite = {bits.activation for bits, value in zip(table.candidates, table.values[0], strict=True) if value < np.inf}
+        finite = {
+            bits.activation
+            for bits, value in zip(table.candidates, table.values[0], strict=True)
+            if value < np.inf
+        }
         assert finite == {8}
 
 
 class TestResume:
-    def test_a_search_killed_on_the_way_ends_where_one_that_was_not_does(self, tmp_path, monkeypatch):
+    def test_a_search_killed_on_the_way_ends_where_one_that_was_not_does(
+        self, tmp_path, monkeypatch
+    ):
         whole = TrainedScores(**SHORT).search(problem())
         draw, calls = JointNetwork.draw, itertools.count()
 
@@ -121,7 +146,9 @@ class TestResume:
         monkeypatch.setattr(JointNetwork, "draw", None)
         found = TrainedScores(**SHORT, readout="step-size").search(problem(), folder=tmp_path)
         assert found.scores.method == "trained-scores"
-        with pytest.raises(BitscapeError, match=r"of another search: settings\.lr was 0.01 and is 0.02"):
+        with pytest.raises(
+            BitscapeError, match=r"of another search: settings\.lr was 0.01 and is 0.02"
+        ):
             TrainedScores(**SHORT, lr=0.02).search(problem(), folder=tmp_path)
 
 

@@ -1,4 +1,7 @@
-"""A fake-quantizer for every candidate width, of which one is in use: weights are shared by all widths, scales are not."""
+"""A fake-quantizer for every candidate width, of which one is in use.
+
+All widths share the weight; each has a scale of its own.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -44,10 +47,14 @@ class Switched(nn.Module):
 
 
 def make_switched(
-    model: nn.Module, layers: Iterable[str], weight_bits: Sequence[int], activation_bits: Sequence[int]
+    model: nn.Module,
+    layers: Iterable[str],
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
 ) -> None:
-    """Give quantized layers of `model` a quantizer for every width, in place; layers of one weight share its quantizer.
+    """Give quantized layers of `model` a quantizer for every width, in place.
 
+    Layers of one weight share its quantizer.
     Weight scales are set; `calibrate` sets those of activations.
     """
     quantizer, of_weight = Lsq(), dict[tuple[Tensor, int], Switched]()
@@ -60,7 +67,9 @@ def make_switched(
             continue
         key = weight, axis = layer.weight, scale_axis(layer)
         if key not in of_weight:
-            of_weight[key] = Switched(partial(quantizer.for_weight, weight, channel_axis=axis), weight_bits)
+            of_weight[key] = Switched(
+                partial(quantizer.for_weight, weight, channel_axis=axis), weight_bits
+            )
             of_weight[key].to(device).initialize(weight, Mse())
         layer.weight_quantizer = of_weight[key]
 

@@ -1,4 +1,7 @@
-"""One network trained at many policies at once: weights shared by all widths, a scale for each width, bits drawn at every step."""
+"""One network that is trained at many policies: bits are drawn at every step.
+
+All widths share the weights; each has a scale of its own.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,15 +54,24 @@ class JointNetwork:
         """A pair for each group, the likelier the nearer it is to the center."""
         drawn = []
         for pairs, about in zip(self.allowed, self.center, strict=True):
-            away = [abs(bits.weight - about.weight) + abs(bits.activation - about.activation) for bits in pairs]
+            away = [
+                abs(bits.weight - about.weight) + abs(bits.activation - about.activation)
+                for bits in pairs
+            ]
             likelihood = DECAY ** torch.tensor(away, dtype=torch.float64)
             drawn.append(pairs[int(torch.multinomial(likelihood, 1, generator=generator))])
         return tuple(drawn)
 
 
 def joint_network(problem: SearchProblem, model: nn.Module) -> JointNetwork:
-    """Make the free layers of the float network `model` switch among the problem's widths; pinned layers take their bits."""
-    choices, (weight_bits, activation_bits) = problem.choices, candidate_widths(problem.choices.candidates)
+    """Make the free layers of the float network `model` switch among the problem's widths.
+
+    Pinned layers take their bits.
+    """
+    choices, (weight_bits, activation_bits) = (
+        problem.choices,
+        candidate_widths(problem.choices.candidates),
+    )
     idle, any_bits = dict.fromkeys(problem.network.uncalled, NO_EFFECT), choices.candidates[0]
     free = dict.fromkeys(choices.free_layers, any_bits)
     network = with_quantizers(model, Policy({**idle, **choices.freedom.pinned, **free}))
@@ -67,7 +79,9 @@ def joint_network(problem: SearchProblem, model: nn.Module) -> JointNetwork:
     calibrate(network, batches_of(problem.samples.first(CALIBRATION_IMAGES), network))
     layers = quantized_layers(network)
     about = center(choices)
-    allowed = [_varied(choices, row, bits) for row, bits in zip(choices.allowed, about, strict=True)]
+    allowed = [
+        _varied(choices, row, bits) for row, bits in zip(choices.allowed, about, strict=True)
+    ]
     return JointNetwork(
         model=network,
         groups=[[layers[name] for name in group] for group in choices.freedom.groups],
@@ -78,7 +92,10 @@ def joint_network(problem: SearchProblem, model: nn.Module) -> JointNetwork:
 
 
 def _varied(choices: Choices, row: NDArray[np.bool_], about: LayerBits) -> Pairs:
-    """The pairs that a group may have; where no cap depends on one of the two widths, that one as it is at the center."""
+    """The pairs that a group may have.
+
+    A width that no cap depends on stays as it is at the center.
+    """
     capped = {side for kind in choices.budget.caps for side in CAPS[kind].widths(choices.network)}
     pairs = (bits for bits, may in zip(choices.candidates, row, strict=True) if may)
     return tuple(
@@ -90,11 +107,17 @@ def _varied(choices: Choices, row: NDArray[np.bool_], about: LayerBits) -> Pairs
 
 
 def center(choices: Choices) -> Pairs:
-    """The widest bits that fit the budget in every group alike; where only other policies fit, one of those.
+    """The widest bits that fit the budget in every group alike.
+
+    Where only other policies fit, it is one of those.
 
     Raises InfeasibleBudget if no policy fits.
     """
-    alike = [choices.uniform(column) for column, bits in enumerate(choices.candidates) if bits in choices.offered]
+    alike = [
+        choices.uniform(column)
+        for column, bits in enumerate(choices.candidates)
+        if bits in choices.offered
+    ]
     policies = [choice for choice in alike if choices.holds(choice)] or [choices.first_feasible()]
     bits = [tuple(choices.candidates[column] for column in choice) for choice in policies]
     return max(bits, key=lambda pairs: min(map(_width, pairs)))
@@ -107,7 +130,7 @@ def _width(bits: LayerBits) -> tuple[int, int]:
 
 @dataclass(kw_only=True)
 class JointStep:
-    """The gradient's mean over three policies: the widest bits, the center, and bits drawn about it."""
+    """The mean gradient at three policies: widest bits, bits drawn near the center, center."""
 
     network: JointNetwork = field(repr=False)
     seed: int

@@ -1,23 +1,33 @@
-"""Trained scores: the loss when one layer of a quantized, jointly trained network changes its width.
+"""Trained scores: the loss when one layer of a jointly trained network changes its width.
 
-Paper     Tang, Ouyang, Wang, Zhu et al.: "Mixed-precision neural network quantization via learned layer-wise importance" (LIMPQ),
-          ECCV 2022, arXiv 2203.08368, for one joint training and the allocation by its learned steps; Huang, Liu, Xia, Zhao, Ren:
-          "Nearly lossless adaptive bit switching" (Double Rounding), arXiv 2502.01199, for one network that switches widths
-Idea      Scores of the float network know nothing of what training repairs. A network that was trained at many widths does: its weights,
-          and the scale of each width, are those of a network that runs at these bits. One short training serves every layer and width.
-Computes  three passes a step -> joint_network.JointStep; the rise of the loss of one layer's move -> loss_rises; steps -> step_sizes
-Departs   From LIMPQ: one training in which weights are shared and each width has a scale of its own, an importance for each layer
-          and width, the sum of both tensors' importances, the integer programme. Its importance is the learned step
-          (`readout="step-size"`). Ours: the loss as the score, on a held-out part of the proxy with norms estimated anew, in one
-          unit for weights and activations; bits drawn near the widest uniform policy of the budget, each bit away half as likely,
-          where LIMPQ draws evenly; the widest bits and that uniform policy in every step, where LIMPQ takes every uniform policy,
-          and the sandwich rule of slimmable networks the widest and the narrowest; scales that start at the squared-error optimum
-          and learn at a tenth of the rate, where LIMPQ starts those of all layers alike; a scale for each channel of a weight, whose
-          mean is the step. Codes of one width are not shifts of another's, as they are in Double Rounding. A pair costs the sum of what
-          its two widths cost. A width that no cap depends on stays as it is in the uniform policy, and the table forbids others.
-Costs     epochs * 3 times training the quantized network on the proxy, then R_w + R_a passes a layer over 256 images and the held-out part.
-Measured  docs/results: depthwise-cifar10. Ahead of uniform bits after training, and not ahead of fisher, which takes seconds:
-          the loss of 500 held-out images is as uncertain as many of the rises are large. The step-size readout was not trained.
+Paper     Tang, Ouyang, Wang, Zhu et al.: "Mixed-precision neural network quantization via learned
+          layer-wise importance" (LIMPQ), ECCV 2022, arXiv 2203.08368, for one joint training and
+          the allocation by its learned steps; Huang, Liu, Xia, Zhao, Ren: "Nearly lossless adaptive
+          bit switching" (Double Rounding), arXiv 2502.01199, for one network that switches widths
+Idea      Scores of the float network know nothing of what training repairs. A network that was
+          trained at many widths does: its weights, and the scale of each width, are those of a
+          network that runs at these bits. One short training serves every layer and width.
+Computes  three passes a step -> joint_network.JointStep; the rise of the loss of one layer's move
+          -> loss_rises; steps -> step_sizes
+Departs   From LIMPQ: one training in which weights are shared and each width has a scale of its
+          own, an importance for each layer and width, the sum of both tensors' importances, the
+          integer programme. Its importance is the learned step (`readout="step-size"`). Ours: the
+          loss as the score, on a held-out part of the proxy with norms estimated anew, in one unit
+          for weights and activations; bits drawn near the widest uniform policy of the budget, each
+          bit away half as likely, where LIMPQ draws evenly; the widest bits and that uniform policy
+          in every step, where LIMPQ takes every uniform policy, and the sandwich rule of slimmable
+          networks the widest and the narrowest; scales that start at the squared-error optimum and
+          learn at a tenth of the rate, where LIMPQ starts those of all layers alike; a scale for
+          each channel of a weight, whose mean is the step. Codes of one width are not shifts of
+          another's, as they are in Double Rounding. A pair costs the sum of what its two widths
+          cost. A width that no cap depends on stays as it is in the uniform policy, and the table
+          forbids others.
+Costs     epochs * 3 times training the quantized network on the proxy, then R_w + R_a passes a
+          layer over 256 images and the held-out part.
+Measured  docs/results: depthwise-cifar10. At the bytes of 2-bit weights ahead of uniform bits after
+          training, and not ahead of fisher, which takes seconds. A likely reason: 500 held-out
+          images are few for rises of the loss by a hundredth. The step-size readout was not
+          trained.
 """
 
 import os
@@ -45,7 +55,10 @@ from bitscape.searches.scores import ScoreTable
 from bitscape.searches.sensitivity import Trace, candidate_widths, finish
 
 SCALE_RATE = 0.1
-"""Learning rate of scales over that of weights: at the full rate, scales of eight bits cross zero and their channels die."""
+"""Learning rate of scales over that of weights.
+
+At the full rate, scales of eight bits cross zero and their channels die.
+"""
 NORM_IMAGES = 256
 """Images of the training part on which norms are estimated anew, for each score."""
 
@@ -68,7 +81,7 @@ class TrainedScores:
     readout: Literal["loss", "step-size"] = "loss"
     """What becomes the score of a width: the rise of the loss, or the learned step."""
     task: Learned = "auto"
-    """What the proxy teaches: its labels, by the network's own or a new classifier, or the float network's outputs."""
+    """What the proxy teaches: its labels, or the float network's outputs; see `proxy_task`."""
     head_epochs: int = 3
     """Passes that warm a new classifier up before bits move."""
 
@@ -81,10 +94,17 @@ class TrainedScores:
         if not 0 < self.lr <= MOST_RATE:
             raise BitscapeError(f"lr = {self.lr}: it must be above 0 and at most {MOST_RATE:g}")
         if not 0 < self.held_out < 1:
-            raise BitscapeError(f"held_out = {self.held_out}: a share of the proxy above 0 and below 1; 0.25 is usual")
+            raise BitscapeError(
+                f"held_out = {self.held_out}: a share of the proxy above 0 and below 1; "
+                "0.25 is usual"
+            )
 
     def search(
-        self, problem: SearchProblem, *, pick: Pick = "best", folder: str | os.PathLike[str] | None = None
+        self,
+        problem: SearchProblem,
+        *,
+        pick: Pick = "best",
+        folder: str | os.PathLike[str] | None = None,
     ) -> SearchResult:
         """Train, score every free layer and width, then allocate bits exactly within the budget.
 
@@ -97,12 +117,16 @@ class TrainedScores:
         return result
 
     def score(self, problem: SearchProblem) -> ScoreTable:
-        """The table of scores alone, around the uniform bits of the problem's budget; any other is one integer programme away."""
+        """The table of scores alone, around the uniform bits of the problem's budget."""
         return self._scored(problem, None)[0]
 
     def _scored(self, problem: SearchProblem, folder: Path | None) -> tuple[ScoreTable, Trace]:
         whole = proxy_task(
-            problem, self.task, batch_size=self.batch_size, head_epochs=self.head_epochs, folder=folder
+            problem,
+            self.task,
+            batch_size=self.batch_size,
+            head_epochs=self.head_epochs,
+            folder=folder,
         )
         learned, held_out = whole.split(self.held_out)
         assert held_out is not None, "the share is above 0"
@@ -119,23 +143,36 @@ class TrainedScores:
             folder=None if folder is None else folder / "search",
             seed=problem.seed,
         )
-        by_group = step_sizes(network) if self.readout == "step-size" else loss_rises(network, learned, held_out)
+        by_group = (
+            step_sizes(network)
+            if self.readout == "step-size"
+            else loss_rises(network, learned, held_out)
+        )
         return _table(problem, name_of(self), network.allowed, by_group), result.records
 
 
 def step_sizes(network: JointNetwork) -> list[WidthScores]:
-    """The learned step of every width that a group may have, summed over its layers; of weights the mean over channels."""
+    """The learned step of every width that a group may have, summed over its layers.
+
+    The step of a weight is the mean over its channels.
+    """
     return [
         (
-            {bits: sum(_step(layer.weight_quantizer, bits) for layer in layers) for bits in weights},
-            {bits: sum(_step(layer.input_quantizer, bits) for layer in layers) for bits in activations},
+            {
+                bits: sum(_step(layer.weight_quantizer, bits) for layer in layers)
+                for bits in weights
+            },
+            {
+                bits: sum(_step(layer.input_quantizer, bits) for layer in layers)
+                for bits in activations
+            },
         )
         for layers, (weights, activations) in zip(network.groups, _widths(network), strict=True)
     ]
 
 
 def loss_rises(network: JointNetwork, learned: ProxyTask, held_out: ProxyTask) -> list[WidthScores]:
-    """The rise of the held-out loss when one group alone leaves the center for each width that it may have.
+    """The rise of the held-out loss when one group alone takes another width than the center.
 
     Norms are estimated anew on the first images of the part that was learned.
     """
@@ -150,8 +187,16 @@ def loss_rises(network: JointNetwork, learned: ProxyTask, held_out: ProxyTask) -
     rises, at_center = list[WidthScores](), loss(0, network.center[0])
     widths = track(_widths(network), label="trained scores: layer")
     for at, ((weights, activations), own) in enumerate(zip(widths, network.center, strict=True)):
-        by_weight = {bits: loss(at, LayerBits(bits, own.activation)) - at_center for bits in weights if bits != own.weight}
-        by_input = {bits: loss(at, LayerBits(own.weight, bits)) - at_center for bits in activations if bits != own.activation}
+        by_weight = {
+            bits: loss(at, LayerBits(bits, own.activation)) - at_center
+            for bits in weights
+            if bits != own.weight
+        }
+        by_input = {
+            bits: loss(at, LayerBits(own.weight, bits)) - at_center
+            for bits in activations
+            if bits != own.activation
+        }
         rises.append((by_weight | {own.weight: 0.0}, by_input | {own.activation: 0.0}))
     return rises
 
@@ -165,24 +210,41 @@ def _step(quantizer: nn.Module, bits: int) -> float:
     return float(cast(Switched, quantizer).at(bits).get_parameter("scale").detach().mean())
 
 
-def _table(problem: SearchProblem, method: str, allowed: Sequence[Pairs], by_group: Sequence[WidthScores]) -> ScoreTable:
-    """The score of a pair is the sum of those of its widths, which are made to fall with bits; layers of a group share it.
+def _table(
+    problem: SearchProblem, method: str, allowed: Sequence[Pairs], by_group: Sequence[WidthScores]
+) -> ScoreTable:
+    """Score each pair by the sum of its widths' scores, which are made to fall with bits.
 
-    Pairs that were not scored are forbidden.
+    Layers of a group share the score. Pairs that were not scored are forbidden.
     """
     candidates, by_layer, repairs = problem.choices.candidates, dict[str, list[float]](), 0
     for group, scored, sides in zip(problem.choices.freedom.groups, allowed, by_group, strict=True):
         of_weight, of_input = falling = [_falling(side) for side in sides]
-        repairs += sum(not np.isclose(side[bits], new[bits], rtol=1e-6) for side, new in zip(sides, falling, strict=True) for bits in side)
+        repairs += sum(
+            not np.isclose(side[bits], new[bits], rtol=1e-6)
+            for side, new in zip(sides, falling, strict=True)
+            for bits in side
+        )
         row = [
-            (of_weight[bits.weight] + of_input[bits.activation]) / len(group) if bits in scored else np.inf
+            (of_weight[bits.weight] + of_input[bits.activation]) / len(group)
+            if bits in scored
+            else np.inf
             for bits in candidates
         ]
         by_layer.update(dict.fromkeys(group, row))
     values = np.array([by_layer[name] for name in problem.free_layers])
-    return ScoreTable(problem.free_layers, candidates, values, method, repairs, fingerprint(problem.network.shapes))
+    return ScoreTable(
+        problem.free_layers,
+        candidates,
+        values,
+        method,
+        repairs,
+        fingerprint(problem.network.shapes),
+    )
 
 
 def _falling(scores: Mapping[int, float]) -> dict[int, float]:
     widths = sorted(scores)
-    return dict(zip(widths, leaning(np.array([scores[bits] for bits in widths])).tolist(), strict=True))
+    return dict(
+        zip(widths, leaning(np.array([scores[bits] for bits in widths])).tolist(), strict=True)
+    )
