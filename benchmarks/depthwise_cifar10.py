@@ -72,7 +72,8 @@ METHODS: dict[tuple[str, str], SearchMethod] = {
     ("random", ""): Random(),
     ("fisher", "not for training"): bs.Fisher(images=512),
     ("fisher", "for training"): bs.Fisher(images=512),
-    ("trained-scores", "loss"): TrainedScores(epochs=2),
+    ("trained-scores", "loss"): TrainedScores(epochs=2, readout="loss"),
+    ("trained-scores", "fitted"): TrainedScores(epochs=2),
     ("trained-scores", "follow"): TrainedScores(epochs=2, task="follow"),
     ("trained-scores", "step-size"): TrainedScores(epochs=2, readout="step-size"),
 }
@@ -80,7 +81,7 @@ METHODS: dict[tuple[str, str], SearchMethod] = {
 FIRST = (
     ("uniform", "one width"),
     ("fisher", "not for training"),
-    ("trained-scores", "loss"),
+    ("trained-scores", "fitted"),
     ("uniform", "depthwise wider"),
 )
 """What the comparison is about, in the order in which the rows are measured."""
@@ -187,7 +188,7 @@ def find(run: dict[str, Any], stated: SearchProblem) -> bs.SearchResult:
     method = METHODS[run["method"], run["variant"]]
     if isinstance(method, bs.Fisher):
         return method.search(stated, for_training=run["variant"] == "for training")
-    if isinstance(method, TrainedScores):  # two readouts share one training
+    if isinstance(method, TrainedScores):  # the readouts share one training
         return method.search(
             stated, folder=FOLDER / f"{method.task} {run['settings']['budget']} {run['seed']}"
         )

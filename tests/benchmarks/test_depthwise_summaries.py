@@ -42,4 +42,4 @@ def test_the_rows_that_the_comparison_is_about_come_first_and_no_run_stands_twic
     assert [(run["method"], run["variant"]) for run in runs[:4]] == list(FIRST)
     assert {run["settings"]["budget"] for run in runs[:14]} == {next(iter(BUDGETS))}
     keys = [(run["settings"]["budget"], run["method"], run["variant"], run["seed"]) for run in runs]
-    assert len(set(keys)) == len(keys) == 2 * 3 * 9
+    assert len(set(keys)) == len(keys) == 2 * 3 * 10

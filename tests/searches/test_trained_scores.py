@@ -13,7 +13,7 @@ from bitscape.quant.convert import recalibrate_norms
 from bitscape.searches.joint_network import JointNetwork, joint_network
 from bitscape.searches.problem import SearchProblem
 from bitscape.searches.proxy_task import proxy_task
-from bitscape.searches.trained_scores import TrainedScores, _table, loss_rises, step_sizes
+from bitscape.searches.trained_scores import TrainedScores, _table, fitted, loss_rises, step_sizes
 from tests.searches.planted import POLICY, Killed, planted
 from tests.searches.small import square
 from tests.sharpness.small import batch, float_net
@@ -49,7 +49,7 @@ def test_the_layer_whose_input_holds_fine_information_gets_the_bits(fine_first):
 class TestLossRises:
     def test_are_of_one_layer_alone_on_held_out_images_with_norms_of_the_others(self):
         network, learned, held_out = joint(problem())
-        rises = loss_rises(network, learned, held_out)
+        rises = loss_rises(network, learned, held_out, neighbors=False)
         assert [(sorted(w), sorted(a)) for w, a in rises] == [([2, 4, 8], [2, 4, 8])] * 3
 
         def loss(*pairs):
@@ -71,10 +71,32 @@ class TestLossRises:
 
     def test_a_group_moves_as_one(self):
         network, learned, held_out = joint(problem(tied=[("0", "6")]))
-        tied = loss_rises(network, learned, held_out)
+        tied = loss_rises(network, learned, held_out, neighbors=False)
         assert len(tied) == 2
         network.use([LayerBits(2, 4), LayerBits(4, 4)])
         assert network.model[0].weight_quantizer.bits == network.model[6].weight_quantizer.bits == 2
+
+
+class TestFitted:
+    def test_neighbors_alone_are_measured(self):
+        network, learned, held_out = joint(problem(candidates=square(2, 3, 4, 5, 8)))
+        every = loss_rises(network, learned, held_out, neighbors=False)
+        near = loss_rises(network, learned, held_out, neighbors=True)
+        for all_sides, sides in zip(every, near, strict=True):
+            for all_of, side in zip(all_sides, sides, strict=True):
+                assert side == {bits: pytest.approx(all_of[bits], abs=1e-6) for bits in (3, 4, 5)}
+
+    def test_scores_follow_the_law_of_the_best_sensitivity(self):
+        network, _, _ = joint(problem())
+        exact = {bits: 3 * (4.0**-bits - 4.0**-4) for bits in (2, 4, 8)}
+        rising = {2: -1.0, 4: 0.0, 8: 1.0}
+        off = {2: exact[2] + 0.1, 4: 0.0, 8: exact[8]}
+        scores = fitted(network, [(exact, rising), (exact, off), (exact, exact)])
+        assert scores[0][0] == {bits: pytest.approx(3 * 4.0**-bits) for bits in (2, 4, 8)}
+        assert scores[0][1] == {2: 0.0, 4: 0.0, 8: 0.0}
+        power = 4.0**-2 - 4.0**-4, 4.0**-8 - 4.0**-4
+        more = 0.1 * power[0] / (power[0] ** 2 + power[1] ** 2)
+        assert scores[1][1][4] == pytest.approx((3 + more) * 4.0**-4)
 
 
 def test_step_sizes_are_the_learned_scales_and_of_weights_their_mean():
@@ -159,7 +181,7 @@ class TestResume:
         ({"batch_size": 0}, "batch_size = 0"),
         ({"lr": 0.0}, "lr = 0.0"),
         ({"held_out": 0.0}, "held_out = 0.0: a share of the proxy above 0 and below 1"),
-        ({"readout": "step"}, "readout = 'step': allowed are 'loss', 'step-size'"),
+        ({"readout": "step"}, "readout = 'step': allowed are 'fitted', 'loss', 'step-size'"),
     ],
 )
 def test_settings_are_checked(settings, message):

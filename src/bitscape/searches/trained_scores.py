@@ -79,8 +79,9 @@ class TrainedScores:
     """Learning rate of weights; that of scales is a tenth."""
     held_out: float = 0.25
     """Share of the proxy that is not trained on, and on which the loss is measured."""
-    readout: Literal["loss", "step-size"] = "loss"
-    """What becomes the score of a width: the rise of the loss, or the learned step."""
+    readout: Literal["fitted", "loss", "step-size"] = "fitted"
+    """What becomes the score of a width: the rise of the loss by the law of quantization noise,
+    fitted to the neighbors of the uniform width; the rise as measured; or the learned step."""
     task: Learned = "auto"
     """What the proxy teaches: its labels, or the float network's outputs; see `proxy_task`."""
     head_epochs: int = 3
@@ -144,12 +145,17 @@ class TrainedScores:
             folder=None if folder is None else folder / "search",
             seed=problem.seed,
         )
-        by_group = (
-            step_sizes(network)
-            if self.readout == "step-size"
-            else loss_rises(network, learned, held_out)
-        )
+        by_group = self._read_out(network, learned, held_out)
         return _table(problem, name_of(self), network.allowed, by_group), result.records
+
+    def _read_out(
+        self, network: JointNetwork, learned: ProxyTask, held_out: ProxyTask
+    ) -> list[WidthScores]:
+        if self.readout == "step-size":
+            return step_sizes(network)
+        if self.readout == "loss":
+            return loss_rises(network, learned, held_out, neighbors=False)
+        return fitted(network, loss_rises(network, learned, held_out, neighbors=True))
 
 
 def step_sizes(network: JointNetwork) -> list[WidthScores]:
@@ -172,10 +178,13 @@ def step_sizes(network: JointNetwork) -> list[WidthScores]:
     ]
 
 
-def loss_rises(network: JointNetwork, learned: ProxyTask, held_out: ProxyTask) -> list[WidthScores]:
+def loss_rises(
+    network: JointNetwork, learned: ProxyTask, held_out: ProxyTask, *, neighbors: bool
+) -> list[WidthScores]:
     """The rise of the held-out loss when one group alone takes another width than the center.
 
-    Norms are estimated anew on the first images of the part that was learned.
+    Widths are all that the group may have, or the two `neighbors` of the one at the center. Norms
+    are estimated anew on the first images of the part that was learned.
     """
     norm_images = Samples([Minibatch(learned.data.inputs).rows(slice(0, NORM_IMAGES))])
     parts = held_out.parts(len(held_out.data))
@@ -186,20 +195,54 @@ def loss_rises(network: JointNetwork, learned: ProxyTask, held_out: ProxyTask) -
         return proxy_loss(network.model, parts)
 
     rises, at_center = list[WidthScores](), loss(0, network.center[0])
-    widths = track(_widths(network), label="trained scores: layer")
-    for at, ((weights, activations), own) in enumerate(zip(widths, network.center, strict=True)):
-        by_weight = {
-            bits: loss(at, LayerBits(bits, own.activation)) - at_center
-            for bits in weights
-            if bits != own.weight
-        }
-        by_input = {
-            bits: loss(at, LayerBits(own.weight, bits)) - at_center
-            for bits in activations
-            if bits != own.activation
-        }
-        rises.append((by_weight | {own.weight: 0.0}, by_input | {own.activation: 0.0}))
+    every = track(_widths(network), label="trained scores: layer")
+    for at, ((weights, activations), own) in enumerate(zip(every, network.center, strict=True)):
+        if neighbors:
+            weights = _around(weights, own.weight)
+            activations = _around(activations, own.activation)
+        pairs = [LayerBits(bits, own.activation) for bits in weights]
+        by_weight = [0.0 if pair == own else loss(at, pair) - at_center for pair in pairs]
+        pairs = [LayerBits(own.weight, bits) for bits in activations]
+        by_input = [0.0 if pair == own else loss(at, pair) - at_center for pair in pairs]
+        rises.append(
+            (
+                dict(zip(weights, by_weight, strict=True)),
+                dict(zip(activations, by_input, strict=True)),
+            )
+        )
     return rises
+
+
+def _around(widths: Sequence[int], own: int) -> list[int]:
+    at = widths.index(own)
+    return list(widths[max(0, at - 1) : at + 2])
+
+
+def fitted(network: JointNetwork, rises: Sequence[WidthScores]) -> list[WidthScores]:
+    """Scores s 4^-b of every width b that a group may have, with the s >= 0 that fits best.
+
+    A rise from b0 to b bits is s (4^-b - 4^-b0): the law of the noise of a uniform quantizer, whose
+    power falls by four with each bit.
+    """
+    scores = []
+    for found, every, center in zip(rises, _widths(network), network.center, strict=True):
+        own = center.weight, center.activation
+        of_weight, of_input = map(_sensitivity, found, own)
+        weights, activations = every
+        scores.append(
+            (
+                {bits: of_weight * 4.0**-bits for bits in weights},
+                {bits: of_input * 4.0**-bits for bits in activations},
+            )
+        )
+    return scores
+
+
+def _sensitivity(rises: Mapping[int, float], own: int) -> float:
+    powers = {bits: 4.0**-bits - 4.0**-own for bits in rises}
+    squares = sum(power**2 for power in powers.values())
+    along = sum(powers[bits] * rise for bits, rise in rises.items())
+    return max(0.0, along / squares) if squares else 0.0
 
 
 def _widths(network: JointNetwork) -> list[tuple[list[int], list[int]]]:
