@@ -25,7 +25,7 @@ Departs   From LIMPQ: one training in which weights are shared and each width ha
 Costs     epochs * 3 times training the quantized network on the proxy, then R_w + R_a passes a
           layer over 256 images and the held-out part; fitted to neighbors, at most 4 passes a
           layer.
-Measured  docs/results: depthwise-cifar10, where rows "loss" score every width as measured. At the
+Measured  docs/results: depthwise-cifar10. Its rows "loss" score every width as measured. At the
           bytes of 2-bit weights 2.6 points ahead of uniform bits after training, three seeds, and
           not ahead of fisher, which takes seconds; at the BitOps of W3A3, one seed, level with
           uniform and below fisher. Rises from one width to the next are a hundredth, and so is the
