@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import Any, NoReturn
 
 import numpy as np
@@ -272,18 +272,32 @@ class Choices:
         jointly: Mapping[str, int | None],
         layers: Mapping[str, tuple[str, ...]],
     ) -> str:
-        totals = jointly or alone
+        totals, others = jointly or alone, ""
+        if len(self.caps) > 1:
+            others = " with the other caps kept" if jointly else " without the other caps"
         parts = []
         for row in self.caps:
             total = totals[row.name]
             value = "no value" if total is None else repr(self.value(row.name, total))
             names = ", ".join(self._with_reason(name) for name in layers[row.name])
-            parts.append(f"{row.name}={self.budget.caps[row.name]!r} (feasible from {value}; most of it in {names})")
-        given = "with the other caps kept: each can be met alone but not together" if jointly else "without the other caps"
+            cap = f"{row.name}={self.budget.caps[row.name]!r}"
+            parts.append(f"{cap} (feasible from {value}{others}; most of it in {names})")
+        together = "; each cap can be met alone, but not all together" if jointly else ""
+        steps = ["raise a cap", "offer fewer bits", *self._ways_to_free(layers.values())]
         return (
-            f"budget: no policy fits {'; '.join(parts)}; the smallest feasible values are {given}; "
-            "raise a cap, offer fewer bits or unpin layers"
+            f"budget: no policy fits {' and '.join(parts)}{together}; "
+            f"{', '.join(steps[:-1])} or {steps[-1]}"
         )
+
+    def _ways_to_free(self, shown: Iterable[Iterable[str]]) -> list[str]:
+        """Say how the search could have a say in the bits of those layers."""
+        fixed = [self.freedom.pinned[name] for name in chain(*shown) if name in self.freedom.pinned]
+        ways = []
+        if any(not bits.is_float for bits in fixed):
+            ways.append("pin fewer layers (pinned={} or --pin none pins none)")
+        if any(bits.is_float for bits in fixed):
+            ways.append("keep fewer layers float")
+        return ways
 
 
 def _timed(network: NetworkProfile, latency: LatencyTable | None) -> NetworkProfile:
