@@ -634,7 +634,17 @@ def foreign() -> torch.optim.Optimizer:
         ({"data": (LEFT, LABELS + 1)}, r"label 3, the model has outputs 0\.\.2"),
         ({"data": (LEFT, LABELS - 1)}, "it has the label -1; labels count from 0"),
         ({"data": [(LEFT, RIGHT, LABELS)]}, "a tuple of 3 entries"),
-        ({"network": two()}, r"it cannot be called with a Tensor \(missing a required argument: 'right'\)"),
+        (
+            {"network": two()},
+            r"data: of a pair, the first entry is the input and the second the label, and the "
+            r"network cannot be called with it: forward\(left, right\) \(missing a required "
+            r"argument: 'right'\); pass inputs=.*inputs=tuple where both",
+        ),
+        (
+            {"inputs": lambda batch: (batch[0], batch[0])},
+            r"inputs: the function returns a tuple, and the network cannot be called with it: "
+            r"forward\(.*\) \(too many positional arguments\); return a tensor, a tuple",
+        ),
         ({"data": (RIGHT, LABELS)}, r"fails on a batch of shape \(22, 3\), torch.float32"),
         ({"data": list(generated()), "batch_size": 4}, "batch_size is 4, and the data come in batches of their own"),
         ({"batch_size": 0}, "batch_size is 0; allowed are whole numbers from 1"),
