@@ -16,13 +16,14 @@ from bitscape.cli.options import (
     latency_option,
     network_options,
     pin_option,
+    repair_options,
     seed_option,
     target_option,
     task_option,
 )
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import make_method, parse_candidates, parse_pins
-from bitscape.cli.paths import OUTPUT_FOLDER, SOURCE, OutputFile
+from bitscape.cli.parsing import make_method, parse_candidates, parse_pins, parse_repair
+from bitscape.cli.paths import SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -57,19 +58,7 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".tflite": (), ".safetensors
 @click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable.")
 @click.option("--candidates", metavar="BITS", help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.")
-@click.option(
-    "--repair",
-    type=click.Choice(["compensate", "adaptive", "tune", "reconstruct", "none"]),
-    default="compensate",
-    show_default=True,
-    help="What is done about the errors of rounding: seconds (compensate), minutes, or nothing.",
-)
-@click.option(
-    "--repair-folder",
-    type=OUTPUT_FOLDER,
-    metavar="FOLDER",
-    help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
-)
+@repair_options
 @task_option
 @latency_option
 @target_option
@@ -92,7 +81,7 @@ def compress(
     method_name: str,
     settings: tuple[str, ...],
     candidates: str | None,
-    repair: "Repair | Literal['none']",
+    repair: "Repair | Literal['none'] | None",
     repair_folder: Path | None,
     task: "TaskName",
     latency: Path | None,
@@ -117,6 +106,7 @@ def compress(
     from bitscape.verbs.search import check_request
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
+    chosen_repair = parse_repair(repair, repair_folder)
     offered = None if candidates is None else parse_candidates(candidates)
     times, target = load_target(latency, target_name)
     check_request(method, budgets, candidates=offered, target=target, latency=times)
@@ -131,7 +121,7 @@ def compress(
         budgets,
         to,
         method=method,
-        repair=None if repair == "none" else repair,
+        repair=chosen_repair,
         repair_folder=repair_folder,
         task=task,
         evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, None, network),

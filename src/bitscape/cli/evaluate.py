@@ -5,7 +5,7 @@ With --corruptions also its accuracy, and its bits if they depend on the image, 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -28,10 +28,12 @@ from bitscape.cli.options import (
     image_options,
     latency_option,
     network_options,
+    repair_options,
     seed_option,
 )
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import packed_policy
+from bitscape.cli.parsing import parse_repair
 from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
@@ -46,11 +48,12 @@ if TYPE_CHECKING:
     from bitscape.data.batches import Batches
     from bitscape.engine.evaluate import Evaluation
     from bitscape.engine.quality_table import Cell, QualityTable
+    from bitscape.verbs.quantize import Repair
 
 calibration_options = all_of(
     click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
     click.option("--calibration-images", type=COUNT, help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]"),
-    click.option("--repair", is_flag=True, help="Fold norms; repair rounding and biases on the same images."),
+    repair_options,
 )
 
 
@@ -101,7 +104,8 @@ def evaluate(
     policy_file: Path | None,
     calibration: str | None,
     calibration_images: int | None,
-    repair: bool,
+    repair: "Repair | Literal['none'] | None",
+    repair_folder: Path | None,
     packed: Path | None,
     checkpoint: Path | None,
     decisions: str | None,
@@ -117,14 +121,13 @@ def evaluate(
     Example:
       bitscape evaluate --model timm:resnet18 --weights resnet18.safetensors \\
         --data val/ --input-size 224 --normalize imagenet \\
-        --policy policy.json --calibration train/ --repair
+        --policy policy.json --calibration train/
     """
     if sum(option is not None for option in (policy_file, packed, checkpoint)) > 1:
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    if repair and policy_file is None:
-        raise BitscapeError("--repair: only a --policy is repaired, on the --calibration images; give both")
+    chosen_repair = parse_repair(repair, repair_folder, has_policy=policy_file is not None)
     if decisions is not None and checkpoint is None:
         raise _undecided(decisions)
     from bitscape.data.splits import EVALUATION
@@ -141,7 +144,7 @@ def evaluate(
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = quantize_network(network, policy, images, repair=repair)
+        network = quantize_network(network, policy, images, chosen_repair, repair_folder, seed)
     elif packed is not None:
         network = bs.load_packed(packed, network)
     elif checkpoint is not None:

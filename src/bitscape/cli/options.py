@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bitscape.cli.paths import FILE, MODEL, SOURCE
+from bitscape.cli.paths import FILE, MODEL, OUTPUT_FOLDER, SOURCE
 from bitscape.cost.targets import TARGETS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -109,6 +109,20 @@ task_option = click.option(
     show_default=True,
     help="What the outputs are: logits of classes, of classes at every position, yes or no, or any values to stay close to. "
     "auto: (n, 2 or more) are classes.",
+)
+repair_options = all_of(
+    click.option(
+        "--repair",
+        type=click.Choice(["compensate", "adaptive", "tune", "reconstruct", "none"]),
+        help="What is done about the errors of rounding: seconds (compensate), minutes, or nothing.  "
+        "[default: compensate]",
+    ),
+    click.option(
+        "--repair-folder",
+        type=OUTPUT_FOLDER,
+        metavar="FOLDER",
+        help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
+    ),
 )
 pin_option = click.option(
     "--pin",
