@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 MESSAGE_START, MESSAGE_END = 1500, 500
@@ -137,7 +138,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def at_least_one(**counts: int) -> None:
-    """Raise BitscapeError unless every argument, which counts something, is at least 1."""
+    """Raise BitscapeError unless every argument, which counts something, is a whole number from 1."""
     for name, count in counts.items():
-        if count < 1:
-            raise BitscapeError(f"{name} = {count}: it must be at least 1")
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+            raise BitscapeError(f"{name} = {count}: it must be a whole number from 1")

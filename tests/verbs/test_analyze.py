@@ -154,7 +154,7 @@ def test_a_repaired_network_is_compared_with_its_reference():
     ("arguments", "message"),
     [
         ({"bits": "4"}, "write weight/activation bits"),
-        ({"compared": 0}, "compared = 0: it must be at least 1"),
+        ({"compared": 0}, "compared = 0: it must be a whole number from 1"),
         ({"reference": Chain()}, "reference: the network is float itself"),
     ],
 )

@@ -22,7 +22,7 @@ from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
 from bitscape.data.streams import RandomStream, own_generators
-from bitscape.errors import BitscapeError, first_line
+from bitscape.errors import BitscapeError, at_least_one, first_line
 from bitscape.nested import tensors_in
 
 LABELS = ("label", "labels", "target", "targets", "y")
@@ -92,8 +92,7 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
     Raises:
         BitscapeError: no samples, a batch that cannot be read, or data of another kind.
     """
-    if count < 1:
-        raise BitscapeError(f"count = {count}: it must be at least 1")
+    at_least_one(count=count)
     if isinstance(data, Samples):
         return data.first(count)
     minibatches = (reader.read(batch) for batch in _batches(data, count, seed))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness.probe import BatchLoss
 
 
+@runtime_checkable
 class LossFunction(Protocol):
     """A loss; `for_batch` lets it do once what several passes over one batch share, such as a teacher's logits."""
 
@@ -138,6 +139,7 @@ class Batch:
         return StepRecord(loss=value.detach(), sums=part.counted(outputs))
 
 
+@runtime_checkable
 class Step(Protocol):
     """Forward and backward of one batch, in one pass or several.
 
@@ -160,6 +162,7 @@ class Step(Protocol):
         ...
 
 
+@runtime_checkable
 class StepSettings(Protocol):
     """Settings of a step that keeps something between batches."""
 

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ _MOVES = {
 """Operations, by the names of their gradients, behind which a probability stays one."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """What outputs mean.
 

@@ -10,7 +10,7 @@ from torch import nn
 from bitscape.data.samples import Samples
 from bitscape.engine.forward import samples_at_once
 from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, at_least_one
 from bitscape.measure.analysis.layers import layer_noise
 from bitscape.measure.analysis.outputs import output_errors
 from bitscape.measure.analysis.result import Analysis, LayerAnalysis
@@ -21,6 +21,7 @@ from bitscape.models.products import product_names
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import quantized_layers
+from bitscape.signatures import checked
 from bitscape.verbs.proxy import proxy_of
 from bitscape.verbs.quantize import quantize
 
@@ -31,6 +32,7 @@ AT_ONCE = 8
 """Samples of a batch, at most."""
 
 
+@checked
 def analyze(
     network: nn.Module,
     data: Any,
@@ -71,8 +73,7 @@ def analyze(
     """
     started = time.perf_counter()
     check_module(network, "network")
-    if compared < 1:
-        raise BitscapeError(f"compared = {compared}: it must be at least 1")
+    at_least_one(compared=compared)
     samples = proxy_of(network, data, count=count, inputs=inputs, seed=seed)
     if quantized_layers(network):
         _check_unused(bits=bits, attention_products=attention_products or None)

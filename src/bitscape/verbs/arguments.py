@@ -81,6 +81,16 @@ def stated_task(
     return stated
 
 
+def users_function(loss: Any) -> UsersLoss:
+    """Return a loss of the user's. Raises BitscapeError unless it is a function."""
+    if isinstance(loss, type) or not callable(loss):
+        raise BitscapeError(
+            f"loss is {loss!r}; it must be a function (outputs, targets) -> loss, or Loss(...)"
+        )
+    function: UsersLoss = loss
+    return function
+
+
 def _named(
     network: nn.Module,
     first: Minibatch,

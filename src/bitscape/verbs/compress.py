@@ -20,6 +20,7 @@ from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchResult
 from bitscape.searches.uniform import Uniform
+from bitscape.signatures import checked
 from bitscape.tables import Shown, Table
 from bitscape.verbs.evaluate import evaluate
 from bitscape.verbs.export import ExportReport, check_path, export
@@ -96,6 +97,7 @@ class Compression(Shown):
         )
 
 
+@checked
 def compress(
     model: nn.Module,
     data: Any,
@@ -133,8 +135,8 @@ def compress(
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its targets.
         seed: of everything random.
-        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`, `target`, `latency`, `pick`,
-            `attention_products`, `folder`, `channels_last`.
+        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`,
+            `target`, `latency`, `pick`, `refine`, `attention_products`, `folder`, `channels_last`.
 
     Raises:
         InfeasibleBudget: no policy meets the budget.
