@@ -120,6 +120,21 @@ def explained_forward(inputs: Any) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def explained_backward() -> Iterator[None]:
+    """Within the block, a network whose backward pass its own in-place operations break raises a BitscapeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BitscapeError(
+            "model: no gradient can be computed, because it overwrites in place what its backward "
+            "pass needs; write x = x + y for x += y, and relu for relu_; methods kl and local need "
+            "no gradient"
+        ) from error
+
+
 def _shapes(inputs: Any) -> str:
     """Shape and type of a tensor, and of the tensors in tuples, lists and mappings by name or place."""
     if hasattr(inputs, "shape"):

@@ -163,6 +163,15 @@ def test_arguments_that_a_float_network_cannot_use_are_refused(arguments, messag
         bs.analyze(Chain().eval(), eye(), **arguments)
 
 
+def test_norms_are_folded_once(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with caplog.at_level("INFO", "bitscape.quant"):
+        bs.analyze(model.eval(), torch.randn(4, 3, 8, 8), compared=2)
+    assert [record.message for record in caplog.records if "folded" in record.message] == [
+        "folded 1 of 1 batch norms"
+    ]
+
+
 def test_bits_of_a_quantized_network_are_its_own():
     model = Chain().eval()
     policy = bs.Policy({name: LayerBits(3, 8) for name in ("first", "second")})

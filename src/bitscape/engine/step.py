@@ -15,6 +15,7 @@ from bitscape.data.samples import Minibatch
 from bitscape.engine import workers
 from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.user_task import loss_of
+from bitscape.errors import explained_backward
 from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness.probe import BatchLoss
 
@@ -132,6 +133,7 @@ class Batch:
         with weights_quantized_once(model) if len(self.parts) > 1 else nullcontext():
             return sum_of([self._of_part(model, part) for part in self.parts])
 
+    @explained_backward()
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
         outputs = part.outputs(model)
         value = part.loss(outputs, part.targets) * part.share

@@ -17,13 +17,14 @@ from bitscape.measure.analysis.result import Analysis, LayerAnalysis
 from bitscape.measure.analysis.twins import Twins
 from bitscape.models.dtypes import check_module
 from bitscape.models.layers import layer_shapes
+from bitscape.models.modes import in_eval_mode
 from bitscape.models.products import product_names
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
-from bitscape.quant.convert import batches_of
+from bitscape.quant.convert import batches_of, calibrate, with_quantizers
+from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import quantized_layers
 from bitscape.signatures import checked
 from bitscape.verbs.proxy import proxy_of
-from bitscape.verbs.quantize import quantize
 
 _log = logging.getLogger("bitscape.verbs")
 USUAL_BITS = LayerBits(4, 8)
@@ -81,8 +82,9 @@ def analyze(
     else:
         _check_float(reference)
         policy = _policy(network, bits, attention_products=attention_products)
-        quantized = quantize(network, policy, samples, repair=None, count=len(samples))
-        twins = Twins.of(quantized, network, samples)
+        folded = fold_norms(network, samples.first(2))
+        quantized = in_eval_mode(calibrate(with_quantizers(folded, policy), samples))
+        twins = Twins.of(quantized, folded, samples)
     meaning = _meaning(twins.twin, samples, task)
     at_once = samples_at_once(twins.twin, samples.first(2).parts[0].inputs, most=AT_ONCE)
     noise = layer_noise(twins, samples, at_once)
