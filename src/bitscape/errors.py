@@ -111,9 +111,15 @@ def explained_forward(inputs: Any) -> Iterator[None]:
         if "more than 1 value per channel" in str(error):
             advice = "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
         elif isinstance(error, TypeError):
-            advice = "a tuple holds the arguments of its forward, a mapping its keywords, and labels are neither"
+            advice = (
+                "a tuple holds the arguments of its forward, a mapping its keywords, and labels are "
+                "neither; inputs= says how a batch is read"
+            )
         else:
-            advice = "check channels, size and normalization against what it was trained with"
+            advice = (
+                "check channels, size and normalization against what it was trained with; the first "
+                "dimension counts samples"
+            )
         raise BitscapeError(
             f"{'images' if hasattr(inputs, 'shape') else 'inputs'}: the network fails on a batch of "
             f"{_shapes(inputs)}: {first_line(error)}; {advice}"

@@ -62,9 +62,10 @@ def test_it_is_the_smallest_of_the_front_that_is_good_enough(by_bytes, allowed):
 
 def test_the_gain_is_that_of_a_budget_of_the_bytes_found(by_bytes):
     model = classifier()
-    result = bs.search(model, labelled(model), "drop=2.9", **SETTINGS)
+    data = labelled(model)
+    result = bs.search(model, data, "drop=2.9", **SETTINGS)
     budget = {"weight_bytes": result.policy.cost["weight_bytes"]}
-    capped = bs.search(model, IMAGES, budget, **SETTINGS)
+    capped = bs.search(model, data, budget, **SETTINGS)
     assert result.gain == capped.gain and result.gain.weights is not None
 
 
