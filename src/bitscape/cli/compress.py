@@ -8,15 +8,16 @@ import click
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import ImageSettings, draw_samples, load_batches, load_network
 from bitscape.cli.options import (
-    COUNT,
     budget_option,
     data_options,
     image_options,
     keep_float_option,
     latency_option,
+    method_options,
     network_options,
     pin_option,
     repair_options,
+    samples_option,
     seed_option,
     target_option,
     task_option,
@@ -54,10 +55,8 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".tflite": (), ".safetensors
     help="Labelled images to measure on. Default: how far outputs are from the float network's, on a quarter of --data.",
 )
 @click.option("--test-split", metavar="NAME", help="Split of --test, where it has several.  [default: the one for evaluation]")
-@click.option("--images", type=COUNT, help="Images drawn of --data.  [default: 256]")
-@click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`.")
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable.")
-@click.option("--candidates", metavar="BITS", help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.")
+@samples_option
+@method_options
 @repair_options
 @task_option
 @latency_option

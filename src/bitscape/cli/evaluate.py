@@ -11,7 +11,6 @@ import click
 
 import bitscape as bs
 from bitscape.cli.network import (
-    CALIBRATION_IMAGES,
     ImageSettings,
     load_batches,
     load_latency,
@@ -22,19 +21,18 @@ from bitscape.cli.network import (
 )
 from bitscape.cli.options import (
     COUNT,
-    all_of,
     channels_last_option,
     data_options,
     image_options,
     latency_option,
     network_options,
-    repair_options,
+    policy_options,
     seed_option,
 )
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.parsing import parse_repair
-from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
+from bitscape.cli.paths import FILE, FOLDER, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
@@ -49,12 +47,6 @@ if TYPE_CHECKING:
     from bitscape.engine.evaluate import Evaluation
     from bitscape.engine.quality_table import Cell, QualityTable
     from bitscape.verbs.quantize import Repair
-
-calibration_options = all_of(
-    click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
-    click.option("--calibration-images", type=COUNT, help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]"),
-    repair_options,
-)
 
 
 def _check_beside(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -76,8 +68,7 @@ def _check_beside(context: click.Context, parameter: click.Parameter, value: Pat
 @data_options
 @image_options
 @click.option("--batch-size", type=COUNT, help="Images at once. Default: 128, or fewer of large ones.")
-@click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
-@calibration_options
+@policy_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
 @click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train` or `tiers` left there.")
 @click.option("--decisions", type=click.Choice(["per-image", "per-batch"]), help="Of a dynamic checkpoint.  [default: per-image]")

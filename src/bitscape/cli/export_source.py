@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import bitscape as bs
-from bitscape.cli.evaluate import calibration_options
 from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network, quantize_network
-from bitscape.cli.options import all_of, image_options, network_options
+from bitscape.cli.options import all_of, image_options, network_options, policy_options
 from bitscape.cli.packed import packed_policy
 from bitscape.cli.parsing import parse_repair
 from bitscape.cli.paths import FILE, FOLDER
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 source_options = all_of(
     network_options,
     image_options,
-    click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration."),
-    calibration_options,
+    policy_options,
     click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there."),
 )
 HELD_OUT = 256

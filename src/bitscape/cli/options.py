@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
-from bitscape.cli.paths import FILE, MODEL, OUTPUT_FOLDER, SOURCE
+from bitscape.cli.network import CALIBRATION_IMAGES
+from bitscape.cli.paths import FILE, MODEL, OUTPUT_FOLDER, SOURCE, OutputFile
 from bitscape.cost.targets import TARGETS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -123,6 +124,57 @@ repair_options = all_of(
         metavar="FOLDER",
         help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
     ),
+)
+policy_options = all_of(
+    click.option(
+        "--policy",
+        "policy_file",
+        type=FILE,
+        metavar="FILE",
+        help="Quantize by this policy; needs --calibration.",
+    ),
+    click.option(
+        "--calibration",
+        type=SOURCE,
+        metavar="SOURCE",
+        help="Images that set the activation scales; no labels needed.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=COUNT,
+        help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]",
+    ),
+    repair_options,
+)
+samples_option = click.option(
+    "--images",
+    type=COUNT,
+    help=f"Images drawn of --data, evenly over the classes.  [default: {CALIBRATION_IMAGES}]",
+)
+method_options = all_of(
+    click.option(
+        "--method",
+        "method_name",
+        default="fisher",
+        show_default=True,
+        help="See `bitscape methods`.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Setting of the method; repeatable.",
+    ),
+    click.option(
+        "--candidates",
+        metavar="BITS",
+        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.  "
+        "[default: 2,3,4,5,6,8, of these what --target has]",
+    ),
+)
+policy_out_option = click.option(
+    "--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json."
 )
 pin_option = click.option(
     "--pin",
