@@ -69,6 +69,12 @@ def test_the_gain_is_that_of_a_budget_of_the_bytes_found(by_bytes):
     assert result.gain == capped.gain and result.gain.weights is not None
 
 
+def test_a_log_that_is_no_text_is_named(by_bytes, tmp_path):
+    (tmp_path / "evaluations.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(bs.BitscapeError, match=r"evaluations\.jsonl: it is damaged"):
+        bs.search(classifier(), labelled(classifier()), "drop=2.9", folder=tmp_path, **SETTINGS)
+
+
 def test_caps_beside_the_drop_hold(by_bytes):
     model = classifier()
     capped = bs.search(model, labelled(model), "drop=50,mean_weight_bits=3", **SETTINGS)

@@ -188,3 +188,15 @@ def test_layers_without_values_are_refused():
     model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     with pytest.raises(bs.BitscapeError, match=r"0\.weight has no values yet.*call the network"):
         bs.search(model, torch.randn(2, 3, 4, 4), "4bit")
+
+
+def test_the_gain_of_an_infeasible_budget_is_refused():
+    with pytest.raises(bs.BitscapeError, match=r"no policy fits weight_bytes=10\.0 "):
+        bs.gain(classifier(), IMAGES, "weight_bytes=10")
+
+
+def test_an_infeasible_budget_names_layers_that_are_never_called():
+    model = Overwriting().eval()
+    model.spare = nn.Linear(100, 100)
+    with pytest.raises(bs.BitscapeError, match=r"most of it in spare \(never called\).*or delete"):
+        bs.search(model, torch.randn(2, 3, 4, 4), "mean_weight_bits=3", pinned={})

@@ -617,6 +617,21 @@ def test_a_run_does_not_go_on_with_other_functions(changed: dict[str, Any], said
         bs.train(classifier(), (LEFT, LABELS), **{**usual, **changed})
 
 
+def test_gradients_are_the_trainings_own_matter():
+    results = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(LEFT[0].numel(), 3))
+        with torch.set_grad_enabled(on):
+            results.append(bs.train(network, (LEFT, LABELS), epochs=1).records[0]["loss"])
+    assert results[0] == results[1]
+    with (
+        torch.inference_mode(),
+        pytest.raises(bs.BitscapeError, match=r"torch\.inference_mode is on, and training needs"),
+    ):
+        bs.train(network, (LEFT, LABELS), epochs=1)
+
+
 def foreign() -> torch.optim.Optimizer:
     return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 

@@ -377,7 +377,8 @@ class Follow:
                 raise BitscapeError(
                     f"output {name} has {output.shape[1]} values for each sample, and what it "
                     f"follows {targets[name].shape[1]}; "
-                    "give targets of the outputs' sizes, or loss="
+                    "give targets of the outputs' sizes, or loss=; labels of classes are whole "
+                    "numbers (n,)"
                 )
         return (self._in_units(outputs) - self._in_units(targets)).square().mean() / 2
 

@@ -1,6 +1,6 @@
 """Choices: the allocation problem as plain data: which bits each layer may get, and what all of them may cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, product
@@ -256,6 +256,7 @@ class Choices:
         """Name the layers that cost the most even at their cheapest."""
         layers = self.network.by_name
         least = {name: layer_cost(row.name, layers[name], bits) for name, bits in self.freedom.pinned.items()}
+        least |= {idle.name: layer_cost(row.name, idle, NO_EFFECT) for idle in self.network.never_called}
         for group, mask in zip(self.freedom.groups, allowed, strict=True):
             pairs = [bits for bits, free in zip(self.candidates, mask, strict=True) if free]
             least |= {name: min(layer_cost(row.name, layers[name], bits) for bits in pairs) for name in group}
@@ -263,6 +264,8 @@ class Choices:
 
     def _with_reason(self, name: str) -> str:
         """The name of a layer, and why the search has no say in its bits."""
+        if name in self.network.uncalled:
+            return f"{name} (never called)"
         bits = self.freedom.pinned.get(name)
         return name if bits is None else f"{name} ({'float' if bits.is_float else 'pinned'})"
 
@@ -289,7 +292,7 @@ class Choices:
             f"{', '.join(steps[:-1])} or {steps[-1]}"
         )
 
-    def _ways_to_free(self, shown: Iterable[Iterable[str]]) -> list[str]:
+    def _ways_to_free(self, shown: Collection[Iterable[str]]) -> list[str]:
         """Say how the search could have a say in the bits of those layers."""
         fixed = [self.freedom.pinned[name] for name in chain(*shown) if name in self.freedom.pinned]
         ways = []
@@ -297,6 +300,8 @@ class Choices:
             ways.append("pin fewer layers (pinned={} or --pin none pins none)")
         if any(bits.is_float for bits in fixed):
             ways.append("keep fewer layers float")
+        if not set(self.network.uncalled).isdisjoint(chain(*shown)):
+            ways.append("delete the layers that are never called")
         return ways
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,11 @@ def compress(
 
 
 def check_files(paths: Iterable[Path]) -> None:
-    """Raise BitscapeError for files of unknown form, in folders that are not there, or whose packages are not installed."""
+    """Raise BitscapeError for files of unknown form, given twice, in folders that are not there, or whose packages are not installed."""
+    paths = list(paths)
+    counts = Counter(path.absolute() for path in paths)
+    if twice := [str(path) for path, count in counts.items() if count > 1]:
+        raise BitscapeError(f"to: {twice[0]} stands twice; give each file once")
     for path in paths:
         check_packages(check_path(path, also=POLICY_SUFFIX))
 

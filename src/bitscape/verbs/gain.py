@@ -52,6 +52,7 @@ def gain(
         seed: of everything random.
 
     Raises:
+        InfeasibleBudget: no policy meets the budget.
         BitscapeError: an argument that cannot be used, or a budget without a cap that adds up over layers.
     """
     problem = search_problem(
@@ -69,6 +70,7 @@ def gain(
         task=task,
         seed=seed,
     )
+    problem.choices.check_feasible()
     bound = gain_of(Fisher(images=count).score(problem), problem.choices) if problem.free_layers else Gain(0.0, None, None)
     if bound is None:
         raise BitscapeError(f"budget: {budget!r} caps no bytes, BitOps or mean bits, of which alone the gain is known; add e.g. '4bit'")
