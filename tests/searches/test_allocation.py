@@ -251,7 +251,7 @@ def test_an_infeasible_budget_says_what_would_do() -> None:
         allocate(scores, measured, Budget({"bitops": 100}))
     assert str(raised.value) == (
         "budget: no policy fits bitops=100 (feasible from 5104; most of it in big, first (pinned), "
-        "mid); raise a cap, offer fewer bits or pin fewer layers (pinned={} or --pin none pins none)"
+        "mid); raise a cap, offer fewer bits or free pinned layers by pinned={} or --pin none"
     )
     assert raised.value.alone == {"bitops": 5104}
     assert raised.value.layers == {"bitops": ("big", "first", "mid")}

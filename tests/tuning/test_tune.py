@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     tuned(copy.deepcopy(made), folder=tmp_path)
     with torch.no_grad():
         next(made.parameters()).mul_(0.5)
-    with pytest.raises(CheckpointError, match="start was '.*' and is '.*'; pass those settings"):
+    with pytest.raises(CheckpointError, match=r"start was '.*' and is '.*'; pass those settings"):
         tuned(made, folder=tmp_path)
 
 

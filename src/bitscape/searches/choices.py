@@ -297,7 +297,7 @@ class Choices:
         fixed = [self.freedom.pinned[name] for name in chain(*shown) if name in self.freedom.pinned]
         ways = []
         if any(not bits.is_float for bits in fixed):
-            ways.append("pin fewer layers (pinned={} or --pin none pins none)")
+            ways.append("free pinned layers by pinned={} or --pin none")
         if any(bits.is_float for bits in fixed):
             ways.append("keep fewer layers float")
         if not set(self.network.uncalled).isdisjoint(chain(*shown)):
