@@ -188,14 +188,17 @@ def _report(
     """Print accuracy and costs, and return them."""
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
+    from bitscape.data.epochs import first_of
     from bitscape.engine.spending import noting_spent
+    from bitscape.verbs.arguments import stated_task
 
     timed = None
     if times is not None and policy is not None:  # a table that does not fit is refused before the images are classified
         timed = with_latency(measure_network(network, shape), times)
         policy_cost(timed, policy)
+    task = stated_task(network, first_of(batches), "classes")  # its pass is not to be noted
     with noting_spent(network) as noted:
-        accuracy = bs.evaluate(network, batches, task="classes", channels_last=channels_last)
+        accuracy = bs.evaluate(network, batches, task=task, channels_last=channels_last)
     top1, top5, loss = (accuracy.numbers[name] for name in ("top1", "top5", "loss"))
     click.echo(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {accuracy.samples} images")
     if print_spent(network, noted):
