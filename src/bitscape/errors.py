@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 MESSAGE_START, MESSAGE_END = 1500, 500
@@ -110,12 +111,33 @@ def explained_forward(inputs: Any) -> Iterator[None]:
         if "more than 1 value per channel" in str(error):
             advice = "a norm has no variance in it: give at least 2 images, and as many for each batch, part of a batch and worker"
         elif isinstance(error, TypeError):
-            advice = "a tuple holds the arguments of its forward, a mapping its keywords, and labels are neither"
+            advice = (
+                "a tuple holds the arguments of its forward, a mapping its keywords, and labels are "
+                "neither; inputs= says how a batch is read"
+            )
         else:
-            advice = "check channels, size and normalization against what it was trained with"
+            advice = (
+                "check channels, size and normalization against what it was trained with; the first "
+                "dimension counts samples"
+            )
         raise BitscapeError(
             f"{'images' if hasattr(inputs, 'shape') else 'inputs'}: the network fails on a batch of "
             f"{_shapes(inputs)}: {first_line(error)}; {advice}"
+        ) from error
+
+
+@contextmanager
+def explained_backward() -> Iterator[None]:
+    """Within the block, a network whose backward pass its own in-place operations break raises a BitscapeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BitscapeError(
+            "model: no gradient can be computed, because it overwrites in place what its backward "
+            "pass needs; write x = x + y for x += y, and relu for relu_; methods kl and local need "
+            "no gradient"
         ) from error
 
 
@@ -137,7 +159,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def at_least_one(**counts: int) -> None:
-    """Raise BitscapeError unless every argument, which counts something, is at least 1."""
+    """Raise BitscapeError unless every argument, which counts something, is a whole number from 1."""
     for name, count in counts.items():
-        if count < 1:
-            raise BitscapeError(f"{name} = {count}: it must be at least 1")
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+            raise BitscapeError(f"{name} = {count}: it must be a whole number from 1")

@@ -35,6 +35,7 @@ from typing import Any, ClassVar
 from bitscape.errors import BitscapeError, nearest
 from bitscape.files import json_text, parse_json, read_limited, write_atomic
 from bitscape.plots import new_axes, steps
+from bitscape.signatures import checked
 from bitscape.tables import Shown, Table, shortened
 from bitscape.version import __version__
 from bitscape.words import cost_text, counted
@@ -81,6 +82,7 @@ class LayerBits:
                 )
 
     @classmethod
+    @checked
     def parse(cls, text: str) -> "LayerBits":
         """Read "4/8" (weight / activation bits) or "float". Raises PolicyError for any other text."""
         if text == "float":
@@ -130,6 +132,7 @@ class Policy(Shown):
         write_atomic(path, _text(self))
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> "Policy":
         """Read a policy file. Raises PolicyError, naming the file, if it is damaged or holds what no policy can."""
         try:

@@ -122,3 +122,10 @@ def test_threads_wait_without_spinning_unless_told_otherwise(monkeypatch, given,
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     run_cli("--version")
     assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+@pytest.mark.parametrize("name", ["--repair", "--repair-folder", "--method", "--task", "--pin"])
+def test_an_option_is_the_same_in_every_command_that_has_it(name):
+    parameters = [option for _, command in _every_command() for option in command.params]
+    options = [option.to_info_dict() for option in parameters if name in option.opts]
+    assert len(options) > 1 and all(option == options[0] for option in options)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bitscape as bs
 from bitscape.cost.latency import LatencyTable
 from bitscape.data.batches import DIGITS
 from bitscape.data.corruptions import CORRUPTIONS
+from bitscape.data.proxy import draw_proxy
+from bitscape.data.samples import Samples
 from bitscape.data.sources import load_dataset
 from bitscape.exporters.packed.file import load_packed
 from bitscape.models.digits import digits_net
@@ -44,6 +47,19 @@ def weights(trained):
     return ("--weights", trained / "model.safetensors")
 
 
+def test_the_word_of_repair_decides_what_is_packed(cli, trained, weights, tmp_path):
+    model, digits = digits_net().eval(), load_dataset("digits")
+    model.load_state_dict(load_file(trained / "model.safetensors"))
+    images = DIGITS.apply(draw_proxy(digits, images=64, seed=0).images)
+    for word, repair in (("none", None), ("compensate", "compensate")):
+        file = tmp_path / f"{word}.safetensors"
+        options = ("--policy", trained / "mixed.json", *CALIBRATION, "--repair", word)
+        cli("export", "packed", *MODEL, *weights, *options, "--out", file)
+        expected = bs.quantize(model, MIXED, Samples.of(images), repair=repair)
+        with torch.no_grad():
+            assert load_packed(file, model)(images).equal(expected(images))
+
+
 def test_float_then_quantized_then_packed(cli, trained, weights, tmp_path):
     float_shown = cli(*EVALUATE, *weights)
     assert _top1(float_shown) == _accuracy(trained / "model.safetensors")
@@ -62,7 +78,7 @@ def test_a_packed_file_that_reads_back_otherwise_is_not_kept(
 ):
     def altered(*args):
         network = load_packed(*args)
-        next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).bias.add_(1)
+        network.head.bias.add_(1)
         return network
 
     monkeypatch.setattr("bitscape.verbs.export.load_packed", torch.no_grad()(altered))
@@ -99,7 +115,7 @@ def test_predicted_milliseconds_stand_beside_the_costs(cli, refused, trained, we
 
 
 def test_a_repaired_network_packs_with_its_norms_folded(cli, trained, weights, tmp_path):
-    policy = ("--policy", trained / "mixed.json", *CALIBRATION, "--repair")
+    policy = ("--policy", trained / "mixed.json", *CALIBRATION)
     file = tmp_path / "repaired.safetensors"
     repaired = _top1(cli(*EVALUATE, *weights, *policy))
     cli("export", "packed", *MODEL, *weights, *policy, "--out", file)
@@ -161,7 +177,7 @@ def networks(tmp_path):
 def test_a_network_that_fails_on_an_image_of_zeros_packs_with_its_norms_folded(cli, networks, tmp_path):
     file, policy = tmp_path / "packed.safetensors", tmp_path / "policy.json"
     uniform_policy(["conv", "head"], LayerBits(8, 8)).save(policy)
-    options = (*networks("Standardized"), "--policy", policy, *CALIBRATION, "--repair")
+    options = (*networks("Standardized"), "--policy", policy, *CALIBRATION)
     assert "same, bit for bit" in cli("export", "packed", *options, "--out", file).out
     data = ("--data", "digits", "--split", "test")
     read_back = cli("evaluate", *networks("Standardized"), *data, "--packed", file)
@@ -176,10 +192,11 @@ def test_images_of_another_size_or_channels_end_in_one_clear_line(cli, refused, 
     policy, packed, run = tmp_path / "policy.json", tmp_path / "packed.safetensors", tmp_path / "run"
     uniform_policy(["conv", "head"], LayerBits(8, 8)).save(policy)
     own, data = networks("Standardized"), ("--data", "digits")
-    repaired = ("--policy", policy, *CALIBRATION, "--repair")
+    repaired = ("--policy", policy, *CALIBRATION)
+    calibrated = (*repaired, "--repair", "none")
     cli("export", "packed", *own, *repaired, "--out", packed)
     large = ("--input-size", 16)
-    for options in ((), ("--policy", policy, *CALIBRATION), repaired, ("--packed", packed)):
+    for options in ((), calibrated, repaired, ("--packed", packed)):
         message = refused("evaluate", *own, *data, *large, *options)
         assert "1, 16, 16)" in message and "cannot be multiplied (" in message and "; check channels, size" in message
     for options in ((), ("--policy", policy)):
@@ -240,6 +257,11 @@ def test_mistakes_end_in_one_clear_line(refused, trained, weights, tmp_path):
     other = tmp_path / "other.json"
     uniform_policy(["conv1"], LayerBits(4, 4)).save(other)
     assert "no layer 'conv1'" in refused(*EVALUATE, "--policy", other, *CALIBRATION)
+    unused = refused("train", *MODEL, "--data", "digits", "--repair", "none", "--out", tmp_path)
+    assert "--repair: a network is repaired when a --policy quantizes it; add --policy" in unused
+    assert unused == refused(*EVALUATE, "--repair", "tune", "--checkpoint", trained)
+    folder = refused(*EVALUATE, *policy, *CALIBRATION, "--repair-folder", tmp_path)
+    assert "repair='compensate' keeps nothing there" in folder
 
 
 def test_figures_go_into_a_file_that_the_report_reads(cli, trained, weights, tmp_path):

@@ -44,7 +44,7 @@ def test_the_command_and_the_verb_write_the_same_bytes(cli, samples, suffix, for
     safetensors.torch.save_file(model.state_dict(), weights)
     POLICY.save(policy)
     by_command, by_verb = tmp_path / f"command{suffix}", tmp_path / f"verb{suffix}"
-    options = ("--policy", policy, "--calibration", "digits", "--calibration-images", CALIBRATION, "--repair", "--seed", 3)
+    options = ("--policy", policy, "--calibration", "digits", "--calibration-images", CALIBRATION, "--seed", 3)
     cli("export", form, "--model", f"{__name__}:small", "--weights", weights, *options, "--out", by_command)
 
     network = bs.quantize(model, POLICY, samples.first(CALIBRATION))

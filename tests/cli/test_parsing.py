@@ -94,5 +94,5 @@ def test_bad_settings_are_refused(method, setting, message):
 
 
 def test_a_value_that_the_method_refuses_is_told_in_its_own_words() -> None:
-    with pytest.raises(BitscapeError, match=r"^--set images = -3: it must be at least 1; see `bitscape methods fisher`$"):
+    with pytest.raises(BitscapeError, match=r"^--set images = -3: it must be a whole number from 1; see `bitscape methods fisher`$"):
         make_method("fisher", ["images=-3"])

@@ -195,7 +195,7 @@ def test_float_images_are_not_normalized_again():
         ({"normalization": CIFAR10}, "images have 1 channels, the normalization has 3"),
         ({"augment": "flips"}, "augment is 'flips'; allowed are none, flip, crop-flip; nearest: flip"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 2.0}, "batch_size is 2.0"),
+        ({"batch_size": 2.0}, "batch_size=2.0: it must be a whole number"),
     ],
 )
 def test_bad_settings_are_errors(fields, message):

@@ -74,7 +74,11 @@ def test_a_mapping_is_read_by_the_names_that_the_forward_takes():
 
 def test_functions_of_the_user_read_any_batch():
     data = [{"left": X, "deep": {"right": 2 * X}, "truth": {"boxes": Y}}]
-    reader = BatchReader.of(nn.Identity(), inputs=lambda b: (b["left"], b["deep"]["right"]), targets=lambda b: b["truth"])
+    reader = BatchReader.of(
+        nn.Bilinear(1, 1, 1),
+        inputs=lambda b: (b["left"], b["deep"]["right"]),
+        targets=lambda b: b["truth"],
+    )
     part = read_samples(data, reader, count=4).parts[0]
     assert part.inputs[1].flatten().tolist() == [0.0, 2.0, 4.0, 6.0]
     assert part.targets["boxes"].tolist() == [0, 1, 2, 0]

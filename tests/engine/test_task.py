@@ -13,6 +13,7 @@ from bitscape.engine.outputs import softmax_roots
 from bitscape.engine.task import Binary, Classes, Follow, Task, TaskName, task_of
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
+from bitscape.steps import Loss
 
 IMAGES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -330,3 +331,32 @@ def test_outputs_of_two_heads_side_by_side_are_no_classes_of_two_images():
             return torch.stack([self.first(x)[:, 0], self.second(x)[:, 0]])  # (2, n)
 
     assert task_of(Heads(), torch.randn(20, 4)).name == "follow"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "task"),
+    [("auto", (7, 3), Classes(probabilities=True)), ("classes", (7, 3), Classes(probabilities=True)),
+     ("dense", (7, 3, 2, 2), Dense(probabilities=True))],
+)
+def test_probabilities_of_classes_mean_what_their_logits_mean(name, shape, task):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = task_of(nn.Softmax(1), values, name)
+    of_logits = Classes() if len(shape) == 2 else Dense()
+    assert found == task and task_of(nn.Identity(), values, name) == of_logits
+    moved = 0.5 * values
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0]).reshape(7, *(1 for _ in shape[2:]))
+    labels = labels.expand(7, *shape[2:])
+    read = found.outputs(values.softmax(1), 7), found.outputs(moved.softmax(1), 7)
+    divergences = of_logits.divergence(moved, values)
+    torch.testing.assert_close(found.divergence(read[1], read[0]), divergences)
+    torch.testing.assert_close(found.loss(read[0], labels), of_logits.loss(values, labels))
+    assert found.outputs(torch.eye(3)[:, :, None] if shape[2:] else torch.eye(3), 3).isfinite().all()
+
+
+def test_a_teacher_of_probabilities_teaches_by_its_logits():
+    values, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    losses = [
+        Loss(teacher=teacher, distillation=1.0).for_batch(values)(0.5 * values, labels)
+        for teacher in (nn.Identity(), nn.Softmax(1))
+    ]
+    torch.testing.assert_close(losses[1], losses[0])

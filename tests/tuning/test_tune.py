@@ -6,6 +6,7 @@ from torch import nn
 
 import bitscape.tuning.tune as tuning
 from bitscape.data.samples import Minibatch, Samples
+from bitscape.engine.checkpoint import CheckpointError
 from bitscape.engine.task import Classes, Follow
 from bitscape.errors import BitscapeError
 from bitscape.tuning.learning import Shuffled, relative_error
@@ -54,6 +55,15 @@ def test_the_same_call_gives_the_same_network_and_goes_on_from_its_folder(tmp_pa
         for name, value in first.state_dict().items():
             assert torch.equal(network.state_dict()[name], value), name
     assert not first.training and (tmp_path / "tune" / "checkpoint.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    made = quantized(float_net())
+    tuned(copy.deepcopy(made), folder=tmp_path)
+    with torch.no_grad():
+        next(made.parameters()).mul_(0.5)
+    with pytest.raises(CheckpointError, match=r"start was '.*' and is '.*'; pass those settings"):
+        tuned(made, folder=tmp_path)
 
 
 def test_batches_of_several_shapes_are_shuffled_each_and_skipped_where_they_are_done():

@@ -154,13 +154,22 @@ def test_a_repaired_network_is_compared_with_its_reference():
     ("arguments", "message"),
     [
         ({"bits": "4"}, "write weight/activation bits"),
-        ({"compared": 0}, "compared = 0: it must be at least 1"),
+        ({"compared": 0}, "compared = 0: it must be a whole number from 1"),
         ({"reference": Chain()}, "reference: the network is float itself"),
     ],
 )
 def test_arguments_that_a_float_network_cannot_use_are_refused(arguments, message):
     with pytest.raises(BitscapeError, match=message):
         bs.analyze(Chain().eval(), eye(), **arguments)
+
+
+def test_norms_are_folded_once(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with caplog.at_level("INFO", "bitscape.quant"):
+        bs.analyze(model.eval(), torch.randn(4, 3, 8, 8), compared=2)
+    assert [record.message for record in caplog.records if "folded" in record.message] == [
+        "folded 1 of 1 batch norms"
+    ]
 
 
 def test_bits_of_a_quantized_network_are_its_own():

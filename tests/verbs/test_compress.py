@@ -86,6 +86,7 @@ def test_it_prints_as_a_table(tmp_path):
     [
         ("net.pb", "unknown suffix; use .safetensors .packed., .*or .json .the policy."),
         ("absent/net.onnx", "there is no folder"),
+        ("policy.json", "stands twice; give each file once"),
     ],
 )
 def test_files_that_cannot_be_written_are_named_before_any_work(tmp_path, monkeypatch, to, message):

@@ -60,6 +60,21 @@ def test_it_is_the_smallest_of_the_front_that_is_good_enough(by_bytes, allowed):
     assert measured["value"] == pytest.approx(100 - 2000 / result.policy.cost["weight_bytes"])
 
 
+def test_the_gain_is_that_of_a_budget_of_the_bytes_found(by_bytes):
+    model = classifier()
+    data = labelled(model)
+    result = bs.search(model, data, "drop=2.9", **SETTINGS)
+    budget = {"weight_bytes": result.policy.cost["weight_bytes"]}
+    capped = bs.search(model, data, budget, **SETTINGS)
+    assert result.gain == capped.gain and result.gain.weights is not None
+
+
+def test_a_log_that_is_no_text_is_named(by_bytes, tmp_path):
+    (tmp_path / "evaluations.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(bs.BitscapeError, match=r"evaluations\.jsonl: it is damaged"):
+        bs.search(classifier(), labelled(classifier()), "drop=2.9", folder=tmp_path, **SETTINGS)
+
+
 def test_caps_beside_the_drop_hold(by_bytes):
     model = classifier()
     capped = bs.search(model, labelled(model), "drop=50,mean_weight_bits=3", **SETTINGS)

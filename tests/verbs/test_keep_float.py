@@ -49,9 +49,9 @@ def test_the_layers_inside_a_module_of_a_type_stay_float_and_types_without_layer
     ("keep_float", "message"),
     [
         ([nn.LSTM], "keep_float: the network has no LSTM"),
-        ([nn.ReLU(), 3], r"keep_float: ReLU\(\); allowed are names, patterns .* and types"),
-        ("head*", r"keep_float: 'head\*' is no list; write \['head\*'\]"),
-        (nn.Linear, "keep_float: .*Linear.* is no list"),
+        ([nn.ReLU(), 3], r"keep_float=\[ReLU\(\), 3\]: it must be a list \(each entry a text or a class\)"),
+        ("head*", r"keep_float='head\*': it must be a list \(each entry"),
+        (nn.Linear, "keep_float=.*Linear.*: it must be a list"),
         (["head*"], r"keep_float: no layer that runs matches 'head\*'"),
     ],
 )

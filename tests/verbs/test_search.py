@@ -157,3 +157,46 @@ def test_the_command_line_finds_the_policy_that_python_finds(options, settings, 
     policy = bs.Policy.load(tmp_path / "policy.json")
     assert policy.layers == expected.layers and policy.cost == expected.cost
     assert expected.provenance.items() <= policy.provenance.items()
+
+
+class Overwriting(nn.Module):
+    """Adds in place to what its second convolution's backward pass needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu_()
+        x += self.second(x)
+        return x.mean((2, 3))
+
+
+def test_a_network_that_breaks_its_backward_pass_is_told_so_in_one_line():
+    model, images = Overwriting().eval(), torch.randn(8, 3, 4, 4)
+    said = r"overwrites in place what its backward pass needs; write x = x \+ y for x \+= y"
+    for method in ("fisher", "hawq"):
+        with pytest.raises(bs.BitscapeError, match=said):
+            bs.search(model, images, "mean_weight_bits=6", pinned={}, method=method)
+    with pytest.raises(bs.BitscapeError, match=said):
+        bs.train(model, (images, torch.zeros(8, dtype=torch.int64)), epochs=1)
+    kept = bs.search(model, images, "mean_weight_bits=6", pinned={}, method="local")
+    assert kept.policy.cost["mean_weight_bits"] <= 6
+
+
+def test_layers_without_values_are_refused():
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    with pytest.raises(bs.BitscapeError, match=r"0\.weight has no values yet.*call the network"):
+        bs.search(model, torch.randn(2, 3, 4, 4), "4bit")
+
+
+def test_the_gain_of_an_infeasible_budget_is_refused():
+    with pytest.raises(bs.BitscapeError, match=r"no policy fits weight_bytes=10\.0 "):
+        bs.gain(classifier(), IMAGES, "weight_bytes=10")
+
+
+def test_an_infeasible_budget_names_layers_that_are_never_called():
+    model = Overwriting().eval()
+    model.spare = nn.Linear(100, 100)
+    with pytest.raises(bs.BitscapeError, match=r"most of it in spare \(never called\).*or delete"):
+        bs.search(model, torch.randn(2, 3, 4, 4), "mean_weight_bits=3", pinned={})

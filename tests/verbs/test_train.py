@@ -617,6 +617,21 @@ def test_a_run_does_not_go_on_with_other_functions(changed: dict[str, Any], said
         bs.train(classifier(), (LEFT, LABELS), **{**usual, **changed})
 
 
+def test_gradients_are_the_trainings_own_matter():
+    results = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(LEFT[0].numel(), 3))
+        with torch.set_grad_enabled(on):
+            results.append(bs.train(network, (LEFT, LABELS), epochs=1).records[0]["loss"])
+    assert results[0] == results[1]
+    with (
+        torch.inference_mode(),
+        pytest.raises(bs.BitscapeError, match=r"torch\.inference_mode is on, and training needs"),
+    ):
+        bs.train(network, (LEFT, LABELS), epochs=1)
+
+
 def foreign() -> torch.optim.Optimizer:
     return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 
@@ -624,7 +639,7 @@ def foreign() -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"network": "resnet"}, "network: a str where a network is needed; give a torch.nn.Module"),
+        ({"network": "resnet"}, "network='resnet': it must be a Module"),
         ({"data": "photos/"}, "a name or path is read by bitscape.load_dataset"),
         ({"data": bs.Batches}, "data: the class .*; pass a tensor"),
         ({"data": []}, "data: it holds no batch"),
@@ -634,23 +649,33 @@ def foreign() -> torch.optim.Optimizer:
         ({"data": (LEFT, LABELS + 1)}, r"label 3, the model has outputs 0\.\.2"),
         ({"data": (LEFT, LABELS - 1)}, "it has the label -1; labels count from 0"),
         ({"data": [(LEFT, RIGHT, LABELS)]}, "a tuple of 3 entries"),
-        ({"network": two()}, r"it cannot be called with a Tensor \(missing a required argument: 'right'\)"),
+        (
+            {"network": two()},
+            r"data: of a pair, the first entry is the input and the second the label, and the "
+            r"network cannot be called with it: forward\(left, right\) \(missing a required "
+            r"argument: 'right'\); pass inputs=.*inputs=tuple where both",
+        ),
+        (
+            {"inputs": lambda batch: (batch[0], batch[0])},
+            r"inputs: the function returns a tuple, and the network cannot be called with it: "
+            r"forward\(.*\) \(too many positional arguments\); return a tensor, a tuple",
+        ),
         ({"data": (RIGHT, LABELS)}, r"fails on a batch of shape \(22, 3\), torch.float32"),
         ({"data": list(generated()), "batch_size": 4}, "batch_size is 4, and the data come in batches of their own"),
         ({"batch_size": 0}, "batch_size is 0; allowed are whole numbers from 1"),
         ({"optimizer": foreign()}, r"the SGD has 2 parameters that the network does not have, first one of shape \(2, 2\)"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates the loss by itself"),
         ({"optimizer": bs.Sgd}, "optimizer is <class 'bitscape.engine.settings.Sgd'>; it must be settings such as"),
-        ({"optimizer": "adam"}, "optimizer is 'adam'; it must be settings such as"),
+        ({"optimizer": "adam"}, "optimizer='adam': it must be an OptimizerSettings, an Optimizer, a function or"),
         ({"optimizer": lambda parameters: None}, "optimizer: the function returns NoneType"),
         ({"schedule": OneCycleLR(foreign(), 0.1, total_steps=3)}, "the OneCycleLR was built on another optimizer"),
         ({"schedule": ReduceLROnPlateau}, "schedule is ReduceLROnPlateau, which waits for a metric"),
         ({"optimizer": torch.optim.Adam, "schedule": one_cycle, "epochs": 10}, "the OneCycleLR ends after 9 steps, and the run has 10"),
         ({"loss": lambda outputs, targets: outputs.detach().square()}, "loss: what it returns has no gradient"),
-        ({"schedule": "cosine"}, "schedule is 'cosine'; it must be Cosine"),
+        ({"schedule": "cosine"}, "schedule='cosine': it must be a Schedule, "),
         ({"schedule": Cosine}, "schedule is <class 'bitscape.engine.settings.Cosine'>; it must be Cosine"),
         ({"schedule": lambda optimizer: 3}, "schedule: the function returns int"),
-        ({"loss": "mse"}, "loss is 'mse'; it must be a function"),
+        ({"loss": "mse"}, "loss='mse': it must be a function"),
         ({"loss": nn.MSELoss}, "loss is <class .*MSELoss'>; it must be a function"),
         ({"loss": lambda outputs, targets: 3.0}, "loss: it returns float; it must return a floating-point tensor"),
         ({"loss": Loss(), "task": "follow", "reference": classifier()}, r"Loss\(...\) is for task 'classes', and the task is 'follow'"),

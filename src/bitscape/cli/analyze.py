@@ -12,6 +12,7 @@ from bitscape.cli.options import (
     data_options,
     image_options,
     network_options,
+    samples_option,
     seed_option,
     task_option,
 )
@@ -39,7 +40,7 @@ USUAL_BITS, USUAL_COMPARED = "4/8", 16
 @click.option(
     "--packed", type=FILE, metavar="FILE", help="Analyze a packed file of this network instead."
 )
-@click.option("--images", type=COUNT, help="Images drawn for ranges and noise.  [default: 256]")
+@samples_option
 @click.option(
     "--compared",
     type=COUNT,

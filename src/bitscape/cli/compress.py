@@ -8,21 +8,23 @@ import click
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import ImageSettings, draw_samples, load_batches, load_network
 from bitscape.cli.options import (
-    COUNT,
     budget_option,
     data_options,
     image_options,
     keep_float_option,
     latency_option,
+    method_options,
     network_options,
     pin_option,
+    repair_options,
+    samples_option,
     seed_option,
     target_option,
     task_option,
 )
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import make_method, parse_candidates, parse_pins
-from bitscape.cli.paths import OUTPUT_FOLDER, SOURCE, OutputFile
+from bitscape.cli.parsing import make_method, parse_candidates, parse_pins, parse_repair
+from bitscape.cli.paths import SOURCE, OutputFile
 from bitscape.errors import BitscapeError
 
 if TYPE_CHECKING:
@@ -53,23 +55,9 @@ FILES = OutputFile({".onnx": (), ".xml": (".bin",), ".tflite": (), ".safetensors
     help="Labelled images to measure on. Default: how far outputs are from the float network's, on a quarter of --data.",
 )
 @click.option("--test-split", metavar="NAME", help="Split of --test, where it has several.  [default: the one for evaluation]")
-@click.option("--images", type=COUNT, help="Images drawn of --data.  [default: 256]")
-@click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`.")
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable.")
-@click.option("--candidates", metavar="BITS", help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.")
-@click.option(
-    "--repair",
-    type=click.Choice(["compensate", "adaptive", "tune", "reconstruct", "none"]),
-    default="compensate",
-    show_default=True,
-    help="What is done about the errors of rounding: seconds (compensate), minutes, or nothing.",
-)
-@click.option(
-    "--repair-folder",
-    type=OUTPUT_FOLDER,
-    metavar="FOLDER",
-    help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
-)
+@samples_option
+@method_options
+@repair_options
 @task_option
 @latency_option
 @target_option
@@ -92,7 +80,7 @@ def compress(
     method_name: str,
     settings: tuple[str, ...],
     candidates: str | None,
-    repair: "Repair | Literal['none']",
+    repair: "Repair | Literal['none'] | None",
     repair_folder: Path | None,
     task: "TaskName",
     latency: Path | None,
@@ -117,6 +105,7 @@ def compress(
     from bitscape.verbs.search import check_request
 
     method, pinned = make_method(method_name, settings), parse_pins(pins)
+    chosen_repair = parse_repair(repair, repair_folder)
     offered = None if candidates is None else parse_candidates(candidates)
     times, target = load_target(latency, target_name)
     check_request(method, budgets, candidates=offered, target=target, latency=times)
@@ -131,7 +120,7 @@ def compress(
         budgets,
         to,
         method=method,
-        repair=None if repair == "none" else repair,
+        repair=chosen_repair,
         repair_folder=repair_folder,
         task=task,
         evaluation=None if test is None else load_batches(test, test_split or EVALUATION, seen, None, network),

@@ -5,13 +5,12 @@ With --corruptions also its accuracy, and its bits if they depend on the image, 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 import bitscape as bs
 from bitscape.cli.network import (
-    CALIBRATION_IMAGES,
     ImageSettings,
     load_batches,
     load_latency,
@@ -22,17 +21,18 @@ from bitscape.cli.network import (
 )
 from bitscape.cli.options import (
     COUNT,
-    all_of,
     channels_last_option,
     data_options,
     image_options,
     latency_option,
     network_options,
+    policy_options,
     seed_option,
 )
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.packed import packed_policy
-from bitscape.cli.paths import FILE, FOLDER, SOURCE, OutputFile
+from bitscape.cli.parsing import parse_repair
+from bitscape.cli.paths import FILE, FOLDER, OutputFile
 from bitscape.cli.spending import print_spent
 from bitscape.cli.tables import print_within_budget
 from bitscape.errors import BitscapeError
@@ -46,12 +46,7 @@ if TYPE_CHECKING:
     from bitscape.data.batches import Batches
     from bitscape.engine.evaluate import Evaluation
     from bitscape.engine.quality_table import Cell, QualityTable
-
-calibration_options = all_of(
-    click.option("--calibration", type=SOURCE, metavar="SOURCE", help="Images that set the activation scales; no labels needed."),
-    click.option("--calibration-images", type=COUNT, help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]"),
-    click.option("--repair", is_flag=True, help="Fold norms; repair rounding and biases on the same images."),
-)
+    from bitscape.verbs.quantize import Repair
 
 
 def _check_beside(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -73,8 +68,7 @@ def _check_beside(context: click.Context, parameter: click.Parameter, value: Pat
 @data_options
 @image_options
 @click.option("--batch-size", type=COUNT, help="Images at once. Default: 128, or fewer of large ones.")
-@click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration.")
-@calibration_options
+@policy_options
 @click.option("--packed", type=FILE, metavar="FILE", help="Evaluate a packed file of this network.")
 @click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Evaluate what `bitscape train` or `tiers` left there.")
 @click.option("--decisions", type=click.Choice(["per-image", "per-batch"]), help="Of a dynamic checkpoint.  [default: per-image]")
@@ -101,7 +95,8 @@ def evaluate(
     policy_file: Path | None,
     calibration: str | None,
     calibration_images: int | None,
-    repair: bool,
+    repair: "Repair | Literal['none'] | None",
+    repair_folder: Path | None,
     packed: Path | None,
     checkpoint: Path | None,
     decisions: str | None,
@@ -117,14 +112,13 @@ def evaluate(
     Example:
       bitscape evaluate --model timm:resnet18 --weights resnet18.safetensors \\
         --data val/ --input-size 224 --normalize imagenet \\
-        --policy policy.json --calibration train/ --repair
+        --policy policy.json --calibration train/
     """
     if sum(option is not None for option in (policy_file, packed, checkpoint)) > 1:
         raise BitscapeError("--policy, --packed and --checkpoint: give at most one of them; none evaluates the float network")
     if (policy_file is None) != (calibration is None):
         raise BitscapeError("--policy and --calibration go together: images set the policy's activation scales")
-    if repair and policy_file is None:
-        raise BitscapeError("--repair: only a --policy is repaired, on the --calibration images; give both")
+    chosen_repair = parse_repair(repair, repair_folder, has_policy=policy_file is not None)
     if decisions is not None and checkpoint is None:
         raise _undecided(decisions)
     from bitscape.data.splits import EVALUATION
@@ -141,7 +135,7 @@ def evaluate(
         raise BitscapeError(f"--corruptions needs images of three channels; --data {data!r} has {shape[0]}")
     if policy is not None and calibration is not None:
         images = normalized_images(calibration, calibration_images, settings, seed, network)
-        network = quantize_network(network, policy, images, repair=repair)
+        network = quantize_network(network, policy, images, chosen_repair, repair_folder, seed)
     elif packed is not None:
         network = bs.load_packed(packed, network)
     elif checkpoint is not None:
@@ -194,14 +188,17 @@ def _report(
     """Print accuracy and costs, and return them."""
     from bitscape.cost.latency import with_latency
     from bitscape.cost.policy_cost import policy_cost
+    from bitscape.data.epochs import first_of
     from bitscape.engine.spending import noting_spent
+    from bitscape.verbs.arguments import stated_task
 
     timed = None
     if times is not None and policy is not None:  # a table that does not fit is refused before the images are classified
         timed = with_latency(measure_network(network, shape), times)
         policy_cost(timed, policy)
+    task = stated_task(network, first_of(batches), "classes")  # its pass is not to be noted
     with noting_spent(network) as noted:
-        accuracy = bs.evaluate(network, batches, task="classes", channels_last=channels_last)
+        accuracy = bs.evaluate(network, batches, task=task, channels_last=channels_last)
     top1, top5, loss = (accuracy.numbers[name] for name in ("top1", "top5", "loss"))
     click.echo(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {accuracy.samples} images")
     if print_spent(network, noted):

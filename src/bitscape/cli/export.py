@@ -64,7 +64,7 @@ def onnx(out: Path, int2: bool, **options: Any) -> None:
     Example:
       bitscape export onnx --model timm:resnet18 --weights resnet18.safetensors \\
         --policy policy.json --calibration train/ --input-size 224 \\
-        --normalize imagenet --repair --out resnet18.onnx
+        --normalize imagenet --out resnet18.onnx
     """
     source = ExportSource.of(options, "onnx")
     report_file(source, source.write(out, "onnx", int2=int2), "onnx-container")
@@ -109,7 +109,7 @@ def tflite(out: Path, int4: bool, **options: Any) -> None:
     Example:
       bitscape export tflite --model timm:resnet18 --weights resnet18.safetensors \\
         --policy policy.json --calibration train/ --input-size 224 \\
-        --normalize imagenet --repair --out resnet18.tflite
+        --normalize imagenet --out resnet18.tflite
     """
     source = ExportSource.of(options, "tflite")
     report_file(source, source.write(out, "tflite", weights="int4" if int4 else "int8"), "cortex-m" if int4 else "ethos-u")

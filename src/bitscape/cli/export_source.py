@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import bitscape as bs
-from bitscape.cli.evaluate import calibration_options
 from bitscape.cli.network import ImageSettings, calibration_and_held_out, load_network, quantize_network
-from bitscape.cli.options import all_of, image_options, network_options
+from bitscape.cli.options import all_of, image_options, network_options, policy_options
 from bitscape.cli.packed import packed_policy
+from bitscape.cli.parsing import parse_repair
 from bitscape.cli.paths import FILE, FOLDER
 from bitscape.errors import BitscapeError
 from bitscape.policy import WIDE_BITS, Policy
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 source_options = all_of(
     network_options,
     image_options,
-    click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Quantize by this policy; needs --calibration."),
-    calibration_options,
+    policy_options,
     click.option("--checkpoint", type=FOLDER, metavar="FOLDER", help="Instead: what `bitscape train --policy` left there."),
 )
 HELD_OUT = 256
@@ -49,6 +48,7 @@ class ExportSource:
     @classmethod
     def of(cls, options: dict[str, Any], form: "Form") -> "ExportSource":
         """Load the network and quantize it. Raises BitscapeError, before that, for options that do not go together or are missing."""
+        from bitscape.quant.storage import load_static
         from bitscape.runtimes.packages import check_packages
 
         policy_file, checkpoint, packed = options["policy_file"], options["checkpoint"], options.get("packed")
@@ -61,8 +61,8 @@ class ExportSource:
             raise BitscapeError("--packed needs --calibration, which also tells the shape of the images")
         if form != "packed" and options["calibration"] is None:
             raise BitscapeError("--calibration is missing: images set the ranges of the tensors between the layers, and check the file")
-        if options["repair"] and policy_file is None:
-            raise BitscapeError("--repair is for --policy: a network that was trained or packed keeps its weights")
+        folder, seed = options["repair_folder"], options["seed"]
+        repair = parse_repair(options["repair"], folder, has_policy=policy_file is not None)
         settings = ImageSettings.checked(options["input_size"], options["normalize"], options["calibration"])
         check_packages(form)
         policy = _policy(policy_file, packed, checkpoint)
@@ -70,12 +70,18 @@ class ExportSource:
             from bitscape.exporters.openvino.ir import refuse_wide
 
             refuse_wide((name for name, bits in policy.layers.items() if bits.activation == WIDE_BITS), "policy")
-        network = load_network(options["model"], options["weights"], options["device"], options["seed"])
+        network = load_network(options["model"], options["weights"], options["device"], seed)
         settings, images, held_out = settings.of_model(network), None, None
         if options["calibration"] is not None:
-            count, seed = options["calibration_images"], options["seed"]
+            count = options["calibration_images"]
             images, held_out = calibration_and_held_out(options["calibration"], count, settings, seed, network, further=HELD_OUT)
-        quantized = _quantized(network, images, policy, checkpoint, packed, options["repair"])
+        if packed is not None:
+            quantized = bs.load_packed(packed, network)
+        elif checkpoint is not None:
+            quantized = load_static(network, checkpoint)[0]
+        else:
+            assert images is not None
+            quantized = quantize_network(network, policy, images, repair, folder, seed)
         return cls(float_network=network, network=quantized, policy=policy, images=images, held_out=held_out)
 
     def write(self, out: Path, form: "Form", **settings: Any) -> "ExportReport":
@@ -128,17 +134,3 @@ def _policy(policy_file: Path | None, packed: Path | None, checkpoint: Path | No
     if saved is None:
         raise BitscapeError(f"{checkpoint} holds a float network; train with --policy, or give --policy here")
     return saved
-
-
-def _quantized(
-    network: "nn.Module", images: "Tensor | None", policy: Policy, checkpoint: Path | None, packed: Path | None, repair: bool
-) -> "nn.Module":
-    """The network at the bits of its policy."""
-    from bitscape.quant.storage import load_static
-
-    if packed is not None:
-        return bs.load_packed(packed, network)
-    if checkpoint is not None:
-        return load_static(network, checkpoint)[0]
-    assert images is not None
-    return quantize_network(network, policy, images, repair=repair)

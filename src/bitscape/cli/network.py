@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitscape.data.samples import Samples
     from bitscape.data.sources import Dataset
     from bitscape.data.splits import Split
+    from bitscape.verbs.quantize import Repair
 
 DECODED_PER_PROXY_IMAGE = 4  # images decoded for one that is drawn: enough to balance classes
 CALIBRATION_IMAGES = 256
@@ -174,19 +175,21 @@ def calibration_and_held_out(
     return normalized[:count], normalized[count:]
 
 
-def quantize_network(network: "nn.Module", policy: Policy, images: "Tensor", *, repair: bool) -> "nn.Module":
+def quantize_network(
+    network: "nn.Module",
+    policy: Policy,
+    images: "Tensor",
+    repair: "Repair | None",
+    folder: Path | None,
+    seed: int,
+) -> "nn.Module":
     """Quantize with all of these images, in their order: `evaluate` and `export` of one command line get the same network."""
     import bitscape as bs
     from bitscape.data.samples import Samples
 
-    chosen: Literal["compensate"] | None = "compensate" if repair else None
+    samples, count = Samples.of(images), len(images)
     return bs.quantize(
-        network,
-        policy,
-        Samples.of(images),
-        repair=chosen,
-        for_training=not repair,
-        count=len(images),
+        network, policy, samples, repair=repair, folder=folder, count=count, seed=seed
     )
 
 

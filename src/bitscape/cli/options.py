@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
-from bitscape.cli.paths import FILE, MODEL, SOURCE
+from bitscape.cli.network import CALIBRATION_IMAGES
+from bitscape.cli.paths import FILE, MODEL, OUTPUT_FOLDER, SOURCE, OutputFile
 from bitscape.cost.targets import TARGETS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -109,6 +110,71 @@ task_option = click.option(
     show_default=True,
     help="What the outputs are: logits of classes, of classes at every position, yes or no, or any values to stay close to. "
     "auto: (n, 2 or more) are classes.",
+)
+repair_options = all_of(
+    click.option(
+        "--repair",
+        type=click.Choice(["compensate", "adaptive", "tune", "reconstruct", "none"]),
+        help="What is done about the errors of rounding: seconds (compensate), minutes, or nothing.  "
+        "[default: compensate]",
+    ),
+    click.option(
+        "--repair-folder",
+        type=OUTPUT_FOLDER,
+        metavar="FOLDER",
+        help="Where tune and reconstruct keep their checkpoints; the same command goes on from there.",
+    ),
+)
+policy_options = all_of(
+    click.option(
+        "--policy",
+        "policy_file",
+        type=FILE,
+        metavar="FILE",
+        help="Quantize by this policy; needs --calibration.",
+    ),
+    click.option(
+        "--calibration",
+        type=SOURCE,
+        metavar="SOURCE",
+        help="Images that set the activation scales; no labels needed.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=COUNT,
+        help=f"Images drawn for it.  [default: {CALIBRATION_IMAGES}]",
+    ),
+    repair_options,
+)
+samples_option = click.option(
+    "--images",
+    type=COUNT,
+    help=f"Images drawn of --data, evenly over the classes.  [default: {CALIBRATION_IMAGES}]",
+)
+method_options = all_of(
+    click.option(
+        "--method",
+        "method_name",
+        default="fisher",
+        show_default=True,
+        help="See `bitscape methods`.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Setting of the method; repeatable.",
+    ),
+    click.option(
+        "--candidates",
+        metavar="BITS",
+        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.  "
+        "[default: 2,3,4,5,6,8, of these what --target has]",
+    ),
+)
+policy_out_option = click.option(
+    "--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json."
 )
 pin_option = click.option(
     "--pin",

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitscape.errors import BitscapeError, nearest, prefixed
 from bitscape.policy import MAX_BITS, LayerBits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitscape.data.batches import Normalization
     from bitscape.dynamic import Dqmq
     from bitscape.engine import Tracker
     from bitscape.searches.freedom import Pins
     from bitscape.searches.methods import SearchMethod
     from bitscape.steps import Plain, SharpSettings
+    from bitscape.verbs.quantize import Repair
 
 UNPINNED = "none"
 MOST_DIGITS = 18
@@ -53,6 +56,26 @@ def _pin(text: str) -> tuple[str, LayerBits]:
         raise BitscapeError(f"--pin {text!r}: write layer=weight/activation bits, e.g. conv1=8/8 or 'head*=8/8', or none")
     with prefixed(f"--pin {text!r}"):
         return name, LayerBits.parse(bits)
+
+
+def parse_repair(
+    word: "Repair | Literal['none'] | None", folder: "Path | None", *, has_policy: bool = True
+) -> "Repair | None":
+    """Read the word of --repair, "compensate" where nobody gave one.
+
+    Raises BitscapeError for a word or a folder that would have no effect.
+    """
+    from bitscape.verbs.quantize import check_repair
+
+    if not has_policy and (word is not None or folder is not None):
+        raise BitscapeError(
+            "--repair: a network is repaired when a --policy quantizes it; add --policy, or leave "
+            "--repair and --repair-folder out"
+        )
+    repair = None if word == "none" else word or "compensate"
+    with prefixed("--repair-folder"):
+        check_repair(repair, folder)
+    return repair
 
 
 def is_whole(text: str) -> bool:

@@ -8,9 +8,8 @@ import click
 
 import bitscape as bs
 from bitscape.cli.latency import load_target
-from bitscape.cli.network import CALIBRATION_IMAGES, ImageSettings, draw_samples, load_network
+from bitscape.cli.network import ImageSettings, draw_samples, load_network
 from bitscape.cli.options import (
-    COUNT,
     all_of,
     budget_option,
     channels_last_option,
@@ -18,8 +17,11 @@ from bitscape.cli.options import (
     image_options,
     keep_float_option,
     latency_option,
+    method_options,
     network_options,
     pin_option,
+    policy_out_option,
+    samples_option,
     seed_option,
     target_option,
     task_option,
@@ -34,16 +36,9 @@ if TYPE_CHECKING:
     from bitscape.engine.task import TaskName
     from bitscape.searches.problem import Pick, SearchResult
 
-_method_options = all_of(
-    click.option("--images", type=COUNT, help=f"Proxy images drawn, evenly over the classes.  [default: {CALIBRATION_IMAGES}]"),
-    click.option("--method", "method_name", default="fisher", show_default=True, help="See `bitscape methods`."),
-    click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Setting of the method; repeatable."),
-    click.option(
-        "--candidates",
-        metavar="BITS",
-        help="Widths offered, in all pairs; or w=2,4,8;a=8 for weights and activations apart.  "
-        "[default: 2,3,4,5,6,8, of these what --target has]",
-    ),
+_search_options = all_of(
+    samples_option,
+    method_options,
     click.option(
         "--for-training/--no-training",
         default=False,
@@ -73,7 +68,7 @@ _outputs = all_of(
         metavar="FOLDER",
         help="Where a search that trains, or --refine, keeps its work and the policy so far; the same command goes on from there.",
     ),
-    click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json."),
+    policy_out_option,
     click.option("--scores", type=OutputFile(".json"), metavar="FILE", help="Where the scores go, .json, for `bitscape solve`."),
 )
 
@@ -83,7 +78,7 @@ _outputs = all_of(
 @data_options
 @image_options
 @budget_option
-@_method_options
+@_search_options
 @latency_option
 @target_option
 @pin_option

@@ -8,10 +8,19 @@ import click
 
 from bitscape.cli.latency import load_target
 from bitscape.cli.network import load_network, measure_network
-from bitscape.cli.options import caps_option, keep_float_option, latency_option, model_option, pin_option, shape_option, target_option
+from bitscape.cli.options import (
+    caps_option,
+    keep_float_option,
+    latency_option,
+    model_option,
+    pin_option,
+    policy_out_option,
+    shape_option,
+    target_option,
+)
 from bitscape.cli.output import amount, print_table
 from bitscape.cli.parsing import parse_pins, parse_shape
-from bitscape.cli.paths import FILE, OutputFile
+from bitscape.cli.paths import FILE
 from bitscape.cli.tables import gain_text, print_layers, print_loose_caps, print_pins, print_storage, print_within_budget
 from bitscape.errors import BitscapeError
 from bitscape.policy import LayerBits, Policy
@@ -37,7 +46,7 @@ MOST_POINTS = 1000
 @target_option
 @pin_option
 @keep_float_option
-@click.option("--out", type=OutputFile(".json"), metavar="FILE", help="Where the policy goes, .json.")
+@policy_out_option
 def solve(
     scores: Path,
     model: str,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -23,10 +23,11 @@ from bitscape.cli.options import (
     image_options,
     mixed_option,
     network_options,
+    repair_options,
     seed_option,
 )
 from bitscape.cli.output import print_table
-from bitscape.cli.parsing import make_step, make_trackers, parse_normalization
+from bitscape.cli.parsing import make_step, make_trackers, parse_normalization, parse_repair
 from bitscape.cli.paths import FILE, OUTPUT_FOLDER, SOURCE, TRACKER, keep_locked
 from bitscape.cli.train_dynamic import dynamic_options, dynamic_training
 from bitscape.errors import BitscapeError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bitscape.data.splits import Split
     from bitscape.engine import AdamW, OptimizerSettings, Sgd, Step, StepSettings, Tracker, TrainResult
     from bitscape.steps import Loss
+    from bitscape.verbs.quantize import Repair
 
 _recipe = all_of(
     click.option("--epochs", default=10, show_default=True, type=COUNT, help="Passes over the data."),
@@ -85,13 +87,7 @@ _recipe = all_of(
     "--validation", type=SOURCE, metavar="SOURCE", help="Evaluate on this after each epoch; split test, or val, where there is one."
 )
 @click.option("--policy", "policy_file", type=FILE, metavar="FILE", help="Train at these bits (LSQ).  [default: float]")
-@click.option(
-    "--repair",
-    type=click.Choice(["compensate", "adaptive", "none"]),
-    default="compensate",
-    show_default=True,
-    help="How rounding is repaired before training at the bits of --policy.",
-)
+@repair_options
 @_recipe
 @mixed_option
 @dynamic_options
@@ -171,8 +167,10 @@ class StaticTraining:
 
     policy: Policy | None
     """None = float."""
-    repair: Literal["compensate", "adaptive"] | None
+    repair: "Repair | None"
     """Of the rounding that training starts from."""
+    repair_folder: Path | None
+    """Where a repair that trains keeps its checkpoint."""
     settings: "Step | StepSettings"
     """Of the step."""
     optimizer: "Sgd | AdamW"
@@ -185,7 +183,13 @@ class StaticTraining:
         if self.policy is None:
             return copied(float_model)
         return bs.quantize(
-            float_model, self.policy, batches, for_training=True, repair=self.repair, seed=seed
+            float_model,
+            self.policy,
+            batches,
+            for_training=True,
+            repair=self.repair,
+            folder=self.repair_folder,
+            seed=seed,
         )
 
     def step(self, network: "nn.Module") -> "Step | StepSettings":
@@ -206,7 +210,10 @@ def _static_training(policy_file: Path | None, recipe: dict[str, Any]) -> Static
     kind = Sgd if recipe["optimizer"] == "sgd" else AdamW
     return StaticTraining(
         policy=None if policy_file is None else Policy.load(policy_file),
-        repair=None if recipe["repair"] == "none" else recipe["repair"],
+        repair=parse_repair(
+            recipe["repair"], recipe["repair_folder"], has_policy=policy_file is not None
+        ),
+        repair_folder=recipe["repair_folder"],
         settings=make_step(recipe["step_name"] or "plain", recipe["settings"]),
         optimizer=kind() if recipe["lr"] is None else kind(lr=recipe["lr"]),
     )

@@ -108,6 +108,10 @@ def _check_options(policy_file: Path | None, recipe: dict[str, Any]) -> None:
         f"--step {recipe['step_name']}": (recipe["step_name"] not in (None, "dqmq"), "its step is dqmq; leave --step out"),
         "--optimizer adamw": (recipe["optimizer"] == "adamw", "it trains by SGD, with --lr and --head-lr; leave --optimizer out"),
         "--compile": (recipe["compiled"], "bits that differ between images do not compile; leave --compile out"),
+        f"--repair {recipe['repair']}": (
+            recipe["repair"] is not None or recipe["repair_folder"] is not None,
+            "its training starts from nearest rounding; leave --repair and --repair-folder out",
+        ),
         f"--ema {recipe['ema']}": (recipe["ema"] is not None, "decisions of averaged weights were never trained; leave --ema out"),
     }
     for option, (given, reason) in refused.items():

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from bitscape.data.cuts import Cuts
 from bitscape.data.sources import Dataset
 from bitscape.errors import BitscapeError, nearest
+from bitscape.signatures import check_fields
 from bitscape.tables import Shown, Table
 
 Augmentation = Literal["none", "flip", "crop-flip"]
@@ -31,6 +32,7 @@ class Normalization:
     """Standard deviation of each channel, on the same scale."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.mean or len(self.mean) != len(self.std):
             raise BitscapeError(f"mean {self.mean} and std {self.std} must hold one value for each channel")
         if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
@@ -86,6 +88,7 @@ class Batches(Shown):
     """A last batch of fewer images joins the one before it: norms find no variance in a single image with maps of one pixel."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.normalization.check_channels(self.dataset.images.shape[1])
         allowed = get_args(Augmentation)
         if self.augment not in allowed:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from bitscape.calling import Inputs, sample_count
+from bitscape.calling import Inputs, arguments_of, sample_count
 from bitscape.data.batches import Batches
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.data.sources import Dataset
 from bitscape.data.streams import RandomStream, own_generators
-from bitscape.errors import BitscapeError, first_line
+from bitscape.errors import BitscapeError, at_least_one, first_line
 from bitscape.nested import tensors_in
 
 LABELS = ("label", "labels", "target", "targets", "y")
@@ -51,8 +51,24 @@ class BatchReader:
         model's forward takes by name (its one tensor that is no label where it takes none); the targets are the second
         entry of a pair, or the entry of a mapping that is called label, labels, target, targets or y.
         """
-        keywords = _keywords(model)
-        return cls(inputs=inputs or (lambda batch: _default_inputs(batch, keywords)), targets=targets or _default_targets)
+        forward = inspect.signature(model.forward)
+        if inputs is None:
+            return cls(
+                inputs=lambda batch: _default_inputs(batch, forward),
+                targets=targets or _default_targets,
+            )
+        users_inputs = inputs
+
+        def checked(batch: Any) -> Inputs:
+            taken = users_inputs(batch)
+            if problem := _unfitting(taken, forward):
+                raise BitscapeError(
+                    f"inputs: the function returns a {type(taken).__name__}, and {problem}; "
+                    "return a tensor, a tuple of arguments or a mapping of keywords"
+                )
+            return taken
+
+        return cls(inputs=checked, targets=targets or _default_targets)
 
     def read(self, batch: Any) -> Minibatch:
         """Return the batch as inputs and targets. Raises BitscapeError for inputs without a tensor."""
@@ -76,8 +92,7 @@ def read_samples(data: Any, reader: BatchReader, *, count: int, seed: int = 0) -
     Raises:
         BitscapeError: no samples, a batch that cannot be read, or data of another kind.
     """
-    if count < 1:
-        raise BitscapeError(f"count = {count}: it must be at least 1")
+    at_least_one(count=count)
     if isinstance(data, Samples):
         return data.first(count)
     minibatches = (reader.read(batch) for batch in _batches(data, count, seed))
@@ -158,25 +173,40 @@ def _drawn(rows: int, count: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count]
 
 
-def _keywords(model: nn.Module) -> frozenset[str]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+def _unfitting(inputs: Inputs, forward: inspect.Signature) -> str:
+    """Say why the forward of a network cannot be called with these inputs; "" where it can."""
+    arguments, keywords = arguments_of(inputs)
+    try:
+        forward.bind(*arguments, **keywords)
+    except TypeError as error:
+        names = ", ".join(forward.parameters)
+        return f"the network cannot be called with it: forward({names}) ({first_line(error)})"
+    return ""
 
 
-def _default_inputs(batch: Any, keywords: frozenset[str]) -> Inputs:
-    if isinstance(batch, Mapping):
-        return _of_mapping(batch, keywords)
-    if not isinstance(batch, tuple | list):
-        return batch
-    if len(batch) in (1, 2):
-        return batch[0]
-    raise BitscapeError(
-        f"data: a batch is a {type(batch).__name__} of {len(batch)} entries, of which any may be an input; "
-        "pass inputs= and targets=, functions from a batch to what the network is called with and to the labels"
-    )
+def _default_inputs(batch: Any, forward: inspect.Signature) -> Inputs:
+    if isinstance(batch, tuple | list) and len(batch) not in (1, 2):
+        raise BitscapeError(
+            f"data: a batch is a {type(batch).__name__} of {len(batch)} entries, of which any may be an input; "
+            "pass inputs= and targets=, functions from a batch to what the network is called with and to the labels"
+        )
+    is_pair = isinstance(batch, tuple | list)
+    taken = _of_mapping(batch, forward) if isinstance(batch, Mapping) else batch[0] if is_pair else batch
+    if problem := _unfitting(taken, forward):
+        what, example = f"a batch is a {type(batch).__name__}", ""
+        if is_pair:
+            what = "of a pair, the first entry is the input and the second the label"
+            example = ", e.g. inputs=tuple where both entries are inputs"
+        raise BitscapeError(
+            f"data: {what}, and {problem}; pass inputs=, a function from a batch to a tensor, a "
+            f"tuple of arguments or a mapping of keywords{example}"
+        )
+    return taken
 
 
-def _of_mapping(batch: Mapping[str, Any], keywords: frozenset[str]) -> Inputs:
+def _of_mapping(batch: Mapping[str, Any], forward: inspect.Signature) -> Inputs:
+    parameters = forward.parameters.values()
+    keywords = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     unlabelled = {key: value for key, value in batch.items() if key not in LABELS and next(tensors_in(value), None) is not None}
     named = {key: value for key, value in unlabelled.items() if key in keywords}
     if named:

@@ -26,6 +26,7 @@ from bitscape.data.mapped import MEMORY_BYTES, decode_mapped
 from bitscape.data.shards import SUFFIX, expand, read_shards
 from bitscape.data.splits import Split, choose
 from bitscape.errors import BitscapeError, nearest, prefixed
+from bitscape.signatures import checked
 from bitscape.tables import Shown, Table, shortened
 from bitscape.words import counted
 
@@ -118,6 +119,7 @@ class Dataset(Shown):
         return index
 
 
+@checked
 def load_dataset(source: str, *, split: Split = "train", size: int | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
     """Load images and labels.
 

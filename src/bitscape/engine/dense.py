@@ -11,6 +11,7 @@ from torch.nn import functional
 from bitscape.engine.forward import check_highest
 from bitscape.engine.metrics import MeanIou, Metric
 from bitscape.engine.outputs import (
+    as_logits_of,
     finite,
     not_finite,
     one_tensor,
@@ -28,6 +29,8 @@ IGNORED = (255, -100)
 class Dense:
     """Logits of classes at every position, such as a pixel."""
 
+    probabilities: bool = False
+    """Whether the outputs went through a softmax already; their logarithms are the logits."""
     name: str = "dense"
 
     @property
@@ -72,7 +75,7 @@ class Dense:
                 "use another task, e.g. task='classes' for (n, classes)"
             )
         check_highest(highest_label, logits.shape[1])
-        return logits
+        return as_logits_of(logits, probabilities=self.probabilities)
 
     def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return labels, int64 (n, ...)."""

@@ -15,6 +15,8 @@ from bitscape.nested import tensors_in
 
 CONSTANT = 1e-6
 """Outputs that spread less than this share of the largest are constant but for rounding."""
+SHARES_APART = 1e-3
+"""Sums of probabilities are 1 but for this: those in half precision are 5e-4 off at most."""
 
 
 def only_tensor(output: object) -> object:
@@ -118,6 +120,19 @@ def drawn_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) 
     Samples come first: cut into batches, the same rows get the same signs.
     """
     return (torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1).to(like)
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Whether outputs (n, k, ...) are shares of k classes: none is negative, and each k add up to 1."""
+    if output.ndim < 2 or output.shape[1] < 2 or not output.numel():
+        return False
+    apart = (output.detach().float().sum(1) - 1).abs().max()
+    return bool(output.detach().min() >= 0) and bool(apart < SHARES_APART)
+
+
+def as_logits_of(output: Tensor, *, probabilities: bool) -> Tensor:
+    """Return the outputs, or their logarithm where they are probabilities."""
+    return output.clamp(min=torch.finfo(output.dtype).tiny).log() if probabilities else output
 
 
 def softmax_roots(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -21,6 +21,7 @@ _MOVING = (
 """What changes in a torch schedule while it runs."""
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What learning rates are multiplied by."""
 

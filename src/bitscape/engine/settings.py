@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ MOST_RATE = 1e6
 """Of learning rates and decays: no training is that fast, and torch fails on numbers beyond float32."""
 
 
+@runtime_checkable
 class OptimizerSettings(Protocol):
     """Settings that build a torch optimizer over a model's trainable parameters.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from bitscape.data.samples import Minibatch
 from bitscape.engine import workers
 from bitscape.engine.task import CLASSES, Task
 from bitscape.engine.user_task import loss_of
+from bitscape.errors import explained_backward
 from bitscape.quant.once import weights_quantized_once
 from bitscape.sharpness.probe import BatchLoss
 
 
+@runtime_checkable
 class LossFunction(Protocol):
     """A loss; `for_batch` lets it do once what several passes over one batch share, such as a teacher's logits."""
 
@@ -131,6 +133,7 @@ class Batch:
         with weights_quantized_once(model) if len(self.parts) > 1 else nullcontext():
             return sum_of([self._of_part(model, part) for part in self.parts])
 
+    @explained_backward()
     def _of_part(self, model: nn.Module, part: Part) -> StepRecord:
         outputs = part.outputs(model)
         value = part.loss(outputs, part.targets) * part.share
@@ -138,6 +141,7 @@ class Batch:
         return StepRecord(loss=value.detach(), sums=part.counted(outputs))
 
 
+@runtime_checkable
 class Step(Protocol):
     """Forward and backward of one batch, in one pass or several.
 
@@ -160,6 +164,7 @@ class Step(Protocol):
         ...
 
 
+@runtime_checkable
 class StepSettings(Protocol):
     """Settings of a step that keeps something between batches."""
 

@@ -1,8 +1,8 @@
 """What a network's outputs mean: how far two sets of outputs are apart, what is learned, and what
 is measured.
 
-    classes   logits (n, k), k >= 2: Kullback-Leibler divergence of the softmax; cross entropy of labels
-    dense     logits (n, k, ...): the same at every position, averaged; labels (n, ...), 255 and -100 are left out
+    classes   logits, or the probabilities of a softmax, (n, k), k >= 2: Kullback-Leibler divergence; cross entropy of labels
+    dense     either (n, k, ...): the same at every position, averaged; labels (n, ...), 255 and -100 are left out
     binary    logits, or the probabilities of a final sigmoid, of any shape (n, ...): the same for each yes or no
     follow    any outputs, nested ones too: half the squared difference, each tensor in units of its own spread
     User      any outputs, with the user's own loss and metric
@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from bitscape.engine.dense import Dense
 from bitscape.engine.forward import as_logits
 from bitscape.engine.metrics import BinaryAccuracy, Metric, RelativeError, TopK
 from bitscape.engine.outputs import (
+    are_probabilities,
+    as_logits_of,
     drawn_signs,
     finite,
     floating,
@@ -59,6 +61,7 @@ _MOVES = {
 """Operations, by the names of their gradients, behind which a probability stays one."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """What outputs mean.
 
@@ -142,6 +145,8 @@ class Task(Protocol):
 class Classes:
     """Logits of classes that exclude each other."""
 
+    probabilities: bool = False
+    """Whether the outputs went through a softmax already; their logarithms are the logits."""
     name: TaskName = "classes"
 
     @property
@@ -181,7 +186,8 @@ class Classes:
 
     def read(self, output: Any, samples: int, highest_label: int = -1) -> Tensor:
         """Return float32 logits (n, k), k above the highest label."""
-        return as_logits(only_tensor(output), samples, highest_label)
+        values = as_logits(only_tensor(output), samples, highest_label)
+        return as_logits_of(values, probabilities=self.probabilities)
 
     def read_targets(self, targets: Any, samples: int) -> tuple[Tensor, int]:
         """Return labels, int64 (n,), or probabilities (n, k)."""
@@ -371,7 +377,8 @@ class Follow:
                 raise BitscapeError(
                     f"output {name} has {output.shape[1]} values for each sample, and what it "
                     f"follows {targets[name].shape[1]}; "
-                    "give targets of the outputs' sizes, or loss="
+                    "give targets of the outputs' sizes, or loss=; labels of classes are whole "
+                    "numbers (n,)"
                 )
         return (self._in_units(outputs) - self._in_units(targets)).square().mean() / 2
 
@@ -427,12 +434,12 @@ def task_of(
             f"task={name!r}: allowed are 'auto', "
             f"{', '.join(map(repr, get_args(TaskName)))}{nearest(str(name), get_args(TaskName))}"
         )
-    if name in ("classes", "dense"):
-        return Classes() if name == "classes" else Dense()
     few = first_rows(images, FEW)
     count = sample_count(few)
     with evaluating(model), torch.enable_grad():
         output = call(model, tracked(few))
+    if name in ("classes", "dense"):
+        return _of_classes(name, output)
 
     def follow() -> Follow:
         with evaluating(model):
@@ -443,7 +450,7 @@ def task_of(
         return _by_targets(only_tensor(output), targets[:SAMPLE] if targets.ndim else targets) or follow()
     ends_in_sigmoid = only is not None and _in_sigmoid(only)
     if name == "auto" and only is not None and only.ndim == 2 and only.shape[1] > 1:
-        return Classes()
+        return _of_classes("classes", only)
     if name == "binary" or (
         name == "auto" and ends_in_sigmoid and only is not None and only[0].numel() == 1
     ):
@@ -458,17 +465,25 @@ def _by_targets(output: object, targets: Tensor) -> Task | None:
         return None
     whole, several = not targets.is_floating_point(), output.ndim > 1 and output.shape[1] > 1
     if whole and several and targets.ndim == 1 and output.ndim == 2:
-        return Classes()
+        return _of_classes("classes", output)
     if whole and several and output.ndim > 2 and targets.shape[1:] == output.shape[2:]:
-        return Dense()
+        return _of_classes("dense", output)
     in_sigmoid = _in_sigmoid(output)
     answers = targets.numel() > 0 and _yes_or_no(targets)
     if output[0].numel() == 1 and (in_sigmoid or answers):
         return Binary(probabilities=in_sigmoid)
     if answers and several and output.ndim == 2 and targets.shape[1:] == output.shape[1:]:
         one_of_each = bool((targets.sum(1) == 1).all())  # one-hot labels
-        return Classes() if one_of_each and not in_sigmoid else Binary(probabilities=in_sigmoid)
+        if one_of_each and not in_sigmoid:
+            return _of_classes("classes", output)
+        return Binary(probabilities=in_sigmoid)
     return None
+
+
+def _of_classes(name: Literal["classes", "dense"], output: object) -> Classes | Dense:
+    value = only_tensor(output)
+    shares = isinstance(value, Tensor) and are_probabilities(value)
+    return Classes(shares) if name == "classes" else Dense(shares)
 
 
 def _yes_or_no(targets: Tensor) -> bool:

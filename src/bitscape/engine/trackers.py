@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bitscape.errors import needs_extra
 
@@ -12,6 +12,7 @@ _log = logging.getLogger("bitscape.engine")
 Record = Mapping[str, Any]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Told how a run goes, on the first worker only; whatever it raises is logged once, and it is not called again."""
 

@@ -43,6 +43,7 @@ class TrainResult:
     """Averaged state dict, if `ema_decay` was given."""
 
 
+@torch.enable_grad()
 def train(
     model: nn.Module,
     batches: Epochs,
@@ -65,6 +66,7 @@ def train(
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every_s: float = 60.0,
     resume: bool = True,
+    same_start: bool = False,
     seed: int = 0,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     trackers: Sequence[Tracker] = (),
@@ -84,7 +86,8 @@ def train(
     state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
     after each epoch. folder: gets
     checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
-    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it.
+    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it. same_start: refuse a
+    checkpoint of a run that began with other weights; otherwise the log says so.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
     names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none. trackers: told of
@@ -105,6 +108,8 @@ def train(
     Raises BitscapeError for bad arguments, labels or outputs; CheckpointError for a checkpoint of another model, other
     settings or another format, or a damaged one; NonFiniteError at the first loss or gradient that is not finite.
     """
+    if torch.is_inference_mode_enabled():
+        raise BitscapeError("torch.inference_mode is on, and training needs gradients; train outside of it")
     _check_step(step)
     _check(epochs, accumulate, ema_decay, clip_norm, checkpoint_every_s, autocast)
     check_float32(model)
@@ -120,7 +125,9 @@ def train(
     elif schedule is not None:
         batches_an_epoch = batches_in(batches)
         check_schedule(schedule, built, None if batches_an_epoch is None else epochs * batches_an_epoch)
+    start = describe(model)["sample_sha256"]
     settings: dict[str, Any] = {
+        **({"start": start} if same_start else {}),
         "epochs": epochs,
         "seed": seed,
         "bits": bits_of(model),
@@ -158,7 +165,7 @@ def train(
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
         device=device,
-        start=describe(model)["sample_sha256"],
+        start=start,
     )
     loop = Loop(
         state=state,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from bitscape.calling import sample_count
 from bitscape.errors import BitscapeError
@@ -18,6 +19,12 @@ def check_module(model: object, argument: str = "model") -> None:
         raise BitscapeError(f"{argument}: {kind} where a network is needed; give a torch.nn.Module")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise BitscapeError(f"{argument}: torch.jit scripted or traced it, which hides its layers; give the network itself")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise BitscapeError(
+                f"{argument}: {name} has no values yet, as in a LazyConv2d before its first batch; "
+                "call the network on a batch once"
+            )
 
 
 def check_float32(model: nn.Module, argument: str = "model") -> None:

@@ -1,9 +1,9 @@
 """Choices: the allocation problem as plain data: which bits each layer may get, and what all of them may cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import Any, NoReturn
 
 import numpy as np
@@ -256,6 +256,7 @@ class Choices:
         """Name the layers that cost the most even at their cheapest."""
         layers = self.network.by_name
         least = {name: layer_cost(row.name, layers[name], bits) for name, bits in self.freedom.pinned.items()}
+        least |= {idle.name: layer_cost(row.name, idle, NO_EFFECT) for idle in self.network.never_called}
         for group, mask in zip(self.freedom.groups, allowed, strict=True):
             pairs = [bits for bits, free in zip(self.candidates, mask, strict=True) if free]
             least |= {name: min(layer_cost(row.name, layers[name], bits) for bits in pairs) for name in group}
@@ -263,6 +264,8 @@ class Choices:
 
     def _with_reason(self, name: str) -> str:
         """The name of a layer, and why the search has no say in its bits."""
+        if name in self.network.uncalled:
+            return f"{name} (never called)"
         bits = self.freedom.pinned.get(name)
         return name if bits is None else f"{name} ({'float' if bits.is_float else 'pinned'})"
 
@@ -272,18 +275,34 @@ class Choices:
         jointly: Mapping[str, int | None],
         layers: Mapping[str, tuple[str, ...]],
     ) -> str:
-        totals = jointly or alone
+        totals, others = jointly or alone, ""
+        if len(self.caps) > 1:
+            others = " with the other caps kept" if jointly else " without the other caps"
         parts = []
         for row in self.caps:
             total = totals[row.name]
             value = "no value" if total is None else repr(self.value(row.name, total))
             names = ", ".join(self._with_reason(name) for name in layers[row.name])
-            parts.append(f"{row.name}={self.budget.caps[row.name]!r} (feasible from {value}; most of it in {names})")
-        given = "with the other caps kept: each can be met alone but not together" if jointly else "without the other caps"
+            cap = f"{row.name}={self.budget.caps[row.name]!r}"
+            parts.append(f"{cap} (feasible from {value}{others}; most of it in {names})")
+        together = "; each cap can be met alone, but not all together" if jointly else ""
+        steps = ["raise a cap", "offer fewer bits", *self._ways_to_free(layers.values())]
         return (
-            f"budget: no policy fits {'; '.join(parts)}; the smallest feasible values are {given}; "
-            "raise a cap, offer fewer bits or unpin layers"
+            f"budget: no policy fits {' and '.join(parts)}{together}; "
+            f"{', '.join(steps[:-1])} or {steps[-1]}"
         )
+
+    def _ways_to_free(self, shown: Collection[Iterable[str]]) -> list[str]:
+        """Say how the search could have a say in the bits of those layers."""
+        fixed = [self.freedom.pinned[name] for name in chain(*shown) if name in self.freedom.pinned]
+        ways = []
+        if any(not bits.is_float for bits in fixed):
+            ways.append("free pinned layers by pinned={} or --pin none")
+        if any(bits.is_float for bits in fixed):
+            ways.append("keep fewer layers float")
+        if not set(self.network.uncalled).isdisjoint(chain(*shown)):
+            ways.append("delete the layers that are never called")
+        return ways
 
 
 def _timed(network: NetworkProfile, latency: LatencyTable | None) -> NetworkProfile:

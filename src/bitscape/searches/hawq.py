@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitscape.data.samples import Minibatch
-from bitscape.errors import at_least_one
+from bitscape.errors import at_least_one, explained_backward
 from bitscape.models.layers import quantizable_layers
 from bitscape.models.modes import evaluating
 from bitscape.models.products import refuse_products
@@ -41,6 +41,7 @@ from bitscape.searches.sensitivity import (
 )
 
 
+@explained_backward()
 def hutchinson_traces(loss: Tensor, variables: list[Tensor], probes: int, generator: torch.Generator) -> list[float]:
     """Trace of the Hessian of `loss` in each variable by itself: mean over Rademacher probes v of <v, Hv>."""
     gradients = torch.autograd.grad(loss, variables, create_graph=True, allow_unused=True) if variables else ()

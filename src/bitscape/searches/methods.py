@@ -5,11 +5,12 @@ The file of a method is imported when the method is asked for.
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from bitscape.searches.problem import SearchOption, SearchProblem, SearchResult, called
 
 
+@runtime_checkable
 class SearchMethod(Protocol):
     """The settings of a search method, a dataclass."""
 

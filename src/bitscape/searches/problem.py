@@ -265,16 +265,12 @@ def called(name: str) -> str:
 
 def _names(keep_float: Sequence[str | type[nn.Module]], model: nn.Module, prepared: nn.Module) -> list[str]:
     """Names and patterns as they are; of each type the layers that are of it, or inside of a module of it."""
-    if isinstance(keep_float, str | type):
-        raise BitscapeError(f"keep_float: {keep_float!r} is no list; write [{keep_float!r}]")
     names: list[str] = []
     for entry in keep_float:
         if isinstance(entry, str):
             names.append(entry)
-        elif isinstance(entry, type) and issubclass(entry, nn.Module):
-            names += _layers_of_type(entry, model, prepared)
         else:
-            raise BitscapeError(f"keep_float: {entry!r}; allowed are names, patterns such as 'head*', and types such as nn.Linear")
+            names += _layers_of_type(entry, model, prepared)
     return names
 
 

@@ -24,7 +24,7 @@ from bitscape.cost.layers import NetworkProfile
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine.forward import device_of
 from bitscape.engine.task import Task, tracked
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, explained_backward
 from bitscape.models.layers import channel_axis, has_weight, quantizable_layers, scale_axis
 from bitscape.models.modes import evaluating
 from bitscape.policy import LayerBits, fingerprint
@@ -245,7 +245,7 @@ def visit_gradients(
 
         return _Visited.apply(call.output, start, call.input.detach(), call.second, add)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function.apply is untyped
 
-    with evaluating(model), torch.enable_grad(), seeing(model, names, see):
+    with evaluating(model), torch.enable_grad(), seeing(model, names, see), explained_backward():
         values = task.outputs(call_with_gradients(model, batch.inputs), len(batch))
         losses = task.drawn_losses(values, generator, batch.targets, draws).sum(1).unbind()
         for loss in losses:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from bitscape.calling import Inputs, call, sample_count
 from bitscape.engine import BatchLoss
+from bitscape.engine.outputs import are_probabilities, as_logits_of
 from bitscape.engine.task import CLASSES
 from bitscape.errors import BitscapeError
 from bitscape.models.modes import evaluating
@@ -73,4 +74,5 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 def _teacher_logits(teacher: nn.Module, inputs: Inputs) -> Tensor:
     with evaluating(teacher):
-        return CLASSES.read(call(teacher, inputs), sample_count(inputs))
+        outputs = CLASSES.read(call(teacher, inputs), sample_count(inputs))
+        return as_logits_of(outputs, probabilities=are_probabilities(outputs))

@@ -10,19 +10,21 @@ from torch import nn
 from bitscape.data.samples import Samples
 from bitscape.engine.forward import samples_at_once
 from bitscape.engine.task import SAMPLE, Task, TaskName, task_of
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, at_least_one
 from bitscape.measure.analysis.layers import layer_noise
 from bitscape.measure.analysis.outputs import output_errors
 from bitscape.measure.analysis.result import Analysis, LayerAnalysis
 from bitscape.measure.analysis.twins import Twins
 from bitscape.models.dtypes import check_module
 from bitscape.models.layers import layer_shapes
+from bitscape.models.modes import in_eval_mode
 from bitscape.models.products import product_names
 from bitscape.policy import LayerBits, Policy, fingerprint, uniform_policy
-from bitscape.quant.convert import batches_of
+from bitscape.quant.convert import batches_of, calibrate, with_quantizers
+from bitscape.quant.fold import fold_norms
 from bitscape.quant.layers import quantized_layers
+from bitscape.signatures import checked
 from bitscape.verbs.proxy import proxy_of
-from bitscape.verbs.quantize import quantize
 
 _log = logging.getLogger("bitscape.verbs")
 USUAL_BITS = LayerBits(4, 8)
@@ -31,6 +33,7 @@ AT_ONCE = 8
 """Samples of a batch, at most."""
 
 
+@checked
 def analyze(
     network: nn.Module,
     data: Any,
@@ -71,8 +74,7 @@ def analyze(
     """
     started = time.perf_counter()
     check_module(network, "network")
-    if compared < 1:
-        raise BitscapeError(f"compared = {compared}: it must be at least 1")
+    at_least_one(compared=compared)
     samples = proxy_of(network, data, count=count, inputs=inputs, seed=seed)
     if quantized_layers(network):
         _check_unused(bits=bits, attention_products=attention_products or None)
@@ -80,8 +82,9 @@ def analyze(
     else:
         _check_float(reference)
         policy = _policy(network, bits, attention_products=attention_products)
-        quantized = quantize(network, policy, samples, repair=None, count=len(samples))
-        twins = Twins.of(quantized, network, samples)
+        folded = fold_norms(network, samples.first(2))
+        quantized = in_eval_mode(calibrate(with_quantizers(folded, policy), samples))
+        twins = Twins.of(quantized, folded, samples)
     meaning = _meaning(twins.twin, samples, task)
     at_once = samples_at_once(twins.twin, samples.first(2).parts[0].inputs, most=AT_ONCE)
     noise = layer_noise(twins, samples, at_once)

@@ -1,6 +1,5 @@
 """What `train` and `evaluate` make of their arguments: data, and what the outputs mean."""
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitscape.calling import Inputs, arguments_of, call, sample_count
+from bitscape.calling import Inputs, call, sample_count
 from bitscape.data.epochs import Epochs, Loaded, Rows, epochs_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Minibatch
@@ -18,7 +17,7 @@ from bitscape.engine.forward import device_of
 from bitscape.engine.outputs import rows_by_name, spreads_of
 from bitscape.engine.task import Classes, Follow, Task, TaskName, task_of
 from bitscape.engine.user_task import User
-from bitscape.errors import BitscapeError, explained_forward, first_line
+from bitscape.errors import BitscapeError, explained_forward
 from bitscape.models.dtypes import check_module
 from bitscape.models.modes import evaluating
 
@@ -68,7 +67,6 @@ def stated_task(
     Raises:
         BitscapeError: an unknown task, outputs that do not fit it, or nothing to follow.
     """
-    _check_call(network, first.inputs)
     first = first.to(device_of(network))
     stated = _named(network, first, task, loss, reference) if isinstance(task, str) else task
     if reference is not None and not isinstance(stated, Follow | User):
@@ -83,17 +81,14 @@ def stated_task(
     return stated
 
 
-def _check_call(network: nn.Module, inputs: Inputs) -> None:
-    """Raise BitscapeError unless the network's forward takes these arguments."""
-    arguments, keywords = arguments_of(inputs)
-    try:
-        inspect.signature(network.forward).bind(*arguments, **keywords)
-    except TypeError as error:
+def users_function(loss: Any) -> UsersLoss:
+    """Return a loss of the user's. Raises BitscapeError unless it is a function."""
+    if isinstance(loss, type) or not callable(loss):
         raise BitscapeError(
-            f"network: it cannot be called with a {type(inputs).__name__} ({first_line(error)}); "
-            "pass inputs=, a function from a batch to a tensor, a tuple of arguments or a "
-            "mapping of keywords"
-        ) from error
+            f"loss is {loss!r}; it must be a function (outputs, targets) -> loss, or Loss(...)"
+        )
+    function: UsersLoss = loss
+    return function
 
 
 def _named(

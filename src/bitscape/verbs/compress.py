@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchResult
 from bitscape.searches.uniform import Uniform
+from bitscape.signatures import checked
 from bitscape.tables import Shown, Table
 from bitscape.verbs.evaluate import evaluate
 from bitscape.verbs.export import ExportReport, check_path, export
@@ -96,6 +98,7 @@ class Compression(Shown):
         )
 
 
+@checked
 def compress(
     model: nn.Module,
     data: Any,
@@ -133,8 +136,8 @@ def compress(
         inputs: from a batch to what the network is called with; see `BatchReader`.
         targets: from a batch to its targets.
         seed: of everything random.
-        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`, `target`, `latency`, `pick`,
-            `attention_products`, `folder`, `channels_last`.
+        settings: further arguments of `search`: `candidates`, `pinned`, `keep_float`, `tied`,
+            `target`, `latency`, `pick`, `refine`, `attention_products`, `folder`, `channels_last`.
 
     Raises:
         InfeasibleBudget: no policy meets the budget.
@@ -191,7 +194,11 @@ def compress(
 
 
 def check_files(paths: Iterable[Path]) -> None:
-    """Raise BitscapeError for files of unknown form, in folders that are not there, or whose packages are not installed."""
+    """Raise BitscapeError for files of unknown form, given twice, in folders that are not there, or whose packages are not installed."""
+    paths = list(paths)
+    counts = Counter(path.absolute() for path in paths)
+    if twice := [str(path) for path, count in counts.items() if count > 1]:
+        raise BitscapeError(f"to: {twice[0]} stands twice; give each file once")
     for path in paths:
         check_packages(check_path(path, also=POLICY_SUFFIX))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from bitscape.cost.budget import Budget
 from bitscape.data.epochs import epochs_of, first_of
 from bitscape.data.reading import BatchReader
 from bitscape.data.samples import Samples
@@ -91,7 +92,8 @@ def smallest_within(
     policy = replace(front[high], provenance=provenance)
     seconds = time.perf_counter() - started
     trace = tuple(record for record in log.records if "policy" in record)
-    return SearchResult(policy, scores, trace, seconds, problem.choices, gain_of(scores, problem.choices))
+    gain = gain_of(scores, replace(problem.choices, budget=Budget({ALONG: policy.cost[ALONG]})))
+    return SearchResult(policy, scores, trace, seconds, problem.choices, gain)
 
 
 def quality_of(problem: SearchProblem, evaluation: Samples, metric: Any) -> Quality:

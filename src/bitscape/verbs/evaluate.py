@@ -14,9 +14,11 @@ from bitscape.engine.evaluate import Evaluation, known_labels, measured
 from bitscape.engine.forward import samples_at_once
 from bitscape.engine.task import Task, TaskName
 from bitscape.engine.user_task import User
-from bitscape.verbs.arguments import read_epochs, stated_task
+from bitscape.signatures import checked
+from bitscape.verbs.arguments import read_epochs, stated_task, users_function
 
 
+@checked
 def evaluate(
     network: nn.Module,
     data: Any,
@@ -68,6 +70,8 @@ def evaluate(
         NonFiniteError: outputs or a loss that are not finite.
         BitscapeError: data, outputs or targets that cannot be used.
     """
+    if loss is not None:
+        loss = users_function(loss)
     batches = read_epochs(network, data, inputs, targets, batch_size=batch_size, seed=seed)
     if batch_size is None and isinstance(batches, Rows):
         few = first_of(replace(batches, batch_size=2))

@@ -100,11 +100,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file; a last line without an end is taken out of it."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
+        whole, _, cut = text.rpartition("\n")
+        if cut:
+            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
         raise BitscapeError(f"{path}: it is damaged ({error}); give another folder, or delete this one") from error

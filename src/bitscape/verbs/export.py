@@ -31,6 +31,7 @@ from bitscape.policy import WIDE_BITS, Policy
 from bitscape.quant.layers import quantized_layers, require_quantized
 from bitscape.runtimes.litert import LiteRt
 from bitscape.runtimes.sessions import OnnxRuntime, OpenVino, Session
+from bitscape.signatures import checked
 from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
 
 Form = Literal["packed", "onnx", "openvino", "qonnx", "tflite"]
@@ -66,6 +67,7 @@ class ExportReport:
     """Samples on which outputs were compared; of a packed file, on which it gives the same bits when it is read back."""
 
 
+@checked
 def export(
     network: nn.Module,
     path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from bitscape.quant.convert import calibrate, with_quantizers
 from bitscape.quant.fold import fold_norms
 from bitscape.quant.quantizers import Lsq, Quantizer
 from bitscape.quant.repair import repair as repaired
+from bitscape.signatures import checked
 from bitscape.tuning.reconstruct import reconstruct
 from bitscape.tuning.tune import tune
 from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
@@ -25,6 +26,7 @@ _TUNINGS: dict[str | None, Callable[..., nn.Module]] = {"tune": tune, "reconstru
 """Words of `repair` that train."""
 
 
+@checked
 def quantize(
     model: nn.Module,
     policy: Policy,

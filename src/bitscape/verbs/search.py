@@ -20,6 +20,7 @@ from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
+from bitscape.signatures import checked
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 from bitscape.verbs.proxy import proxy_of
 from bitscape.verbs.refine import refined
@@ -30,6 +31,7 @@ MOST_EVALUATED = 50_000
 """Samples on which a drop is measured, held in memory."""
 
 
+@checked
 def search(
     model: nn.Module,
     data: Any,

@@ -22,10 +22,12 @@ from bitscape.engine.trackers import Tracker
 from bitscape.engine.training import TrainResult
 from bitscape.engine.user_task import User
 from bitscape.errors import BitscapeError
+from bitscape.signatures import checked
 from bitscape.steps import Loss, Plain
-from bitscape.verbs.arguments import LossOf, UsersLoss, read_epochs, stated_task
+from bitscape.verbs.arguments import LossOf, read_epochs, stated_task, users_function
 
 
+@checked
 def train(
     network: nn.Module,
     data: Any,
@@ -131,7 +133,7 @@ def train(
         network, data, inputs, targets, batch_size=batch_size, shuffle=True, seed=seed
     )
     _check_epochs("data", data, batches, 1 if epochs == 1 else 2)
-    users_loss = None if loss is None or hasattr(loss, "for_batch") else _function(loss)
+    users_loss = None if loss is None or hasattr(loss, "for_batch") else users_function(loss)
     meaning = stated_task(network, first_of(batches), task, loss=users_loss, reference=reference)
     if isinstance(loss, Loss) and not isinstance(meaning, Classes):
         raise BitscapeError(
@@ -239,11 +241,3 @@ def _optimizer(network: nn.Module, optimizer: Any) -> OptimizerSettings | Optimi
 def _settings(loss: Any) -> LossFunction | None:
     return loss if hasattr(loss, "for_batch") else None
 
-
-def _function(loss: Any) -> UsersLoss:
-    if isinstance(loss, type) or not callable(loss):
-        raise BitscapeError(
-            f"loss is {loss!r}; it must be a function (outputs, targets) -> loss, or Loss(...)"
-        )
-    function: UsersLoss = loss
-    return function

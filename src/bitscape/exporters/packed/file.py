@@ -39,6 +39,7 @@ from bitscape.models.replace import replace_module
 from bitscape.policy import LayerBits, Policy, fingerprint
 from bitscape.quant.layers import QuantizedLayer, quantized_class, quantized_layers, require_float, require_quantized, static_bits
 from bitscape.quant.quantizers.base import Codes
+from bitscape.signatures import checked
 
 _METADATA = "bitscape"  # one entry: safetensors writes several in random order
 _WEIGHT_PARTS = ("weight_packed", "weight_scale", "weight_shape")
@@ -101,6 +102,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, policy: Polic
     return PackedInfo(Path(path), len(content), packed + scales, scales, total - packed - scales)
 
 
+@checked
 @torch.no_grad()
 def load_packed(path: str | os.PathLike[str], float_model: nn.Module) -> nn.Module:
     """Return the network of a packed file, in eval mode, with the very outputs of the network that was saved.
