@@ -19,9 +19,8 @@ def ethos_u(runs: Sequence[Run]) -> str:
 
 
 def _taken(run: Run, eight: Run | None) -> list[str]:
-    compiled, predicted = run["extra"]["compiled"], run["extra"]["predicted"]
+    compiled, predicted = run["extra"]["compiled"], run["extra"].get("predicted", {})
     base = None if eight is None else eight["extra"]["compiled"]
-    off = [100 * (predicted[kind] / compiled[kind] - 1) for kind in ("latency_ms", "flash_bytes")]
     return [
         run["variant"],
         f"{compiled['latency_ms']:.3f}",
@@ -30,13 +29,17 @@ def _taken(run: Run, eight: Run | None) -> list[str]:
         _share(compiled, base, "flash_bytes"),
         f"{compiled['sram_bytes'] / 1000:,.0f} kB",
         f"{run['value']:.2f}",
-        *(f"{value:+.1f} %" for value in off),
+        *(_off(compiled, predicted, kind) for kind in ("latency_ms", "flash_bytes")),
         ", ".join(sorted(set(compiled["on_cpu"]))) or "-",
     ]
 
 
 def _share(compiled: Run, base: Run | None, kind: str) -> str:
     return "-" if base is None else f"{100 * compiled[kind] / base[kind]:.0f} %"
+
+
+def _off(compiled: Run, predicted: Run, kind: str) -> str:
+    return f"{100 * (predicted[kind] / compiled[kind] - 1):+.1f} %" if predicted else "-"
 
 
 def tflite(runs: Sequence[Run]) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from bitscape.errors import BitscapeError
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.observers import Observer, activation_range
 from bitscape.quant.quantizers.base import (
@@ -36,8 +37,11 @@ from bitscape.quant.quantizers.base import (
 class LsqWeight(WeightFakeQuantizer):
     """Weights on a signed grid with learned scales."""
 
-    def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing, channel_axis: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, bits: int | Tensor, sharing: Sharing, channel_axis: int = 0, coarseness: float = 1.0
+    ) -> None:
         super().__init__(bits, signed=True)
+        self.coarseness = coarseness
         shape = scale_shape(weight.shape, sharing, channel_axis)
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
         self.gradient_factor = lsq_gradient_factor(weight.numel() // max(1, math.prod(shape)), self.grid.qmax)
@@ -50,7 +54,7 @@ class LsqWeight(WeightFakeQuantizer):
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         scales = observer.scale(grouped(values, self.scale.shape), self.grid)
-        self.scale.copy_(scales.reshape(self.scale.shape))
+        self.scale.copy_(self.coarseness * scales.reshape(self.scale.shape))
 
 
 class LsqActivation(FakeQuantizer):
@@ -85,10 +89,19 @@ class Lsq:
     """One scale per output channel, or one per tensor."""
     zero_points: bool = True
     """Whether grids of activations may begin between signed and unsigned ones; False for FINN, which takes no zero point."""
+    coarseness: float = 1.0
+    """Weights' scales start at so many times those of the least squared error, above 0. Above 1 codes lie nearer to zero
+    than their width allows, and no weight is clipped: compilers that encode weights store such codes in fewer bits, at
+    less error than codes of that many bits have. A file of fixed widths gains nothing."""
+
+    def __post_init__(self) -> None:
+        """Check `coarseness`."""
+        if not 0 < self.coarseness < math.inf:
+            raise BitscapeError(f"coarseness = {self.coarseness}: a number above 0; 1 is usual, 2 for encoded weights")
 
     def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
-        return LsqWeight(weight, bits, self.weight_scales, channel_axis)
+        return LsqWeight(weight, bits, self.weight_scales, channel_axis, self.coarseness)
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:
         """Fake-quantizer for a layer's input."""
