@@ -39,6 +39,7 @@ from bitscape.searches.allocation import allocate
 from bitscape.searches.choices import Choices
 from bitscape.searches.scores import ScoreTable
 from bitscape.verbs.proxy import proxy_of
+from bitscape.verbs.quantize import Repair
 
 NAME = "ethos-u"
 KEYS = ("network", "settings.accelerator", "variant")
@@ -48,13 +49,27 @@ PAIRS = tuple(LayerBits(width, 8) for width in range(2, 9))
 COARSE = 2.0
 TIME, FLASH = {"latency_ms": 0.81}, {"flash_bytes": 0.495}
 """Caps, as shares of what 8 bits take: a percent below 0.82 and 0.5 for what the table may be off."""
-MIXED: Mapping[str, tuple[Mapping[str, float], float]] = {
-    "time and flash": ({**TIME, **FLASH}, COARSE),
-    "flash": (FLASH, COARSE),
-    "time": (TIME, COARSE),
-    "flash, usual scales": (FLASH, 1.0),
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """How a network of mixed widths is made."""
+
+    caps: Mapping[str, float]
+    """Kind of cost -> share of what 8 bits take."""
+    coarseness: float = COARSE
+    """Of its scales."""
+    repair: Repair = "compensate"
+
+
+MIXED = {
+    "time and flash": Mixed({**TIME, **FLASH}),
+    "flash": Mixed(FLASH),
+    "time": Mixed(TIME),
+    "flash, usual scales": Mixed(FLASH, coarseness=1.0),
+    "time and flash, reconstructed": Mixed({**TIME, **FLASH}, repair="reconstruct"),
 }
-"""Variant -> caps of a mixed policy, and the coarseness of its scales."""
+"""Variants of mixed widths."""
 UNIFORM = {f"w{width}": width for width in (8, 4, 5, 6, 3)}
 """Variant -> width of every layer but the first."""
 TABLE_IMAGES = 16
@@ -64,9 +79,7 @@ FILE_IMAGES = 64
 MADE = Path("runs") / "ethos-u"
 
 
-def wanted(
-    networks: Sequence[str] = NETWORKS, accelerators: Sequence[str] = ACCELERATORS
-) -> Iterator[dict[str, Any]]:
+def wanted(networks: Sequence[str] = NETWORKS, accelerators: Sequence[str] = ACCELERATORS) -> Iterator[dict[str, Any]]:
     """Every run."""
     variants = ("w8", *MIXED, *(name for name in UNIFORM if name != "w8"))
     for accelerator, network, variant in itertools.product(accelerators, networks, variants):
@@ -118,7 +131,7 @@ def caps_of(network: str, variant: str) -> dict[str, float]:
     """The caps of a mixed policy, in what 8 bits take at usual scales."""
     profile = profile_of(network, 1.0)
     eight = Policy(dict.fromkeys(layer_shapes(subject(network).model), LayerBits.EIGHT))
-    return {kind: share * cost(kind, profile, eight) for kind, share in MIXED[variant][0].items()}
+    return {kind: share * cost(kind, profile, eight) for kind, share in MIXED[variant].caps.items()}
 
 
 def found_policy(network: str, variant: str) -> Policy:
@@ -127,7 +140,7 @@ def found_policy(network: str, variant: str) -> Policy:
     if variant in UNIFORM:
         first, bits = next(iter(layers)), LayerBits(UNIFORM[variant], 8)
         return Policy({name: LayerBits.EIGHT if name == first else bits for name in layers})
-    caps, coarseness = caps_of(network, variant), MIXED[variant][1]
+    caps, coarseness = caps_of(network, variant), MIXED[variant].coarseness
     choices = Choices.of(
         measure_layers(subject(network).model, table_of(network, coarseness).input_shape),
         caps,
@@ -144,16 +157,17 @@ def made(network: str, variant: str) -> Made:
     file = MADE / f"{network} {variant}.json"
     if not file.is_file():
         about, policy = subject(network), found_policy(network, variant)
-        coarseness = MIXED[variant][1] if variant in MIXED else 1.0
-        quantizer = Lsq(coarseness=coarseness)
-        done = bs.quantize(about.model, policy, about.calibration, count=IMAGES, quantizer=quantizer)
+        how = MIXED.get(variant, Mixed({}, coarseness=1.0))
+        settings = {"repair": how.repair, "quantizer": Lsq(coarseness=how.coarseness), "task": about.task}
+        done = bs.quantize(about.model, policy, about.calibration, count=IMAGES, **settings)
         images = proxy_of(about.model, about.calibration, count=FILE_IMAGES, inputs=None, seed=0)
         content = tflite_content(tflite_network(done, images), images)
         file.with_suffix(".tflite").write_bytes(content)
-        profile = profile_of(network, coarseness)
+        profile = profile_of(network, how.coarseness)
         measured = {
             "value": value(about, done),
-            "coarseness": coarseness,
+            "coarseness": how.coarseness,
+            "repair": how.repair,
             "predicted": {kind: cost(kind, profile, policy) for kind in ("latency_ms", "flash_bytes", "sram_bytes")},
         }
         replace(policy, provenance=measured).save(file)
@@ -168,7 +182,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     compiled, found = vela.compile(one.content), one.policy.provenance
     predicted = {"predicted": found["predicted"]} if vela.accelerator == ACCELERATORS[0] else {}
     caps = caps_of(run["network"], run["variant"]) if run["variant"] in MIXED else None
-    settings = {"images": IMAGES, "compiler": vela.version, "coarseness": found["coarseness"]}
+    about_made = {name: found[name] for name in ("coarseness", "repair")}
+    settings = {"images": IMAGES, "compiler": vela.version, **about_made}
     return {
         **run,
         "weights": about.weights,

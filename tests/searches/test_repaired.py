@@ -73,3 +73,11 @@ def test_what_repair_leaves_is_less_than_what_nearest_rounding_does() -> None:
     )
     sizes = [[float(change.square().sum()) for change in itertools.chain(*of)] for of in (nearest, repaired)]
     assert all(after < before for before, after in zip(*sizes, strict=True))
+
+
+def test_coarse_weights_have_the_noise_of_coarse_scales() -> None:
+    model, samples = network(), Samples.of(IMAGES)
+    coarse = Lsq(coarseness=2.0)
+    noise = repaired_noise(model, ["0"], samples, PAIRS, quantizer=coarse)
+    expected = rounded_weights(model, input_moments(model, samples), 3, coarse)["0"]
+    assert torch.equal(noise["0"].weights[3], (expected - model[0].weight).detach())

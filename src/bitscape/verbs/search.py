@@ -82,7 +82,7 @@ def search(
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
         latency: measured times of this network, which make `latency_ms` a cap. Of a compiler's table at a coarseness
-            other than 1, the policy is for `quantize(..., quantizer=Lsq(coarseness=...))`.
+            other than 1, the policy is for weights of these scales, which `quantize` gives it.
         for_training: whether the network will be trained at its bits afterwards; fisher then scores differently.
         pick: "best", or the "least-sharp" of the policies with near-equal scores, without a drop.
         attention_products: give bits to the two products of attention too ("attn.scores", "attn.values"): `weight` is the

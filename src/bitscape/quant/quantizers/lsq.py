@@ -96,8 +96,8 @@ class Lsq:
 
     def __post_init__(self) -> None:
         """Check `coarseness`."""
-        if not 0 < self.coarseness < math.inf:
-            raise BitscapeError(f"coarseness = {self.coarseness}: a number above 0; 1 is usual, 2 for encoded weights")
+        if not (isinstance(self.coarseness, int | float) and 0 < self.coarseness < math.inf):
+            raise BitscapeError(f"coarseness = {self.coarseness!r}: a number above 0; 1 is usual, 2 for encoded weights")
 
     def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
