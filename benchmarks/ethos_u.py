@@ -45,7 +45,7 @@ NAME = "ethos-u"
 KEYS = ("network", "settings.accelerator", "variant")
 NETWORKS = ("mobilenetv2_tfslim", "mobilenetv1_025_128", "text_detector")
 ACCELERATORS = ("ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u85-256")
-PAIRS = tuple(LayerBits(width, 8) for width in range(2, 9))
+PAIRS = tuple(LayerBits(width, 8) for width in range(3, 9))
 COARSE = 2.0
 TIME, FLASH = {"latency_ms": 0.81}, {"flash_bytes": 0.495}
 """Caps, as shares of what 8 bits take: a percent below 0.82 and 0.5 for what the table may be off."""
