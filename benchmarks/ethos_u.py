@@ -39,7 +39,6 @@ from bitscape.searches.allocation import allocate
 from bitscape.searches.choices import Choices
 from bitscape.searches.scores import ScoreTable
 from bitscape.verbs.proxy import proxy_of
-from bitscape.verbs.quantize import Repair
 
 NAME = "ethos-u"
 KEYS = ("network", "settings.accelerator", "variant")
@@ -59,7 +58,6 @@ class Mixed:
     """Kind of cost -> share of what 8 bits take."""
     coarseness: float = COARSE
     """Of its scales."""
-    repair: Repair = "compensate"
 
 
 MIXED = {
@@ -67,7 +65,6 @@ MIXED = {
     "flash": Mixed(FLASH),
     "time": Mixed(TIME),
     "flash, usual scales": Mixed(FLASH, coarseness=1.0),
-    "time and flash, reconstructed": Mixed({**TIME, **FLASH}, repair="reconstruct"),
 }
 """Variants of mixed widths."""
 UNIFORM = {f"w{width}": width for width in (8, 4, 5, 6, 3)}
@@ -158,8 +155,8 @@ def made(network: str, variant: str) -> Made:
     if not file.is_file():
         about, policy = subject(network), found_policy(network, variant)
         how = MIXED.get(variant, Mixed({}, coarseness=1.0))
-        settings = {"repair": how.repair, "quantizer": Lsq(coarseness=how.coarseness), "task": about.task}
-        done = bs.quantize(about.model, policy, about.calibration, count=IMAGES, **settings)
+        quantizer = Lsq(coarseness=how.coarseness)
+        done = bs.quantize(about.model, policy, about.calibration, count=IMAGES, quantizer=quantizer)
         images = proxy_of(about.model, about.calibration, count=FILE_IMAGES, inputs=None, seed=0)
         content = tflite_content(tflite_network(done, images), images)
         file.with_suffix(".tflite").write_bytes(content)
@@ -167,7 +164,6 @@ def made(network: str, variant: str) -> Made:
         measured = {
             "value": value(about, done),
             "coarseness": how.coarseness,
-            "repair": how.repair,
             "predicted": {kind: cost(kind, profile, policy) for kind in ("latency_ms", "flash_bytes", "sram_bytes")},
         }
         replace(policy, provenance=measured).save(file)
@@ -182,8 +178,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     compiled, found = vela.compile(one.content), one.policy.provenance
     predicted = {"predicted": found["predicted"]} if vela.accelerator == ACCELERATORS[0] else {}
     caps = caps_of(run["network"], run["variant"]) if run["variant"] in MIXED else None
-    about_made = {name: found[name] for name in ("coarseness", "repair")}
-    settings = {"images": IMAGES, "compiler": vela.version, **about_made}
+    settings = {"images": IMAGES, "compiler": vela.version, "coarseness": found["coarseness"]}
     return {
         **run,
         "weights": about.weights,
