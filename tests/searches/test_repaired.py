@@ -10,7 +10,7 @@ from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import Lsq
 from bitscape.quant.repair import compensate_rounding, input_moments
-from bitscape.searches.repaired import repaired_noise, rounded_weights
+from bitscape.searches.repaired import repaired_noise, rounded_weights, unseen_growth
 from bitscape.searches.sensitivity import layer_noise
 
 PAIRS = (LayerBits(2, 8), LayerBits(3, 2))
@@ -79,5 +79,6 @@ def test_coarse_weights_have_the_noise_of_coarse_scales() -> None:
     model, samples = network(), Samples.of(IMAGES)
     coarse = Lsq(coarseness=2.0)
     noise = repaired_noise(model, ["0"], samples, PAIRS, quantizer=coarse)
-    expected = rounded_weights(model, input_moments(model, samples), 3, coarse)["0"]
-    assert torch.equal(noise["0"].weights[3], (expected - model[0].weight).detach())
+    weights, errors = rounded_weights(model, input_moments(model, samples), 3, coarse)
+    expected = (weights["0"] - model[0].weight).detach() * unseen_growth(errors["0"])
+    assert torch.equal(noise["0"].weights[3], expected)
