@@ -8,6 +8,7 @@ Departs   One scale per output channel for weights by default (paper: per layer)
           optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid. Grids of activations
           may begin between the signed and the unsigned one, our own choice: of all whole zero points that of the least
           squared error, where it leaves at most 3/4 of the signed grid's. Training keeps the zero point.
+          Weights' scales may start coarser than the optimum (`coarseness`), our own choice: see docs/deploy.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
 Measured  docs/results: the default quantizer of every benchmark. Zero points, without training, repaired, one run, from a
           signed grid: text direction (MobileNetV3, 2,000 lines) 73.7 -> 83.4 % at W4A4 and 95.3 -> 95.9 % at W6A6 BitOps;
