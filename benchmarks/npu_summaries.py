@@ -1,4 +1,4 @@
-"""The tables of `ethos-u`, what networks take on an NPU and what they are worth there, and of `tflite`, files in LiteRT."""
+"""Tables of networks on other hardware: `ethos-u`, what they take on an NPU, `tflite`, files in LiteRT, and `fpga`, in hls4ml."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,8 @@ def ethos_u(runs: Sequence[Run]) -> str:
 
 
 def _taken(run: Run, eight: Run | None) -> list[str]:
-    compiled, predicted = run["extra"]["compiled"], run["extra"]["predicted"]
+    compiled, predicted = run["extra"]["compiled"], run["extra"].get("predicted", {})
     base = None if eight is None else eight["extra"]["compiled"]
-    off = [100 * (predicted[kind] / compiled[kind] - 1) for kind in ("latency_ms", "flash_bytes")]
     return [
         run["variant"],
         f"{compiled['latency_ms']:.3f}",
@@ -30,13 +29,17 @@ def _taken(run: Run, eight: Run | None) -> list[str]:
         _share(compiled, base, "flash_bytes"),
         f"{compiled['sram_bytes'] / 1000:,.0f} kB",
         f"{run['value']:.2f}",
-        *(f"{value:+.1f} %" for value in off),
+        *(_off(compiled, predicted, kind) for kind in ("latency_ms", "flash_bytes")),
         ", ".join(sorted(set(compiled["on_cpu"]))) or "-",
     ]
 
 
 def _share(compiled: Run, base: Run | None, kind: str) -> str:
     return "-" if base is None else f"{100 * compiled[kind] / base[kind]:.0f} %"
+
+
+def _off(compiled: Run, predicted: Run, kind: str) -> str:
+    return f"{100 * (predicted[kind] / compiled[kind] - 1):+.1f} %" if predicted else "-"
 
 
 def tflite(runs: Sequence[Run]) -> str:
@@ -55,6 +58,18 @@ def _file(run: Run) -> list[str]:
     codes = f"{extra['differing']} of {extra['codes'] / 1e6:.3g} M"
     return [run["network"], run["variant"], f"{extra['bytes'] / 1000:,.0f} kB", codes, f"{fixed['layers']} layers", share, *metric,
             f"{extra['cpu_ms']:.3g}"]  # fmt: skip
+
+
+def fpga(runs: Sequence[Run]) -> str:
+    """One row for each network in hardware."""
+    rows = [["network", "BitOps", "bits of weights/inputs", "images whose outputs differ", "float", "simulated", "hls4ml"]]
+    return _table([*rows, *map(_hardware, runs)], left=3)
+
+
+def _hardware(run: Run) -> list[str]:
+    extra, bits = run["extra"], ", ".join("/".join(map(str, pair)) for pair in run["policy"].values())
+    metric = [f"{value:.2f}" for value in (run["float_value"], extra["simulated"], run["value"])]
+    return [run["network"], run["variant"], bits, f"{extra['differing_images']} of {run['test_images']}", *metric]
 
 
 def _table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

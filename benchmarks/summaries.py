@@ -13,7 +13,7 @@ from benchmarks.depthwise_summaries import depthwise_cifar10
 from benchmarks.dqmq_summaries import dqmq
 from benchmarks.first_policy_summaries import first_policy
 from benchmarks.hardening_summaries import hardening
-from benchmarks.npu_summaries import ethos_u, tflite
+from benchmarks.npu_summaries import ethos_u, fpga, tflite
 from benchmarks.ptq_summaries import ptq
 from benchmarks.saq_summaries import saq
 from benchmarks.speed_summaries import speed
@@ -132,6 +132,7 @@ MAKERS: dict[str, Callable[[Sequence[Run]], str]] = {
     "tasks": tasks,
     "tflite": tflite,
     "ethos-u": ethos_u,
+    "fpga": fpga,
 }
 """Name of the table and of its results file -> what makes it."""
 

@@ -1,6 +1,6 @@
 from typing import Any
 
-from benchmarks.npu_summaries import ethos_u, tflite
+from benchmarks.npu_summaries import ethos_u, fpga, tflite
 
 
 def run_of(variant: str, ms: float, flash: int, value: float, predicted_ms: float) -> dict[str, Any]:
@@ -29,3 +29,16 @@ def test_files_stand_with_their_codes_and_their_metric() -> None:
         "| net | int4 | 12 kB | 0 of 2 M | 2 layers | 0.3 % | 90.00 | 89.50 | 89.00 | 1.25 |",
         "| other | int8 | refused | - | - | - | - | - | - | - |",
     ]
+
+
+def test_a_prediction_is_shown_where_there_is_one() -> None:
+    other = run_of("w8", 2.0, 400_000, 89.5, 2.0)
+    del other["extra"]["predicted"]
+    assert ethos_u([other]).splitlines()[-1] == "| w8 | 2.000 | 100 % | 400 kB | 100 % | 64 kB | 89.50 | - | - | PAD |"
+
+
+def test_hardware_stands_with_its_bits_and_the_images_that_differ() -> None:
+    about = {"network": "net", "variant": "w4a4, fisher", "policy": {"a": [3, 4], "b": [5, 6]}, "test_images": 60}
+    values = {"float_value": 96.0, "value": 95.0, "extra": {"simulated": 95.5, "differing_images": 2}}
+    row = "| net | w4a4, fisher | 3/4, 5/6 | 2 of 60 | 96.00 | 95.50 | 95.00 |"
+    assert fpga([{**about, **values}]).splitlines()[-1] == row

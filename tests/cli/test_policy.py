@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from bitscape.cost.latency import LatencyTable
@@ -69,3 +71,34 @@ def test_damaged_files_are_named(refused, tmp_path, text, message):
 
 def test_a_missing_file_is_named(refused):
     assert "nothing.json" in refused("policy", "show", "nothing.json")
+
+
+def test_a_policy_is_converted(cli, refused, trained, tmp_path):
+    arm = tmp_path / "arm.json"
+    given = ("policy", "convert", trained / "mixed.json", "--to", "executorch-arm", "--out", arm)
+    assert "has no 3/4 weight/activation bits" in refused(*given)
+    shown = cli(*given, "--rounding", "up")
+    assert "8 layers for executorch-arm" in shown.out
+    assert "6 of 8 layers get wider bits" in shown.err
+    assert json.loads(arm.read_text())["a8"]["block1.conv1"] == {"weight_qmin": -3, "weight_qmax": 3}
+    assert "--to executorch-arm takes no --model, only --rounding" in refused(*given, *MODEL)
+
+
+def test_the_graph_of_a_converted_policy_is_written_beside(cli, trained, tmp_path):
+    bits, program = tmp_path / "bits.json", tmp_path / "net.pt2"
+    shape = ("--input-shape", "1x8x8", "--program", program)
+    cli("policy", "convert", trained / "mixed.json", "--to", "model-explorer", *MODEL, *shape, "--out", bits)
+    assert json.loads(bits.read_text())["results"]["conv2d"] == {"value": 8}
+    assert program.stat().st_size > 0
+
+
+def test_names_of_another_tool_are_read_from_a_file(cli, refused, tmp_path):
+    policy, names, script = (tmp_path / name for name in ("policy.json", "names.json", "net.alls"))
+    uniform_policy(["a", "b"], LayerBits(4, 8)).save(policy)
+    given = ("policy", "convert", policy, "--to", "hailo", "--out", script)
+    assert "--to hailo needs --names" in refused(*given)
+    names.write_text('{"a": 1}')
+    assert "it must be a JSON object of texts" in refused(*given, "--names", names)
+    names.write_text('{"a": "net/conv1", "b": "net/fc1"}')
+    cli(*given, "--names", names)
+    assert script.read_text() == "quantization_param([net/conv1, net/fc1], precision_mode=a8_w4)\n"

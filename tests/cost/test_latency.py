@@ -348,3 +348,13 @@ def test_widths_that_were_not_varied_do_not_matter() -> None:
     assert CAPS["latency_ms"].widths(JOINED) == {"weight", "activation"}
     of_weights = {name: {pair: ms for pair, ms in row.items() if pair.endswith("/8")} for name, row in ALONE.items()}
     assert CAPS["latency_ms"].widths(with_latency(NETWORK, replace(TABLE, layers=of_weights))) == {"weight"}
+
+
+def test_a_table_keeps_the_coarseness_of_the_weights_that_were_compiled(tmp_path: Path) -> None:
+    coarse = replace(TABLE, coarseness=2.0)
+    coarse.save(tmp_path / "coarse.json")
+    TABLE.save(tmp_path / "usual.json")
+    assert LatencyTable.load(tmp_path / "coarse.json") == coarse
+    assert "coarseness" not in json.loads((tmp_path / "usual.json").read_text())
+    with pytest.raises(BitscapeError, match="'coarseness' is 0; allowed are numbers above 0"):
+        replace(TABLE, coarseness=0)

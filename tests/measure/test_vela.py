@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,20 @@ def test_a_search_takes_caps_of_flash_and_sram() -> None:
     profile = with_latency(measure(network(), (3, 16, 16)), table())
     assert cost("flash_bytes", profile, result.policy) <= 0.6 * whole
     assert result.policy.layers["1.6"].activation == 8
+
+
+def test_coarse_scales_take_less_flash_and_a_policy_remembers_them() -> None:
+    coarse = build_npu_table(network(), X, PAIRS, Vela(), coarseness=2.0)
+    for name in ("1.4", "1.6"):
+        assert coarse.flash[name]["4/8"] < 0.9 * table().flash[name]["4/8"]
+    settings = {"budget": {"flash_bytes": "0.6x"}, "target": "ethos-u", "latency": coarse, "candidates": PAIRS}
+    found = bs.search(network(), X, **settings)
+    usual = replace(found.policy, provenance={})
+    made = (bs.quantize(network(), policy, X, repair=None) for policy in (found.policy, usual))
+    first, second = (each.get_parameter("1.4.weight_quantizer.scale") for each in made)
+    assert torch.equal(first, 2 * second)
+    with pytest.raises(BitscapeError, match="coarseness 2, which fisher alone scores"):
+        bs.search(network(), X, method="hawq", **settings)
 
 
 def test_a_table_of_a_runtime_has_no_flash() -> None:

@@ -334,7 +334,7 @@ def test_a_cap_in_milliseconds_is_kept_and_the_policy_says_where_it_was_measured
     policy = Fisher(images=2).search(stated).policy
     assert policy.layers["3"] == LayerBits(4, 8)
     assert policy.cost["latency_ms"] == 7.0
-    assert policy.provenance["latency"] == {"runtime": "runtime 1", "machine": "cpu", "threads": 1, "batch_size": 1}
+    assert policy.provenance["latency"] == {"runtime": "runtime 1", "machine": "cpu", "threads": 1, "batch_size": 1, "coarseness": 1.0}
 
 
 def test_without_a_table_there_is_no_latency() -> None:

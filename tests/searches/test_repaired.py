@@ -10,7 +10,7 @@ from bitscape.policy import LayerBits, uniform_policy
 from bitscape.quant.convert import with_quantizers
 from bitscape.quant.quantizers import Lsq
 from bitscape.quant.repair import compensate_rounding, input_moments
-from bitscape.searches.repaired import repaired_noise, rounded_weights
+from bitscape.searches.repaired import repaired_noise, rounded_weights, unseen_growth
 from bitscape.searches.sensitivity import layer_noise
 
 PAIRS = (LayerBits(2, 8), LayerBits(3, 2))
@@ -73,3 +73,12 @@ def test_what_repair_leaves_is_less_than_what_nearest_rounding_does() -> None:
     )
     sizes = [[float(change.square().sum()) for change in itertools.chain(*of)] for of in (nearest, repaired)]
     assert all(after < before for before, after in zip(*sizes, strict=True))
+
+
+def test_coarse_weights_have_the_noise_of_coarse_scales() -> None:
+    model, samples = network(), Samples.of(IMAGES)
+    coarse = Lsq(coarseness=2.0)
+    noise = repaired_noise(model, ["0"], samples, PAIRS, quantizer=coarse)
+    weights, errors = rounded_weights(model, input_moments(model, samples), 3, coarse)
+    expected = (weights["0"] - model[0].weight).detach() * unseen_growth(errors["0"])
+    assert torch.equal(noise["0"].weights[3], expected)

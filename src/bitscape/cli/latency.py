@@ -60,6 +60,13 @@ def latency(context: click.Context) -> None:
 @accelerator_option
 @click.option("--candidates", metavar="BITS", help="Widths to measure, in all pairs; or w=2,4,8;a=8.  [default: those of --target]")
 @click.option("--target", type=click.Choice(list(TARGETS)), help="Measure the bits of this target.  [default: the runtime's]")
+@click.option(
+    "--coarseness",
+    type=click.FloatRange(0.1, 10),
+    metavar="X",
+    help="Of vela: scales of weights, times those of the least squared error. 2 lets the compiler encode weights in fewer "
+    "bits at equal error; a policy found by the table is for networks of this coarseness.  [default: 1]",
+)
 @click.option("--batch-size", default=1, show_default=True, type=COUNT, help="Images at once.")
 @threads_option
 @click.option("--rounds", default=15, show_default=True, type=COUNT, help="Visits of each model; the quickest counts.")
@@ -79,6 +86,7 @@ def build(
     accelerator: str | None,
     candidates: str | None,
     target: str | None,
+    coarseness: float | None,
     batch_size: int,
     threads: int,
     rounds: int,
@@ -108,6 +116,8 @@ def build(
     if (data is None) == (shape is None):
         raise BitscapeError("give --input-shape for random images, e.g. 3x224x224, or --data; exactly one of the two")
     npu = vela_of(runtime, accelerator, threads, rounds, batch_size)
+    if npu is None and coarseness is not None:
+        raise BitscapeError(f"--coarseness {coarseness:g} is for --runtime {VELA}: times in other runtimes do not depend on it")
     settings = ImageSettings.checked(input_size, normalize, data)
     keep_locked(out.parent, out.name)
     network = load_network(model, weights, "cpu", seed)
@@ -120,7 +130,7 @@ def build(
     if npu is not None:
         from bitscape.measure.npu_table import build_npu_table
 
-        table = build_npu_table(network, drawn, pairs, npu)
+        table = build_npu_table(network, drawn, pairs, npu, coarseness=coarseness or 1.0)
         table.save(out)
         _print_npu(table, measured)
         click.echo(f"\ntable: {out}; use it: bitscape search --target ethos-u --latency {out} --budget flash_bytes=0.5x")

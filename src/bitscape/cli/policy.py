@@ -1,9 +1,14 @@
-"""`bitscape policy`: show, compare and check policy files; torch is imported only where a network is named."""
+"""`bitscape policy`: show, compare, check and convert policy files.
+
+Torch is imported only where a network is named, or a policy converted.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from bitscape.cli.convert import tool_options, write_converted
 from bitscape.cli.network import load_latency, load_network, measure_network, network_shapes, policy_shape
 from bitscape.cli.options import latency_option, model_option, shape_option
 from bitscape.cli.output import cost_text, print_costs, print_table, short_names
@@ -17,7 +22,7 @@ from bitscape.policy import LayerBits, Policy
 @click.group(invoke_without_command=True)
 @click.pass_context
 def policy(context: click.Context) -> None:
-    """Show, compare and check policy files."""
+    """Show, compare, check and convert policy files."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -88,6 +93,28 @@ def check(file: Path, model: str) -> None:
     checked.check(network_shapes(load_network(model, None, "cpu")))
     mark = "names and shapes agree" if checked.fingerprint else "names agree; the policy has no fingerprint"
     click.echo(f"fits {model}: {len(checked.layers)} layers, {mark}")
+
+
+@policy.command()
+@click.argument("file", type=FILE)
+@tool_options
+def convert(file: Path, tool: str, out: Path, **options: Any) -> None:
+    """Write a policy as another tool takes it.
+
+    The bits alone are handed on: each tool rounds the float network by itself. docs/adapters.md says how each file is used.
+
+    \b
+    Example:
+      bitscape policy convert policy.json --to executorch-arm --out arm.json
+      bitscape policy convert policy.json --to torchao --model timm:vit_tiny_patch16_224 \\
+        --rounding up --out torchao.json
+      bitscape policy convert policy.json --to model-explorer --model timm:resnet18 \\
+        --input-shape 3x224x224 --program network.pt2 --out bits.json
+      bitscape policy convert policy.json --to hailo --names names.json --out network.alls
+    """
+    converted = Policy.load(file)
+    write_converted(converted, tool, out, **options)
+    click.echo(f"{out}: {len(converted.layers)} layers for {tool}")
 
 
 def _print_costs(shown: Policy, model: str, given: tuple[int, int, int] | None, latency: Path | None) -> None:

@@ -27,7 +27,8 @@ layers is left out. So a layer is predicted to take
 and the network at 8 bits everywhere takes what was measured, but for rounding to a nanosecond a layer.
 
 A table of a compiler has no "float_ms", and two entries more, bytes in the same form as "layers": "flash", what a layer's weights take
-as the compiler encodes them, and "sram", the working memory in use while the layer runs.
+as the compiler encodes them, and "sram", the working memory in use while the layer runs. A "coarseness" other than 1 is that of the
+weights' scales that were compiled, see `Lsq`.
 """
 
 import math
@@ -85,6 +86,8 @@ class LatencyTable:
     """The same layers and bits -> bytes of flash; empty unless a compiler tells them."""
     sram: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """The same layers and bits -> bytes of working memory; empty unless a compiler tells them."""
+    coarseness: float = 1.0
+    """Of the weights' scales that a compiler encoded, as in `Lsq`; a policy found by the table is for `Lsq` of the same."""
 
     def __post_init__(self) -> None:
         for name in ("runtime", "machine", "fingerprint"):
@@ -97,6 +100,7 @@ class LatencyTable:
         for name in ("network_ms", *(["float_ms"] if self.float_ms is not None else [])):
             object.__setattr__(self, name, _milliseconds(name, getattr(self, name)))
         object.__setattr__(self, "layers", {name: _layer_times(name, times) for name, times in self.layers.items()})
+        _check("coarseness", self.coarseness, "numbers above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
         for name in ("flash", "sram"):
             object.__setattr__(self, name, _all_bytes(name, getattr(self, name), self.layers))
 
@@ -107,11 +111,12 @@ class LatencyTable:
 
     def source(self) -> dict[str, Any]:
         """What was measured where, for the provenance of a policy."""
-        return {name: getattr(self, name) for name in ("runtime", "machine", "threads", "batch_size")}
+        return {name: getattr(self, name) for name in ("runtime", "machine", "threads", "batch_size", "coarseness")}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table file; a crash leaves the old file or the new one."""
-        entries = {name: value for name in _ENTRIES if (value := getattr(self, name)) or name not in _OPTIONAL}
+        own = {entry.name: entry.default for entry in fields(self)}
+        entries = {name: value for name in _ENTRIES if (value := getattr(self, name)) not in (own[name], {})}
         write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", **entries}))
 
     @classmethod
@@ -200,7 +205,7 @@ class _Uniform:
 
 
 _ENTRIES = tuple(entry.name for entry in fields(LatencyTable))
-_OPTIONAL = ("float_ms", "flash", "sram")
+_OPTIONAL = ("float_ms", "flash", "sram", "coarseness")
 _MEASURE = "measure this network: bitscape latency build"
 _WIDTHS = tuple("12345678")
 

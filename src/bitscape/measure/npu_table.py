@@ -33,12 +33,18 @@ from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits, fingerprint, uniform_policy
 from bitscape.progress import track
 from bitscape.quant.convert import calibrate, with_quantizers
+from bitscape.quant.quantizers import Lsq
 
 _log = logging.getLogger("bitscape.exporters")
 
 
 def build_npu_table(
-    network: nn.Module, data: Samples | Inputs, pairs: Iterable[LayerBits], vela: Vela
+    network: nn.Module,
+    data: Samples | Inputs,
+    pairs: Iterable[LayerBits],
+    vela: Vela,
+    *,
+    coarseness: float = 1.0,
 ) -> LatencyTable:
     """Compile the network at every pair of bits, and every layer for its own.
 
@@ -48,6 +54,7 @@ def build_npu_table(
             so the codes.
         pairs: bits of weights and activations; 8/8 is always compiled.
         vela: the compiler, for an NPU.
+        coarseness: of the weights' scales, as in `Lsq`: above 1 the compiler encodes weights in fewer bits.
 
     Raises:
         BitscapeError: the extra "ethos-u" is missing, the network cannot be written as a TFLite file, or Vela does not
@@ -57,11 +64,12 @@ def build_npu_table(
     shapes = layer_shapes(network)
     samples = checked_samples(data, network)
     plain = folded(network, example_of(samples, network))
+    quantizer = Lsq(coarseness=coarseness)
     wanted = list(dict.fromkeys([LayerBits.EIGHT, *pairs]))
     found: dict[str, dict[str, _Layer]] = {}
     compiled: dict[str, Compiled] = {}
     for pair in track(wanted, label=f"{vela.accelerator}, bits"):
-        quantized = calibrate(with_quantizers(plain, uniform_policy(shapes, pair)), samples)
+        quantized = calibrate(with_quantizers(plain, uniform_policy(shapes, pair), quantizer), samples)
         integers = tflite_network(quantized, samples)
         content = tflite_content(integers, samples)
         compiled[str(pair)] = vela.compile(content)
@@ -83,6 +91,7 @@ def build_npu_table(
         network_ms=eight.ms,
         layers={name: {pair: each[name].ms for pair, each in found.items()} for name in names},
         flash={name: {pair: each[name].flash_bytes + extra[name] for pair, each in found.items()} for name in names},
+        coarseness=coarseness,
         sram={name: {pair: each[name].sram_bytes + beside for pair, each in found.items()} for name in names},
     )
 

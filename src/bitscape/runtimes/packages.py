@@ -20,6 +20,7 @@ EXTRAS = {
     "ai_edge_litert": "tflite",
     "flatbuffers": "tflite",
     "ethosu": "ethos-u",
+    "torchao": "torchao",
 }
 """Package -> the extra of bitscape that brings it."""
 FORMATS = {

@@ -158,7 +158,8 @@ class Fisher:
             noise = layer_noise(model, names, samples, problem.choices.candidates)
         else:
             model = fold_norms(problem.prepared, samples.first(2).parts[0].inputs)
-            noise = repaired_noise(model, names, samples, problem.choices.candidates, batch_size)
+            candidates = problem.choices.candidates
+            noise = repaired_noise(model, names, samples, candidates, batch_size, problem.quantizer)
         generator = torch.Generator().manual_seed(problem.seed)
         weight_bits, activation_bits = candidate_widths(problem.choices.candidates)
         weight_share = self.weight_share_for_training if for_training else 1.0

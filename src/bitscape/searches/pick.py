@@ -66,7 +66,7 @@ def least_sharp(
     aims, loss = _aims(problem, proxy)
     records = []
     for policy in track(policies, label="least sharp: policy"):
-        model = calibrate(with_quantizers(problem.prepared, policy), batches_of(proxy, problem.prepared))
+        model = calibrate(with_quantizers(problem.prepared, policy, problem.quantizer), batches_of(proxy, problem.prepared))
         probed = probe_sharpness(model, inputs_alone(proxy).inputs, aims, radius=radius, loss=loss)
         records.append(
             {

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from bitscape.nested import tensors_in
 from bitscape.policy import LayerBits, Policy
 from bitscape.quant.convert import batches_of
 from bitscape.quant.layers import require_float
+from bitscape.quant.quantizers import Lsq
 from bitscape.searches.allocation import pareto_front
 from bitscape.searches.choices import Choices
 from bitscape.searches.freedom import Pins
@@ -65,6 +66,8 @@ class SearchProblem:
     """Memory format of the convolutions; None: channels_last, which is faster, where the network takes it."""
     seed: int = 0
     """Seed of everything random in the search."""
+    quantizer: Lsq = field(default_factory=Lsq)
+    """How weights will be laid on their grids."""
 
     @classmethod
     def of(
@@ -124,7 +127,13 @@ class SearchProblem:
         )
         _warn_of_bitops(choices)
         return cls(
-            prepared=prepared, samples=samples, choices=choices, task=task, channels_last=channels_last, seed=seed
+            prepared=prepared,
+            samples=samples,
+            choices=choices,
+            task=task,
+            channels_last=channels_last,
+            seed=seed,
+            quantizer=Lsq() if latency is None else Lsq(coarseness=latency.coarseness),
         )
 
     @property

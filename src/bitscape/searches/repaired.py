@@ -25,6 +25,7 @@ from bitscape.policy import LayerBits, Policy
 from bitscape.progress import track
 from bitscape.quant.convert import batches_of, with_quantizers
 from bitscape.quant.layers import quantized_layers
+from bitscape.quant.quantizers import Lsq
 from bitscape.quant.repair import (
     InputMoments,
     RoundingError,
@@ -33,6 +34,8 @@ from bitscape.quant.repair import (
 )
 from bitscape.searches.sensitivity import RANGE_SAMPLES, LayerNoise, calls, candidate_widths, layer_noise
 
+DEFAULT_QUANTIZER = Lsq()
+
 
 def repaired_noise(
     model: nn.Module,
@@ -40,6 +43,7 @@ def repaired_noise(
     samples: Samples,
     candidates: tuple[LayerBits, ...],
     batch_size: int = 16,
+    quantizer: Lsq = DEFAULT_QUANTIZER,
 ) -> dict[str, LayerNoise]:
     """Return what `layer_noise` does, of repaired weights and without the shifts that repair takes back.
 
@@ -47,22 +51,23 @@ def repaired_noise(
         model: float network, eval mode, norms folded.
         samples: all count for the rounding, the first 64 for ranges and shifts.
         batch_size: samples at once whose layers' inputs and outputs are held.
+        quantizer: of weights.
     """
-    weights = _weight_changes(model, samples, candidate_widths(candidates)[0])
+    weights = _weight_changes(model, samples, candidate_widths(candidates)[0], quantizer)
     noise = layer_noise(model, names, samples, candidates, weights)
     shifts = _shifts(model, names, batches_of(samples.first(RANGE_SAMPLES), model, batch_size), noise)
     return {name: replace(of_layer, shifts=shifts.get(name)) for name, of_layer in noise.items()}
 
 
 def _weight_changes(
-    model: nn.Module, samples: Samples, widths: Sequence[int]
+    model: nn.Module, samples: Samples, widths: Sequence[int], quantizer: Lsq
 ) -> dict[str, dict[int, Tensor]]:
     """Layer -> bits -> Q(W) - W, in the size that it has for images that no code has seen."""
     moments = input_moments(model, samples)
     layers = weighted_layers(model)
     changes: dict[str, dict[int, Tensor]] = {name: {} for name in layers}
     for bits in track(widths, label="rounding: width"):
-        weights, errors = rounded_weights(model, moments, bits)
+        weights, errors = rounded_weights(model, moments, bits, quantizer)
         for name, weight in weights.items():
             change = weight - layers[name].get_parameter("weight").detach()
             changes[name][bits] = change * (unseen_growth(errors[name]) if name in errors else 1.0)
@@ -75,17 +80,21 @@ def unseen_growth(error: RoundingError) -> float:
 
 
 def rounded_weights(
-    model: nn.Module, moments: Mapping[str, InputMoments], bits: int
+    model: nn.Module,
+    moments: Mapping[str, InputMoments],
+    bits: int,
+    quantizer: Lsq = DEFAULT_QUANTIZER,
 ) -> tuple[dict[str, Tensor], dict[str, RoundingError]]:
     """Name -> the weight that `bs.quantize` gives the layer at this width, of every layer with one; and what it errs by.
 
     Args:
         model: float network, norms folded.
         moments: its `input_moments`.
+        quantizer: of weights.
     """
     floats = dict.fromkeys(quantizable_layers(model), LayerBits.FLOAT)
     rounded = dict.fromkeys(weighted_layers(model), LayerBits(bits, bits))
-    network = with_quantizers(model, Policy({**floats, **rounded}))
+    network = with_quantizers(model, Policy({**floats, **rounded}), quantizer)
     errors = compensate_rounding(network, moments)
     layers = quantized_layers(network)
     return {name: layer.weight.detach() for name, layer in layers.items()}, errors

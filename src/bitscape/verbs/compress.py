@@ -17,6 +17,7 @@ from bitscape.engine.evaluate import Evaluation
 from bitscape.engine.task import Task, TaskName
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import WIDE_BITS, LayerBits, Policy, uniform_policy
+from bitscape.quant.quantizers import Lsq
 from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
 from bitscape.searches.problem import SearchResult
@@ -166,9 +167,22 @@ def compress(
         seed=seed,
     )
 
+    latency = settings.get("latency")
+
     def quantized(policy: Policy, name: str) -> nn.Module:
         folder = None if repair_folder is None else Path(repair_folder) / name
-        return quantize(model, policy, seen, repair=repair, task=task, folder=folder, count=len(seen), seed=seed)
+        quantizer = Lsq(coarseness=1.0 if latency is None else latency.coarseness)
+        return quantize(
+            model,
+            policy,
+            seen,
+            repair=repair,
+            quantizer=quantizer,
+            task=task,
+            folder=folder,
+            count=len(seen),
+            seed=seed,
+        )
 
     in_float = judge.evaluation(model)  # shows what is wrong with the data, the task and the metric
     _log.info("compress: searching bits on %s", counted(len(seen), "sample"))

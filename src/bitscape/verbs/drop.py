@@ -75,7 +75,7 @@ def smallest_within(
     front = pareto_front(scores, problem.choices, ALONG, POINTS).policies
 
     def value(policy: Policy) -> float:
-        return log.value(policy, lambda: quality.measure(quantize(problem.prepared, policy, problem.samples, count=len(problem.samples))))
+        return log.value(policy, lambda: quality.measure(_quantized(problem, policy)))
 
     if (best := value(front[-1])) < floor:
         raise BitscapeError(
@@ -153,3 +153,8 @@ def _asked(
         "data": describe([[part.inputs, part.targets] for part in problem.samples.parts]),
         "evaluation": describe([[part.inputs, part.targets] for part in evaluation.parts]),
     }
+
+
+def _quantized(problem: SearchProblem, policy: Policy) -> nn.Module:
+    samples = problem.samples
+    return quantize(problem.prepared, policy, samples, count=len(samples), quantizer=problem.quantizer)

@@ -1,7 +1,7 @@
 """bs.quantize: a float network, a policy and a few samples in; a quantized network out."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -20,7 +20,6 @@ from bitscape.tuning.tune import tune
 from bitscape.verbs.proxy import HELD_OUT, parted, proxy_of
 from bitscape.words import counted
 
-DEFAULT_QUANTIZER = Lsq()
 Repair = Literal["compensate", "adaptive", "tune", "reconstruct"]
 _TUNINGS: dict[str | None, Callable[..., nn.Module]] = {"tune": tune, "reconstruct": reconstruct}
 """Words of `repair` that train."""
@@ -34,7 +33,7 @@ def quantize(
     *,
     repair: Repair | None = "compensate",
     for_training: bool = False,
-    quantizer: Quantizer = DEFAULT_QUANTIZER,
+    quantizer: Quantizer | None = None,
     count: int = 256,
     task: TaskName | Literal["auto"] | Task = "auto",
     folder: str | os.PathLike[str] | None = None,
@@ -56,7 +55,8 @@ def quantize(
             samples: of all layers together, or block by block. What does not follow the float network better on the
             quarter held out is taken back. None: nothing is done.
         for_training: keep norms, which training adapts; their statistics take the correction of biases.
-        quantizer: how weights and activations are laid on their grids; repair needs `Lsq` or `LsqPlus`.
+        quantizer: how weights and activations are laid on their grids; repair needs `Lsq` or `LsqPlus`. None: `Lsq`, of
+            the coarseness of the table that the policy was found by.
         count: most samples that are used.
         task: what the outputs mean, for the words that train; see `search`.
         folder: where the words that train keep their checkpoint; the same call goes on from there.
@@ -69,6 +69,7 @@ def quantize(
         BitscapeError: any other argument that cannot be used.
     """
     check_repair(repair, folder)
+    quantizer = quantizer or _quantizer_of(policy)
     samples = proxy_of(model, data, count=count, inputs=inputs, seed=seed)
     if not for_training:
         model = fold_norms(model, samples.first(2))
@@ -85,6 +86,11 @@ def quantize(
     network = repaired(calibrate(with_quantizers(model, policy, quantizer), seen), model, seen)
     meaning = task_of(model, seen.parts[0].inputs, task) if isinstance(task, str) else task
     return in_eval_mode(train(network, model, seen, held_out, meaning, seed=seed, folder=folder))
+
+
+def _quantizer_of(policy: Policy) -> Lsq:
+    source = policy.provenance.get("latency") if isinstance(policy, Policy) else None
+    return Lsq(coarseness=source.get("coarseness", 1.0) if isinstance(source, Mapping) else 1.0)
 
 
 def check_repair(repair: object, folder: object) -> None:

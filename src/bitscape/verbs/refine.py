@@ -107,6 +107,7 @@ class _Halves:
     def __init__(self, problem: SearchProblem) -> None:
         first, second = parted(problem.samples, 2)
         self.task, self.sides = problem.meaning, ((first, second), (second, first))
+        self.quantizer = problem.quantizer
         self.model = fold_norms(problem.prepared, problem.samples.first(2).parts[0].inputs)
         self.outputs = [outputs_on(self.model, half, self.task) for half in (second, first)]
 
@@ -114,7 +115,7 @@ class _Halves:
         """Mean divergence over all samples of the network at the bits of `policy`."""
         found = []
         for (seen, judging), outputs in zip(self.sides, self.outputs, strict=True):
-            network = calibrate(with_quantizers(self.model, policy), seen)
+            network = calibrate(with_quantizers(self.model, policy, self.quantizer), seen)
             repair(network, self.model, seen)
             moved = outputs_on(network, judging, self.task)
             found += list(map(self.task.divergence, moved, outputs))

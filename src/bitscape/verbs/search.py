@@ -16,10 +16,13 @@ from bitscape.models.dtypes import check_module
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
 from bitscape.searches.choices import offered_pairs
+from bitscape.searches.fisher import Fisher
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
+from bitscape.searches.random_policy import Random
+from bitscape.searches.uniform import Uniform
 from bitscape.signatures import checked
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 from bitscape.verbs.proxy import proxy_of
@@ -27,6 +30,8 @@ from bitscape.verbs.refine import refined
 
 SAMPLES = 256
 """Used by default."""
+COARSE = (Fisher, Uniform, Random)
+"""Methods that scales of any coarseness make no difference to, or that score them."""
 MOST_EVALUATED = 50_000
 """Samples on which a drop is measured, held in memory."""
 
@@ -78,7 +83,8 @@ def search(
         keep_float: names, patterns or types of layers that stay float, e.g. ["head*", nn.LayerNorm].
         tied: groups of layers that must get the same bits.
         target: what the network will run on, e.g. "openvino": only bits that it stores and computes are offered.
-        latency: measured times of this network, which make `latency_ms` a cap.
+        latency: measured times of this network, which make `latency_ms` a cap. Of a compiler's table at a coarseness
+            other than 1, the policy is for weights of these scales, which `quantize` gives it.
         for_training: whether the network will be trained at its bits afterwards; fisher then scores differently.
         pick: "best", or the "least-sharp" of the policies with near-equal scores, without a drop.
         attention_products: give bits to the two products of attention too ("attn.scores", "attn.values"): `weight` is the
@@ -202,6 +208,11 @@ def check_request(
     if caps or drop is None:
         check_form(caps or budget, has_latency=latency is not None)
     offered_pairs(candidates, _target(target))
+    if latency is not None and latency.coarseness != 1.0 and (for_training or not isinstance(method, COARSE)):
+        raise BitscapeError(
+            f"latency: it is of weights at coarseness {latency.coarseness:g}, which fisher alone scores, without "
+            "for_training; use method='fisher', or a table of coarseness 1"
+        )
 
 
 def _check_refine(refine: int, *, for_drop: bool, for_training: bool) -> None:

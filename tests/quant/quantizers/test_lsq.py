@@ -89,3 +89,13 @@ def test_widths_that_match_no_scale_are_an_error():
     fake = Lsq(weight_scales=PerTensor()).for_weight(w, torch.tensor([[2], [4], [8]]))
     with pytest.raises(BitscapeError, match="3 widths for 1 scales"):
         fake.initialize(w, Mse())
+
+
+def test_coarse_scales_are_multiples_of_the_usual_ones():
+    w = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    usual, coarse = Lsq().for_weight(w, 4), Lsq(coarseness=2.0).for_weight(w, 4)
+    for fake in (usual, coarse):
+        fake.initialize(w, Mse())
+    assert torch.equal(coarse.scale, 2 * usual.scale)
+    with pytest.raises(BitscapeError, match="coarseness = 0: a number above 0"):
+        Lsq(coarseness=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,7 @@ def one_operator(content: bytes, index: int) -> bytes:
 
 def _places(stored: Sequence[bool]) -> list[int]:
     """Numbers of the buffers of tensors that have one, from 1 on; 0 of the others."""
-    return [sum(stored[: at + 1]) if is_stored else 0 for at, is_stored in enumerate(stored)]
+    return [number * is_stored for number, is_stored in zip(accumulate(stored), stored, strict=True)]
 
 
 def operator_weights(content: bytes) -> list[str]:

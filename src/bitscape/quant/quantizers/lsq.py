@@ -8,6 +8,7 @@ Departs   One scale per output channel for weights by default (paper: per layer)
           optimum instead of 2 mean|v| / sqrt(qmax). One-bit weights are the sign on a mid-rise grid. Grids of activations
           may begin between the signed and the unsigned one, our own choice: of all whole zero points that of the least
           squared error, where it leaves at most 3/4 of the signed grid's. Training keeps the zero point.
+          Weights' scales may start coarser than the optimum (`coarseness`), our own choice: see docs/deploy.
 Costs     Two passes over each tensor more than float training; see docs/results: speed.
 Measured  docs/results: the default quantizer of every benchmark. Zero points, without training, repaired, one run, from a
           signed grid: text direction (MobileNetV3, 2,000 lines) 73.7 -> 83.4 % at W4A4 and 95.3 -> 95.9 % at W6A6 BitOps;
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from bitscape.errors import BitscapeError
 from bitscape.quant.functional import fake_quantize
 from bitscape.quant.observers import Observer, activation_range
 from bitscape.quant.quantizers.base import (
@@ -36,8 +38,11 @@ from bitscape.quant.quantizers.base import (
 class LsqWeight(WeightFakeQuantizer):
     """Weights on a signed grid with learned scales."""
 
-    def __init__(self, weight: Tensor, bits: int | Tensor, sharing: Sharing, channel_axis: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, bits: int | Tensor, sharing: Sharing, channel_axis: int = 0, coarseness: float = 1.0
+    ) -> None:
         super().__init__(bits, signed=True)
+        self.coarseness = coarseness
         shape = scale_shape(weight.shape, sharing, channel_axis)
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
         self.gradient_factor = lsq_gradient_factor(weight.numel() // max(1, math.prod(shape)), self.grid.qmax)
@@ -50,7 +55,7 @@ class LsqWeight(WeightFakeQuantizer):
 
     def _set_range(self, values: Tensor, observer: Observer) -> None:
         scales = observer.scale(grouped(values, self.scale.shape), self.grid)
-        self.scale.copy_(scales.reshape(self.scale.shape))
+        self.scale.copy_(self.coarseness * scales.reshape(self.scale.shape))
 
 
 class LsqActivation(FakeQuantizer):
@@ -85,10 +90,19 @@ class Lsq:
     """One scale per output channel, or one per tensor."""
     zero_points: bool = True
     """Whether grids of activations may begin between signed and unsigned ones; False for FINN, which takes no zero point."""
+    coarseness: float = 1.0
+    """Weights' scales start at so many times those of the least squared error, above 0. Above 1 codes lie nearer to zero
+    than their width allows, and no weight is clipped: compilers that encode weights store such codes in fewer bits, at
+    less error than codes of that many bits have. A file of fixed widths gains nothing."""
+
+    def __post_init__(self) -> None:
+        """Check `coarseness`."""
+        if not (isinstance(self.coarseness, int | float) and 0 < self.coarseness < math.inf):
+            raise BitscapeError(f"coarseness = {self.coarseness!r}: a number above 0; 1 is usual, 2 for encoded weights")
 
     def for_weight(self, weight: Tensor, bits: int | Tensor, channel_axis: int = 0) -> LsqWeight:
         """Fake-quantizer for a weight of any shape, its output channels along `channel_axis`."""
-        return LsqWeight(weight, bits, self.weight_scales, channel_axis)
+        return LsqWeight(weight, bits, self.weight_scales, channel_axis, self.coarseness)
 
     def for_activation(self, bits: int | Tensor) -> LsqActivation:
         """Fake-quantizer for a layer's input."""
