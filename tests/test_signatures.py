@@ -49,7 +49,8 @@ def act(
         {"word": "three"},  # which texts there are is said where the text is read
         {"word": 2},
         {"names": ["a", Thing]},
-        {"names": (name for name in "ab")},
+        {"flag": np.bool_(True)},
+        {"paths": (name for name in "ab")},
         {"pins": {"a": 1}},
         {"named": Thing()},
         {"function": len},
@@ -60,6 +61,11 @@ def act(
 )
 def test_values_of_the_annotated_types_pass(given):
     assert act(**given) == "done"
+
+
+def test_what_can_be_gone_through_once_is_no_sequence():
+    with pytest.raises(BitscapeError, match="it must be a list"):
+        act(names=iter("ab"))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ may be is checked where it is read.
 import inspect
 import reprlib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, wraps
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import numpy as np
 
 from bitscape.errors import BitscapeError
 
@@ -79,7 +81,11 @@ def _fits(value: Any, hint: Any) -> bool:
             _fits(key, parts[0]) and _fits(entry, parts[1]) for key, entry in value.items()
         )
     if parts and issubclass(kind, Iterable):
+        if issubclass(kind, Sequence) and isinstance(value, Iterator):
+            return False  # the check would use it up
         return _is_list_like(value) and all(_fits(entry, parts[0]) for entry in _entries(value))
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
     return isinstance(value, kind) and not isinstance(value, type)
 
 

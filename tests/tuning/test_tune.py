@@ -16,8 +16,8 @@ from tests.tuning.small import float_net, images, quantized
 SEEN, HELD_OUT = Samples.of(images(16)), Samples.of(images(24)[16:])
 
 
-def tuned(network, **settings):
-    return tune(network, float_net(), SEEN, HELD_OUT, Classes(), epochs=2, batch_size=8, **settings)
+def tuned(network, float_network=None, **settings):
+    return tune(network, float_network or float_net(), SEEN, HELD_OUT, Classes(), epochs=2, batch_size=8, **settings)
 
 
 def test_the_network_learns_the_float_network_s_outputs_and_its_layers_outputs():
@@ -58,12 +58,21 @@ def test_the_same_call_gives_the_same_network_and_goes_on_from_its_folder(tmp_pa
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    made = quantized(float_net())
+    made, other = quantized(float_net()), float_net()
     tuned(copy.deepcopy(made), folder=tmp_path)
     with torch.no_grad():
-        next(made.parameters()).mul_(0.5)
+        next(other.parameters()).mul_(0.5)
     with pytest.raises(CheckpointError, match=r"start was '.*' and is '.*'; pass those settings"):
-        tuned(made, folder=tmp_path)
+        tuned(made, other, folder=tmp_path)
+
+
+def test_codes_that_were_rounded_another_way_do_not_keep_a_run_from_going_on(tmp_path):
+    """Another count of threads adds up in another order."""
+    made = quantized(float_net())
+    first = tuned(copy.deepcopy(made), folder=tmp_path).state_dict()
+    with torch.no_grad():
+        next(made.parameters()).add_(1e-7)
+    assert all(torch.equal(value, first[name]) for name, value in tuned(made, folder=tmp_path).state_dict().items())
 
 
 def test_batches_of_several_shapes_are_shuffled_each_and_skipped_where_they_are_done():

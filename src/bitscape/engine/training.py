@@ -66,7 +66,7 @@ def train(
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every_s: float = 60.0,
     resume: bool = True,
-    same_start: bool = False,
+    start: nn.Module | None = None,
     seed: int = 0,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     trackers: Sequence[Tracker] = (),
@@ -86,8 +86,8 @@ def train(
     state as well. clip_norm: scale the gradient of all parameters together down to this length. validation: evaluated
     after each epoch. folder: gets
     checkpoint.safetensors (every `checkpoint_every_s` seconds and after each epoch), run.json and metrics.jsonl.
-    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it. same_start: refuse a
-    checkpoint of a run that began with other weights; otherwise the log says so.
+    resume: go on from the folder's checkpoint if there is one; False starts over and replaces it. start: the network
+    that the user gave; a checkpoint of a run that began with another one is refused. None: of other weights the log says so.
     seed: of dropout and the like; the batches carry their own. after_epoch: called after each epoch, on every worker, with
     the number of finished epochs, before that epoch's checkpoint; the finite numbers it returns join the epoch's record, under
     names that the loop does not use. A checkpoint does not compare it: a resumed run may have another one, or none. trackers: told of
@@ -125,9 +125,9 @@ def train(
     elif schedule is not None:
         batches_an_epoch = batches_in(batches)
         check_schedule(schedule, built, None if batches_an_epoch is None else epochs * batches_an_epoch)
-    start = describe(model)["sample_sha256"]
+    began_with = describe(model)["sample_sha256"]
     settings: dict[str, Any] = {
-        **({"start": start} if same_start else {}),
+        **({} if start is None else {"start": describe(start)["sample_sha256"]}),
         "epochs": epochs,
         "seed": seed,
         "bits": bits_of(model),
@@ -165,7 +165,7 @@ def train(
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
         device=device,
-        start=start,
+        start=began_with,
     )
     loop = Loop(
         state=state,

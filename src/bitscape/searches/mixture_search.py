@@ -156,7 +156,7 @@ def train_mixture(
         channels_last=problem.channels_last,
         epochs=settings.epochs,
         folder=None if folder is None else folder / "search",
-        same_start=True,
+        start=problem.prepared,
         after_epoch=Progress(problem, settings, mixed, folder).after_epoch,
         seed=problem.seed,
     )

@@ -182,7 +182,7 @@ def _warm_up(proxy: ProxyTask, problem: SearchProblem, epochs: int, folder: Path
         epochs=epochs,
         channels_last=problem.channels_last,
         folder=None if folder is None else folder / "head",
-        same_start=True,
+        start=problem.prepared,
         seed=problem.seed,
     )
     model.requires_grad_(True)

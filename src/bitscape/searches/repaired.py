@@ -75,8 +75,12 @@ def _weight_changes(
 
 
 def unseen_growth(error: RoundingError) -> float:
-    """How much larger output changes are on images that the rounding has not seen, at least 1."""
-    return math.sqrt(error.unseen / error.repaired) if error.repaired > 0 else 1.0
+    """How much larger output changes are on images that the rounding has not seen, at least 1.
+
+    Nearest rounding looks at no image.
+    """
+    fitted = 0 < error.repaired < error.nearest
+    return math.sqrt(error.unseen / error.repaired) if fitted else 1.0
 
 
 def rounded_weights(

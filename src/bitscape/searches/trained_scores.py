@@ -147,6 +147,7 @@ class TrainedScores:
             channels_last=problem.channels_last,
             epochs=self.epochs,
             folder=None if folder is None else folder / "search",
+            start=problem.prepared,
             seed=problem.seed,
         )
         by_group = self._read_out(network, learned, held_out)

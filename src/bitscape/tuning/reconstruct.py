@@ -112,7 +112,7 @@ def reconstruct(
     most = _fitting(blocks)
     fitted, tested = (_Pairs(model, float_model, part.first(most)) for part in (samples, held_out))
     settings = {"steps": steps, "batch_size": batch_size, "reach": reach, "drop": drop, "seed": seed}
-    made = _Checkpoint(folder, describe({**settings, "bits": bits_of(model), "start": model}))
+    made = _Checkpoint(folder, describe({**settings, "bits": bits_of(model), "start": float_model}))
     with made.locked(), relaxed(model, example) as relaxation:
         done = made.restore(model)
         for number, block in enumerate(track(blocks[done:], label="block reconstruction"), done + 1):

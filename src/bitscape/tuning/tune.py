@@ -93,7 +93,7 @@ def tune(
             task=User(name=task.name),
             loss=loss,
             folder=None if folder is None else Path(folder) / "tune",
-            same_start=True,
+            start=float_model,
             seed=seed,
         )
     guard.decide("tuning")

@@ -89,7 +89,7 @@ def quantize(
 
 
 def _quantizer_of(policy: Policy) -> Lsq:
-    source = policy.provenance.get("latency") if isinstance(policy, Policy) else None
+    source = policy.provenance.get("latency")
     return Lsq(coarseness=source.get("coarseness", 1.0) if isinstance(source, Mapping) else 1.0)
 
 

@@ -148,6 +148,7 @@ class _Rounder:
             inputs = next(batches, None) if has_room else None
             if inputs is not None:
                 pairs.append(self._pair(inputs))
+                self._see_inputs(pairs[-1])
             elif not pairs:
                 return
             else:
@@ -155,9 +156,7 @@ class _Rounder:
             pairs[:] = [pair for pair in pairs if pair.name]
 
     def _pair(self, inputs: Inputs) -> Pair:
-        pair = Pair(self.float_model, self.model, inputs, self.layers, self.errors)
-        self._see_inputs(pair)
-        return pair
+        return Pair(self.float_model, self.model, inputs, self.layers, self.errors)
 
     def _see_inputs(self, pair: Pair) -> None:
         """Add up the rows that the pair stands at; of all batches they would fill the memory."""
