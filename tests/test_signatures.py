@@ -49,7 +49,6 @@ def act(
         {"word": "three"},  # which texts there are is said where the text is read
         {"word": 2},
         {"names": ["a", Thing]},
-        {"flag": np.bool_(True)},
         {"paths": (name for name in "ab")},
         {"pins": {"a": 1}},
         {"named": Thing()},

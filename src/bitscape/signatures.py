@@ -14,8 +14,6 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
-import numpy as np
-
 from bitscape.errors import BitscapeError
 
 Parameters = ParamSpec("Parameters")
@@ -84,8 +82,6 @@ def _fits(value: Any, hint: Any) -> bool:
         if issubclass(kind, Sequence) and isinstance(value, Iterator):
             return False  # the check would use it up
         return _is_list_like(value) and all(_fits(entry, parts[0]) for entry in _entries(value))
-    if kind is bool:
-        return isinstance(value, bool | np.bool_)
     return isinstance(value, kind) and not isinstance(value, type)
 
 

@@ -134,7 +134,7 @@ def test_images_that_are_not_finite_are_named(value: float) -> None:
 @pytest.mark.parametrize(
     ("model", "images"),
     [
-        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.ones(4, 6)),
+        (nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), torch.ones(4, 6)),
         (nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)), torch.ones(4, 2, 6)),
         (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(2), nn.Conv1d(2, 3, 1), nn.Flatten(), nn.Linear(24, 3)), torch.ones(4, 1, 3, 3, 3)),
         (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 3)), torch.ones(4, 3, dtype=torch.int64)),

@@ -12,16 +12,16 @@ Depthwise convolutions and other layers stay float: torchao 0.18 has nothing for
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitscape.adapters.widths import FLOAT, Pair, Rounding, offered_bits
-from bitscape.errors import BitscapeError
+from bitscape.errors import BitscapeError, needs_extra
 from bitscape.models.layers import layer_shapes, quantizable_layers
 from bitscape.policy import FLOAT_BITS, WEIGHT_BITS, Policy
-from bitscape.runtimes.packages import runtime_module
 
 NAME = "torchao"
 
@@ -46,14 +46,15 @@ def to_torchao(policy: Policy, model: nn.Module, *, rounding: Rounding = "exact"
             "at all; keep the attention's layers float"
         )
     given = offered_bits(policy, {name: _offered(layers[name]) for name in policy.layers}, rounding, NAME)
-    library = runtime_module("torchao.quantization")
+    with needs_extra("torchao"):
+        library = import_module("torchao.quantization")
     configs = ((name, _config(library, pair)) for name, pair in given.items())
     return library.FqnToConfig(fqn_to_config=OrderedDict(configs))
 
 
 def torchao_document(config: Any) -> Any:
     """Return a config as torchao writes it to JSON; its function config_from_dict reads it."""
-    return runtime_module("torchao.core.config").config_to_dict(config)
+    return import_module("torchao.core.config").config_to_dict(config)
 
 
 def _offered(layer: nn.Module) -> Sequence[Pair]:

@@ -20,7 +20,6 @@ EXTRAS = {
     "ai_edge_litert": "tflite",
     "flatbuffers": "tflite",
     "ethosu": "ethos-u",
-    "torchao": "torchao",
 }
 """Package -> the extra of bitscape that brings it."""
 FORMATS = {

@@ -16,13 +16,10 @@ from bitscape.models.dtypes import check_module
 from bitscape.models.prepare import prepare
 from bitscape.policy import LayerBits
 from bitscape.searches.choices import offered_pairs
-from bitscape.searches.fisher import Fisher
 from bitscape.searches.freedom import Pins
 from bitscape.searches.methods import METHODS, SearchMethod
 from bitscape.searches.pick import check_pick
 from bitscape.searches.problem import Pick, SearchProblem, SearchResult, check_samples, name_of
-from bitscape.searches.random_policy import Random
-from bitscape.searches.uniform import Uniform
 from bitscape.signatures import checked
 from bitscape.verbs.drop import ALONG, check_scores, quality_of, smallest_within
 from bitscape.verbs.proxy import proxy_of
@@ -30,7 +27,7 @@ from bitscape.verbs.refine import refined
 
 SAMPLES = 256
 """Used by default."""
-COARSE = (Fisher, Uniform, Random)
+COARSE = ("fisher", "uniform", "random")
 """Methods that scales of any coarseness make no difference to, or that score them."""
 MOST_EVALUATED = 50_000
 """Samples on which a drop is measured, held in memory."""
@@ -208,7 +205,7 @@ def check_request(
     if caps or drop is None:
         check_form(caps or budget, has_latency=latency is not None)
     offered_pairs(candidates, _target(target))
-    if latency is not None and latency.coarseness != 1.0 and (for_training or not isinstance(method, COARSE)):
+    if latency is not None and latency.coarseness != 1.0 and (for_training or name_of(method) not in COARSE):
         raise BitscapeError(
             f"latency: it is of weights at coarseness {latency.coarseness:g}, which fisher alone scores, without "
             "for_training; use method='fisher', or a table of coarseness 1"
