@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 import bitscape as bs
-from benchmarks.common import bits_of, do_missing, recipe_parser
+from benchmarks.common import bits_of, do_recipe
 from benchmarks.transfer_policies import CASES, SEARCH_EPOCHS, problem, tests, trained
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.engine import evaluate
@@ -86,12 +84,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part)
+    do_recipe(__doc__, NAME, KEYS, wanted, measure)
 
 
 if __name__ == "__main__":

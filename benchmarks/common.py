@@ -77,6 +77,28 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def seeds_parser(description: str | None) -> argparse.ArgumentParser:
+    """Those, for benchmarks that repeat their runs by seed."""
+    parser = recipe_parser(description)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
+    return parser
+
+
+def do_recipe(
+    description: str | None,
+    benchmark: str,
+    keys: Sequence[str],
+    wanted: Callable[[int, int, int], Iterable[Run]],
+    measure: Callable[[dict[str, Any]], Mapping[str, Any]],
+) -> None:
+    """Read the options of `seeds_parser`; do the missing of the runs wanted of so many seeds, images, epochs."""
+    options = seeds_parser(description).parse_args()
+    torch.set_num_threads(options.threads)
+    runs = wanted(options.seeds, options.images, options.epochs)
+    do_missing(benchmark, keys, runs, measure, options.part)
+
+
 def networks_parser(description: str | None, networks: Sequence[str]) -> argparse.ArgumentParser:
     """The options of every benchmark whose runs are of some networks."""
     parser = argparse.ArgumentParser(

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import bitscape as bs
-from benchmarks.common import bits_of, dataset, do_missing, recipe_parser, test_batches
+from benchmarks.common import bits_of, dataset, do_recipe, test_batches
 from bitscape.cost.budget import parse_budget
 from bitscape.cost.layers import measure as profile
 from bitscape.cost.policy_cost import policy_cost
@@ -26,6 +27,7 @@ from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Samples
 from bitscape.data.sources import Dataset
 from bitscape.engine import Cosine
+from bitscape.models.find import load_weights
 from bitscape.models.layers import quantizable_layers
 from bitscape.searches.choices import DEFAULT_CANDIDATES
 from bitscape.searches.methods import SearchMethod
@@ -133,7 +135,7 @@ def batches(images: Dataset, seed: int = 0) -> bs.Batches:
 @cache
 def float_network() -> nn.Module:
     """The float network, trained once into FOLDER; a training that was stopped goes on."""
-    file = FOLDER / "float.pt"
+    file = FOLDER / "float.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = depthwise()
@@ -149,8 +151,8 @@ def float_network() -> nn.Module:
                 channels_last=True,
                 folder=FOLDER / f"float{at}",
             )
-        torch.save(network.state_dict(), file)
-    network.load_state_dict(torch.load(file, weights_only=True))
+        save_file(network.state_dict(), file)
+    load_weights(network, file)
     return network.eval()
 
 
@@ -198,9 +200,9 @@ def find(run: dict[str, Any], stated: SearchProblem) -> bs.SearchResult:
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Search, repair, train, evaluate."""
     stated = problem(run)
-    found = find(run, stated)
+    result = find(run, stated)
     network = bs.quantize(
-        float_network(), found.policy, stated.samples.first(256), for_training=True
+        float_network(), result.policy, stated.samples.first(256), for_training=True
     )
     repaired = bs.evaluate(network, tests()).value
     order = torch.randperm(
@@ -221,14 +223,14 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "weights": f"own, {sum(epochs for epochs, _, _ in FLOAT_STAGES)} epochs",
         "target": "cifar10",
         "proxy": f"cifar10:{PROXY_IMAGES}",
-        "policy": bits_of(found.policy),
+        "policy": bits_of(result.policy),
         "budget": dict(stated.choices.budget.caps),
-        "cost": policy_cost(stated.network, found.policy),
+        "cost": policy_cost(stated.network, result.policy),
         "step": "plain",
         "top1": bs.evaluate(network, tests()).value,
         "float_top1": float_top1(),
         "test_images": TEST_IMAGES,
-        "search_s": found.seconds,
+        "search_s": result.seconds,
         "train_s": float(trained.records[-1]["train_s"]),
         "clock": "wall",
         "dtype": "float32",
@@ -238,14 +240,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    do_missing(
-        NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part
-    )
+    do_recipe(__doc__, NAME, KEYS, wanted, measure)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ FILE_IMAGES = 64
 MADE = Path("runs") / "ethos-u"
 
 
-def wanted(networks: Sequence[str] = NETWORKS, accelerators: Sequence[str] = ACCELERATORS) -> Iterator[dict[str, Any]]:
+def wanted(
+    networks: Sequence[str] = NETWORKS, accelerators: Sequence[str] = ACCELERATORS
+) -> Iterator[dict[str, Any]]:
     """Every run."""
     variants = ("w8", *MIXED, *(name for name in UNIFORM if name != "w8"))
     for accelerator, network, variant in itertools.product(accelerators, networks, variants):
@@ -118,9 +120,9 @@ def scores_of(network: str, coarseness: float, budget: Mapping[str, float]) -> S
     if not file.is_file():
         about, table = subject(network), table_of(network, coarseness)
         settings = {"latency": table, "candidates": PAIRS, "target": "ethos-u", "task": about.task}
-        found = bs.search(about.model, about.calibration, budget, count=IMAGES, **settings)
-        assert found.scores is not None
-        found.scores.save(file)
+        result = bs.search(about.model, about.calibration, budget, count=IMAGES, **settings)
+        assert result.scores is not None
+        result.scores.save(file)
     return ScoreTable.load(file)
 
 
@@ -156,7 +158,9 @@ def made(network: str, variant: str) -> Made:
         about, policy = subject(network), found_policy(network, variant)
         how = MIXED.get(variant, Mixed({}, coarseness=1.0))
         quantizer = Lsq(coarseness=how.coarseness)
-        done = bs.quantize(about.model, policy, about.calibration, count=IMAGES, quantizer=quantizer)
+        done = bs.quantize(
+            about.model, policy, about.calibration, count=IMAGES, quantizer=quantizer
+        )
         images = proxy_of(about.model, about.calibration, count=FILE_IMAGES, inputs=None, seed=0)
         content = tflite_content(tflite_network(done, images), images)
         file.with_suffix(".tflite").write_bytes(content)
@@ -164,7 +168,10 @@ def made(network: str, variant: str) -> Made:
         measured = {
             "value": value(about, done),
             "coarseness": how.coarseness,
-            "predicted": {kind: cost(kind, profile, policy) for kind in ("latency_ms", "flash_bytes", "sram_bytes")},
+            "predicted": {
+                kind: cost(kind, profile, policy)
+                for kind in ("latency_ms", "flash_bytes", "sram_bytes")
+            },
         }
         replace(policy, provenance=measured).save(file)
     return Made(Policy.load(file), file.with_suffix(".tflite").read_bytes())
@@ -175,17 +182,17 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     about, vela = subject(run["network"]), Vela(accelerator=run["settings"]["accelerator"])
     MADE.mkdir(parents=True, exist_ok=True)
     one = made(run["network"], run["variant"])
-    compiled, found = vela.compile(one.content), one.policy.provenance
-    predicted = {"predicted": found["predicted"]} if vela.accelerator == ACCELERATORS[0] else {}
+    compiled, measured = vela.compile(one.content), one.policy.provenance
+    predicted = {"predicted": measured["predicted"]} if vela.accelerator == ACCELERATORS[0] else {}
     caps = caps_of(run["network"], run["variant"]) if run["variant"] in MIXED else None
-    settings = {"images": IMAGES, "compiler": vela.version, "coarseness": found["coarseness"]}
+    settings = {"images": IMAGES, "compiler": vela.version, "coarseness": measured["coarseness"]}
     return {
         **run,
         "weights": about.weights,
         "metric": about.metric,
         "test_images": about.test_samples,
         "float_value": float_value(run["network"]),
-        "value": found["value"],
+        "value": measured["value"],
         "policy": bits_of(one.policy),
         "budget": caps,
         "settings": {**run["settings"], **settings},

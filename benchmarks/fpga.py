@@ -1,4 +1,4 @@
-"""fpga: mixed networks as hardware by hls4ml, in its C++ emulation: whether it computes what the simulation says.
+"""fpga: does hls4ml compute what the simulation says, of mixed networks in its C++ emulation?
 
     python -m benchmarks.fpga    # needs hls4ml and g++ beside the extra `onnx`
 
@@ -37,7 +37,7 @@ PRECISION = "ap_fixed<48,16>"
 QUANTIZER = Lsq(zero_points=False, weight_scales=PerTensor())
 """hls4ml takes one scale a tensor where the next layer's input is quantized."""
 SAME = 1e-6
-"""Largest difference of equal outputs, relative to the largest output: they are float sums of the same codes."""
+"""Largest difference of equal outputs, relative to the largest: float sums of the same codes."""
 
 
 def wanted() -> Iterator[dict[str, Any]]:
@@ -89,7 +89,11 @@ def emulated(network: nn.Module, images: Tensor) -> NDArray[np.float32]:
         graph = cleanup_model(cleanup_model(ModelWrapper(str(file))).transform(GemmToMatMul()))
         settings = {"backend": "Vitis", "granularity": "name", "default_precision": PRECISION}
         config = hls4ml.utils.config_from_onnx_model(graph, **settings)
-        project = {"output_dir": str(Path(folder) / "project"), "backend": "Vitis", "io_type": "io_parallel"}
+        project = {
+            "output_dir": str(Path(folder) / "project"),
+            "backend": "Vitis",
+            "io_type": "io_parallel",
+        }
         hardware = hls4ml.converters.convert_from_onnx_model(graph, hls_config=config, **project)
         hardware.compile()
         outputs: NDArray[np.float32] = hardware.predict(np.ascontiguousarray(images.numpy()))
@@ -135,7 +139,9 @@ def top1(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     torch.set_num_threads(1)
     do_missing(NAME, KEYS, wanted(), measure)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import bitscape as bs
-from benchmarks.common import DATA, bits_of, dataset, do_missing, proxy_images, recipe_parser, test_batches
+from benchmarks.common import DATA, bits_of, dataset, do_recipe, proxy_images, test_batches
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.sources import Dataset
@@ -153,12 +153,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), measure, options.part)
+    do_recipe(__doc__, NAME, KEYS, wanted, measure)
 
 
 if __name__ == "__main__":

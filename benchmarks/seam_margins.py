@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bitscape as bs
 from benchmarks import transfer_policies
-from benchmarks.common import DATA, RESULTS, bits_of, do_missing, recipe_parser
+from benchmarks.common import DATA, RESULTS, bits_of, do_missing, seeds_parser
 from benchmarks.transfer_policies import CALIBRATION, CASES, METHODS, images_of, problem, proxy_of, trained
 from bitscape.data.proxy import draw_proxy
 from bitscape.report.records import identity, read_runs
@@ -101,10 +101,7 @@ def measure(run: dict[str, Any], epochs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
-    options = parser.parse_args()
+    options = seeds_parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     do_missing(NAME, KEYS, wanted(options.seeds, options.images, options.epochs), lambda run: measure(run, options.epochs), options.part)
 

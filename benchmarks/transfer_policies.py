@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import bitscape as bs
-from benchmarks.common import DATA, bits_of, dataset, do_missing, recipe_parser, test_batches
+from benchmarks.common import DATA, bits_of, dataset, do_missing, seeds_parser, test_batches
 from bitscape.cost.policy_cost import policy_cost
 from bitscape.data.proxy import draw_proxy
 from bitscape.data.samples import Samples
@@ -215,10 +215,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs that the results file lacks."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = seeds_parser(__doc__)
     parser.add_argument("--network", choices=list(CASES), help="the runs of one network only")
-    parser.add_argument("--part", default="0/1", help="i/n: do every n-th run, from the i-th")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = [run for run in wanted(options.seeds, options.images, options.epochs) if options.network in (None, run["network"])]

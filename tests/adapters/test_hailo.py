@@ -3,7 +3,14 @@ import pytest
 import bitscape as bs
 from bitscape import adapters
 
-POLICY = bs.Policy({"a": bs.LayerBits(4, 8), "b": bs.LayerBits(8, 8), "c": bs.LayerBits(4, 8), "d": bs.LayerBits(8, 16)})
+POLICY = bs.Policy(
+    {
+        "a": bs.LayerBits(4, 8),
+        "b": bs.LayerBits(8, 8),
+        "c": bs.LayerBits(4, 8),
+        "d": bs.LayerBits(8, 16),
+    }
+)
 NAMES = {"a": "net/conv1", "b": "net/conv2", "c": "net/dw1", "d": "net/fc1"}
 
 
@@ -16,7 +23,9 @@ def test_layers_of_one_mode_stand_in_one_line():
 
 
 def test_widths_and_names_that_are_missing_are_refused():
-    with pytest.raises(bs.BitscapeError, match=r"layer 'd': Hailo's compiler has no 8/16 .* only 4/8, 8/8, 16/16"):
+    with pytest.raises(
+        bs.BitscapeError, match=r"layer 'd': Hailo's compiler has no 8/16 .* only 4/8, 8/8, 16/16"
+    ):
         adapters.to_hailo(POLICY, NAMES)
     with pytest.raises(bs.BitscapeError, match="names: none for layer 'b'"):
         adapters.to_hailo(POLICY, {"a": "net/conv1"})

@@ -21,7 +21,9 @@ def test_every_layer_s_node_shows_its_bits(program):
     assert list(shown.values()) == [bits.weight for bits in MIXED.layers.values()]
     assert list(shown)[:2] == ["conv2d", "conv2d_1"]
     activations = adapters.to_model_explorer(MIXED, program, value="activation")["results"]
-    assert [node["value"] for node in activations.values()] == [bits.activation for bits in MIXED.layers.values()]
+    assert [node["value"] for node in activations.values()] == [
+        bits.activation for bits in MIXED.layers.values()
+    ]
 
 
 def test_scores_are_those_of_the_policy_s_bits(program):
@@ -38,7 +40,9 @@ def test_scores_are_those_of_the_policy_s_bits(program):
 
 
 def test_what_cannot_be_shown_is_refused(program):
-    with pytest.raises(bs.BitscapeError, match="value='bits': use one of weight, activation, score"):
+    with pytest.raises(
+        bs.BitscapeError, match="value='bits': use one of weight, activation, score"
+    ):
         adapters.to_model_explorer(MIXED, program, value="bits")
     with pytest.raises(bs.BitscapeError, match="needs scores"):
         adapters.to_model_explorer(MIXED, program, value="score")
@@ -47,8 +51,12 @@ def test_what_cannot_be_shown_is_refused(program):
 
 
 def test_model_explorer_reads_it_and_has_these_nodes(program):
-    builder = pytest.importorskip("model_explorer.node_data_builder", reason="ai-edge-model-explorer is not installed")
-    from model_explorer.pytorch_exported_program_adapter_impl import PytorchExportedProgramAdapterImpl
+    builder = pytest.importorskip(
+        "model_explorer.node_data_builder", reason="ai-edge-model-explorer is not installed"
+    )
+    from model_explorer.pytorch_exported_program_adapter_impl import (
+        PytorchExportedProgramAdapterImpl,
+    )
 
     data = adapters.to_model_explorer(MIXED, program)
     fields = {name: builder.NodeDataResult(**node) for name, node in data["results"].items()}

@@ -56,13 +56,18 @@ def test_the_file_is_read_back_by_torchao(quantization):
 
 
 def test_what_torchao_lacks_is_refused(quantization):
-    with pytest.raises(bs.BitscapeError, match=r"layer 'stem': torchao has no 3/8 .* only 1/float, .* here 3/float"):
+    with pytest.raises(
+        bs.BitscapeError, match=r"layer 'stem': torchao has no 3/8 .* only 1/float, .* here 3/float"
+    ):
         adapters.to_torchao(POLICY, network())
 
 
 def test_a_policy_of_another_network_is_refused():
     with pytest.raises(bs.BitscapeError, match="gives no bits for 'hidden'"):
-        adapters.to_torchao(bs.Policy({name: POLICY.layers[name] for name in ("stem", "depthwise", "head")}), network())
+        adapters.to_torchao(
+            bs.Policy({name: POLICY.layers[name] for name in ("stem", "depthwise", "head")}),
+            network(),
+        )
 
 
 def test_layers_of_attention_are_no_modules():

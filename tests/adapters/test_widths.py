@@ -16,7 +16,14 @@ def given(text: str, rounding="up"):
 
 @pytest.mark.parametrize(
     ("asked", "taken"),
-    [("4/8", (4, 8)), ("3/6", (4, 8)), ("5/8", (8, 8)), ("3/16", (4, 32)), ("5/16", (32, 32)), ("float", (32, 32))],
+    [
+        ("4/8", (4, 8)),
+        ("3/6", (4, 8)),
+        ("5/8", (8, 8)),
+        ("3/16", (4, 32)),
+        ("5/16", (32, 32)),
+        ("float", (32, 32)),
+    ],
 )
 def test_rounding_up_takes_the_next_pair_with_neither_width_smaller(asked, taken):
     assert given(asked) == taken
@@ -34,7 +41,9 @@ def test_exact_rounding_takes_what_the_tool_has_and_nothing_else():
 
 def test_a_pair_beyond_all_is_refused_even_when_rounding_up():
     policy = Policy({"conv": LayerBits.FLOAT})
-    with pytest.raises(BitscapeError, match="no float weight/activation bits for it, only 8/8; offer these only"):
+    with pytest.raises(
+        BitscapeError, match="no float weight/activation bits for it, only 8/8; offer these only"
+    ):
         offered_bits(policy, {"conv": [(8, 8)]}, "up", "the tool")
 
 

@@ -1,5 +1,7 @@
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,9 +10,9 @@ from bitscape.report.depth_chart import BIT, LARGEST, PLAIN, SMALLEST, DepthLaye
 from tests.report.reading import Element, numbers, parts, texts, tips
 
 
-def layer(name: str, bits: LayerBits, **changed: object) -> DepthLayer:
-    about = {"least": bits, "uniform": None, "series": 0, "costs": None}
-    return DepthLayer(**{"name": name, "bits": bits, **about, **changed})  # type: ignore[arg-type]
+def layer(name: str, bits: LayerBits, **changed: Any) -> DepthLayer:
+    plain = DepthLayer(name=name, bits=bits, least=bits, uniform=None, series=0, costs=None)
+    return replace(plain, **changed)
 
 
 def drawn(*layers: DepthLayer) -> Element:

@@ -2,8 +2,9 @@
 
     quantization_param([net/conv1, net/conv2], precision_mode=a8_w4)
 
-The compiler's parser gives layers names of its own, in its file as "original_names" beside those of the ONNX file; the
-caller says which is which. The compiler is not in public registries: the lines follow its documents and were not run.
+The compiler's parser gives layers names of its own, in its file as "original_names" beside those of
+the ONNX file; the caller says which is which. The compiler is not in public registries: the lines
+follow its documents and were not run.
 """
 
 from collections.abc import Mapping
@@ -23,16 +24,21 @@ def to_hailo(policy: Policy, names: Mapping[str, str], *, rounding: Rounding = "
     Args:
         policy: bits of every layer.
         names: layer -> its name in Hailo's compiler.
-        rounding: of widths that the compiler lacks: "exact" raises an error, "up" takes the next wider ones.
+        rounding: of widths that the compiler lacks: "exact" raises an error, "up" takes the next
+            wider ones.
 
     Raises:
-        BitscapeError: a layer without a name, an unknown rounding, or widths that the compiler lacks.
+        BitscapeError: a layer without a name, an unknown rounding, or widths that the compiler
+            lacks.
     """
     if missing := [name for name in policy.layers if name not in names]:
-        raise BitscapeError(f"names: none for layer {missing[0]!r}; give the name of every layer in Hailo's compiler")
-    given = offered_bits(policy, dict.fromkeys(policy.layers, tuple(MODES)), rounding, NAME)
+        raise BitscapeError(
+            f"names: none for layer {missing[0]!r}; give the name of every layer in Hailo's "
+            "compiler"
+        )
+    pairs = offered_bits(policy, dict.fromkeys(policy.layers, tuple(MODES)), rounding, NAME)
     lines = []
     for pair, mode in MODES.items():
-        if layers := [names[name] for name, bits in given.items() if bits == pair]:
+        if layers := [names[name] for name, bits in pairs.items() if bits == pair]:
             lines.append(f"quantization_param([{', '.join(layers)}], precision_mode={mode})\n")
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""Google Model Explorer: node data, which color the nodes of an exported program by bits or by sensitivity.
+"""Google Model Explorer: node data, which color an exported program by bits or by sensitivity.
 
     program = torch.export.export(model, (images[:1],))
     torch.export.save(program, "network.pt2")
@@ -27,29 +27,39 @@ GRADIENT = ({"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#d9722e"}
 
 
 def to_model_explorer(
-    policy: Policy, program: ExportedProgram, *, value: NodeValue = "weight", scores: ScoreTable | None = None
+    policy: Policy,
+    program: ExportedProgram,
+    *,
+    value: NodeValue = "weight",
+    scores: ScoreTable | None = None,
 ) -> dict[str, Any]:
     """Return node data for Model Explorer, for every node of the policy's layers.
 
     Args:
         policy: bits of every layer.
-        program: what `torch.export.export` made of the float network; Model Explorer shows its file.
-        value: what nodes show: "weight" or "activation" bits, or the "score" of the layer at its bits, which says how
-            much they cost in accuracy.
+        program: what `torch.export.export` made of the float network; Model Explorer shows its
+            file.
+        value: what nodes show: "weight" or "activation" bits, or the "score" of the layer at its
+            bits, which says how much they cost in accuracy.
         scores: of the search, for "score"; layers that were pinned have none and show nothing.
 
     Raises:
-        BitscapeError: an unknown value, a layer that the program does not have, or scores of other layers or bits.
+        BitscapeError: an unknown value, a layer that the program does not have, or scores of other
+            layers or bits.
     """
     if value not in get_args(NodeValue):
-        raise BitscapeError(f"value={value!r}: use one of {', '.join(get_args(NodeValue))}{nearest(str(value), TITLES)}")
+        raise BitscapeError(
+            f"value={value!r}: use one of {', '.join(get_args(NodeValue))}"
+            f"{nearest(str(value), TITLES)}"
+        )
     values = _values(policy, value, scores)
     nodes = _nodes_of(program)
     if missing := [name for name in policy.layers if name not in nodes]:
         raise BitscapeError(
-            f"program: no node of layer {missing[0]!r}{nearest(missing[0], nodes)}; export the network that the policy is of"
+            f"program: no node of layer {missing[0]!r}{nearest(missing[0], nodes)}; "
+            "export the network that the policy is of"
         )
-    results = {node: {"value": shown} for name, shown in values.items() for node in nodes[name]}
+    results = {node: {"value": number} for name, number in values.items() for node in nodes[name]}
     return {"name": TITLES[value], "results": results, "gradient": list(GRADIENT)}
 
 
@@ -57,14 +67,19 @@ def _values(policy: Policy, value: NodeValue, scores: ScoreTable | None) -> dict
     if value != "score":
         return {name: getattr(bits, value) for name, bits in policy.layers.items()}
     if scores is None:
-        raise BitscapeError("value='score' needs scores: those of the search, e.g. search(...).scores")
-    shown = {}
+        raise BitscapeError(
+            "value='score' needs scores: those of the search, e.g. search(...).scores"
+        )
+    at_bits = {}
     for name, row in zip(scores.layers, scores.values.tolist(), strict=True):
         bits = policy.layers.get(name)
         if bits not in scores.candidates:
-            raise BitscapeError(f"scores: none of layer {name!r} at {bits} bits; take those of the policy's own search")
-        shown[name] = row[scores.candidates.index(bits)]
-    return shown
+            raise BitscapeError(
+                f"scores: none of layer {name!r} at {bits} bits; "
+                "take those of the policy's own search"
+            )
+        at_bits[name] = row[scores.candidates.index(bits)]
+    return at_bits
 
 
 def _nodes_of(program: ExportedProgram) -> dict[str, list[str]]:

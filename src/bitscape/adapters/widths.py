@@ -14,7 +14,9 @@ Pair: TypeAlias = tuple[int, int]
 FLOAT: Pair = (FLOAT_BITS, FLOAT_BITS)
 
 
-def offered_bits(policy: Policy, offers: Mapping[str, Sequence[Pair]], rounding: Rounding, tool: str) -> dict[str, Pair]:
+def offered_bits(
+    policy: Policy, offers: Mapping[str, Sequence[Pair]], rounding: Rounding, tool: str
+) -> dict[str, Pair]:
     """Give each layer of the policy a pair of widths that the tool has.
 
     Args:
@@ -31,7 +33,7 @@ def offered_bits(policy: Policy, offers: Mapping[str, Sequence[Pair]], rounding:
     if rounding not in get_args(Rounding):
         hint = nearest(str(rounding), get_args(Rounding))
         raise BitscapeError(f"rounding={rounding!r}: allowed are 'exact' and 'up'{hint}")
-    given = {}
+    pairs = {}
     for name, bits in policy.layers.items():
         wanted, offered = (bits.weight, bits.activation), offers[name]
         wider = [pair for pair in offered if pair[0] >= wanted[0] and pair[1] >= wanted[1]]
@@ -41,12 +43,22 @@ def offered_bits(policy: Policy, offers: Mapping[str, Sequence[Pair]], rounding:
                 f"layer {name!r}: {tool} has no {written(wanted)} weight/activation bits for it, "
                 f"only {', '.join(map(written, offered))}; {_next_step(chosen)}"
             )
-        given[name] = chosen
-    rounded = [name for name, bits in policy.layers.items() if given[name] != (bits.weight, bits.activation)]
+        pairs[name] = chosen
+    rounded = [
+        name
+        for name, bits in policy.layers.items()
+        if pairs[name] != (bits.weight, bits.activation)
+    ]
     if rounded:
-        changes = [f"{name} {policy.layers[name]} -> {written(given[name])}" for name in rounded]
-        _log.warning("%s: %d of %d layers get wider bits: %s", tool, len(rounded), len(given), ", ".join(changes))
-    return given
+        changes = [f"{name} {policy.layers[name]} -> {written(pairs[name])}" for name in rounded]
+        _log.warning(
+            "%s: %d of %d layers get wider bits: %s",
+            tool,
+            len(rounded),
+            len(pairs),
+            ", ".join(changes),
+        )
+    return pairs
 
 
 def written(pair: Pair) -> str:
@@ -59,4 +71,5 @@ def _next_step(wider: Pair | None) -> str:
     offer_others = "offer these only in the search (candidates=, --candidates)"
     if wider is None:
         return offer_others
-    return f"take the next wider ones, here {written(wider)}, by rounding='up' (--rounding up), or {offer_others}"
+    by_option = "by rounding='up' (--rounding up)"
+    return f"take the next wider ones, here {written(wider)}, {by_option}, or {offer_others}"

@@ -45,7 +45,9 @@ def _executorch_arm(policy: Policy, **rounding: Any) -> str:
     return _json(to_executorch_arm(policy, **rounding))
 
 
-def _model_explorer(policy: Policy, model: str, input_shape: str, program: Path | None = None, **shown: Any) -> str:
+def _model_explorer(
+    policy: Policy, model: str, input_shape: str, program: Path | None = None, **shown: Any
+) -> str:
     import torch
 
     from bitscape.adapters.model_explorer import to_model_explorer
@@ -70,11 +72,21 @@ def _hailo(policy: Policy, names: Path, **rounding: Any) -> str:
 TOOLS: Mapping[str, Tool] = {
     "torchao": Tool(_torchao, ("model", "rounding"), needed=("model",)),
     "executorch-arm": Tool(_executorch_arm, ("rounding",)),
-    "model-explorer": Tool(_model_explorer, ("model", "input_shape", "program", "value", "scores"), needed=("model", "input_shape")),
+    "model-explorer": Tool(
+        _model_explorer,
+        ("model", "input_shape", "program", "value", "scores"),
+        needed=("model", "input_shape"),
+    ),
     "hailo": Tool(_hailo, ("names", "rounding"), needed=("names",)),
 }
 tool_options = all_of(
-    click.option("--to", "tool", required=True, type=click.Choice(list(TOOLS)), help="Tool that will read the file."),
+    click.option(
+        "--to",
+        "tool",
+        required=True,
+        type=click.Choice(list(TOOLS)),
+        help="Tool that will read the file.",
+    ),
     click.option(
         "--model",
         type=MODEL,
@@ -91,32 +103,48 @@ tool_options = all_of(
     click.option(
         "--value",
         type=click.Choice(["weight", "activation", "score"]),
-        help="model-explorer: what nodes show: weight bits (default), activation bits, or the score, which is the layer's "
+        help="model-explorer: what nodes show: weight bits (default), activation bits, or the "
+        "score, which is the layer's "
         "sensitivity at its bits.",
     ),
-    click.option("--scores", type=FILE, metavar="FILE", help="model-explorer: what `bitscape search --scores` wrote."),
-    click.option("--names", type=FILE, metavar="FILE", help='hailo: JSON, layer -> its name in Hailo\'s compiler: {"conv1": "net/conv1"}.'),
+    click.option(
+        "--scores",
+        type=FILE,
+        metavar="FILE",
+        help="model-explorer: what `bitscape search --scores` wrote.",
+    ),
+    click.option(
+        "--names",
+        type=FILE,
+        metavar="FILE",
+        help='hailo: JSON, layer -> its name in Hailo\'s compiler: {"conv1": "net/conv1"}.',
+    ),
     click.option(
         "--rounding",
         type=click.Choice(["exact", "up"]),
-        help="Of widths that the tool lacks. exact: refuse them (default); up: take the next wider ones, and say where.",
+        help="Of widths that the tool lacks. exact: refuse them (default); up: take the next wider "
+        "ones, and say where.",
     ),
     click.option(
-        "--out", required=True, type=OutputFile({".json": (), ".alls": ()}), metavar="FILE", help="Where it goes; of hailo .alls."
+        "--out",
+        required=True,
+        type=OutputFile({".json": (), ".alls": ()}),
+        metavar="FILE",
+        help="Where it goes; of hailo .alls.",
     ),
 )
 
 
 def write_converted(policy: Policy, tool: str, out: Path, **options: Any) -> None:
     """Write the file of a tool. Raises BitscapeError for options that it lacks or does not take."""
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     about = TOOLS[tool]
-    if missing := [_option(name) for name in about.needed if name not in given]:
+    if missing := [_option(name) for name in about.needed if name not in chosen]:
         raise BitscapeError(f"--to {tool} needs {missing[0]}; see bitscape policy convert --help")
-    if foreign := [_option(name) for name in given if name not in about.options]:
+    if foreign := [_option(name) for name in chosen if name not in about.options]:
         takes = ", ".join(map(_option, about.options))
         raise BitscapeError(f"--to {tool} takes no {foreign[0]}, only {takes}")
-    write_atomic(out, about.write(policy, **given))
+    write_atomic(out, about.write(policy, **chosen))
 
 
 def _option(name: str) -> str:
@@ -139,5 +167,7 @@ def _names(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise BitscapeError(f"--names {path}: {error}") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise BitscapeError(f'--names {path}: it must be a JSON object of texts, e.g. {{"conv1": "net/conv1"}}')
+        raise BitscapeError(
+            f'--names {path}: it must be a JSON object of texts, e.g. {{"conv1": "net/conv1"}}'
+        )
     return names

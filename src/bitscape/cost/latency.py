@@ -115,8 +115,8 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table file; a crash leaves the old file or the new one."""
-        own = {entry.name: entry.default for entry in fields(self)}
-        entries = {name: value for name in _ENTRIES if (value := getattr(self, name)) not in (own[name], {})}
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        entries = {name: value for name in _ENTRIES if (value := getattr(self, name)) not in (defaults[name], {})}
         write_atomic(path, json_text({"format": FORMAT, "tool": f"bitscape {__version__}", **entries}))
 
     @classmethod

@@ -184,3 +184,10 @@ def _check_rates(lr: float, quantizer_lr: float | None, weight_decay: float) -> 
 def _check(name: str, value: float, allowed: bool, rule: str) -> None:
     if not allowed:
         raise BitscapeError(f"{name} is {value}; it must be {rule}")
+
+
+def check_rates(**rates: float) -> None:
+    """Raise BitscapeError unless every learning rate is above 0 and at most `MOST_RATE`."""
+    for name, rate in rates.items():
+        if not 0 < rate <= MOST_RATE:
+            raise BitscapeError(f"{name} = {rate}: it must be above 0 and at most {MOST_RATE:g}")

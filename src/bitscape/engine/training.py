@@ -125,7 +125,6 @@ def train(
     elif schedule is not None:
         batches_an_epoch = batches_in(batches)
         check_schedule(schedule, built, None if batches_an_epoch is None else epochs * batches_an_epoch)
-    began_with = describe(model)["sample_sha256"]
     settings: dict[str, Any] = {
         **({} if start is None else {"start": describe(start)["sample_sha256"]}),
         "epochs": epochs,
@@ -165,7 +164,7 @@ def train(
         ema=None if ema_decay is None else Ema.of(model, ema_decay),
         settings=settings,
         device=device,
-        start=began_with,
+        start=describe(model)["sample_sha256"],
     )
     loop = Loop(
         state=state,

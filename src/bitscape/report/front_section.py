@@ -51,34 +51,34 @@ def front_words(front: ComparedFront) -> str:
     """Say how the chosen policy scores beside random and uniform ones."""
     if front.chosen is None:
         return "No policy is marked: none was given, or the scores do not cover its bits."
-    said = f"The chosen policy scores {front.chosen.score:.4g}"
+    words = f"The chosen policy scores {front.chosen.score:.4g}"
     if front.random:
         scores = [point.score for point in front.random]
         spread = f"{front.median:.4g} in the median ({min(scores):.4g} to {max(scores):.4g})"
-        said += f"; {len(scores)} random policies within the same budget score {spread}"
+        words += f"; {len(scores)} random policies within the same budget score {spread}"
     elif front.caps:
-        said += "; no random policies beside it, for none was found within 5 % below the budget"
+        words += "; no random policies beside it, for none was found within 5 % below the budget"
     else:
-        said += "; it tells no budget"
+        words += "; it tells no budget"
     if front.uniform and front.caps:
         within = [point for point in front.uniform if point.fits]
         best = min(within, key=lambda point: point.score, default=None)
         if best:
-            said += f"; the best uniform one within it, {best.name}, scores {best.score:.4g}"
+            words += f"; the best uniform one within it, {best.name}, scores {best.score:.4g}"
         else:
-            said += "; no uniform one is within it"
-    return said + "."
+            words += "; no uniform one is within it"
+    return words + "."
 
 
 def _slider(material: Material, front: ComparedFront) -> Slider:
     bits = [material.in_call_order(point.policy) for point in front.best if point.policy]
     start = _start(front)
     plane = front_plane(front)
-    every = [own for policy in bits for own in policy.values()]
-    varied = [kind for kind in WIDTHS if len({getattr(own, kind) for own in every}) > 1]
+    every = [pair for policy in bits for pair in policy.values()]
+    varied = [kind for kind in WIDTHS if len({getattr(pair, kind) for pair in every}) > 1]
     kinds = varied or WIDTHS
     data = {
-        "told": [_told(front, point) for point in front.best],
+        "told": [_in_words(front, point) for point in front.best],
         "x": [round(plane.x(point.cost), 1) for point in front.best],
         "y": [round(plane.y(point.score), 1) for point in front.best],
         **{f"{kind}s": [_widths(policy, kind) for policy in bits] for kind in kinds},
@@ -101,20 +101,20 @@ def _start(front: ComparedFront) -> int:
     return max((at for at, point in enumerate(front.best) if point.cost <= goal), default=0)
 
 
-def _told(front: ComparedFront, point: Point) -> str:
+def _in_words(front: ComparedFront, point: Point) -> str:
     """Cost, score and mean bits of a point."""
-    own = point.policy.cost if point.policy else {}
+    costs = point.policy.cost if point.policy else {}
     means = [
-        f"{cost_name(kind)} {own[kind]:.2f}"
+        f"{cost_name(kind)} {costs[kind]:.2f}"
         for kind in ("mean_weight_bits", "mean_activation_bits")
-        if kind in own and kind != front.kind
+        if kind in costs and kind != front.kind
     ]
     cost = f"{cost_name(front.kind)} {cost_text(front.kind, point.cost)}"
     return "\n".join([cost, f"score {point.score:.3g}", *means])
 
 
 def _widths(bits: dict[str, LayerBits], kind: str) -> list[int]:
-    return [getattr(own, kind) for own in bits.values()]
+    return [getattr(pair, kind) for pair in bits.values()]
 
 
 def _map(

@@ -25,14 +25,18 @@ FLOAT_BYTES = 4
 
 def headline(material: Material) -> Headline:
     """Sum up the report: sentences, numbers before and after, and one plot."""
-    found = measured(material)
-    changes = (_metric(found), _size(material, found), _time(material) or _cost(material))
+    measurements = measured(material)
+    changes = (
+        _metric(measurements),
+        _size(material, measurements),
+        _time(material) or _cost(material),
+    )
     words = [] if material.chosen is None else _of_policy(material, material.chosen)
-    words += [NOT_MEASURED] if words and found is None else []
+    words += [NOT_MEASURED] if words and measurements is None else []
     return Headline(
         words=" ".join(words),
         changes=[change for change in changes if change is not None],
-        figure=_figure(material, found),
+        figure=_figure(material, measurements),
     )
 
 
@@ -43,66 +47,68 @@ def _of_policy(material: Material, shown: Shown) -> list[str]:
     weights = [bits.weight for bits in shown.policy.layers.values()]
     same = len(set(weights)) == 1
     widths = str(weights[0]) if same else f"{min(weights)} to {max(weights)}"
-    said = [f"{shown.name} ({shown.method}) gives {layers} weights of {widths} bits."]
+    sentences = [f"{shown.name} ({shown.method}) gives {layers} weights of {widths} bits."]
     costs, caps = material.costs(shown.policy), material.caps
     used = [
         f"{percent(costs[kind], cap)} of the {cost_name(kind)} allowed"
         for kind, cap in caps.items()
         if kind in costs
     ]
-    return [*said, f"It uses {listed(used)}."] if used else said
+    return [*sentences, f"It uses {listed(used)}."] if used else sentences
 
 
-def _metric(found: Measurements | None) -> Change | None:
+def _metric(measurements: Measurements | None) -> Change | None:
     """The metric in float and quantized, with its interval, and that of the controls."""
-    if found is None:
+    if measurements is None:
         return None
-    own, notes = _told(found), []
-    if own.interval is not None:
-        notes.append(f"95 % interval {' to '.join(map(found.text, own.interval))}")
-    if uniform := _beside(own, found.of(UNIFORM)):
-        notes.append(f"{uniform.name}: {found.text(uniform.value)}")
-    if drawn := found.of(RANDOM):
-        mean = sum(each.value for each in drawn) / len(drawn)
+    subject, notes = _subject(measurements), []
+    if subject.interval is not None:
+        notes.append(f"95 % interval {' to '.join(map(measurements.text, subject.interval))}")
+    if uniform := _beside(subject, measurements.of(UNIFORM)):
+        notes.append(f"{uniform.name}: {measurements.text(uniform.value)}")
+    if drawn := measurements.of(RANDOM):
+        mean = sum(one.value for one in drawn) / len(drawn)
         notes.append(
-            f"random: {found.text(mean)}" + (f" (mean of {len(drawn)})" if drawn[1:] else "")
+            f"random: {measurements.text(mean)}" + (f" (mean of {len(drawn)})" if drawn[1:] else "")
         )
-    in_float = found.of(FLOAT)
+    in_float = measurements.of(FLOAT)
     return Change(
-        name=f"{found.metric}, {found.where}",
-        before=found.text(in_float[0].value) if in_float else "",
-        after=found.text(own.value),
+        name=f"{measurements.metric}, {measurements.where}",
+        before=measurements.text(in_float[0].value) if in_float else "",
+        after=measurements.text(subject.value),
         note="; ".join(notes),
     )
 
 
-def _told(found: Measurements) -> Measurement:
+def _subject(measurements: Measurements) -> Measurement:
     """The chosen network, else the first that is no control, else the first quantized one."""
-    quantized = [each for each in found.all if each.role != FLOAT]
-    return min(quantized, key=lambda each: (CHOSEN, OTHER, UNIFORM, RANDOM).index(each.role))
+    quantized = [one for one in measurements.all if one.role != FLOAT]
+    return min(quantized, key=lambda one: (CHOSEN, OTHER, UNIFORM, RANDOM).index(one.role))
 
 
-def _beside(own: Measurement, uniform: tuple[Measurement, ...]) -> Measurement | None:
+def _beside(subject: Measurement, uniform: tuple[Measurement, ...]) -> Measurement | None:
     """The uniform network of the closest size."""
 
-    def distance(each: Measurement) -> float:
-        return abs((each.bytes or 0) - (own.bytes or 0))
+    def distance(one: Measurement) -> float:
+        return abs((one.bytes or 0) - (subject.bytes or 0))
 
-    return min((each for each in uniform if each is not own), key=distance, default=None)
+    return min((one for one in uniform if one is not subject), key=distance, default=None)
 
 
-def _size(material: Material, found: Measurements | None) -> Change | None:
+def _size(material: Material, measurements: Measurements | None) -> Change | None:
     """Bytes of the weights."""
-    own = material.costs(material.chosen.policy) if material.chosen else {}
-    after = own.get("weight_bytes", None if found is None else _told(found).bytes)
+    costs = material.costs(material.chosen.policy) if material.chosen else {}
+    after = costs.get(
+        "weight_bytes", None if measurements is None else _subject(measurements).bytes
+    )
     if after is None:
         return None
     before: float | None = None
     if material.network is not None:
         layers = (*material.network.layers, *material.network.never_called)
         before = FLOAT_BYTES * sum(layer.weights for layer in layers)
-    elif found is not None and found.of(FLOAT):
-        before = found.of(FLOAT)[0].bytes
+    elif measurements is not None and measurements.of(FLOAT):
+        before = measurements.of(FLOAT)[0].bytes
     return Change(
         name="size of the weights",
         before="" if before is None else cost_text("weight_bytes", before),
@@ -147,16 +153,16 @@ def _cost(material: Material) -> Change | None:
     )
 
 
-def _figure(material: Material, found: Measurements | None) -> Figure | None:
-    if found is not None and found.sized:
-        caption = f"{found.metric} over the size of the weights; {found.where}"
-        legend = [("s0 mark", "chosen")] if found.of(CHOSEN) else []
-        legend += [("s1 mark", "uniform bits")] if found.of(UNIFORM) else []
-        legend += [("s2 mark", "random bits")] if found.of(RANDOM) else []
-        legend += [("s3 mark", "other bits")] if found.of(OTHER) else []
-        if any(each.interval for each in found.sized):
+def _figure(material: Material, measurements: Measurements | None) -> Figure | None:
+    if measurements is not None and measurements.sized:
+        caption = f"{measurements.metric} over the size of the weights; {measurements.where}"
+        legend = [("s0 mark", "chosen")] if measurements.of(CHOSEN) else []
+        legend += [("s1 mark", "uniform bits")] if measurements.of(UNIFORM) else []
+        legend += [("s2 mark", "random bits")] if measurements.of(RANDOM) else []
+        legend += [("s3 mark", "other bits")] if measurements.of(OTHER) else []
+        if any(one.interval for one in measurements.sized):
             caption += "; strokes: 95 % intervals"
-        return Figure(caption=caption, pictures=[measured_chart(found)], legend=legend)
+        return Figure(caption=caption, pictures=[measured_chart(measurements)], legend=legend)
     if material.front is not None:
         return Figure(
             caption=front_caption(material.front),

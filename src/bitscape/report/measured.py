@@ -45,7 +45,7 @@ class Measurements:
 
     def of(self, *roles: str) -> tuple[Measurement, ...]:
         """Return those of some roles."""
-        return tuple(each for each in self.all if each.role in roles)
+        return tuple(one for one in self.all if one.role in roles)
 
     def text(self, value: float) -> str:
         """Return a value of the metric as it is written: percentages with two digits."""
@@ -54,7 +54,7 @@ class Measurements:
     @property
     def sized(self) -> tuple[Measurement, ...]:
         """Quantized networks of known size."""
-        return tuple(each for each in self.all if each.role != FLOAT and each.bytes is not None)
+        return tuple(one for one in self.all if one.role != FLOAT and one.bytes is not None)
 
 
 def measured(material: Material) -> Measurements | None:
@@ -62,12 +62,11 @@ def measured(material: Material) -> Measurements | None:
 
     None where nothing quantized was measured.
     """
-    found = [_evaluated(material, documents) for documents in by_data(material).values()]
+    candidates = [_evaluated(material, documents) for documents in by_data(material).values()]
     recipes = dict.fromkeys(group.recipe for group in material.groups)
-    found += [_trained(material, recipe) for recipe in recipes]
-    told = [each for each in found if len(each.of(FLOAT)) < len(each.all)]
-    best = max(told, key=lambda each: (bool(each.of(CHOSEN)), len(each.all)), default=None)
-    return best
+    candidates += [_trained(material, recipe) for recipe in recipes]
+    quantized = [one for one in candidates if len(one.of(FLOAT)) < len(one.all)]
+    return max(quantized, key=lambda one: (bool(one.of(CHOSEN)), len(one.all)), default=None)
 
 
 def by_data(material: Material) -> dict[tuple[str, str], list[EvaluationDocument]]:
@@ -84,9 +83,9 @@ def by_data(material: Material) -> dict[tuple[str, str], list[EvaluationDocument
 
 def _evaluated(material: Material, documents: Sequence[EvaluationDocument]) -> Measurements:
     first = documents[0]
-    found = tuple(_of_document(material, document) for document in documents)
+    measurements = tuple(_of_document(material, document) for document in documents)
     where = f"{PurePath(first.data).name}, {first.samples:,} samples"
-    return Measurements(metric=first.metric, where=where, all=found)
+    return Measurements(metric=first.metric, where=where, all=measurements)
 
 
 def _of_document(material: Material, document: EvaluationDocument) -> Measurement:
@@ -105,9 +104,11 @@ def _of_document(material: Material, document: EvaluationDocument) -> Measuremen
 
 def _trained(material: Material, recipe: str) -> Measurements:
     """Runs of one recipe, and float ones of any: it is from them that networks are quantized."""
-    alike = [each for each in material.groups if each.recipe == recipe or each.method == FLOAT]
-    own = tuple(_of_group(material, group) for group in alike)
-    return Measurements(metric="top-1 %", where="validation images, after training", all=own)
+    alike = [one for one in material.groups if one.recipe == recipe or one.method == FLOAT]
+    measurements = tuple(_of_group(material, group) for group in alike)
+    return Measurements(
+        metric="top-1 %", where="validation images, after training", all=measurements
+    )
 
 
 def _of_group(material: Material, group: Group) -> Measurement:

@@ -89,41 +89,41 @@ def front_chart(front: ComparedFront) -> Markup:
     return picture(f"Score over {cost_name(front.kind)}", words, WIDE, HIGH, body)
 
 
-def measured_chart(found: Measurements) -> Markup:
+def measured_chart(measurements: Measurements) -> Markup:
     """The metric over the size of the weights, with 95 % intervals; float as a dashed line."""
-    in_float = found.of(FLOAT)[:1]
-    ends = [end for each in found.all if each.role != RANDOM for end in each.interval or ()]
-    sizes = [float(each.bytes or 0) for each in found.sized]
+    in_float = measurements.of(FLOAT)[:1]
+    ends = [end for one in measurements.all if one.role != RANDOM for end in one.interval or ()]
+    sizes = [float(one.bytes or 0) for one in measurements.sized]
     log = min(sizes) > 0 and max(sizes) > 8 * min(sizes)
-    plane = _plane(sizes, [*(each.value for each in found.all), *ends], log_x=log, log_y=False)
+    plane = _plane(sizes, [*(one.value for one in measurements.all), *ends], log_x=log, log_y=False)
     x, y = plane.x, plane.y
     body = axes(
-        *(x, y, log_named(cost_name("weight_bytes"), log), found.metric),
+        *(x, y, log_named(cost_name("weight_bytes"), log), measurements.metric),
         lambda tick: cost_text("weight_bytes", tick),
     )
     labels: list[Label] = []
-    for each in in_float:
-        body.append(line(x.start, y(each.value), x.end, y(each.value), "float"))
+    for one in in_float:
+        body.append(line(x.start, y(one.value), x.end, y(one.value), "float"))
     order = (OTHER, RANDOM, UNIFORM, CHOSEN)
     marks = []
-    for each in sorted(found.sized, key=lambda each: order.index(each.role)):
-        px, py = x(float(each.bytes or 0)), y(each.value)
-        size = cost_text("weight_bytes", each.bytes)
-        tip = f"{each.name}: {size}, {found.metric} {found.text(each.value)}"
-        if each.interval and each.role != RANDOM:
-            low, high = each.interval
-            body.append(line(px, y(low), px, y(high), f"whisker {COLORS[each.role]}"))
-            tip += f", 95 % interval {found.text(low)} to {found.text(high)}"
-        body.append(_mark(each.role, px, py, tip))
+    for one in sorted(measurements.sized, key=lambda one: order.index(one.role)):
+        px, py = x(float(one.bytes or 0)), y(one.value)
+        size = cost_text("weight_bytes", one.bytes)
+        tip = f"{one.name}: {size}, {measurements.metric} {measurements.text(one.value)}"
+        if one.interval and one.role != RANDOM:
+            low, high = one.interval
+            body.append(line(px, y(low), px, y(high), f"whisker {COLORS[one.role]}"))
+            tip += f", 95 % interval {measurements.text(low)} to {measurements.text(high)}"
+        body.append(_mark(one.role, px, py, tip))
         marks.append((px, py))
-        words = RANDOM if each.role == RANDOM else each.name.removeprefix("uniform ")
-        if not (each.role == RANDOM and any(label.words == words for label in labels)):
-            labels.append(Label(px, py, words, is_strong=each.role == CHOSEN))
-    for each in in_float:
-        words = f"float {found.text(each.value)}"
-        body.append(text(x.end, y(each.value) - 5, words, "small lifted", anchor="end"))
-    values = [f"{each.name} {found.text(each.value)}" for each in found.all]
-    title = f"{found.metric} over the size of the weights"
+        words = RANDOM if one.role == RANDOM else one.name.removeprefix("uniform ")
+        if not (one.role == RANDOM and any(label.words == words for label in labels)):
+            labels.append(Label(px, py, words, is_strong=one.role == CHOSEN))
+    for one in in_float:
+        words = f"float {measurements.text(one.value)}"
+        body.append(text(x.end, y(one.value) - 5, words, "small lifted", anchor="end"))
+    values = [f"{one.name} {measurements.text(one.value)}" for one in measurements.all]
+    title = f"{measurements.metric} over the size of the weights"
     return picture(title, f"{', '.join(values)}.", WIDE, HIGH, [*body, *written(labels, marks, x)])
 
 

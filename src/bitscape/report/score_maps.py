@@ -30,15 +30,15 @@ def parts(scores: ScoreTable) -> list[Part]:
     The other width is the largest that was scored. Where neither width varies alone, all columns
     are one part.
     """
-    found = []
+    varied_parts = []
     for varied, kept in zip(WIDTHS, reversed(WIDTHS), strict=True):
         most = max(getattr(pair, kept) for pair in scores.candidates)
         columns = [at for at, pair in enumerate(scores.candidates) if getattr(pair, kept) == most]
         columns.sort(key=lambda at: getattr(scores.candidates[at], varied))
         if len(columns) > 1:
-            found.append(Part(f"{varied} bits, with {kept}s at {most} bits", varied, columns))
+            varied_parts.append(Part(f"{varied} bits, with {kept}s at {most} bits", varied, columns))
     every = range(len(scores.candidates))
-    return found or [Part("weight/activation bits", "", every)]
+    return varied_parts or [Part("weight/activation bits", "", every)]
 
 
 def score_map(title: str, scores: ScoreTable, part: Part, bits: Mapping[str, LayerBits]) -> Markup:
@@ -51,9 +51,9 @@ def score_map(title: str, scores: ScoreTable, part: Part, bits: Mapping[str, Lay
     shades = [[shade_of(row[at], low, high) for at in part.columns] for row in values]
     labels = [_label(scores.candidates[at], part) for at in part.columns]
     framed = [
-        (at, labels.index(own))
+        (at, labels.index(label))
         for at, name in enumerate(scores.layers)
-        if name in bits and (own := _label(bits[name], part)) in labels
+        if name in bits and (label := _label(bits[name], part)) in labels
     ]
     cells = Cells(layers=scores.layers, rows=labels, shades=shades, framed=framed)
     legend = scale_legend(

@@ -8,18 +8,19 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from bitscape.engine import Sgd, Step, train
-from bitscape.engine.settings import MOST_RATE
+from bitscape.engine.settings import check_rates
 from bitscape.errors import BitscapeError, at_least_one, check_choices
 from bitscape.searches.mixed_network import Alternating, Mixed, MixtureSgd, mixed_network
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult, name_of
 from bitscape.searches.proxy_task import Learned, ProxyTask, proxy_task
-from bitscape.searches.readout import Progress, Readout, claim, keep_policy, read_out
+from bitscape.searches.readout import Progress, Readout, claim, read_out, search_in_folder
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import Trace, finish
+from bitscape.searches.sensitivity import Trace
 
 _log = logging.getLogger("bitscape.searches")
 
@@ -59,9 +60,7 @@ class MixtureSettings(ABC):
         """Check every field."""
         check_choices(self)
         at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
-        for name, value in (("lr", self.lr), ("logit_lr", self.logit_lr)):
-            if not 0 < value <= MOST_RATE:
-                raise BitscapeError(f"{name} = {value}: it must be above 0 and at most {MOST_RATE:g}")
+        check_rates(lr=self.lr, logit_lr=self.logit_lr)
         if not 0 <= self.held_out < 1:
             raise BitscapeError(
                 f"held_out = {self.held_out}: a share of the proxy from 0 (none) to below 1; "
@@ -120,11 +119,8 @@ def mixture_search(
     Raises:
         BitscapeError: a folder of another search, or samples and targets that cannot be learned.
     """
-    where = None if folder is None else Path(folder)
-    claim(where, problem, settings)  # here, too: where nothing is to be decided, nothing is trained
-    result = finish(problem, settings, lambda: _scored(problem, settings, make_step, where), pick)
-    keep_policy(result.policy, where)
-    return result
+    scored = partial(_scored, problem, settings, make_step)
+    return search_in_folder(problem, settings, scored, pick=pick, folder=folder)
 
 
 def train_mixture(

@@ -133,7 +133,7 @@ class SearchProblem:
             task=task,
             channels_last=channels_last,
             seed=seed,
-            quantizer=Lsq() if latency is None else Lsq(coarseness=latency.coarseness),
+            quantizer=quantizer_for(latency),
         )
 
     @property
@@ -260,6 +260,11 @@ def whole_batch(samples: Samples) -> Minibatch:
             "entry for each sample, or set the method's task='follow', which needs none"
         )
     return Minibatch(whole.inputs, [target for part in parts for target in part.targets])
+
+
+def quantizer_for(latency: LatencyTable | None) -> Lsq:
+    """Return how weights are laid on their grids: as a compiler's table has them, where there is one."""
+    return Lsq() if latency is None else Lsq(coarseness=latency.coarseness)
 
 
 def name_of(method: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,10 @@ from bitscape.progress import track
 from bitscape.quant.mixture import Mixture
 from bitscape.searches.allocation import allocate
 from bitscape.searches.mixed_network import Mixed
-from bitscape.searches.problem import SearchProblem
+from bitscape.searches.problem import Pick, SearchProblem, SearchResult
 from bitscape.searches.proxy_task import ProxyTask
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import candidate_widths, score_table
+from bitscape.searches.sensitivity import Trace, candidate_widths, finish, score_table
 
 _log = logging.getLogger("bitscape.searches")
 
@@ -121,6 +122,25 @@ def proxy_loss(model: nn.Module, parts: Sequence[Part]) -> float:
     with evaluating(model):
         losses = [part.loss(part.task.read(part.outputs(model), len(part)), part.targets) for part in parts]
     return sum(float(loss) * part.share for loss, part in zip(losses, parts, strict=True))
+
+
+def search_in_folder(
+    problem: SearchProblem,
+    settings: Any,
+    scored: Callable[[Path | None], tuple[ScoreTable, Trace]],
+    *,
+    pick: Pick,
+    folder: str | os.PathLike[str] | None,
+) -> SearchResult:
+    """Score by a training whose checkpoint the folder keeps, allocate, and leave the policy there.
+
+    `scored` gets the folder. Raises BitscapeError for one that is of another search.
+    """
+    where = None if folder is None else Path(folder)
+    claim(where, problem, settings)  # here, too: where nothing is to be decided, nothing is trained
+    result = finish(problem, settings, lambda: scored(where), pick)
+    keep_policy(result.policy, where)
+    return result
 
 
 def keep_policy(policy: Policy, folder: Path | None) -> None:

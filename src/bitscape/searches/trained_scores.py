@@ -38,6 +38,7 @@ Measured  docs/results: depthwise-cifar10. Its rows "loss" score every width as 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -46,7 +47,7 @@ from torch import nn
 
 from bitscape.data.samples import Minibatch, Samples
 from bitscape.engine import Sgd, train
-from bitscape.engine.settings import MOST_RATE
+from bitscape.engine.settings import check_rates
 from bitscape.errors import BitscapeError, at_least_one, check_choices
 from bitscape.policy import LayerBits, fingerprint
 from bitscape.progress import track
@@ -55,9 +56,9 @@ from bitscape.quant.switched import Switched
 from bitscape.searches.joint_network import JointNetwork, JointStep, Pairs, joint_network
 from bitscape.searches.problem import Pick, SearchOption, SearchProblem, SearchResult, name_of
 from bitscape.searches.proxy_task import Learned, ProxyTask, proxy_task
-from bitscape.searches.readout import claim, keep_policy, leaning, proxy_loss
+from bitscape.searches.readout import leaning, proxy_loss, search_in_folder
 from bitscape.searches.scores import ScoreTable
-from bitscape.searches.sensitivity import Trace, candidate_widths, finish
+from bitscape.searches.sensitivity import Trace, candidate_widths
 
 SCALE_RATE = 0.1
 """Learning rate of scales over that of weights.
@@ -97,8 +98,7 @@ class TrainedScores:
         """Check every field."""
         check_choices(self)
         at_least_one(epochs=self.epochs, batch_size=self.batch_size, head_epochs=self.head_epochs)
-        if not 0 < self.lr <= MOST_RATE:
-            raise BitscapeError(f"lr = {self.lr}: it must be above 0 and at most {MOST_RATE:g}")
+        check_rates(lr=self.lr)
         if not 0 < self.held_out < 1:
             raise BitscapeError(
                 f"held_out = {self.held_out}: a share of the proxy above 0 and below 1; "
@@ -116,11 +116,8 @@ class TrainedScores:
 
         `folder` keeps the checkpoint and the policy: the same search goes on from there.
         """
-        where = None if folder is None else Path(folder)
-        claim(where, problem, self)
-        result = finish(problem, self, lambda: self._scored(problem, where), pick)
-        keep_policy(result.policy, where)
-        return result
+        scored = partial(self._scored, problem)
+        return search_in_folder(problem, self, scored, pick=pick, folder=folder)
 
     def score(self, problem: SearchProblem) -> ScoreTable:
         """The table of scores alone, around the uniform bits of the problem's budget."""
@@ -201,14 +198,14 @@ def loss_rises(
 
     rises, at_center = list[WidthScores](), loss(0, network.center[0])
     every = track(_widths(network), label="trained scores: layer")
-    for at, ((weights, activations), own) in enumerate(zip(every, network.center, strict=True)):
+    for at, ((weights, activations), center) in enumerate(zip(every, network.center, strict=True)):
         if neighbors:
-            weights = _around(weights, own.weight)
-            activations = _around(activations, own.activation)
-        pairs = [LayerBits(bits, own.activation) for bits in weights]
-        by_weight = [0.0 if pair == own else loss(at, pair) - at_center for pair in pairs]
-        pairs = [LayerBits(own.weight, bits) for bits in activations]
-        by_input = [0.0 if pair == own else loss(at, pair) - at_center for pair in pairs]
+            weights = _around(weights, center.weight)
+            activations = _around(activations, center.activation)
+        pairs = [LayerBits(bits, center.activation) for bits in weights]
+        by_weight = [0.0 if pair == center else loss(at, pair) - at_center for pair in pairs]
+        pairs = [LayerBits(center.weight, bits) for bits in activations]
+        by_input = [0.0 if pair == center else loss(at, pair) - at_center for pair in pairs]
         rises.append(
             (
                 dict(zip(weights, by_weight, strict=True)),
@@ -218,8 +215,8 @@ def loss_rises(
     return rises
 
 
-def _around(widths: Sequence[int], own: int) -> list[int]:
-    at = widths.index(own)
+def _around(widths: Sequence[int], center: int) -> list[int]:
+    at = widths.index(center)
     return list(widths[max(0, at - 1) : at + 2])
 
 
@@ -230,9 +227,9 @@ def fitted(network: JointNetwork, rises: Sequence[WidthScores]) -> list[WidthSco
     power falls by four with each bit.
     """
     scores = []
-    for found, every, center in zip(rises, _widths(network), network.center, strict=True):
-        own = center.weight, center.activation
-        of_weight, of_input = map(_sensitivity, found, own)
+    for rise, every, center in zip(rises, _widths(network), network.center, strict=True):
+        uniform = center.weight, center.activation
+        of_weight, of_input = map(_sensitivity, rise, uniform)
         weights, activations = every
         scores.append(
             (
@@ -243,8 +240,8 @@ def fitted(network: JointNetwork, rises: Sequence[WidthScores]) -> list[WidthSco
     return scores
 
 
-def _sensitivity(rises: Mapping[int, float], own: int) -> float:
-    powers = {bits: 4.0**-bits - 4.0**-own for bits in rises}
+def _sensitivity(rises: Mapping[int, float], center: int) -> float:
+    powers = {bits: 4.0**-bits - 4.0**-center for bits in rises}
     squares = sum(power**2 for power in powers.values())
     along = sum(powers[bits] * rise for bits, rise in rises.items())
     return max(0.0, along / squares) if squares else 0.0

@@ -17,10 +17,9 @@ from bitscape.engine.evaluate import Evaluation
 from bitscape.engine.task import Task, TaskName
 from bitscape.errors import BitscapeError, nearest
 from bitscape.policy import WIDE_BITS, LayerBits, Policy, uniform_policy
-from bitscape.quant.quantizers import Lsq
 from bitscape.runtimes.packages import check_packages
 from bitscape.searches.methods import SearchMethod
-from bitscape.searches.problem import SearchResult
+from bitscape.searches.problem import SearchResult, quantizer_for
 from bitscape.searches.uniform import Uniform
 from bitscape.signatures import checked
 from bitscape.tables import Shown, Table
@@ -167,11 +166,10 @@ def compress(
         seed=seed,
     )
 
-    latency = settings.get("latency")
+    quantizer = quantizer_for(settings.get("latency"))
 
     def quantized(policy: Policy, name: str) -> nn.Module:
         folder = None if repair_folder is None else Path(repair_folder) / name
-        quantizer = Lsq(coarseness=1.0 if latency is None else latency.coarseness)
         return quantize(
             model,
             policy,
